@@ -1,0 +1,816 @@
+"""PPO for thousands of robots on one device: simulator, rollout, advantages and gradient steps never leave it.
+
+    python ppo_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # to 1000 in seconds on two CPU cores
+    python ppo_gpu_torch.py --env-id HalfCheetah-v5                         # a GPU where there is one, else the CPU
+    python ppo_gpu_torch.py --env-id Ant-v5 --num-envs 4096 --bf16
+    python ppo_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 40000000
+    python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
+    torchrun --nproc-per-node=2 ppo_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
+
+A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
+
+    python ppo_gpu_torch.py --update-epochs 1 --num-minibatches 1 --clip-coef inf --num-steps 5 --learning-rate-schedule constant
+
+Needs `vecsim_torch.py` beside it and nothing else of this project: copy the two files and they are yours.
+
+Sources: PPO, Schulman et al. 2017 (arXiv:1707.06347), eq. 7; GAE, Schulman et al. 2016 (arXiv:1506.02438), eq. 16;
+time limits, Pardo et al. 2018 (arXiv:1712.00378); learning rate from the KL divergence and the many-environments regime,
+Rudin et al. 2022 (arXiv:2109.11978); running moments, Chan et al. 1983.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+import vecsim_torch
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Args:
+    """A flag left at None takes the value of its task in TASK_DEFAULTS. All counts are environment steps over all environments."""
+
+    env_id: str = "Ant-v5"
+    """task: any id that vecsim_torch.make knows"""
+    num_envs: int | None = None
+    """environments stepped in parallel, over all processes (>= 1)"""
+    total_timesteps: int | None = None
+    """environment steps of the whole run (>= 1; rounded up to whole iterations)"""
+    seed: int = 1
+    """seed of weights, environments and noise (>= 0; process r of a distributed run draws from its own stream)"""
+    device: str = "auto"
+    """auto (CUDA where there is a GPU, else CPU), cpu, cuda or cuda:N"""
+    compile: bool = True
+    """compile physics, policy step and loss with torch.compile (a minute or so, reported apart)"""
+    cuda_graphs: bool = True
+    """capture the policy step and the minibatch update in CUDA graphs (no effect on a CPU)"""
+    bf16: bool = False
+    """run the networks, never the physics, under bfloat16 autocast"""
+    run_dir: str | None = None
+    """folder of this run (default: runs/<env_id>__ppo__<seed>__<time>; the checkpoint's own folder with --resume)"""
+    resume: str | None = None
+    """checkpoint to continue from; flags not given keep the checkpoint's values"""
+    checkpoint_every: int | None = None
+    """environment steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
+    log_every: int | None = None
+    """environment steps between log lines (>= 1; default: total_timesteps / 200)"""
+    eval_episodes: int = 20
+    """episodes of an evaluation in gymnasium.make(env_id) (>= 0; 0 skips the evaluations)"""
+    eval_every: int | None = None
+    """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
+    play: str | None = None
+    """checkpoint to play deterministically instead of training; prints its score"""
+    capture_video: bool = False
+    """with --play: write one episode, rendered by Gymnasium, beside the checkpoint"""
+    track: bool = False
+    """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
+
+    # the environment
+    env_kwargs: dict[str, bool | int | float | str] | None = None
+    """task options, pairs of name and value, given alike to vecsim_torch.make and to gymnasium.make"""
+    integrator: Literal["euler", "implicitfast", "rk4"] | None = None
+    """integrator of the training physics (Gymnasium's own environments keep that of their MJCF)"""
+    iterations: int | None = None
+    """Newton iterations of the contact solver (>= 1)"""
+    random_initial_ages: bool = True
+    """start the first episodes at random ages, so that thousands of robots do not time out together"""
+    reward_scale: float | None = None
+    """factor on the rewards that the learner sees (> 0; logged returns are unscaled)"""
+
+    # the batch
+    num_steps: int | None = None
+    """steps per environment and iteration (>= 1)"""
+    update_epochs: int | None = None
+    """passes over each batch (>= 1)"""
+    num_minibatches: int | None = None
+    """gradient steps per pass (>= 1; must divide num_envs x num_steps of each process)"""
+    microbatch_size: int | None = None
+    """largest number of samples in one backward pass; gradients add up over a minibatch (>= 1; default: 2,048 on a CPU, for its cache; a whole minibatch on a GPU)"""
+
+    # the networks
+    actor_hidden: tuple[int, ...] | None = None
+    """hidden layer sizes of the policy (ELU)"""
+    critic_hidden: tuple[int, ...] | None = None
+    """hidden layer sizes of the value function (ELU)"""
+    log_std_init: float | None = None
+    """initial log standard deviation of the policy, in units of half the action range"""
+    log_std_min: float | None = None
+    """floor of the log standard deviation, in the same units"""
+    normalize_observations: bool = True
+    """scale observations by their running mean and deviation"""
+    normalize_values: bool = True
+    """train the value function on returns scaled by their running mean and deviation"""
+
+    # the objective
+    gamma: float | None = None
+    """discount per environment step (0 to 1)"""
+    gae_lambda: float | None = None
+    """decay of generalised advantage estimation (0 to 1)"""
+    clip_coef: float = 0.2
+    """clipping range of the probability ratio (> 0; inf turns clipping off)"""
+    clip_value_loss: bool = False
+    """clip the change of the value function by clip_coef too"""
+    normalize_advantages: bool = True
+    """scale the advantages of a batch to mean 0 and deviation 1"""
+    entropy_coef: float | None = None
+    """weight of the entropy bonus (>= 0)"""
+    bounds_coef: float | None = None
+    """weight of the penalty on action means more than 1.1 half ranges from the centre (>= 0)"""
+    max_grad_norm: float = 1.0
+    """largest gradient norm, of the policy and of the value function apart (> 0; inf turns clipping off)"""
+
+    # the learning rate
+    learning_rate: float | None = None
+    """Adam's initial learning rate (> 0)"""
+    learning_rate_schedule: Literal["adaptive", "linear", "constant"] = "adaptive"
+    """adaptive: hold the KL divergence of an update near desired_kl; linear: decay to 0 over the run; constant"""
+    desired_kl: float | None = None
+    """adaptive schedule: exact KL(old policy || new policy), mean over a minibatch, to aim at (> 0)"""
+    desired_kl_final: float | None = None
+    """adaptive schedule: desired_kl moves linearly to this value over the run (> 0)"""
+    learning_rate_min: float = 1e-5
+    """adaptive schedule: lower bound (> 0)"""
+    learning_rate_max: float = 5e-3
+    """adaptive schedule: upper bound (>= learning_rate_min)"""
+
+
+# One row of values per task; a task without a row (or a value missing from its row) takes COMMON's.
+COMMON = dict(
+    num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0,
+    num_steps=32, update_epochs=4, num_minibatches=4, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
+    log_std_init=0.0, log_std_min=-2.3, gamma=0.99, gae_lambda=0.95, entropy_coef=0.0, bounds_coef=1e-4,
+    learning_rate=1e-3, desired_kl=0.01, desired_kl_final=0.01,
+)  # fmt: skip
+TASK_DEFAULTS = {
+    "InvertedPendulum-v5": dict(num_envs=256, total_timesteps=400_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "Hopper-v5": dict(total_timesteps=20_000_000),
+    "Walker2d-v5": dict(total_timesteps=25_000_000),
+    "HalfCheetah-v5": dict(total_timesteps=30_000_000),
+    "Ant-v5": dict(total_timesteps=30_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
+    "Humanoid-v5": dict(total_timesteps=30_000_000, env_kwargs={
+        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+}  # fmt: skip
+
+
+def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS) -> Args:
+    """Fill in what was left at None: from the task's row, then from COMMON, then what follows from other flags."""
+    row = common | tasks.get(args.env_id, {})
+    args = dataclasses.replace(args, **{name: value for name, value in row.items() if getattr(args, name) is None})
+    name = f"{args.env_id.replace('/', '-')}__ppo__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    on_cpu = pick_device(args.device).type == "cpu"
+    derived = dict(
+        run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{name}",
+        checkpoint_every=max(1, args.total_timesteps // 10),
+        log_every=max(1, args.total_timesteps // 200),
+        microbatch_size=2048 if on_cpu else args.num_envs * args.num_steps,
+    )
+    return dataclasses.replace(args, **{name: value for name, value in derived.items() if getattr(args, name) is None})
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Derived sizes
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """What follows from the flags; computed here, printed once, nowhere else."""
+
+    envs: int  # environments of this process
+    batch: int  # samples of this process in one iteration: envs x num_steps
+    minibatch: int  # samples of this process in one gradient step
+    microbatch: int  # samples in one backward pass
+    steps_per_iteration: int  # environment steps of all processes in one iteration
+    iterations: int
+
+
+def derive_sizes(args: Args, world_size: int) -> Sizes:
+    """Check every flag before anything is allocated, then compute the sizes."""
+    for names, legal, rule in (
+        ("num_envs total_timesteps num_steps update_epochs num_minibatches iterations microbatch_size", lambda x: x >= 1, ">= 1"),
+        ("checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
+        ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
+        ("seed eval_episodes entropy_coef bounds_coef", lambda x: x >= 0, ">= 0"),
+        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
+        ("reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min", lambda x: x > 0, "> 0"),
+        ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
+        ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
+        ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
+    ):
+        for name in names.split():
+            if not legal(getattr(args, name)):
+                raise ValueError(f"{name} = {getattr(args, name)} must be {rule}")
+    if args.clip_value_loss and math.isinf(args.clip_coef):
+        raise ValueError("clip_value_loss needs a finite clip_coef; use --clip-coef 0.2 or --no-clip-value-loss")
+    if args.num_envs % world_size:
+        below = args.num_envs // world_size * world_size
+        choices = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise ValueError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {choices}")
+    envs = args.num_envs // world_size
+    batch = envs * args.num_steps
+    if batch % args.num_minibatches:
+        below = max(n for n in range(1, min(args.num_minibatches, batch) + 1) if batch % n == 0)
+        above = min((n for n in range(args.num_minibatches, batch + 1) if batch % n == 0), default=below)
+        choices = f"{below} or {above}" if above != below else f"{below}"
+        per_process = " of each process" if world_size > 1 else ""
+        raise ValueError(
+            f"num_envs x num_steps = {batch:,}{per_process} does not split into {args.num_minibatches} minibatches; use {choices}"
+        )
+    minibatch = batch // args.num_minibatches
+    microbatch = math.ceil(minibatch / math.ceil(minibatch / args.microbatch_size))
+    steps_per_iteration = args.num_envs * args.num_steps
+    return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, math.ceil(args.total_timesteps / steps_per_iteration))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Networks
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Running mean and variance of vectors, as buffers, so that every checkpoint holds them and evaluation freezes them."""
+
+    def __init__(self, size: int, enabled: bool, limit: float = math.inf):
+        super().__init__()
+        self.enabled, self.limit = enabled, limit
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor) -> None:
+        """Merge in the valid rows of x: (B, size), of all processes (Chan et al. 1983)."""
+        if not self.enabled:
+            return
+        count, mean, variance = weighted_moments(x, valid)
+        total = self.count + count
+        shift = mean - self.mean
+        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / total
+        self.mean += shift * count / total
+        self.variance.copy_(squares / total)
+        self.count.copy_(total)
+
+    def deviation(self) -> Tensor:
+        return (self.variance + 1e-6).sqrt().float()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        return ((x - self.mean.float()) / self.deviation()).clamp(-self.limit, self.limit)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.deviation() + self.mean.float() if self.enabled else x
+
+
+def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
+    """ELU layers, orthogonal weights, zero biases."""
+    layers = []
+    for i in range(len(sizes) - 1):
+        last = i == len(sizes) - 2
+        linear = nn.Linear(sizes[i], sizes[i + 1])
+        nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2.0))
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, nn.ELU()]
+    return nn.Sequential(*layers)
+
+
+class Agent(nn.Module):
+    """Gaussian policy and value function, separate networks. The policy acts in half ranges: +-1 spans the action space."""
+
+    def __init__(self, obs_size: int, critic_obs_size: int | None, action_space: gymnasium.spaces.Box, args: Args):
+        super().__init__()
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        bounded = low.isfinite() & high.isfinite()
+        self.register_buffer("action_centre", torch.where(bounded, (high + low) / 2, 0.0))
+        self.register_buffer("action_half_range", torch.where(bounded, (high - low) / 2, 1.0))
+        self.obs_statistics = self.critic_obs_statistics = RunningStatistics(obs_size, args.normalize_observations, limit=10.0)
+        if critic_obs_size is not None:  # the task has privileged observations for the value function
+            self.critic_obs_statistics = RunningStatistics(critic_obs_size, args.normalize_observations, limit=10.0)
+        self.return_statistics = RunningStatistics(1, args.normalize_values)
+        self.actor = mlp([obs_size, *args.actor_hidden, len(low)], last_gain=0.01)
+        self.critic = mlp([critic_obs_size or obs_size, *args.critic_hidden, 1], last_gain=1.0)
+        self.log_std = nn.Parameter(torch.full((len(low),), args.log_std_init))  # independent of the state
+        self.bf16 = args.bf16
+
+    def autocast(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+    def policy_mean(self, normalized_obs: Tensor) -> Tensor:
+        with self.autocast(normalized_obs):
+            return self.actor(normalized_obs).float()  # (B, actions), half ranges
+
+    def normalized_value(self, normalized_critic_obs: Tensor) -> Tensor:
+        with self.autocast(normalized_critic_obs):
+            return self.critic(normalized_critic_obs).float().squeeze(-1)  # (B,)
+
+    def to_env(self, action: Tensor) -> Tensor:
+        return self.action_centre + self.action_half_range * action
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """The deterministic action, in the environment's units."""
+        return self.to_env(self.policy_mean(self.obs_statistics.normalize(obs)))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Algorithm: pure functions
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """What one iteration collects, (T, N, ...) on the device: T = num_steps, N = environments of this process."""
+
+    obs: Tensor  # (T, N, obs)
+    critic_obs: Tensor  # (T, N, critic obs); the same tensor as obs where the task has no privileged observation
+    final_critic_obs: Tensor  # (T, N, critic obs): what the step led to, before any auto-reset
+    action: Tensor  # (T, N, actions), half ranges
+    mean: Tensor  # (T, N, actions), half ranges: the policy's mean when it acted
+    reward: Tensor  # (T, N), scaled
+    terminated: Tensor  # (T, N) bool
+    truncated: Tensor  # (T, N) bool
+    invalid: Tensor  # (T, N) bool: quarantined, masked everywhere
+
+
+class Batch(NamedTuple):
+    """The samples of one update, B of them in a row; what the old policy and value function said is frozen here."""
+
+    obs: Tensor  # (B, obs), normalised
+    critic_obs: Tensor  # (B, critic obs), normalised
+    action: Tensor  # (B, actions), half ranges
+    mean: Tensor  # (B, actions), old policy
+    log_prob: Tensor  # (B,), old policy
+    value: Tensor  # (B,), old value function, normalised
+    target: Tensor  # (B,), return to regress on, normalised
+    advantage: Tensor  # (B,)
+    weight: Tensor  # (B,): 0 for a quarantined transition, else such that the mean is 1
+
+
+class LossTerms(NamedTuple):
+    """Means over a minibatch, in the order in which ppo_loss stacks them."""
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    bounds_loss: Tensor
+    entropy: Tensor
+    kl: Tensor
+    clip_fraction: Tensor
+
+
+def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (), mean (k,) and variance (k,) of the valid rows of x: (B, k), over all processes, in float64."""
+    rows = torch.where(valid[:, None], x, 0.0).double()
+    sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
+    count = sums[0].clamp(min=1.0)
+    mean, mean_square = (sums[1:] / count).chunk(2)
+    return count, mean, (mean_square - mean.square()).clamp(min=0.0)
+
+
+@torch.no_grad()
+def policy_step(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and sampled action (N, actions) in half ranges, and that action in the environment's units."""
+    mean = agent.policy_mean(agent.obs_statistics.normalize(obs))
+    action = mean + agent.log_std.exp() * noise
+    return mean, action, agent.to_env(action)
+
+
+def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log density (B,) of diagonal Gaussians."""
+    z = (action - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
+
+
+def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Exact KL(old || new) (B,) of diagonal Gaussians: no epsilon, so that it is unbiased for small deviations too."""
+    squares = (2.0 * (old_log_std - log_std)).exp() + ((old_mean - mean) * (-log_std).exp()).square()
+    return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
+
+
+def advantages_gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, invalid: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimation over (T, N) tensors.
+
+    next_value is V(final_obs), the value of the state that the step really led to, never that of a state after auto-reset. A step
+    that ran on or hit the time limit (truncated) is bootstrapped with it, because the robot would have gone on; after a real end
+    (terminated, which wins over truncated) nothing follows and the bootstrap is 0. Any end stops the sum over later steps. An
+    invalid step has advantage 0 and stops it too.
+    """
+    delta = reward + gamma * torch.where(terminated, 0.0, next_value) - value
+    delta = torch.where(invalid, 0.0, delta)
+    decay = gamma * gae_lambda * (~(terminated | truncated | invalid)).float()
+    advantage = torch.empty_like(delta)
+    following = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        following = delta[t] + decay[t] * following
+        advantage[t] = following
+    return advantage
+
+
+@torch.no_grad()
+def values_and_advantages(agent: Agent, rollout: Rollout, microbatch: int, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """V(s_t) and the advantages, both (T, N), in scaled reward units."""
+
+    def value_of(critic_obs: Tensor) -> Tensor:
+        rows = agent.critic_obs_statistics.normalize(critic_obs.flatten(0, 1))
+        value = torch.cat([agent.normalized_value(part) for part in rows.split(microbatch)])
+        return agent.return_statistics.denormalize(value).view(critic_obs.shape[:2])
+
+    value, next_value = value_of(rollout.critic_obs), value_of(rollout.final_critic_obs)
+    ends = rollout.terminated, rollout.truncated, rollout.invalid
+    return value, advantages_gae(rollout.reward, value, next_value, *ends, gamma, gae_lambda)
+
+
+@torch.no_grad()
+def make_batch(agent: Agent, rollout: Rollout, value: Tensor, advantage: Tensor, normalize_advantages: bool, order: Tensor) -> Batch:
+    """Normalise everything once, shuffle once: every epoch then walks over the same contiguous minibatches.
+
+    The return statistics are updated here and only here, before the targets are scaled with them."""
+    valid = ~rollout.invalid.flatten()
+    returns = (advantage + value).flatten()
+    agent.return_statistics.update(returns[:, None], valid)
+    count, mean, variance = weighted_moments(advantage.flatten()[:, None], valid)
+    if normalize_advantages:
+        advantage = (advantage - mean.float()) / (variance.sqrt().float() + 1e-8)
+    weight = valid * (sum_over_processes(torch.full_like(count, len(valid))) / count).float()
+    obs, critic_obs = rollout.obs.flatten(0, 1), rollout.critic_obs.flatten(0, 1)
+    obs = agent.obs_statistics.normalize(obs)
+    critic_obs = obs if rollout.critic_obs is rollout.obs else agent.critic_obs_statistics.normalize(critic_obs)
+    action, old_mean = rollout.action.flatten(0, 1), rollout.mean.flatten(0, 1)
+    log_prob = gaussian_log_prob(action, old_mean, agent.log_std)
+    value, target = agent.return_statistics.normalize(value.flatten()), agent.return_statistics.normalize(returns)
+    # A quarantined transition may hold NaN, which a weight of 0 does not remove.
+    advantage, target = (torch.where(valid, x, 0.0) for x in (advantage.flatten(), target))
+    rows = Batch(obs, critic_obs, action, old_mean, log_prob, value, target, advantage, weight)
+    return Batch(*(x[order] for x in rows))
+
+
+def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args: Args) -> tuple[Tensor, Tensor]:
+    """The share of this (part of a) batch in the loss of a minibatch of `samples`, and the same share of LossTerms, stacked.
+
+    There is no weight on the value loss: policy and value function share no parameter and are clipped apart, and Adam does not
+    see the scale of a gradient."""
+    mean, value = agent.policy_mean(batch.obs), agent.normalized_value(batch.critic_obs)
+    log_ratio = gaussian_log_prob(batch.action, mean, agent.log_std) - batch.log_prob
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+    policy_loss = -torch.min(batch.advantage * ratio, batch.advantage * clipped_ratio)
+    value_loss = 0.5 * (value - batch.target).square()
+    if args.clip_value_loss:
+        clipped_value = batch.value + (value - batch.value).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, 0.5 * (clipped_value - batch.target).square())
+    bounds_loss = (mean.abs() - 1.1).clamp(min=0.0).square().sum(-1)
+    entropy = (agent.log_std + 0.5 * math.log(2.0 * math.pi * math.e)).sum() * torch.ones_like(ratio)
+    loss = policy_loss + value_loss + args.bounds_coef * bounds_loss - args.entropy_coef * entropy
+    with torch.no_grad():
+        kl = gaussian_kl(batch.mean, old_log_std, mean, agent.log_std)
+        clip_fraction = ((ratio - 1.0).abs() > args.clip_coef).float()
+        terms = LossTerms(policy_loss, value_loss, bounds_loss, entropy, kl, clip_fraction)
+        terms = (torch.stack(terms) * batch.weight).sum(1) / samples
+    return (loss * batch.weight).sum() / samples, terms
+
+
+def accumulate_gradients(agent: Agent, batch: Batch, old_log_std: Tensor, microbatch: int, loss_function, args: Args) -> Tensor:
+    """Gradients of the minibatch's loss, added up over parts that fit the cache; returns its LossTerms, stacked."""
+    agent.zero_grad()
+    total = 0.0
+    for part in zip(*(x.split(microbatch) for x in batch), strict=True):
+        loss, terms = loss_function(agent, Batch(*part), old_log_std, len(batch.weight), args)
+        loss.backward()
+        total = total + terms
+    return total
+
+
+@torch.no_grad()
+def apply_gradients(agent: Agent, optimizer: torch.optim.Optimizer, max_grad_norm: float, log_std_min: float) -> None:
+    """One Adam step on clipped gradients, then the floor under the exploration noise."""
+    nn.utils.clip_grad_norm_([*agent.actor.parameters(), agent.log_std], max_grad_norm)
+    nn.utils.clip_grad_norm_(agent.critic.parameters(), max_grad_norm)
+    optimizer.step()
+    agent.log_std.clamp_(min=log_std_min)
+
+
+def adapted_learning_rate(learning_rate: Tensor, kl: Tensor, desired_kl: float, lowest: float, highest: float) -> Tensor:
+    """A factor of 1.5 down where the policy moved over twice as far as desired, up where less than half as far."""
+    factor = torch.where(kl > 2.0 * desired_kl, 1.0 / 1.5, torch.where(kl < 0.5 * desired_kl, 1.5, 1.0))
+    return (learning_rate * factor).clamp(lowest, highest)
+
+
+def make_optimizer(agent: Agent, learning_rate: Tensor) -> torch.optim.Adam:
+    """Adam whose learning rate is a tensor on the device and whose moments exist from the start, at fixed addresses."""
+    on_gpu = learning_rate.device.type == "cuda"
+    optimizer = torch.optim.Adam(agent.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
+    for parameter in agent.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # zero gradients: creates the moments, moves nothing
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
+    return optimizer
+
+
+def capture(function, inputs: tuple[Tensor, ...]):
+    """A CUDA graph of `function`, which must not read the host: call it like the function; its outputs live until the next call.
+
+    The warm-up calls run the function for real; the caller restores what they change."""
+    static_inputs = tuple(x.clone() for x in inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(*static_inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(*static_inputs)
+
+    def replay(*inputs: Tensor):
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args):
+    """The four functions that do the work, as functions of tensors alone: eager, compiled and, on a GPU, captured.
+
+    Returns policy(obs, noise), targets(), accumulate(old_log_std, *batch) and apply(); leaves agent and optimizer as they were."""
+    step_function, loss_function = policy_step, ppo_loss
+    if args.compile:
+        step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
+
+    def policy(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return step_function(agent, obs, noise)
+
+    def targets() -> tuple[Tensor, Tensor]:
+        return values_and_advantages(agent, rollout, sizes.microbatch, args.gamma, args.gae_lambda)
+
+    def accumulate(old_log_std: Tensor, *batch: Tensor) -> Tensor:
+        return accumulate_gradients(agent, Batch(*batch), old_log_std, sizes.microbatch, loss_function, args)
+
+    def apply() -> None:
+        apply_gradients(agent, optimizer, args.max_grad_norm, args.log_std_min)
+
+    obs, action, scalars = rollout.obs[0], rollout.action[0], torch.zeros(sizes.minibatch, device=rollout.obs.device)
+    features = [scalars.new_zeros(sizes.minibatch, x.shape[-1]) for x in (rollout.obs, rollout.critic_obs, action, action)]
+    example = (torch.zeros_like(agent.log_std), *features, *[scalars] * 5)
+    if args.cuda_graphs and obs.device.type == "cuda":
+        state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
+        before = [x.clone() for x in state]
+        policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
+        accumulate, apply = capture(accumulate, example), capture(apply, ())
+        for x, saved in zip(state, before, strict=True):
+            x.copy_(saved)
+    else:  # compile now, so that compilation is timed apart from training
+        policy(obs, torch.zeros_like(action)), accumulate(*example)
+    return policy, targets, accumulate, apply
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Processes, checkpoint, log and evaluation
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; under torchrun each process takes the GPU of its own local rank."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if not match:
+        raise ValueError(f"device = {name} must be auto, cpu, cuda or cuda:N")
+    if not available:
+        raise ValueError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
+    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+    if index >= available:
+        raise ValueError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
+    return torch.device("cuda", index)
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started (0 and 1 without it)."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world_size
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Mean of each tensor over all processes, in place, by one all-reduce of one flat vector."""
+    if not distributed.is_initialized():
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
+
+
+def gather_from_processes(state: dict) -> list[dict]:
+    """The state of every process, in the order of ranks."""
+    states = [state]
+    if distributed.is_initialized():
+        states = [None] * distributed.get_world_size()
+        distributed.all_gather_object(states, state)
+    return states
+
+
+def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
+    """Means over the episodes of all processes; None where no episode ended or the task has no success."""
+    episodes = statistics["episodes"]
+    names = ("episode_return", "episode_length", "success")
+    sums = [statistics[name] * episodes if episodes else 0.0 for name in names]
+    sums = torch.tensor([*sums, episodes, statistics["invalid"]], dtype=torch.float64, device=device)
+    *sums, episodes, invalid = sum_over_processes(sums).tolist()  # host sync
+    means = {name: x / episodes if episodes and math.isfinite(x) else None for name, x in zip(names, sums, strict=True)}
+    return means | {"episodes": int(episodes), "invalid": int(invalid)}
+
+
+def stream_seed(seed: int, rank: int, stream: int) -> int:
+    """Independent seeds for each process and each use, however close the users' seeds are."""
+    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
+
+
+def on_cpu(tree):
+    """The same tree of dicts and lists with every tensor copied to the CPU."""
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(on_cpu(value) for value in tree)
+    return tree.detach().cpu().clone() if isinstance(tree, Tensor) else tree
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write beside, then rename: an interrupted run never leaves half a file."""
+    torch.save(on_cpu(checkpoint), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(path: str, algorithm: str) -> dict:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {path} does not exist") from None
+    except Exception as error:  # torch.load raises many types on a damaged file
+        reason = str(error).split("\n")[0][:100]
+        raise ValueError(f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
+        raise ValueError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
+    return checkpoint
+
+
+def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
+    """Refuse to continue under flags that do not fit the state."""
+    then = checkpoint["args"]
+    for name in ("env_id", "num_envs", "env_kwargs", "actor_hidden", "critic_hidden"):
+        if getattr(args, name) != then[name]:
+            raise ValueError(f"the checkpoint's {name} is {then[name]}, not {getattr(args, name)}; leave the flag away")
+    if len(checkpoint["processes"]) != world_size:
+        raise ValueError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
+    if checkpoint["device"] != device.type:
+        raise ValueError(f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}")
+
+
+def load_training_state(checkpoint: dict, agent: Agent, optimizer: torch.optim.Optimizer, learning_rate: Tensor) -> None:
+    """Copy in place, so that captured graphs keep their addresses."""
+    agent.load_state_dict(checkpoint["agent"])
+    learning_rate.copy_(checkpoint["learning_rate"])
+    for moments, saved in zip(optimizer.state.values(), checkpoint["moments"], strict=True):
+        for name, x in moments.items():
+            x.copy_(saved[name])
+
+
+class RunLog:
+    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run; the writing process alone has one."""
+
+    def __init__(self, run_dir: Path, args: Args, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # a second of import that --help and --play need not wait for
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        self.path = run_dir / "metrics.jsonl"
+        old = self.path.read_text().splitlines() if first_step and self.path.exists() else []
+        kept = [line for line in old if json.loads(line)["env_steps"] <= first_step]  # what came after the checkpoint is run again
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.tensorboard = SummaryWriter(run_dir)
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, smoothing=0.1)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=dataclasses.asdict(args))
+
+    def write(self, record: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, record["env_steps"])
+        if self.wandb:
+            self.wandb.log(record, step=record["env_steps"])
+        self.bar.update(record["env_steps"] - self.bar.n)
+        shown = "none ended" if record["episode_return"] is None else f"{record['episode_return']:.1f}"
+        self.bar.set_postfix_str(f"return {shown}")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def plot_curve(run_dir: Path, title: str) -> None:
+    """curve.png: return of the training episodes, and scores in Gymnasium where there are any, over steps and over time."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, name, unit, scale in zip(axes, ("env_steps", "wall_seconds"), ("million environment steps", "minutes"), (1e6, 60), strict=True):
+        for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
+            points = [(r[name] / scale, r[metric]) for r in records if r.get(metric) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=metric)
+        axis.set_xlabel(unit)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(run_dir / "curve.png", dpi=120)
+
+
+def summarize(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    return dict(
+        mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()), episodes=len(returns), mean_length=float(lengths.mean())
+    )
+
+
+def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
+    """Return and length of the first episode of each environment, under the deterministic policy and frozen statistics.
+
+    step(action) -> obs, reward, ended, invalid; an environment quarantined in its first episode is left out."""
+    returns = torch.zeros(len(obs), dtype=torch.float64, device=obs.device)
+    lengths, failed = torch.zeros_like(returns), torch.zeros_like(returns, dtype=torch.bool)
+    running = ~failed
+    while running.any():  # host sync
+        obs, reward, ended, invalid = step(agent.act(obs))
+        returns += torch.where(running & ~invalid, reward, 0.0)
+        lengths += running
+        failed |= running & invalid
+        running &= ~(ended | invalid)
+    return summarize(returns[~failed].cpu().numpy(), lengths[~failed].cpu().numpy())
+
+
+def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) -> dict[str, float]:
+    obs, _ = env.reset(seed=seed)
+
+    def step(action: Tensor):
+        obs, reward, terminated, truncated, info = env.step(action)
+        return obs, reward, terminated | truncated, info["invalid"]
+
+    return first_episodes(step, obs, agent)
+
+
+def evaluate_gymnasium(agent: Agent, args: Args, seed: int) -> dict[str, float] | None:
+    """The score in Gymnasium's own environment, policy on the CPU; None where Gymnasium has no such task."""
+    if args.env_id not in gymnasium.registry:
+        return None
+    agent = copy.deepcopy(agent).cpu()
+    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **args.env_kwargs)] * args.eval_episodes)
+    obs, _ = envs.reset(seed=seed)
+
+    def step(action: Tensor):
+        obs, reward, terminated, truncated, _ = envs.step(action.numpy())
+        return torch.as_tensor(obs).float(), torch.as_tensor(reward), torch.as_tensor(terminated | truncated), torch.zeros(len(obs), dtype=torch.bool)
+
+    score = first_episodes(step, torch.as_tensor(obs).float(), agent)
+    envs.close()
+    return score

@@ -1,0 +1,1519 @@
+"""vecsim: MuJoCo's rigid-body physics for thousands of robots at once, in one file of plain PyTorch.
+
+    python vecsim_torch.py --env-id Ant-v5 --num-envs 4096          # speed, compile time, parity with MuJoCo C
+
+    env = vecsim_torch.make("Ant-v5", num_envs=4096, device="cuda", seed=1, compile=True)
+    obs, info = env.reset(seed=1)
+    obs, reward, terminated, truncated, info = env.step(action)     # tensors on the device, environment axis first
+
+The idea: write the physics of one robot and let every number be a whole batch. All tensors inside the simulator carry
+the environment axis LAST: `qpos` is (nq, N) and `qpos[3]` is coordinate 3 of all N robots. Memory is contiguous along
+N, so each line below is one wide vector operation on a CPU and one coalesced kernel on a GPU, and no line mentions the
+batch. There is no matrix product: TF32 may be on for the networks and cannot touch the physics.
+
+MuJoCo is the specification. Models are compiled by `mujoco.MjModel` from MJCF; this file then computes the same smooth
+dynamics, the same soft-constraint problem and the same integrators. The problem is convex, so every converged solver
+must reach MuJoCo's acceleration, and the tests hold it to that.
+
+Read in this order: spatial algebra, model, kinematics, smooth dynamics, constraints, Newton solver, integrators (that
+is `step`), tasks, environment, benchmark.
+
+Glossary
+    N               number of environments, always the last axis inside the simulator
+    nq, nv, nu      coordinates (a free joint has 7, a ball joint 4), degrees of freedom (6, 3), controls
+    nl              links. A link is one joint and the mass that moves with it: bodies without joints are welded into
+                    their parent, a body with three joints becomes a chain of three links (the first two massless)
+    nc, P, K        candidate contact points with planes; geom pairs that can touch; the deepest pairs that are solved
+    qpos            (nq, N) m or rad; quaternions are (w, x, y, z); a free joint is position then quaternion, world axes
+    qvel            (nv, N) m/s or rad/s; a free joint is linear velocity in world axes, then angular in body axes
+    world           z up, SI units
+    motion, force   spatial vectors (angular, linear) and (torque, force) in world axes about `origin`, a world-fixed
+                    point that coincides with the first link (Featherstone 2008, chapter 2)
+    cdof            (nv, 6, N) motion of the whole subtree per unit of one degree of freedom
+    inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`, see `apply_symmetric` for the order
+    contact normal  points from the plane, or the first geom, into the second; distance is negative in penetration
+    packed          (nnz, N) the entries of a symmetric (nv, nv) matrix that the tree can make non-zero
+
+Needs torch, mujoco (to compile MJCF) and gymnasium (spaces, the tasks' MJCF). Copy me.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Spatial algebra, environment axis last
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cross(a: Tensor, b: Tensor) -> Tensor:
+    """Cross product of (..., 3, N) vectors."""
+    ax, ay, az = a.unbind(-2)
+    bx, by, bz = b.unbind(-2)
+    return torch.stack((ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx), -2)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the next-to-last axis: (..., k, N) and (..., k, N) give (..., N)."""
+    return (a * b).sum(-2)
+
+
+def rotate(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(..., 3, 3, N) times (..., 3, N)."""
+    return (matrix * vector.unsqueeze(-3)).sum(-2)
+
+
+def compose(a: Tensor, b: Tensor) -> Tensor:
+    """(..., 3, 3, N) times (..., 3, 3, N)."""
+    return (a.unsqueeze(-2) * b.unsqueeze(-4)).sum(-3)
+
+
+def normalized(vector: Tensor, fallback: Tensor, eps: float) -> Tensor:
+    """Unit vector of (..., 3, N), or `fallback` where the norm is under `eps`; differentiable at zero."""
+    square = dot(vector, vector).unsqueeze(-2)
+    degenerate = square < eps * eps
+    return torch.where(degenerate, fallback, vector * torch.rsqrt(torch.where(degenerate, 1.0, square)))
+
+
+def quat_multiply(p: Tensor, q: Tensor) -> Tensor:
+    """Hamilton product of (..., 4, N) quaternions (w, x, y, z)."""
+    pw, px, py, pz = p.unbind(-2)
+    qw, qx, qy, qz = q.unbind(-2)
+    return torch.stack(
+        (
+            pw * qw - px * qx - py * qy - pz * qz,
+            pw * qx + px * qw + py * qz - pz * qy,
+            pw * qy - px * qz + py * qw + pz * qx,
+            pw * qz + px * qy - py * qx + pz * qw,
+        ),
+        -2,
+    )
+
+
+def quat_to_matrix(quat: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3, N) of quaternions (..., 4, N), normalised first as MuJoCo's kinematics does."""
+    w, x, y, z = (quat * torch.rsqrt(dot(quat, quat)).unsqueeze(-2)).unbind(-2)
+    rows = (
+        torch.stack((1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)), -2),
+        torch.stack((2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)), -2),
+        torch.stack((2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)), -2),
+    )
+    return torch.stack(rows, -3)
+
+
+def quat_exponential(rotation: Tensor) -> Tensor:
+    """Quaternion (..., 4, N) of a rotation vector (..., 3, N) in rad; differentiable at zero."""
+    square = dot(rotation, rotation)
+    small = square < 1e-12
+    angle = torch.sqrt(torch.where(small, 1.0, square))
+    scale = torch.where(small, 0.5 - square / 48, torch.sin(0.5 * angle) / angle)
+    real = torch.where(small, 1 - square / 8, torch.cos(0.5 * angle))
+    return torch.cat((real.unsqueeze(-2), rotation * scale.unsqueeze(-2)), -2)
+
+
+def cross_motion(velocity: Tensor, motion: Tensor) -> Tensor:
+    """Rate of change of a motion vector (..., 6, N) carried by `velocity` (Featherstone 2008, eq. 2.31)."""
+    angular, linear = velocity[..., :3, :], velocity[..., 3:, :]
+    upper, lower = motion[..., :3, :], motion[..., 3:, :]
+    return torch.cat((cross(angular, upper), cross(angular, lower) + cross(linear, upper)), -2)
+
+
+def cross_force(velocity: Tensor, force: Tensor) -> Tensor:
+    """Rate of change of a force vector (..., 6, N) carried by `velocity` (Featherstone 2008, eq. 2.32)."""
+    angular, linear = velocity[..., :3, :], velocity[..., 3:, :]
+    torque, push = force[..., :3, :], force[..., 3:, :]
+    return torch.cat((cross(angular, torque) + cross(linear, push), cross(angular, push)), -2)
+
+
+def apply_symmetric(matrix: Tensor, motion: Tensor) -> Tensor:
+    """Symmetric 6x6 matrices (..., 21, N) times motions (..., 6, N).
+
+    The matrix is [[B, C], [C^T, K]], stored as B's upper triangle (xx, xy, xz, yy, yz, zz), C row by row, K's upper
+    triangle. Rigid-body inertia and contact stiffness share this form, so they can be added.
+    """
+    bxx, bxy, bxz, byy, byz, bzz, c00, c01, c02, c10, c11, c12, c20, c21, c22, kxx, kxy, kxz, kyy, kyz, kzz = (
+        matrix.unbind(-2)
+    )
+    p, q, r, x, y, z = motion.unbind(-2)
+    return torch.stack(
+        (
+            bxx * p + bxy * q + bxz * r + c00 * x + c01 * y + c02 * z,
+            bxy * p + byy * q + byz * r + c10 * x + c11 * y + c12 * z,
+            bxz * p + byz * q + bzz * r + c20 * x + c21 * y + c22 * z,
+            c00 * p + c10 * q + c20 * r + kxx * x + kxy * y + kxz * z,
+            c01 * p + c11 * q + c21 * r + kxy * x + kyy * y + kyz * z,
+            c02 * p + c12 * q + c22 * r + kxz * x + kyz * y + kzz * z,
+        ),
+        -2,
+    )
+
+
+def shift_to_origin(point: Tensor, k: tuple[Tensor, ...]) -> Tensor:
+    """A 3x3 stiffness (or mass) acting at `point` (..., 3, N), as a 6x6 matrix (..., 21, N) about the origin.
+
+    k: upper triangle (xx, xy, xz, yy, yz, zz) of the 3x3 matrix. C = [p]x K and B = [p]x K [p]x^T.
+    """
+    kxx, kxy, kxz, kyy, kyz, kzz = k
+    x, y, z = point.unbind(-2)
+    c00, c01, c02 = y * kxz - z * kxy, y * kyz - z * kyy, y * kzz - z * kyz
+    c10, c11, c12 = z * kxx - x * kxz, z * kxy - x * kyz, z * kxz - x * kzz
+    c20, c21, c22 = x * kxy - y * kxx, x * kyy - y * kxy, x * kyz - y * kxz
+    upper = (y * c02 - z * c01, z * c00 - x * c02, x * c01 - y * c00, z * c10 - x * c12, x * c11 - y * c10)
+    bottom = x * c21 - y * c20
+    return torch.stack((*upper, bottom, c00, c01, c02, c10, c11, c12, c20, c21, c22, *k), -2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: an mjModel as links, constant tables and parameters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """One robot. Every floating-point tensor ends in an environment axis of size 1, or N where robots differ.
+
+    Python tuples are structure: they unroll into straight-line code. `*_index` tensors gather rows.
+    """
+
+    nq: int
+    nv: int
+    nu: int
+    nl: int
+    timestep: float  # s
+    integrator: str  # the MJCF's own: euler, implicitfast or rk4
+    # tree
+    parent: tuple[int, ...]  # (nl) parent link, -1 for the world
+    levels: tuple[tuple[int, ...], ...]  # links by depth
+    dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
+    dof_link_index: Tensor  # (nv)
+    turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes stay fixed in the world
+    # hinge and slide joints: rotation = rot[0] + sin rot[1] + (1 - cos) rot[2], and likewise the position
+    scalar_qpos_index: Tensor  # (ns)
+    scalar_dofs: tuple[int, ...]  # (ns)
+    scalar_qpos: tuple[int, ...]  # (ns)
+    scalar_link_index: Tensor  # (ns)
+    scalar_reference: Tensor  # (ns, 1) rad or m, the coordinate in the MJCF's own pose
+    scalar_rotation: Tensor  # (3, ns, 3, 3, 1) in the parent link's frame
+    scalar_position: Tensor  # (4, ns, 3, 1) the fourth entry times the slide coordinate
+    scalar_axis: Tensor  # (ns, 3, 1) in the link's frame
+    scalar_anchor: Tensor  # (ns, 3, 1) m, in the link's frame
+    scalar_hinge: Tensor  # (ns, 1, 1) 1 for a hinge, 0 for a slide
+    stiffness: Tensor  # (ns, 1) N m/rad or N/m
+    spring_reference: Tensor  # (ns, 1)
+    dof_springs: tuple[tuple[int, ...], ...]  # (nv) hinge or slide of each degree of freedom
+    # ball and free joints
+    balls: tuple[tuple[int, int, int], ...]  # (link, qpos address, dof address)
+    frees: tuple[tuple[int, int, int], ...]
+    quaternions: tuple[tuple[int, int], ...]  # (qpos address, dof address) of each quaternion
+    ball_rotation: Tensor  # (nb, 3, 3, 1) fixed offset in the parent link's frame
+    ball_position: Tensor  # (nb, 3, 1) m, the joint's centre in the parent link's frame
+    ball_anchor: Tensor  # (nb, 3, 1) m, the same centre in the link's frame
+    link_order_index: Tensor  # (nl) from (hinges and slides, balls, frees) to links
+    # inertia
+    mass: Tensor  # (nl, 1) kg
+    com: Tensor  # (nl, 3, 1) m, in the link's frame
+    inertia: Tensor  # (nl, 3, 3, 1) kg m^2 about the centre of mass, link axes
+    armature: Tensor  # (nv, 1) kg m^2 or kg
+    damping: Tensor  # (nv, 1) N m s/rad or N s/m
+    damped: bool  # any damping: only then does Euler solve a second time
+    gravity: Tensor  # (3, 1) m/s^2
+    unit_motion: Tensor  # (6, 6, 1) identity
+    # actuators: force = gain * ctrl + bias[0] + bias[1] * length + bias[2] * velocity
+    actuator_dof_index: Tensor  # (nu)
+    actuator_qpos_index: Tensor  # (nu)
+    actuator_gear: Tensor  # (nu, 1)
+    actuator_gain: Tensor  # (nu, 1)
+    actuator_bias: Tensor  # (3, nu, 1)
+    actuator_velocity_bias: bool  # any bias[2]: implicitfast then has an actuator term
+    ctrl_low: Tensor  # (nu, 1)
+    ctrl_high: Tensor  # (nu, 1)
+    force_low: Tensor  # (nu, 1)
+    force_high: Tensor  # (nu, 1)
+    dof_force_low: Tensor  # (nv, 1) limits of the summed actuator force on a joint
+    dof_force_high: Tensor  # (nv, 1)
+    dof_actuators: tuple[tuple[int, ...], ...]  # (nv) actuators that drive each degree of freedom
+    # joint limits of hinges and slides, lower rows then upper rows
+    limit_qpos_index: Tensor  # (2 nlim)
+    limit_dof_index: Tensor  # (2 nlim)
+    limit_sign: Tensor  # (2 nlim, 1) +1 lower, -1 upper
+    limit_bound: Tensor  # (2 nlim, 1) rad or m
+    limit_solver: SolverParameters
+    limit_invweight: Tensor  # (2 nlim, 1)
+    dof_limits: tuple[tuple[int, ...], ...]  # (nv) limit rows of each degree of freedom
+    ball_limits: tuple[int, ...]  # indices into `balls`
+    ball_limit_angle: Tensor  # (nbl, 1) rad
+    ball_limit_solver: SolverParameters
+    ball_limit_invweight: Tensor  # (nbl, 1)
+    # contact points with planes: spheres, ends of capsules, corners of boxes
+    contact_link: tuple[int, ...]  # (nc)
+    contact_link_index: Tensor  # (nc)
+    contact_body: tuple[int, ...]  # (nc) MuJoCo's body, for contact forces per body
+    contact_geom: tuple[int, ...]  # (nc)
+    contact_point: Tensor  # (nc, 3, 1) m, centre of the sphere in the link's frame
+    contact_radius: Tensor  # (nc, 1) m
+    contact_axis: Tensor  # (nc, 3, 1) capsule axis in the link's frame, zero for others
+    contact_corner: Tensor  # (nc, 3, 1) m, box corner from the box's centre, zero for others
+    boxes: bool
+    impratio: float  # ratio of frictional to normal impedance
+    plane_normal: Tensor  # (nc, 3, 1)
+    plane_height: Tensor  # (nc, 1) m, along the normal
+    plane_tangent: Tensor  # (nc, 3, 1) of spheres and boxes
+    friction: Tensor  # (nc, 1), zero for frictionless contacts
+    contact_solver: SolverParameters
+    contact_invweight: Tensor  # (nc, 1)
+    contact_frictionless: Tensor  # (nc, 1) 1 for condim 1
+    # contacts between geoms: spheres and capsules
+    pair_slots: int  # K, the deepest pairs that are solved
+    pair_links: tuple[tuple[int, int], ...]  # (P) first and second link, nl for the world
+    pair_bodies: tuple[tuple[int, int], ...]
+    pair_geoms: tuple[tuple[int, int], ...]
+    pair_link_index: Tensor  # (2, P)
+    pair_centre: Tensor  # (2, P, 3, 1) m, in the links' frames
+    pair_axis: Tensor  # (2, P, 3, 1) m, half-length times axis; zero for a sphere
+    pair_radius: Tensor  # (2, P, 1) m
+    pair_sign: Tensor  # (P, nv, 1) +1 where the dof moves only the second link, -1 only the first
+    pair_friction: Tensor  # (P, 1)
+    pair_solver: SolverParameters
+    pair_invweight: Tensor  # (P, 1)
+    pair_frictionless: Tensor  # (P, 1)
+    pair_edges: int  # 1 where all pairs are frictionless, else 4
+    # bodies, for observations
+    nbody: int
+    body_link_index: Tensor  # (nbody) nl for the world
+    body_mass: Tensor  # (nbody, 1) kg
+    body_com: Tensor  # (nbody, 3, 1) m, in the link's frame
+    body_inertia: Tensor  # (nbody, 3, 3, 1) kg m^2 about the body's centre of mass, link axes
+    # packed symmetric matrices: entry e is (entry_row[e], entry_column[e]), row >= column
+    entries: tuple[tuple[int, int], ...]
+    entry_row_index: Tensor  # (nnz)
+    entry_column_index: Tensor  # (nnz)
+    entry_tree: Tensor  # (nnz, 1) 1 where column is an ancestor of row (or row itself), else 0
+    entry_diagonal: Tensor  # (nnz, 1) 1 on the diagonal
+    unpack_index: Tensor  # (nv, nv) into the entries; nnz for a structural zero
+    qpos0: Tensor  # (nq, 1)
+
+    def replace(self, **changes: Tensor | bool | float) -> Model:
+        """The same robot with other parameters, e.g. `model.replace(mass=model.mass * scale)`, scale (nl, N)."""
+        return dataclasses.replace(self, **changes)
+
+    def narrow(self, start: int, stop: int) -> Model:
+        """The robots [start, stop): slices each parameter that carries an environment axis."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] > 1:
+                return value[..., start:stop]
+            if isinstance(value, SolverParameters):
+                return SolverParameters(*(cut(field) for field in value))
+            return value
+
+        return dataclasses.replace(self, **{f.name: cut(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+class SolverParameters(NamedTuple):
+    """solref and solimp of constraint rows (MuJoCo: Computation, Constraint model, Parameters), each (rows, 1 or N)."""
+
+    stiffness: Tensor  # 1/s^2, MuJoCo's K
+    damping: Tensor  # 1/s, MuJoCo's B
+    impedance_min: Tensor
+    impedance_max: Tensor
+    width: Tensor  # m or rad
+    midpoint: Tensor
+    power: Tensor
+    margin: Tensor  # m or rad
+    quadratic: bool  # all powers are 2, MuJoCo's default: a product instead of a pow
+
+
+MINIMP, MAXIMP, MINVAL = 1e-4, 0.9999, 1e-15  # mjMINIMP, mjMAXIMP, mjMINVAL
+INTEGRATORS = {
+    int(mujoco.mjtIntegrator.mjINT_EULER): "euler",
+    int(mujoco.mjtIntegrator.mjINT_RK4): "rk4",
+    int(mujoco.mjtIntegrator.mjINT_IMPLICITFAST): "implicitfast",
+}
+
+
+def compile_mjcf(source: str | Path | mujoco.MjModel) -> mujoco.MjModel:
+    """mjModel from an MJCF path, an MJCF string, or an mjModel (returned as it is)."""
+    if isinstance(source, mujoco.MjModel):
+        return source
+    try:
+        if str(source).lstrip().startswith("<"):
+            return mujoco.MjModel.from_xml_string(str(source))
+        return mujoco.MjModel.from_xml_path(str(source))
+    except ValueError as error:
+        raise ValueError(f"MuJoCo does not compile this model: {' '.join(str(error).split())}") from None
+
+
+def refuse_unsupported(m: mujoco.MjModel) -> None:
+    """ValueError that names the first feature of `m` that this simulator does not compute."""
+    tendon_acts = (
+        m.tendon_stiffness.any() or m.tendon_damping.any() or m.tendon_frictionloss.any() or m.tendon_limited.any()
+    )
+    simple_joints = np.isin(m.jnt_type, (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE))
+    joint_transmission = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+    rules = {
+        "equality constraints": m.neq > 0,
+        "tendons with stiffness, damping, friction loss or limits": m.ntendon > 0 and tendon_acts,
+        "explicit contact pairs (<pair>)": m.npair > 0,
+        "mocap bodies": m.nmocap > 0,
+        "flexes": m.nflex > 0,
+        "plugins": m.nplugin > 0,
+        "gravity compensation": m.body_gravcomp.any() or m.jnt_actgravcomp.any(),
+        "joint friction loss": m.dof_frictionloss.any(),
+        "polynomial or plastic joint springs and dampers": m.jnt_stiffnesspoly.any()
+        or m.dof_dampingpoly.any()
+        or np.any(m.jnt_plasticadr >= 0),
+        "stiffness on free and ball joints": m.jnt_stiffness[~simple_joints].any(),
+        "limits on free joints": m.jnt_limited[m.jnt_type == mujoco.mjtJoint.mjJNT_FREE].any(),
+        "elliptic friction cones": m.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL,
+        "medium density, viscosity or wind": m.opt.density or m.opt.viscosity or m.opt.wind.any(),
+        "option flags (disable, enable, disableactuator)": m.opt.disableflags
+        or m.opt.enableflags
+        or m.opt.disableactuator,
+        "noslip iterations": m.opt.noslip_iterations > 0,
+        "contact gap": m.geom_gap.any(),
+        "contact adhesion and surface velocity": m.geom_adhesion.any() or m.geom_surfacevel.any(),
+        "actuators with activation, delay, damping or armature": m.na > 0
+        or m.actuator_delay.any()
+        or m.actuator_damping.any()
+        or m.actuator_armature.any(),
+        "actuators with more than one input or output": np.any(m.actuator_ctrlnum != 1)
+        or np.any(m.actuator_outnum != 1),
+        "actuator transmissions other than joint": not np.isin(m.actuator_trntype, joint_transmission).all(),
+        "actuators on free and ball joints": m.nu > 0
+        and not simple_joints[m.actuator_trnid[np.isin(m.actuator_trntype, joint_transmission), 0]].all(),
+        "actuator gain types other than fixed": np.any(m.actuator_gaintype != mujoco.mjtGain.mjGAIN_FIXED),
+        "actuator bias types other than none and affine": not np.isin(
+            m.actuator_biastype, (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE)
+        ).all(),
+    }
+    for feature, found in rules.items():
+        if found:
+            raise ValueError(f"unsupported model feature: {feature}; remove it from the MJCF or use MuJoCo")
+
+
+def collision_pairs(m: mujoco.MjModel) -> list[tuple[int, int]]:
+    """Geom pairs that MuJoCo tests: bit masks, same or welded body, parent and child, <exclude>. Lower type first."""
+    excluded = {(int(s) >> 16, int(s) & 0xFFFF) for s in m.exclude_signature}
+    pairs = []
+    for i in range(m.ngeom):
+        for j in range(i + 1, m.ngeom):
+            first, second = (i, j) if m.geom_type[i] <= m.geom_type[j] else (j, i)
+            b1, b2 = int(m.geom_bodyid[first]), int(m.geom_bodyid[second])
+            w1, w2 = int(m.body_weldid[b1]), int(m.body_weldid[b2])
+            parent1, parent2 = (int(m.body_weldid[m.body_parentid[w]]) for w in (w1, w2))
+            masks = (m.geom_contype[first] & m.geom_conaffinity[second]) | (
+                m.geom_contype[second] & m.geom_conaffinity[first]
+            )
+            related = w1 and w2 and (w1 == parent2 or w2 == parent1)
+            if masks and w1 != w2 and not related and not {(b1, b2), (b2, b1)} & excluded:
+                pairs.append((first, second))
+    return pairs
+
+
+def mix_contact(m: mujoco.MjModel, g1: int, g2: int) -> tuple[int, float, np.ndarray, np.ndarray, float, float]:
+    """condim, friction, solref, solimp, margin, inverse weight of a geom pair (MuJoCo: Contact parameters)."""
+    margin = m.geom_margin[g1] + m.geom_margin[g2]
+    invweight = m.body_invweight0[m.geom_bodyid[g1], 0] + m.body_invweight0[m.geom_bodyid[g2], 0]
+    if m.geom_priority[g1] != m.geom_priority[g2]:
+        g = g1 if m.geom_priority[g1] > m.geom_priority[g2] else g2
+        solref, solimp, condim, friction = m.geom_solref[g], m.geom_solimp[g], m.geom_condim[g], m.geom_friction[g, 0]
+    else:
+        s1, s2 = m.geom_solmix[g1], m.geom_solmix[g2]
+        mix = 0.5 if s1 < MINVAL and s2 < MINVAL else s1 / (s1 + s2)
+        standard = m.geom_solref[g1, 0] > 0 and m.geom_solref[g2, 0] > 0
+        solref = (
+            mix * m.geom_solref[g1] + (1 - mix) * m.geom_solref[g2]
+            if standard
+            else np.minimum(m.geom_solref[g1], m.geom_solref[g2])
+        )
+        solimp = mix * m.geom_solimp[g1] + (1 - mix) * m.geom_solimp[g2]
+        condim = max(m.geom_condim[g1], m.geom_condim[g2])
+        friction = max(m.geom_friction[g1, 0], m.geom_friction[g2, 0])
+    if condim not in (1, 3):
+        raise ValueError(f"unsupported model feature: condim {condim} of geom {geom_name(m, g2)}; use 1 or 3")
+    return int(condim), 0.0 if condim == 1 else float(friction), solref, solimp, float(margin), float(invweight)
+
+
+def geom_name(m: mujoco.MjModel, g: int) -> str:
+    """'left_foot' (capsule), for messages."""
+    kind = mujoco.mjtGeom(int(m.geom_type[g])).name.removeprefix("mjGEOM_").lower()
+    return f"{m.geom(g).name or g!r} ({kind})"
+
+
+def solver_parameters(rows: list[tuple], timestep: float, tensor: Any) -> SolverParameters:
+    """SolverParameters of rows (solref, solimp, margin). Standard and direct solref as in mj_makeImpedance."""
+    columns = np.zeros((8, len(rows)))
+    for k, (solref, solimp, margin) in enumerate(rows):
+        dmin, dmax = np.clip(solimp[:2], MINIMP, MAXIMP)
+        width, midpoint, power = max(0, solimp[2]), np.clip(solimp[3], MINIMP, MAXIMP), max(1, solimp[4])
+        if (solref[0] > 0) != (solref[1] > 0):
+            raise ValueError(f"unsupported model feature: solref {tuple(solref)} mixes standard and direct format")
+        if solref[0] > 0:
+            time_constant, ratio = max(solref[0], 2 * timestep), solref[1]
+            stiffness = 1 / max(MINVAL, (dmax * time_constant * ratio) ** 2)
+            damping = 2 / max(MINVAL, dmax * time_constant)
+        else:
+            stiffness, damping = -solref[0] / dmax**2, -solref[1] / dmax
+        if width <= MINVAL:
+            dmin = dmax = 0.5 * (dmin + dmax)
+            width = 1.0
+        columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
+    quadratic = bool(np.all(columns[6] == 2))
+    return SolverParameters(*(tensor(column[:, None]) for column in columns), quadratic)
+
+
+def load_model(
+    source: str | Path | mujoco.MjModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    timestep: float | None = None,
+    self_collision: bool = True,
+    pair_slots: int = 8,
+) -> Model:
+    """Compile MJCF (path or string) or take an mjModel, and arrange it as a `Model` on `device`.
+
+    timestep: s, default the MJCF's. self_collision: contacts between the robot's own geoms. pair_slots: how many of
+    them, the deepest first, are solved at once. ValueError names any feature that this simulator does not compute.
+    """
+    m = compile_mjcf(source)
+    refuse_unsupported(m)
+    if pair_slots < 1:
+        raise ValueError(f"pair_slots must be at least 1, not {pair_slots}; to drop pairs use self_collision=False")
+    if INTEGRATORS.get(int(m.opt.integrator)) is None:
+        name = mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
+        raise ValueError(f"unsupported model feature: integrator {name}; use euler, implicitfast or rk4")
+    h = float(timestep or m.opt.timestep)
+
+    def tensor(x: Any) -> Tensor:
+        return torch.tensor(np.asarray(x, dtype=np.float64), dtype=dtype, device=device)
+
+    def index(x: Any) -> Tensor:
+        return torch.tensor(np.asarray(x, dtype=np.int64), dtype=torch.long, device=device)
+
+    def matrix(quat: np.ndarray) -> np.ndarray:
+        out = np.zeros(9)
+        mujoco.mju_quat2Mat(out, quat)
+        return out.reshape(3, 3)
+
+    def skew(v: np.ndarray) -> np.ndarray:
+        return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
+
+    # Links. A body's frame is (position, rotation) in the frame of its link; a body with joints is its last link.
+    hinge, slide, ball, free = (
+        int(getattr(mujoco.mjtJoint, f"mjJNT_{kind}")) for kind in ("HINGE", "SLIDE", "BALL", "FREE")
+    )
+    joints: list[int] = []  # joint of each link
+    parent: list[int] = []
+    offset: list[tuple[np.ndarray, np.ndarray]] = []  # (position, rotation) in the parent link's frame
+    body_link = [-1]
+    body_frame = [(np.zeros(3), np.eye(3))]
+    for b in range(1, m.nbody):
+        up = m.body_parentid[b]
+        base, turn = body_frame[up]
+        frame = (base + turn @ m.body_pos[b], turn @ matrix(m.body_quat[b]))
+        link = body_link[up]
+        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
+            joints.append(j)
+            parent.append(link)
+            offset.append(frame)
+            link, frame = len(joints) - 1, (np.zeros(3), np.eye(3))
+        body_link.append(link)
+        body_frame.append(frame)
+    nl = len(joints)
+    if nl == 0:
+        raise ValueError("unsupported model: it has no joints")
+    kinds = [m.jnt_type[j] for j in joints]
+    depth: list[int] = []
+    for link in range(nl):
+        depth.append(0 if parent[link] < 0 else depth[parent[link]] + 1)
+    dof_count = {hinge: 1, slide: 1, ball: 3, free: 6}
+    dofs = [tuple(range(m.jnt_dofadr[j], m.jnt_dofadr[j] + dof_count[m.jnt_type[j]])) for j in joints]
+    dof_link = [link for link in range(nl) for _ in dofs[link]]
+    turns = np.ones(m.nv)
+    for link in range(nl):
+        if kinds[link] == free:
+            turns[list(dofs[link][:3])] = 0
+    ancestors = np.eye(nl, dtype=bool)
+    for link in range(nl):
+        if parent[link] >= 0:
+            ancestors[link] |= ancestors[parent[link]]
+    moves = np.zeros((nl + 1, m.nv), dtype=bool)  # moves[l, d]: dof d moves link l; the last row is the world
+    moves[:nl] = ancestors[:, dof_link]
+
+    # Joints: hinge rotation is offset @ Rodrigues(axis, angle); the anchor is the point both frames share.
+    scalars = [link for link in range(nl) if kinds[link] in (hinge, slide)]
+    balls = [link for link in range(nl) if kinds[link] == ball]
+    frees = [link for link in range(nl) if kinds[link] == free]
+    rotation, position = np.zeros((3, len(scalars), 3, 3)), np.zeros((4, len(scalars), 3))
+    for k, link in enumerate(scalars):
+        j, (base, turn) = joints[link], offset[link]
+        axis, anchor = m.jnt_axis[j], m.jnt_pos[j]
+        rotation[0, k] = turn
+        position[0, k] = base
+        if kinds[link] == hinge:
+            rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
+            position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
+        else:
+            position[3, k] = turn @ axis
+    order = scalars + balls + frees
+
+    # Inertia of the bodies in their link's frame, then of the links about their own centre of mass.
+    body_com = np.zeros((m.nbody, 3))
+    body_inertia = np.zeros((m.nbody, 3, 3))
+    mass, moment, about_frame = np.zeros(nl), np.zeros((nl, 3)), np.zeros((nl, 3, 3))
+    for b in range(1, m.nbody):
+        base, turn = body_frame[b]
+        body_com[b] = base + turn @ m.body_ipos[b]
+        axes = turn @ matrix(m.body_iquat[b])
+        body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
+        link = body_link[b]
+        if link >= 0:
+            mass[link] += m.body_mass[b]
+            moment[link] += m.body_mass[b] * body_com[b]
+            about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
+    com = moment / np.maximum(mass, MINVAL)[:, None]
+    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(nl)])
+
+    # Joint limits.
+    limited = [link for link in scalars if m.jnt_limited[joints[link]]]
+    limit_joints = [joints[link] for link in limited]
+    limit_rows = [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in limit_joints]
+    limit_dofs = [int(m.jnt_dofadr[j]) for j in limit_joints] * 2
+    ball_limits = [k for k, link in enumerate(balls) if m.jnt_limited[joints[link]]]
+    ball_limit_joints = [joints[balls[k]] for k in ball_limits]
+
+    # Contact points with planes, and pairs of spheres and capsules.
+    plane, sphere, capsule, box = (
+        int(getattr(mujoco.mjtGeom, f"mjGEOM_{kind}")) for kind in ("PLANE", "SPHERE", "CAPSULE", "BOX")
+    )
+    points, pairs = [], []
+    for g1, g2 in collision_pairs(m):
+        t1, t2 = m.geom_type[g1], m.geom_type[g2]
+        b1, b2 = int(m.geom_bodyid[g1]), int(m.geom_bodyid[g2])
+        if body_link[b1] < 0 and body_link[b2] < 0:
+            continue
+        known = (t1 == plane and t2 in (sphere, capsule, box)) or (t1 in (sphere, capsule) and t2 in (sphere, capsule))
+        if not known:
+            raise ValueError(
+                f"unsupported model feature: collision of geom {geom_name(m, g1)} with {geom_name(m, g2)}; "
+                "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
+            )
+        condim, friction, solref, solimp, margin, invweight = mix_contact(m, g1, g2)
+        frames = []
+        for g, b in ((g1, b1), (g2, b2)):
+            base, turn = body_frame[b]
+            frames.append((base + turn @ m.geom_pos[g], turn @ matrix(m.geom_quat[g])))
+        (centre1, axes1), (centre2, axes2) = frames
+        solver = (solref, solimp, margin)
+        if t1 == plane:
+            if body_link[b1] >= 0:
+                raise ValueError(f"unsupported model feature: moving plane, geom {geom_name(m, g1)}")
+            normal, size = axes1[:, 2], m.geom_size[g2]
+            tangent = np.array([0.0, 1, 0]) if abs(normal[1]) < 0.5 else np.array([0.0, 0, 1])
+            tangent -= normal * (normal @ tangent)
+            tangent /= np.linalg.norm(tangent)
+            axis, radius = np.zeros(3), size[0]
+            corners = [np.zeros(3)]
+            if t2 == capsule:
+                axis = axes2[:, 2]
+                corners = [axis * size[1], -axis * size[1]]
+            elif t2 == box:
+                radius = 0.0
+                corners = [axes2 @ (size * [1 if i & bit else -1 for bit in (1, 2, 4)]) for i in range(8)]
+            for corner in corners:
+                arm = corner if t2 == box else np.zeros(3)
+                points.append(
+                    (body_link[b2], b2, g2, centre2 + corner, radius, axis, arm, normal, normal @ centre1, tangent,
+                     friction, solver, invweight, condim == 1)
+                )  # fmt: skip
+        elif self_collision:
+            links = tuple(nl if body_link[b] < 0 else body_link[b] for b in (b1, b2))
+            half = [axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == capsule) for axes, g in ((axes1, g1), (axes2, g2))]
+            radii = (m.geom_size[g1, 0], m.geom_size[g2, 0])
+            pairs.append(
+                (links, (b1, b2), (g1, g2), (centre1, centre2), half, radii, friction, solver, invweight, condim == 1)
+            )
+
+    def column(rows: list[tuple], k: int, *shape: int) -> np.ndarray:
+        return np.array([row[k] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
+
+    sign = np.array([1.0 * moves[b] - 1.0 * moves[a] for (a, b), *_ in pairs]).reshape(len(pairs), m.nv)
+
+    # Non-zeros of the solver's matrix: tree entries, dofs that a pair couples, and what elimination (last dof first,
+    # so leaves before their parents) fills in.
+    tree = np.array([[moves[dof_link[i], j] for j in range(m.nv)] for i in range(m.nv)]) & np.tri(m.nv, dtype=bool)
+    pattern = tree.copy()
+    for row in sign:
+        touched = row != 0
+        pattern |= np.outer(touched, touched) & np.tri(m.nv, dtype=bool)
+    for k in reversed(range(m.nv)):
+        neighbours = [i for i in range(k) if pattern[k, i]]
+        for i in neighbours:
+            for j in neighbours:
+                pattern[i, j] |= j <= i
+    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if pattern[i, j]]
+    unpack = np.full((m.nv, m.nv), len(entries))
+    for e, (i, j) in enumerate(entries):
+        unpack[i, j] = unpack[j, i] = e
+
+    # Actuators.
+    actuator_joints = m.actuator_trnid[:, 0]
+    infinity = np.inf
+    affine = (m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE)[:, None]
+
+    def bounds(limited: np.ndarray, ranges: np.ndarray) -> tuple[Tensor, Tensor]:
+        on = limited.astype(bool)
+        return (
+            tensor(np.where(on, ranges[:, 0], -infinity)[:, None]),
+            tensor(np.where(on, ranges[:, 1], infinity)[:, None]),
+        )
+
+    ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
+    force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
+    joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
+
+    return Model(
+        nq=m.nq,
+        nv=m.nv,
+        nu=m.nu,
+        nl=nl,
+        timestep=h,
+        integrator=INTEGRATORS[int(m.opt.integrator)],
+        parent=tuple(parent),
+        levels=tuple(tuple(i for i in range(nl) if depth[i] == d) for d in range(max(depth) + 1)),
+        dofs=tuple(dofs),
+        dof_link_index=index(dof_link),
+        turns=tensor(turns)[:, None, None],
+        scalar_qpos_index=index([m.jnt_qposadr[joints[link]] for link in scalars]),
+        scalar_dofs=tuple(int(m.jnt_dofadr[joints[link]]) for link in scalars),
+        scalar_qpos=tuple(int(m.jnt_qposadr[joints[link]]) for link in scalars),
+        scalar_link_index=index(scalars),
+        scalar_reference=tensor([m.qpos0[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
+        scalar_rotation=tensor(rotation)[..., None],
+        scalar_position=tensor(position)[..., None],
+        scalar_axis=tensor([m.jnt_axis[joints[link]] for link in scalars]).reshape(-1, 3, 1),
+        scalar_anchor=tensor([m.jnt_pos[joints[link]] for link in scalars]).reshape(-1, 3, 1),
+        scalar_hinge=tensor([kinds[link] == hinge for link in scalars]).reshape(-1, 1, 1),
+        stiffness=tensor([m.jnt_stiffness[joints[link]] for link in scalars])[:, None],
+        spring_reference=tensor([m.qpos_spring[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
+        dof_springs=tuple(
+            tuple(k for k, link in enumerate(scalars) if m.jnt_dofadr[joints[link]] == dof) for dof in range(m.nv)
+        ),
+        balls=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in balls),
+        frees=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in frees),
+        quaternions=tuple(
+            (int(m.jnt_qposadr[joints[k]]) + 3 * (kinds[k] == free), int(m.jnt_dofadr[joints[k]]) + 3 * (kinds[k] == free))
+            for k in balls + frees
+        ),
+        ball_rotation=tensor([offset[k][1] for k in balls]).reshape(-1, 3, 3, 1),
+        ball_position=tensor([offset[k][0] + offset[k][1] @ m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
+        ball_anchor=tensor([m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
+        link_order_index=index(np.argsort(order)),
+        mass=tensor(mass)[:, None],
+        com=tensor(com)[..., None],
+        inertia=tensor(inertia)[..., None],
+        armature=tensor(m.dof_armature)[:, None],
+        damping=tensor(m.dof_damping)[:, None],
+        damped=bool(m.dof_damping.any()),
+        gravity=tensor(m.opt.gravity)[:, None],
+        unit_motion=tensor(np.eye(6))[..., None],
+        actuator_dof_index=index(m.jnt_dofadr[actuator_joints]),
+        actuator_qpos_index=index(m.jnt_qposadr[actuator_joints]),
+        actuator_gear=tensor(m.actuator_gear[:, :1]),
+        actuator_gain=tensor(m.actuator_gainprm[:, :1]),
+        actuator_bias=tensor(np.where(affine, m.actuator_biasprm[:, :3], 0).T[..., None]),
+        actuator_velocity_bias=bool(np.any(affine[:, 0] & (m.actuator_biasprm[:, 2] != 0))),
+        ctrl_low=ctrl_low,
+        ctrl_high=ctrl_high,
+        force_low=force_low,
+        force_high=force_high,
+        dof_force_low=joint_low[m.dof_jntid],
+        dof_force_high=joint_high[m.dof_jntid],
+        dof_actuators=tuple(
+            tuple(a for a in range(m.nu) if m.jnt_dofadr[actuator_joints[a]] == d) for d in range(m.nv)
+        ),
+        limit_qpos_index=index([m.jnt_qposadr[j] for j in limit_joints] * 2),
+        limit_dof_index=index(limit_dofs),
+        limit_sign=tensor([1.0] * len(limited) + [-1.0] * len(limited))[:, None],
+        limit_bound=tensor([m.jnt_range[j, side] for side in (0, 1) for j in limit_joints])[:, None],
+        limit_solver=solver_parameters(limit_rows * 2, h, tensor),
+        limit_invweight=tensor(m.dof_invweight0[limit_dofs])[:, None],
+        dof_limits=tuple(tuple(k for k, d in enumerate(limit_dofs) if d == dof) for dof in range(m.nv)),
+        ball_limits=tuple(ball_limits),
+        ball_limit_angle=tensor([m.jnt_range[j].max() for j in ball_limit_joints])[:, None],
+        ball_limit_solver=solver_parameters(
+            [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in ball_limit_joints], h, tensor
+        ),
+        ball_limit_invweight=tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_limit_joints])[:, None],
+        contact_link=tuple(row[0] for row in points),
+        contact_link_index=index([row[0] for row in points]),
+        contact_body=tuple(row[1] for row in points),
+        contact_geom=tuple(row[2] for row in points),
+        contact_point=tensor(column(points, 3, 3, 1)),
+        contact_radius=tensor(column(points, 4, 1)),
+        contact_axis=tensor(column(points, 5, 3, 1)),
+        contact_corner=tensor(column(points, 6, 3, 1)),
+        impratio=float(m.opt.impratio),
+        boxes=any(row[6].any() for row in points),
+        plane_normal=tensor(column(points, 7, 3, 1)),
+        plane_height=tensor(column(points, 8, 1)),
+        plane_tangent=tensor(column(points, 9, 3, 1)),
+        friction=tensor(column(points, 10, 1)),
+        contact_solver=solver_parameters([row[11] for row in points], h, tensor),
+        contact_invweight=tensor(column(points, 12, 1)),
+        contact_frictionless=tensor(column(points, 13, 1)),
+        pair_slots=min(pair_slots, len(pairs)),
+        pair_links=tuple(row[0] for row in pairs),
+        pair_bodies=tuple(row[1] for row in pairs),
+        pair_geoms=tuple(row[2] for row in pairs),
+        pair_link_index=index(column(pairs, 0, 2).T),
+        pair_centre=tensor(column(pairs, 3, 2, 3, 1).swapaxes(0, 1)),
+        pair_axis=tensor(column(pairs, 4, 2, 3, 1).swapaxes(0, 1)),
+        pair_radius=tensor(column(pairs, 5, 2, 1).swapaxes(0, 1)),
+        pair_sign=tensor(sign)[..., None],
+        pair_friction=tensor(column(pairs, 6, 1)),
+        pair_solver=solver_parameters([row[7] for row in pairs], h, tensor),
+        pair_invweight=tensor(column(pairs, 8, 1)),
+        pair_frictionless=tensor(column(pairs, 9, 1)),
+        pair_edges=1 if all(row[9] for row in pairs) else 4,
+        nbody=m.nbody,
+        body_link_index=index([nl if link < 0 else link for link in body_link]),
+        body_mass=tensor(m.body_mass)[:, None],
+        body_com=tensor(body_com)[..., None],
+        body_inertia=tensor(body_inertia)[..., None],
+        entries=tuple(entries),
+        entry_row_index=index([i for i, _ in entries]),
+        entry_column_index=index([j for _, j in entries]),
+        entry_tree=tensor([tree[i, j] for i, j in entries])[:, None],
+        entry_diagonal=tensor([i == j for i, j in entries])[:, None],
+        unpack_index=index(unpack),
+        qpos0=tensor(m.qpos0)[:, None],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sums over the tree. Links are ordered parent before child, so one pass does it; the loops unroll.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ancestor_sum(model: Model, rows: list[Tensor]) -> Tensor:
+    """(nl, ..., N): for each link, the sum of `rows` over the link and its ancestors. Velocities add up this way."""
+    total: list[Tensor] = []
+    for link, row in enumerate(rows):
+        up = model.parent[link]
+        total.append(row if up < 0 else total[up] + row)
+    return torch.stack(total)
+
+
+def subtree_sum(model: Model, rows: list[Tensor]) -> Tensor:
+    """(nl, ..., N): for each link, the sum of `rows` over the link and its descendants. Forces add up this way."""
+    total = list(rows)
+    for link in reversed(range(model.nl)):
+        up = model.parent[link]
+        if up >= 0:
+            total[up] = total[up] + total[link]
+    return torch.stack(total)
+
+
+def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
+    """(nl, 6, N) spatial motion of each link for dof `rates` (nv, N): velocities of qvel, or J x of any x."""
+    weighted = (cdof * rates.unsqueeze(1)).unbind(0)
+    return ancestor_sum(model, [sum(weighted[d] for d in dofs[1:]) + weighted[dofs[0]] for dofs in model.dofs])
+
+
+def scatter(groups: tuple[tuple[int, ...], ...], values: Tensor) -> Tensor:
+    """Row g is the sum of the rows of `values` that `groups[g]` names: (rows, N) to (len(groups), N)."""
+    rows = values.unbind(0)
+    zero = torch.zeros_like(rows[0])
+    return torch.stack([sum((rows[k] for k in group), zero) for group in groups])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinematics (mj_kinematics, mj_comPos)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def kinematics(model: Model, qpos: Tensor) -> tuple[Tensor, Tensor]:
+    """xpos (nl, 3, N) and xmat (nl, 3, 3, N): pose of each link's frame in the world."""
+    n = qpos.shape[-1]
+    coordinate = (qpos[model.scalar_qpos_index] - model.scalar_reference).unsqueeze(1)
+    sine, versine = torch.sin(coordinate), 1 - torch.cos(coordinate)
+    rotation, position = model.scalar_rotation, model.scalar_position
+    local_position = [position[0] + sine * position[1] + versine * position[2] + coordinate * position[3]]
+    sine, versine = sine.unsqueeze(1), versine.unsqueeze(1)
+    local_rotation = [rotation[0] + sine * rotation[1] + versine * rotation[2]]
+    if model.balls:
+        turn = quat_to_matrix(torch.stack([qpos[adr : adr + 4] for _, adr, _ in model.balls]))
+        local_rotation.append(compose(model.ball_rotation, turn))
+        local_position.append(model.ball_position - rotate(local_rotation[-1], model.ball_anchor))
+    if model.frees:
+        local_rotation.append(quat_to_matrix(torch.stack([qpos[adr + 3 : adr + 7] for _, adr, _ in model.frees])))
+        local_position.append(torch.stack([qpos[adr : adr + 3] for _, adr, _ in model.frees]))
+    local_rotation = torch.cat(local_rotation)[model.link_order_index].unbind(0)
+    local_position = torch.cat(local_position)[model.link_order_index].unbind(0)
+
+    xpos: list[Tensor] = [torch.empty(0)] * model.nl
+    xmat: list[Tensor] = [torch.empty(0)] * model.nl
+    for level in model.levels:
+        turn = torch.stack([local_rotation[link] for link in level])
+        place = torch.stack([local_position[link] for link in level])
+        if model.parent[level[0]] >= 0:
+            up_turn = torch.stack([xmat[model.parent[link]] for link in level])
+            place = torch.stack([xpos[model.parent[link]] for link in level]) + rotate(up_turn, place)
+            turn = compose(up_turn, turn)
+        for link, p, r in zip(level, place.unbind(0), turn.unbind(0), strict=True):
+            xpos[link], xmat[link] = p.expand(3, n), r.expand(3, 3, n)
+    return torch.stack(xpos), torch.stack(xmat)
+
+
+def motion_subspace(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Tensor:
+    """cdof (nv, 6, N) about `origin` (3, N): a hinge turns about its axis through its anchor, a slide translates."""
+    at, turn = xpos[model.scalar_link_index], xmat[model.scalar_link_index]
+    axis = rotate(turn, model.scalar_axis)
+    arm = at + rotate(turn, model.scalar_anchor) - origin
+    angular = axis * model.scalar_hinge
+    linear = torch.where(model.scalar_hinge > 0, cross(arm, axis), axis)
+    scalar = torch.cat((angular, linear), 1).unbind(0)
+    rows = {d: scalar[k] for k, d in enumerate(model.scalar_dofs)}
+    for k, (link, _, dof) in enumerate(model.balls):
+        arm = xpos[link] + rotate(xmat[link], model.ball_anchor[k]) - origin
+        for axis_index in range(3):
+            axis = xmat[link, :, axis_index]
+            rows[dof + axis_index] = torch.cat((axis, cross(arm, axis)), 0)
+    for link, _, dof in model.frees:
+        arm = xpos[link] - origin
+        for axis_index in range(3):
+            axis = xmat[link, :, axis_index]
+            unit = torch.zeros_like(axis)
+            world = torch.cat((unit, unit), 0)
+            rows[dof + axis_index] = world + model.unit_motion[3 + axis_index]
+            rows[dof + 3 + axis_index] = torch.cat((axis, cross(arm, axis)), 0)
+    return torch.stack([rows[d] for d in range(model.nv)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Smooth dynamics (mj_crb, mj_rne, mj_fwdActuation, mj_passive)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Tensor:
+    """(nl, 21, N) inertia of each link about `origin`, world axes (Featherstone 2008, eq. 2.63)."""
+    centre = xpos + rotate(xmat, model.com) - origin
+    about_com = compose(compose(xmat, model.inertia), xmat.transpose(1, 2))
+    mass = model.mass + torch.zeros_like(centre[:, 0])
+    zero = torch.zeros_like(mass)
+    shifted = shift_to_origin(centre, (mass, zero, zero, mass, zero, mass))
+    i = about_com
+    own = torch.stack((i[:, 0, 0], i[:, 0, 1], i[:, 0, 2], i[:, 1, 1], i[:, 1, 2], i[:, 2, 2]), 1)
+    return torch.cat((shifted[:, :6] + own, shifted[:, 6:]), 1)
+
+
+def composite(model: Model, cdof: Tensor, matrices: Tensor) -> Tensor:
+    """Packed (nnz, N) generalized matrix sum_l J_l^T A_l J_l of one 6x6 matrix A_l (nl, 21, N) per link.
+
+    With inertias it is the composite-rigid-body algorithm (mj_crb, Featherstone 2008, section 6.2): M. With contact
+    stiffnesses added it is the Hessian of the constraint problem, M + J^T D J, at no further cost.
+    """
+    subtree = subtree_sum(model, list(matrices.unbind(0)))[model.dof_link_index]
+    force = apply_symmetric(subtree, cdof)
+    return dot(force[model.entry_row_index], cdof[model.entry_column_index]) * model.entry_tree
+
+
+def generalized_force(model: Model, cdof: Tensor, wrench: list[Tensor]) -> Tensor:
+    """(nv, N): J^T of one wrench (6, N) per link."""
+    return dot(cdof, subtree_sum(model, wrench)[model.dof_link_index])
+
+
+def bias_force(model: Model, cdof: Tensor, cvel: Tensor, inertia: Tensor, qvel: Tensor) -> Tensor:
+    """qfrc_bias (nv, N): Coriolis, centrifugal and gravity forces (recursive Newton-Euler at zero acceleration)."""
+    drift = cross_motion(cvel[model.dof_link_index], cdof * qvel.unsqueeze(1)) * model.turns
+    acceleration = link_motion(model, drift, torch.ones_like(qvel))
+    acceleration = torch.cat((acceleration[:, :3], acceleration[:, 3:] - model.gravity), 1)
+    wrench = apply_symmetric(inertia, acceleration) + cross_force(cvel, apply_symmetric(inertia, cvel))
+    return generalized_force(model, cdof, list(wrench.unbind(0)))
+
+
+def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
+    """qfrc_actuator (nv, N) of ctrl (nu, N), and -d(force)/d(qvel), the implicit damping it adds (nv, N)."""
+    gear = model.actuator_gear
+    length, velocity = gear * qpos[model.actuator_qpos_index], gear * qvel[model.actuator_dof_index]
+    bias = model.actuator_bias
+    clipped = torch.clamp(ctrl, model.ctrl_low, model.ctrl_high)
+    free = model.actuator_gain * clipped + bias[0] + bias[1] * length + bias[2] * velocity
+    force = torch.clamp(free, model.force_low, model.force_high)
+    qfrc = torch.clamp(scatter(model.dof_actuators, gear * force), model.dof_force_low, model.dof_force_high)
+    saturated = (force <= model.force_low) | (force >= model.force_high)
+    damping = torch.where(saturated, 0.0, -gear * gear * bias[2])
+    return qfrc, scatter(model.dof_actuators, damping + torch.zeros_like(force))
+
+
+def passive_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
+    """qfrc_passive (nv, N): joint springs and dampers."""
+    spring = -model.stiffness * (qpos[model.scalar_qpos_index] - model.spring_reference)
+    return scatter(model.dof_springs, spring) - model.damping * qvel
+
+
+def solve_positive(model: Model, matrix: Tensor, vector: Tensor) -> Tensor:
+    """Solve the packed symmetric positive-definite system `matrix` (nnz, N) x = `vector` (nv, N).
+
+    Eager: LAPACK or cuSOLVER on the unpacked matrices. Compiled: Cholesky unrolled over its structural non-zeros, each
+    entry an (N,) vector, last dof first so that leaves are eliminated before their parents (Featherstone 2008,
+    section 6.5); the compiler fuses it into a few kernels. A matrix that is not positive definite gives NaN in that
+    environment only.
+    """
+    if not torch.compiler.is_compiling():
+        padded = torch.cat((matrix, torch.zeros_like(matrix[:1])))
+        dense = padded[model.unpack_index].permute(2, 0, 1)
+        factor, failed = torch.linalg.cholesky_ex(dense)
+        factor = torch.where((failed > 0)[:, None, None], math.nan, factor)
+        return torch.cholesky_solve(vector.T.unsqueeze(-1), factor).squeeze(-1).T
+    entry = dict(zip(model.entries, matrix.unbind(0), strict=True))
+    x = list(vector.unbind(0))
+    neighbours = {k: [j for j in range(k) if (k, j) in entry] for k in range(model.nv)}
+    inverse: list[Tensor] = [x[0]] * model.nv
+    for k in reversed(range(model.nv)):
+        inverse[k] = torch.rsqrt(entry[k, k])
+        for i in neighbours[k]:
+            entry[k, i] = entry[k, i] * inverse[k]
+        x[k] = x[k] * inverse[k]
+        for i in neighbours[k]:
+            x[i] = x[i] - entry[k, i] * x[k]
+            for j in neighbours[k]:
+                if j <= i:
+                    entry[i, j] = entry[i, j] - entry[k, i] * entry[k, j]
+    for k in range(model.nv):
+        for i in neighbours[k]:
+            x[k] = x[k] - entry[k, i] * x[i]
+        x[k] = x[k] * inverse[k]
+    return torch.stack(x)
+
+
+def add_diagonal(model: Model, matrix: Tensor, diagonal: Tensor) -> Tensor:
+    """Packed matrix plus a diagonal (nv, 1 or N)."""
+    return matrix + diagonal[model.entry_row_index] * model.entry_diagonal
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constraints (mj_collision, mj_makeConstraint, mj_makeImpedance, mj_referenceConstraint)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Constraints(NamedTuple):
+    """Rows J x - aref >= 0 with weight D = 1/R, zero where inactive. A contact has four rows, n +- mu t1, n +- mu t2."""
+
+    point: Tensor  # (nc, 3, N) m, from the origin
+    distance: Tensor  # (nc, N) m
+    normal: Tensor  # (nc, 3, 1 or N)
+    tangent: Tensor  # (2, nc, 3, N) times the friction coefficient
+    contact_weight: Tensor  # (nc, N)
+    contact_reference: Tensor  # (nc, 4, N) m/s^2
+    limit_weight: Tensor  # (2 nlim, N)
+    limit_reference: Tensor  # (2 nlim, N)
+    row_jacobian: Tensor  # (nr, nv, N) explicit rows: pairs and ball limits
+    row_weight: Tensor  # (nr, N)
+    row_reference: Tensor  # (nr, N)
+    pair_index: Tensor  # (K, N) which pair each slot holds
+    pair_frame: Tensor  # (K, 3, 3, N) rows normal, tangents, not scaled
+    pair_point: Tensor  # (K, 3, N) m, from the origin
+
+
+def impedance(solver: SolverParameters, violation: Tensor) -> Tensor:
+    """d(r) in (0, 1) of `violation` r = distance - margin (MuJoCo: Computation, Constraint model, Impedance)."""
+    x = (violation.abs() / solver.width).clamp(max=1.0)
+    mid = solver.midpoint
+    if solver.quadratic:
+        rise = torch.where(x <= mid, x * x / mid, 1 - (1 - x) * (1 - x) / (1 - mid))
+    else:
+        p = solver.power
+        low = x.clamp(min=1e-12).pow(p) / mid.pow(p - 1)
+        rise = torch.where(x <= mid, low, 1 - (1 - x).clamp(min=1e-12).pow(p) / (1 - mid).pow(p - 1))
+    return solver.impedance_min + rise * (solver.impedance_max - solver.impedance_min)
+
+
+def row_terms(solver: SolverParameters, invweight: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight D and position part of the reference, -K d (distance - margin), of rows (rows, N)."""
+    violation = distance - solver.margin
+    d = impedance(solver, violation)
+    regularization = ((1 - d) / d * invweight).clamp(min=MINVAL)
+    weight = torch.where(distance < solver.margin, 1 / regularization, 0.0)
+    return weight, -solver.stiffness * d * violation
+
+
+def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor, frictionless: Tensor) -> Tensor:
+    """Diagonal approximation shared by the four rows of a contact (mj_diagApprox, mj_makeImpedance).
+
+    A frictionless contact is a pyramid of zero width whose four rows share the one row's stiffness.
+    """
+    square = friction * friction
+    return torch.where(frictionless > 0, 4 * invweight, 2 * square / model.impratio * (1 + square) * invweight)
+
+
+def edge_rows(normal: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The four pyramid rows (nc, 4, N) of a vector's components along the normal and the scaled tangents."""
+    return torch.stack((normal + first, normal - first, normal + second, normal - second), 1)
+
+
+def plane_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Contact point (nc, 3, N) from the origin, distance (nc, N) and unit tangents (2, nc, 3, N).
+
+    The first tangent lies along a capsule's axis (mjc_PlaneCapsule), else along the world's y or z.
+    """
+    at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
+    centre = at + rotate(turn, model.contact_point)
+    distance = dot(centre, model.plane_normal) - model.plane_height - model.contact_radius
+    point = centre - (model.contact_radius + 0.5 * distance).unsqueeze(1) * model.plane_normal - origin
+    if model.boxes:  # a corner that points away from the plane does not touch (mjc_PlaneBox)
+        away = dot(rotate(turn, model.contact_corner), model.plane_normal) > 0
+        distance = torch.where(away, math.inf, distance)
+    axis = rotate(turn, model.contact_axis)
+    along = axis - dot(axis, model.plane_normal).unsqueeze(1) * model.plane_normal
+    first = normalized(along, model.plane_tangent, 1e-6)
+    return point, distance, torch.stack((first, cross(model.plane_normal.expand_as(first), first)))
+
+
+def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, ...]:
+    """The K deepest of the P candidate pairs: index (K, N), point (K, 3, N), distance (K, N), frame (K, 3, 3, N).
+
+    Spheres are capsules of zero length; nearest points of two segments as in mjraw_CapsuleCapsule. Two exactly
+    parallel capsules get one contact here and up to two in MuJoCo.
+    """
+    n = xpos.shape[-1]
+    eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, n)
+    xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))
+    at, turn = xpos[model.pair_link_index], xmat[model.pair_link_index]
+    centre = at + rotate(turn, model.pair_centre) - origin
+    axis1, axis2 = rotate(turn, model.pair_axis)
+    between = centre[0] - centre[1]
+    aa, ab, bb = dot(axis1, axis1), -dot(axis1, axis2), dot(axis2, axis2)
+    u, v = -dot(axis1, between), dot(axis2, between)
+    determinant = aa * bb - ab * ab
+    parallel = determinant <= 8 * torch.finfo(xpos.dtype).eps * aa * bb
+    safe_aa, safe_bb = torch.where(aa > 0, aa, 1.0), torch.where(bb > 0, bb, 1.0)
+    x1 = torch.where(parallel, 0.0, (bb * u - ab * v) / torch.where(parallel, 1.0, determinant)).clamp(-1, 1)
+    x2 = (v - ab * x1) / safe_bb
+    beyond = x2.abs() > 1
+    x2 = x2.clamp(-1, 1)
+    x1 = torch.where(beyond | parallel, ((u - ab * x2) / safe_aa).clamp(-1, 1), x1)
+    first, second = centre[0] + x1.unsqueeze(1) * axis1, centre[1] + x2.unsqueeze(1) * axis2
+    gap = second - first
+    square = dot(gap, gap)
+    length = torch.sqrt(torch.where(square > 0, square, 1.0))
+    distance = torch.where(square > 0, length, 0.0) - model.pair_radius[0] - model.pair_radius[1]
+    normal = gap / length.unsqueeze(1)
+    point = first + (model.pair_radius[0] + 0.5 * distance).unsqueeze(1) * normal
+
+    if model.pair_slots < len(model.pair_links):
+        index = torch.topk(distance - model.pair_solver.margin, model.pair_slots, dim=0, largest=False).indices
+        distance = torch.gather(distance, 0, index)
+        along = index.unsqueeze(1).expand(-1, 3, -1)
+        point, normal = torch.gather(point, 0, along), torch.gather(normal, 0, along)
+    else:
+        index = torch.arange(model.pair_slots, device=xpos.device)[:, None].expand(-1, n)
+    upright = (normal[:, 1:2].abs() >= 0.5).to(normal.dtype)
+    guess = torch.cat((torch.zeros_like(upright), 1 - upright, upright), 1)
+    first = guess - dot(guess, normal).unsqueeze(1) * normal
+    first = first * torch.rsqrt(dot(first, first)).unsqueeze(1)
+    return index, point, distance, torch.stack((normal, first, cross(normal, first)), 1)
+
+
+def make_constraints(
+    model: Model, qpos: Tensor, qvel: Tensor, xpos: Tensor, xmat: Tensor, origin: Tensor, cdof: Tensor, cvel: Tensor
+) -> Constraints:
+    """All rows of the constraint problem at this state. aref = -B J qvel - K d (distance - margin)."""
+    n = qpos.shape[-1]
+    point, distance, tangent = plane_contacts(model, xpos, xmat, origin)
+    tangent = tangent * model.friction.unsqueeze(1)
+    invweight = pyramid_invweight(model, model.friction, model.contact_invweight, model.contact_frictionless)
+    contact_weight, position = row_terms(model.contact_solver, invweight, distance)
+    velocity = contact_rows(model, point, model.plane_normal, tangent, cvel)
+    contact_reference = position.unsqueeze(1) - model.contact_solver.damping.unsqueeze(1) * velocity
+
+    distance_to_limit = model.limit_sign * (qpos[model.limit_qpos_index] - model.limit_bound)
+    limit_weight, position = row_terms(model.limit_solver, model.limit_invweight, distance_to_limit)
+    limit_reference = position - model.limit_solver.damping * model.limit_sign * qvel[model.limit_dof_index]
+
+    jacobians, weights, references = [], [], []
+    index = torch.zeros((0, n), dtype=torch.long, device=qpos.device)
+    frame, pair_point = qpos.new_zeros((0, 3, 3, n)), qpos.new_zeros((0, 3, n))
+    if model.pair_slots:
+        index, pair_point, depth, frame = pair_contacts(model, xpos, xmat, origin)
+        rows, weight, reference = pair_rows(model, qvel, cdof, index, pair_point, depth, frame)
+        jacobians.append(rows), weights.append(weight), references.append(reference)
+    if model.ball_limits:
+        rows, weight, reference = ball_limit_rows(model, qpos, qvel)
+        jacobians.append(rows), weights.append(weight), references.append(reference)
+    return Constraints(
+        point,
+        distance,
+        model.plane_normal,
+        tangent,
+        contact_weight,
+        contact_reference,
+        limit_weight,
+        limit_reference,
+        torch.cat(jacobians) if jacobians else qpos.new_zeros((0, model.nv, n)),
+        torch.cat(weights) if weights else qpos.new_zeros((0, n)),
+        torch.cat(references) if references else qpos.new_zeros((0, n)),
+        index,
+        frame,
+        pair_point,
+    )
+
+
+def pair_rows(
+    model: Model, qvel: Tensor, cdof: Tensor, index: Tensor, point: Tensor, distance: Tensor, frame: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Explicit Jacobian rows (K * edges, nv, N), weights and references of the chosen pairs."""
+
+    def choose(parameter: Tensor) -> Tensor:
+        return torch.gather(parameter.expand(-1, index.shape[-1]), 0, index)
+
+    friction = choose(model.pair_friction)
+    solver = SolverParameters(*(choose(p) for p in model.pair_solver[:-1]), model.pair_solver.quadratic)
+    invweight = choose(model.pair_invweight)
+    normal, first, second = frame.unbind(1)
+    if model.pair_edges == 1:
+        edges = normal.unsqueeze(1)
+    else:
+        first, second = first * friction.unsqueeze(1), second * friction.unsqueeze(1)
+        edges = torch.stack((normal + first, normal - first, normal + second, normal - second), 1)
+        invweight = pyramid_invweight(model, friction, invweight, choose(model.pair_frictionless))
+    weight, position = row_terms(solver, invweight, distance)
+    wrench = torch.cat((cross(point.unsqueeze(1).expand_as(edges), edges), edges), 2)
+    sign = model.pair_sign.squeeze(-1)[index].transpose(1, 2)  # (K, nv, N)
+    rows = dot(cdof, wrench.unsqueeze(2)) * sign.unsqueeze(1)  # (K, edges, nv, N)
+    velocity = (rows * qvel).sum(2)
+    reference = position.unsqueeze(1) - solver.damping.unsqueeze(1) * velocity
+    return rows.flatten(0, 1), weight.unsqueeze(1).expand_as(velocity).flatten(0, 1), reference.flatten(0, 1)
+
+
+def ball_limit_rows(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One row per limited ball joint: its rotation angle stays under the limit (mj_instantiateLimit)."""
+    jacobian, angle = [], []
+    for k in model.ball_limits:
+        _, adr, dof = model.balls[k]
+        quat = qpos[adr : adr + 4]
+        quat = quat * torch.rsqrt(dot(quat, quat))
+        quat = torch.where(quat[:1] < 0, -quat, quat)  # the short way round
+        sine_square = dot(quat[1:], quat[1:])
+        sine = torch.sqrt(torch.where(sine_square > 0, sine_square, 1.0))
+        angle.append(torch.where(sine_square > 0, 2 * torch.atan2(sine, quat[0]), 0.0))
+        row = [torch.zeros_like(quat[0])] * model.nv
+        row[dof : dof + 3] = (-quat[1:] / sine).unbind(0)
+        jacobian.append(torch.stack(row))
+    rows = torch.stack(jacobian)
+    solver = model.ball_limit_solver
+    weight, position = row_terms(solver, model.ball_limit_invweight, model.ball_limit_angle - torch.stack(angle))
+    return rows, weight, position - solver.damping * (rows * qvel).sum(1)
+
+
+def contact_rows(model: Model, point: Tensor, normal: Tensor, tangent: Tensor, motion: Tensor) -> Tensor:
+    """J x of the plane contacts (nc, 4, N) from link motions (nl, 6, N): velocity of the point along each edge."""
+    moving = motion[model.contact_link_index]
+    at = moving[:, 3:] + cross(moving[:, :3], point)
+    return edge_rows(dot(at, normal), dot(at, tangent[0]), dot(at, tangent[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Newton solver (mj_solNewton): minimise 1/2 (x - a0)^T M (x - a0) + sum over rows of 1/2 D min(J x - aref, 0)^2
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Iterate(NamedTuple):
+    """A candidate acceleration and everything that is linear in it, so that a line search only adds and scales."""
+
+    qacc: Tensor  # (nv, N)
+    motion: Tensor  # (nl, 6, N) J x of the links
+    contact: Tensor  # (nc, 4, N) J x - aref
+    limit: Tensor  # (2 nlim, N)
+    row: Tensor  # (nr, N)
+
+    def plus(self, scale: Tensor, other: Iterate) -> Iterate:
+        return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def linear_terms(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
+    """J x of every row, without the reference."""
+    motion = link_motion(model, cdof, x)
+    return Iterate(
+        x,
+        motion,
+        contact_rows(model, c.point, c.normal, c.tangent, motion),
+        model.limit_sign * x[model.limit_dof_index],
+        (c.row_jacobian * x).sum(1),
+    )
+
+
+def candidate(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
+    """An `Iterate` at acceleration x."""
+    j = linear_terms(model, cdof, c, x)
+    return Iterate(
+        x, j.motion, j.contact - c.contact_reference, j.limit - c.limit_reference, j.row - c.row_reference
+    )
+
+
+def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]:
+    """D of the rows that push (J x < aref), zero elsewhere."""
+    return (
+        torch.where(it.contact < 0, c.contact_weight.unsqueeze(1), 0.0),
+        torch.where(it.limit < 0, c.limit_weight, 0.0),
+        torch.where(it.row < 0, c.row_weight, 0.0),
+    )
+
+
+def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
+    """a^T M b (N,): as kinetic energy, over links."""
+    return dot(a.motion, apply_symmetric(inertia, b.motion)).sum(0) + (model.armature * a.qacc * b.qacc).sum(0)
+
+
+def cost(model: Model, inertia: Tensor, qfrc_smooth: Tensor, c: Constraints, it: Iterate) -> Tensor:
+    """The objective (N,), up to the constant 1/2 a0^T M a0."""
+    total = 0.5 * inner(model, inertia, it, it) - (it.qacc * qfrc_smooth).sum(0)
+    contact, limit, row = active_weights(c, it)
+    total = total + 0.5 * (contact * it.contact * it.contact).sum((0, 1))
+    return total + 0.5 * ((limit * it.limit * it.limit).sum(0) + (row * it.row * it.row).sum(0))
+
+
+def contact_force(c: Constraints, force: Tensor) -> Tensor:
+    """Force (nc, 3, N) in world axes of the four edge forces (nc, 4, N)."""
+    f = force.unsqueeze(2)
+    return c.normal * f.sum(1) + c.tangent[0] * (f[:, 0] - f[:, 1]) + c.tangent[1] * (f[:, 2] - f[:, 3])
+
+
+def contact_stiffness(c: Constraints, weight: Tensor) -> Tensor:
+    """6x6 matrices (nc, 21, N) about the origin: sum over edges of weight * e e^T, acting at the contact point."""
+    w = weight.unsqueeze(2)
+    normal, (first, second) = c.normal, c.tangent
+    # sum_e w_e e e^T with e = n +- t equals n (a n + b t1 + c t2)^T + t1 (b n + d t1)^T + t2 (c n + e t2)^T
+    b, d = w[:, 0] - w[:, 1], w[:, 0] + w[:, 1]
+    g, e = w[:, 2] - w[:, 3], w[:, 2] + w[:, 3]
+    on_normal = (d + e) * normal + b * first + g * second
+    on_first, on_second = b * normal + d * first, g * normal + e * second
+
+    def entry(i: int, j: int) -> Tensor:
+        n, p, q = normal[:, i], first[:, i], second[:, i]
+        return n * on_normal[:, j] + p * on_first[:, j] + q * on_second[:, j]
+
+    return shift_to_origin(c.point, (entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)))
+
+
+def add_by_link(model: Model, base: Tensor, rows: Tensor) -> list[Tensor]:
+    """Per link: its row of `base` (nl, k, N) plus the rows (nc, k, N) of its contacts."""
+    total = list(base.unbind(0))
+    for link, row in zip(model.contact_link, rows.unbind(0), strict=True):
+        total[link] = total[link] + row
+    return total
+
+
+def constraint_force(model: Model, cdof: Tensor, c: Constraints, it: Iterate) -> Tensor:
+    """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
+    contact, limit, row = active_weights(c, it)
+    force = contact_force(c, -contact * it.contact)
+    wrench = torch.cat((cross(c.point, force), force), 1)
+    zero = torch.zeros_like(it.motion)
+    total = generalized_force(model, cdof, add_by_link(model, zero, wrench))
+    if model.limit_sign.shape[0]:
+        total = total + scatter(model.dof_limits, -model.limit_sign * limit * it.limit)
+    return total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
+
+
+def newton_iteration(
+    model: Model, cdof: Tensor, inertia: Tensor, qfrc_smooth: Tensor, c: Constraints, it: Iterate
+) -> Iterate:
+    """One Newton step and one Newton step of the exact line search, started at full length."""
+    contact, limit, row = active_weights(c, it)
+    force = contact_force(c, -contact * it.contact)
+    wrench = torch.cat((cross(c.point, force), force), 1)
+    momentum = apply_symmetric(inertia, it.motion)
+    gradient = generalized_force(model, cdof, add_by_link(model, momentum, -wrench))
+    gradient = gradient + model.armature * it.qacc - qfrc_smooth
+    diagonal = model.armature
+    if model.limit_sign.shape[0]:
+        gradient = gradient + scatter(model.dof_limits, model.limit_sign * limit * it.limit)
+        diagonal = diagonal + scatter(model.dof_limits, limit)
+    hessian = composite(model, cdof, torch.stack(add_by_link(model, inertia, contact_stiffness(c, contact))))
+    hessian = add_diagonal(model, hessian, diagonal)
+    if c.row_jacobian.shape[0]:
+        j = c.row_jacobian
+        gradient = gradient + (j * (row * it.row).unsqueeze(1)).sum(0)
+        left, right = j[:, model.entry_row_index], j[:, model.entry_column_index]
+        hessian = hessian + (left * right * row.unsqueeze(1)).sum(0)
+    direction = linear_terms(model, cdof, c, -solve_positive(model, hessian, gradient))
+
+    full = it.plus(1.0, direction)
+    contact, limit, row = active_weights(c, full)
+    slope = inner(model, inertia, direction, full) - (direction.qacc * qfrc_smooth).sum(0)
+    slope = slope + (contact * full.contact * direction.contact).sum((0, 1))
+    slope = slope + (limit * full.limit * direction.limit).sum(0) + (row * full.row * direction.row).sum(0)
+    curvature = inner(model, inertia, direction, direction) + (contact * direction.contact**2).sum((0, 1))
+    curvature = curvature + (limit * direction.limit**2).sum(0) + (row * direction.row**2).sum(0)
+    tiny = torch.finfo(slope.dtype).tiny
+    return it.plus(1 - slope / curvature.clamp(min=tiny), direction)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward dynamics and integrators (mj_forward, mj_Euler, mj_implicit, mj_RungeKutta)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Dynamics(NamedTuple):
+    """What `forward` computed at one state; observations and tests read it."""
+
+    qacc: Tensor  # (nv, N)
+    xpos: Tensor  # (nl, 3, N) m
+    xmat: Tensor  # (nl, 3, 3, N)
+    origin: Tensor  # (3, N) m
+    cdof: Tensor  # (nv, 6, N)
+    cvel: Tensor  # (nl, 6, N) about the origin
+    inertia: Tensor  # (nl, 21, N) about the origin
+    qfrc_bias: Tensor  # (nv, N)
+    qfrc_actuator: Tensor  # (nv, N)
+    qfrc_smooth: Tensor  # (nv, N)
+    actuator_damping: Tensor  # (nv, N)
+    constraints: Constraints
+    solution: Iterate
+
+
+class State(NamedTuple):
+    """What a physics step carries."""
+
+    qpos: Tensor  # (nq, N)
+    qvel: Tensor  # (nv, N)
+    warmstart: Tensor  # (nv, N) acceleration of the last step
+
+
+def forward(model: Model, state: State, ctrl: Tensor, iterations: int) -> Dynamics:
+    """Acceleration of `state` under ctrl (nu, N), after a fixed number of Newton iterations."""
+    qpos, qvel, warmstart = state
+    xpos, xmat = kinematics(model, qpos)
+    origin = xpos[0]
+    cdof = motion_subspace(model, xpos, xmat, origin)
+    cvel = link_motion(model, cdof, qvel)
+    inertia = spatial_inertia(model, xpos, xmat, origin)
+    qfrc_bias = bias_force(model, cdof, cvel, inertia, qvel)
+    qfrc_actuator, actuator_damping = actuator_force(model, qpos, qvel, ctrl)
+    qfrc_smooth = qfrc_actuator + passive_force(model, qpos, qvel) - qfrc_bias
+    constraints = make_constraints(model, qpos, qvel, xpos, xmat, origin, cdof, cvel)
+    solution = solve_constraints(model, cdof, inertia, qfrc_smooth, constraints, warmstart, iterations)
+    return Dynamics(
+        solution.qacc,
+        xpos,
+        xmat,
+        origin,
+        cdof,
+        cvel,
+        inertia,
+        qfrc_bias,
+        qfrc_actuator,
+        qfrc_smooth,
+        actuator_damping,
+        constraints,
+        solution,
+    )
+
+
+def solve_constraints(
+    model: Model, cdof: Tensor, inertia: Tensor, qfrc_smooth: Tensor, c: Constraints, warmstart: Tensor, iterations: int
+) -> Iterate:
+    """Newton from the better of the warm start and the unconstrained acceleration, as MuJoCo starts."""
+    mass_matrix = add_diagonal(model, composite(model, cdof, inertia), model.armature)
+    smooth = candidate(model, cdof, c, solve_positive(model, mass_matrix, qfrc_smooth))
+    warm = candidate(model, cdof, c, warmstart)
+    better = cost(model, inertia, qfrc_smooth, c, warm) < cost(model, inertia, qfrc_smooth, c, smooth)
+    it = Iterate(*(torch.where(better, w, s) for w, s in zip(warm, smooth, strict=True)))
+    for _ in range(iterations):
+        it = newton_iteration(model, cdof, inertia, qfrc_smooth, c, it)
+    return it
+
+
+def integrate_position(model: Model, qpos: Tensor, qvel: Tensor, h: float) -> Tensor:
+    """qpos after `h` seconds at constant qvel (mj_integratePos): quaternions turn about body axes."""
+    rows = dict(zip(range(model.nq), qpos.unbind(0), strict=True))
+    for k, adr in enumerate(model.scalar_qpos):
+        rows[adr] = rows[adr] + h * qvel[model.scalar_dofs[k]]
+    for _, adr, dof in model.frees:
+        for axis in range(3):
+            rows[adr + axis] = rows[adr + axis] + h * qvel[dof + axis]
+    for adr, dof in model.quaternions:
+        quat = quat_multiply(qpos[adr : adr + 4], quat_exponential(h * qvel[dof : dof + 3]))
+        quat = quat * torch.rsqrt(dot(quat, quat))
+        rows.update(zip(range(adr, adr + 4), quat.unbind(0), strict=True))
+    return torch.stack([rows[k] for k in range(model.nq)])
+
+
+def semi_implicit(model: Model, state: State, ctrl: Tensor, iterations: int, implicitfast: bool) -> tuple[State, Dynamics]:
+    """mj_Euler (joint damping implicit) or mj_implicit with implicitfast (actuator damping too).
+
+    MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint. At the solution the right side is M qacc, so the same a
+    is qacc - (M + h B)^-1 h B qacc: no constraint force is needed, and an unconverged one cannot disturb it.
+    """
+    dynamics = forward(model, state, ctrl, iterations)
+    acceleration = dynamics.qacc
+    if model.damped or (implicitfast and model.actuator_velocity_bias):
+        damping = model.timestep * (model.damping + (dynamics.actuator_damping if implicitfast else 0.0))
+        matrix = composite(model, dynamics.cdof, dynamics.inertia)
+        matrix = add_diagonal(model, matrix, model.armature + damping)
+        acceleration = acceleration - solve_positive(model, matrix, damping * acceleration)
+    qvel = state.qvel + model.timestep * acceleration
+    return State(integrate_position(model, state.qpos, qvel, model.timestep), qvel, dynamics.qacc), dynamics
+
+
+def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int) -> tuple[State, Dynamics]:
+    """mj_RungeKutta of MuJoCo 4: classical fourth order, on rotations in the Runge-Kutta-Munthe-Kaas form.
+
+    Returns the dynamics of the fourth stage, which is what MuJoCo leaves in mjData.
+    """
+    h, (qpos, qvel, _) = model.timestep, state
+    dynamics = forward(model, state, ctrl, iterations)
+    first = dynamics.qacc
+    rates, accelerations = [qvel], [first]
+    for scale in (0.5, 0.5, 1.0):
+        stage = State(
+            integrate_position(model, qpos, rates[-1], scale * h), qvel + scale * h * accelerations[-1], dynamics.qacc
+        )
+        dynamics = forward(model, stage, ctrl, iterations)
+        rates.append(chart_rate(model, stage.qvel, scale * h * rates[-1]))
+        accelerations.append(dynamics.qacc)
+    rate, acceleration = (
+        (k[0] + 2 * k[1] + 2 * k[2] + k[3]) / 6 for k in (rates, accelerations)
+    )
+    return State(integrate_position(model, qpos, rate, h), qvel + h * acceleration, first), dynamics
+
+
+def chart_rate(model: Model, qvel: Tensor, displacement: Tensor) -> Tensor:
+    """Rate of the exponential coordinates at `displacement` (nv, N) that gives body-frame velocity `qvel`.
+
+    The inverse of the exponential map's derivative, to the second order that a fourth-order method needs (Hairer,
+    Lubich and Wanner 2006, Geometric Numerical Integration, IV.8): w + 1/2 u x w + 1/12 u x (u x w).
+    """
+    if not model.quaternions:
+        return qvel
+    rows = list(qvel.unbind(0))
+    for _, dof in model.quaternions:
+        w, u = qvel[dof : dof + 3], displacement[dof : dof + 3]
+        bracket = cross(u, w)
+        rows[dof : dof + 3] = (w + 0.5 * bracket + cross(u, bracket) / 12).unbind(0)
+    return torch.stack(rows)
+
+
+def step(model: Model, state: State, ctrl: Tensor, integrator: str = "euler", iterations: int = 4) -> tuple[State, Dynamics]:
+    """One timestep of every robot: state and ctrl (nu, N) to the next state, and the dynamics last evaluated."""
+    if integrator == "rk4":
+        return runge_kutta(model, state, ctrl, iterations)
+    return semi_implicit(model, state, ctrl, iterations, integrator == "implicitfast")
