@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -209,13 +210,25 @@ class Sizes(NamedTuple):
 def derive_sizes(args: Args, world_size: int) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     for names, legal, rule in (
-        ("num_envs total_timesteps num_steps update_epochs num_minibatches iterations microbatch_size", lambda x: x >= 1, ">= 1"),
+        (
+            "num_envs total_timesteps num_steps update_epochs num_minibatches iterations microbatch_size",
+            lambda x: x >= 1,
+            ">= 1",
+        ),
         ("checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed eval_episodes entropy_coef bounds_coef", lambda x: x >= 0, ">= 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
-        ("reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min", lambda x: x > 0, "> 0"),
-        ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
+        (
+            "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min",
+            lambda x: x > 0,
+            "> 0",
+        ),
+        (
+            "learning_rate_max",
+            lambda x: x >= args.learning_rate_min,
+            f">= learning_rate_min = {args.learning_rate_min:g}",
+        ),
         ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
     ):
@@ -241,7 +254,9 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
     minibatch = batch // args.num_minibatches
     microbatch = math.ceil(minibatch / math.ceil(minibatch / args.microbatch_size))
     steps_per_iteration = args.num_envs * args.num_steps
-    return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, math.ceil(args.total_timesteps / steps_per_iteration))
+    return Sizes(
+        envs, batch, minibatch, microbatch, steps_per_iteration, math.ceil(args.total_timesteps / steps_per_iteration)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -305,7 +320,9 @@ class Agent(nn.Module):
         bounded = low.isfinite() & high.isfinite()
         self.register_buffer("action_centre", torch.where(bounded, (high + low) / 2, 0.0))
         self.register_buffer("action_half_range", torch.where(bounded, (high - low) / 2, 1.0))
-        self.obs_statistics = self.critic_obs_statistics = RunningStatistics(obs_size, args.normalize_observations, limit=10.0)
+        self.obs_statistics = self.critic_obs_statistics = RunningStatistics(
+            obs_size, args.normalize_observations, limit=10.0
+        )
         if critic_obs_size is not None:  # the task has privileged observations for the value function
             self.critic_obs_statistics = RunningStatistics(critic_obs_size, args.normalize_observations, limit=10.0)
         self.return_statistics = RunningStatistics(1, args.normalize_values)
@@ -408,7 +425,14 @@ def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Te
 
 
 def advantages_gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, invalid: Tensor, gamma: float, gae_lambda: float
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    invalid: Tensor,
+    gamma: float,
+    gae_lambda: float,
 ) -> Tensor:
     """Generalised advantage estimation over (T, N) tensors.
 
@@ -429,7 +453,9 @@ def advantages_gae(
 
 
 @torch.no_grad()
-def values_and_advantages(agent: Agent, rollout: Rollout, microbatch: int, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+def values_and_advantages(
+    agent: Agent, rollout: Rollout, microbatch: int, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
     """V(s_t) and the advantages, both (T, N), in scaled reward units."""
 
     def value_of(critic_obs: Tensor) -> Tensor:
@@ -443,7 +469,9 @@ def values_and_advantages(agent: Agent, rollout: Rollout, microbatch: int, gamma
 
 
 @torch.no_grad()
-def make_batch(agent: Agent, rollout: Rollout, value: Tensor, advantage: Tensor, normalize_advantages: bool, order: Tensor) -> Batch:
+def make_batch(
+    agent: Agent, rollout: Rollout, value: Tensor, advantage: Tensor, normalize_advantages: bool, order: Tensor
+) -> Batch:
     """Normalise everything once, shuffle once: every epoch then walks over the same contiguous minibatches.
 
     The return statistics are updated here and only here, before the targets are scaled with them."""
@@ -491,7 +519,9 @@ def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args
     return (loss * batch.weight).sum() / samples, terms
 
 
-def accumulate_gradients(agent: Agent, batch: Batch, old_log_std: Tensor, microbatch: int, loss_function, args: Args) -> Tensor:
+def accumulate_gradients(
+    agent: Agent, batch: Batch, old_log_std: Tensor, microbatch: int, loss_function, args: Args
+) -> Tensor:
     """Gradients of the minibatch's loss, added up over parts that fit the cache; returns its LossTerms, stacked."""
     agent.zero_grad()
     total = 0.0
@@ -511,7 +541,31 @@ def apply_gradients(agent: Agent, optimizer: torch.optim.Optimizer, max_grad_nor
     agent.log_std.clamp_(min=log_std_min)
 
 
-def adapted_learning_rate(learning_rate: Tensor, kl: Tensor, desired_kl: float, lowest: float, highest: float) -> Tensor:
+def update(
+    agent: Agent, batch: Batch, accumulate, apply, learning_rate: Tensor, desired_kl: float, minibatch: int, args: Args
+) -> Tensor:
+    """All gradient steps of one iteration; returns the LossTerms summed over them, stacked.
+
+    Each minibatch measures how far the policy has moved since the rollout, sets the learning rate, and takes one step."""
+    old_log_std = agent.log_std.detach().clone()
+    total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
+    for epoch in range(args.update_epochs):
+        for start in range(0, len(batch.weight), minibatch):
+            terms = accumulate(old_log_std, *(x[start : start + minibatch] for x in batch))
+            average_over_processes([*(p.grad for p in agent.parameters()), terms])
+            if (
+                args.learning_rate_schedule == "adaptive" and epoch + start > 0
+            ):  # before the first step nothing has moved
+                bounds = args.learning_rate_min, args.learning_rate_max
+                learning_rate.copy_(adapted_learning_rate(learning_rate, LossTerms(*terms).kl, desired_kl, *bounds))
+            apply()
+            total += terms
+    return total
+
+
+def adapted_learning_rate(
+    learning_rate: Tensor, kl: Tensor, desired_kl: float, lowest: float, highest: float
+) -> Tensor:
     """A factor of 1.5 down where the policy moved over twice as far as desired, up where less than half as far."""
     factor = torch.where(kl > 2.0 * desired_kl, 1.0 / 1.5, torch.where(kl < 0.5 * desired_kl, 1.5, 1.0))
     return (learning_rate * factor).clamp(lowest, highest)
@@ -574,7 +628,9 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
         apply_gradients(agent, optimizer, args.max_grad_norm, args.log_std_min)
 
     obs, action, scalars = rollout.obs[0], rollout.action[0], torch.zeros(sizes.minibatch, device=rollout.obs.device)
-    features = [scalars.new_zeros(sizes.minibatch, x.shape[-1]) for x in (rollout.obs, rollout.critic_obs, action, action)]
+    features = [
+        scalars.new_zeros(sizes.minibatch, x.shape[-1]) for x in (rollout.obs, rollout.critic_obs, action, action)
+    ]
     example = (torch.zeros_like(agent.log_std), *features, *[scalars] * 5)
     if args.cuda_graphs and obs.device.type == "cuda":
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
@@ -684,25 +740,44 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
         raise ValueError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load raises many types on a damaged file
         reason = str(error).split("\n")[0][:100]
-        raise ValueError(f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})") from None
+        raise ValueError(
+            f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
+        ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
         raise ValueError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
     return checkpoint
 
 
+def check_same_task(checkpoint: dict, args: Args) -> None:
+    for name in ("env_id", "env_kwargs", "actor_hidden", "critic_hidden"):
+        then, now = checkpoint["args"][name], getattr(args, name)
+        if now != then:
+            raise ValueError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
+
+
 def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
     """Refuse to continue under flags that do not fit the state."""
+    check_same_task(checkpoint, args)
     then = checkpoint["args"]
-    for name in ("env_id", "num_envs", "env_kwargs", "actor_hidden", "critic_hidden"):
-        if getattr(args, name) != then[name]:
-            raise ValueError(f"the checkpoint's {name} is {then[name]}, not {getattr(args, name)}; leave the flag away")
+    if args.num_envs != then["num_envs"]:
+        raise ValueError(
+            f"the checkpoint holds {then['num_envs']:,} environments, not {args.num_envs:,}; leave --num-envs away"
+        )
+    if args.total_timesteps <= checkpoint["env_steps"]:
+        raise ValueError(
+            f"the checkpoint has {checkpoint['env_steps']:,} steps already; give a larger --total-timesteps"
+        )
     if len(checkpoint["processes"]) != world_size:
         raise ValueError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["device"] != device.type:
-        raise ValueError(f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}")
+        raise ValueError(
+            f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
+        )
 
 
-def load_training_state(checkpoint: dict, agent: Agent, optimizer: torch.optim.Optimizer, learning_rate: Tensor) -> None:
+def load_training_state(
+    checkpoint: dict, agent: Agent, optimizer: torch.optim.Optimizer, learning_rate: Tensor
+) -> None:
     """Copy in place, so that captured graphs keep their addresses."""
     agent.load_state_dict(checkpoint["agent"])
     learning_rate.copy_(checkpoint["learning_rate"])
@@ -721,10 +796,12 @@ class RunLog:
         (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.path = run_dir / "metrics.jsonl"
         old = self.path.read_text().splitlines() if first_step and self.path.exists() else []
-        kept = [line for line in old if json.loads(line)["env_steps"] <= first_step]  # what came after the checkpoint is run again
+        kept = [
+            line for line in old if json.loads(line)["env_steps"] <= first_step
+        ]  # what came after the checkpoint is run again
         self.path.write_text("".join(line + "\n" for line in kept))
         self.tensorboard = SummaryWriter(run_dir)
-        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, smoothing=0.1)
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
         self.wandb = None
         if args.track:
             import wandb
@@ -755,7 +832,9 @@ def plot_curve(run_dir: Path, title: str) -> None:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, name, unit, scale in zip(axes, ("env_steps", "wall_seconds"), ("million environment steps", "minutes"), (1e6, 60), strict=True):
+    for axis, name, unit, scale in zip(
+        axes, ("env_steps", "wall_seconds"), ("million environment steps", "minutes"), (1e6, 60), strict=True
+    ):
         for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
             points = [(r[name] / scale, r[metric]) for r in records if r.get(metric) is not None]
             if points:
@@ -769,7 +848,11 @@ def plot_curve(run_dir: Path, title: str) -> None:
 
 def summarize(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     return dict(
-        mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()), episodes=len(returns), mean_length=float(lengths.mean())
+        mean=float(returns.mean()),
+        std=float(returns.std()),
+        min=float(returns.min()),
+        episodes=len(returns),
+        mean_length=float(lengths.mean()),
     )
 
 
@@ -787,6 +870,12 @@ def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
         failed |= running & invalid
         running &= ~(ended | invalid)
     return summarize(returns[~failed].cpu().numpy(), lengths[~failed].cpu().numpy())
+
+
+def describe(score: dict[str, float] | None) -> str:
+    if score is None:
+        return "no score"
+    return f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
 
 def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) -> dict[str, float]:
@@ -809,8 +898,275 @@ def evaluate_gymnasium(agent: Agent, args: Args, seed: int) -> dict[str, float] 
 
     def step(action: Tensor):
         obs, reward, terminated, truncated, _ = envs.step(action.numpy())
-        return torch.as_tensor(obs).float(), torch.as_tensor(reward), torch.as_tensor(terminated | truncated), torch.zeros(len(obs), dtype=torch.bool)
+        return (
+            torch.as_tensor(obs).float(),
+            torch.as_tensor(reward),
+            torch.as_tensor(terminated | truncated),
+            torch.zeros(len(obs), dtype=torch.bool),
+        )
 
     score = first_episodes(step, torch.as_tensor(obs).float(), agent)
     envs.close()
     return score
+
+
+def film(agent: Agent, args: Args, folder: Path) -> Path:
+    """One deterministic episode of Gymnasium's own environment as play.mp4 (play.gif without imageio-ffmpeg)."""
+    import imageio.v2 as imageio
+
+    if "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # headless; osmesa where EGL is missing
+    env = gymnasium.make(args.env_id, render_mode="rgb_array", **args.env_kwargs)
+    obs, _ = env.reset(seed=args.seed)
+    frames, ended = [], False
+    while not ended:
+        frames.append(env.render())
+        obs, _, terminated, truncated, _ = env.step(agent.act(torch.as_tensor(obs).float()[None])[0].numpy())
+        ended = terminated or truncated
+    env.close()
+    path = folder / ("play.mp4" if importlib.util.find_spec("imageio_ffmpeg") else "play.gif")
+    if path.suffix == ".mp4":
+        imageio.mimwrite(path, frames, fps=env.metadata["render_fps"], macro_block_size=8)
+    else:
+        imageio.mimwrite(path, frames[::2], duration=2000 / env.metadata["render_fps"], loop=0)
+    return path
+
+
+def versions() -> dict[str, str]:
+    return dict(
+        python=sys.version.split()[0], torch=torch.__version__, gymnasium=gymnasium.__version__, numpy=np.__version__
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, make_env=vecsim_torch.make) -> dict:
+    """Train, write the run folder, evaluate; returns the last log record and the evaluation."""
+    # Set-up: every flag is checked before anything is allocated.
+    args = with_task_defaults(args)
+    device = pick_device(args.device)
+    rank, world_size = start_processes(device)
+    sizes = derive_sizes(args, world_size)
+    checkpoint = load_checkpoint(args.resume, "ppo") if args.resume else None
+    if checkpoint:
+        check_resumable(checkpoint, args, device, world_size)
+    torch.manual_seed(args.seed)  # the initial weights, the same in every process
+    torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
+    generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
+    preparation_started = time.perf_counter()
+    env_options = dict(
+        num_envs=sizes.envs,
+        device=str(device),
+        compile=args.compile,
+        integrator=args.integrator,
+        iterations=args.iterations,
+    )
+    env_options |= dict(seed=stream_seed(args.seed, rank, stream=1), **args.env_kwargs)
+    env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
+    obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    privileged = env.single_critic_space is not None
+    critic_obs_size = env.single_critic_space.shape[0] if privileged else obs_size
+    agent = Agent(obs_size, critic_obs_size if privileged else None, env.single_action_space, args).to(device)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    optimizer = make_optimizer(agent, learning_rate)
+
+    def storage(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(args.num_steps, sizes.envs, *shape, dtype=dtype, device=device)
+
+    obs_storage = storage(obs_size)
+    rollout = Rollout(
+        obs=obs_storage,
+        critic_obs=storage(critic_obs_size) if privileged else obs_storage,
+        final_critic_obs=storage(critic_obs_size),
+        action=storage(action_size),
+        mean=storage(action_size),
+        reward=storage(),
+        terminated=storage(dtype=torch.bool),
+        truncated=storage(dtype=torch.bool),
+        invalid=storage(dtype=torch.bool),
+    )
+    policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
+    env.reset()
+    env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
+    obs, info = env.reset(seed=env_options["seed"])
+    first_iteration, trained_seconds = 0, 0.0
+    if checkpoint:
+        load_training_state(checkpoint, agent, optimizer, learning_rate)
+        env.load_state_dict(checkpoint["processes"][rank]["env"])
+        obs, info = (
+            checkpoint["processes"][rank]["obs"].to(device),
+            {"critic_obs": checkpoint["processes"][rank]["critic_obs"].to(device)},
+        )
+        generator.set_state(checkpoint["processes"][rank]["generator"])
+        first_iteration, trained_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
+    compile_seconds = time.perf_counter() - preparation_started
+    run_dir = Path(args.run_dir)
+    log = RunLog(run_dir, args, first_iteration * sizes.steps_per_iteration) if rank == 0 else None
+    if log:
+        tqdm.write(
+            f"{args.env_id} on {device}: {args.num_envs:,} environments x {args.num_steps} steps = {sizes.steps_per_iteration:,} a batch, "
+            f"{sizes.iterations:,} iterations; {args.update_epochs} epochs x {args.num_minibatches} minibatches of {sizes.minibatch:,} "
+            f"in parts of {sizes.microbatch:,}; {world_size} process(es); prepared in {compile_seconds:.1f} s; {run_dir}"
+        )
+    names = [*LossTerms._fields, "learning_rate", "action_std", "explained_variance"]
+    term_sums, record = torch.zeros(len(LossTerms._fields), device=device), {}
+    logged_step, logged_seconds, clock = (
+        first_iteration * sizes.steps_per_iteration,
+        trained_seconds,
+        time.perf_counter(),
+    )
+
+    for iteration in range(first_iteration, sizes.iterations):
+        # Rollout: copies into the storage, because the tensors of the simulator live until its next step.
+        noise = torch.randn(args.num_steps, sizes.envs, action_size, generator=generator, device=device)
+        for t in range(args.num_steps):
+            rollout.obs[t] = obs
+            if privileged:
+                rollout.critic_obs[t] = info["critic_obs"]
+            rollout.mean[t], rollout.action[t], env_action = policy(obs, noise[t])
+            obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
+            rollout.reward[t] = reward * args.reward_scale
+            rollout.final_critic_obs[t] = info["final_critic_obs"] if privileged else info["final_obs"]
+            rollout.invalid[t] = info["invalid"]
+
+        # Targets: values and advantages under the statistics of the rollout.
+        value, advantage = targets()
+        order = torch.randperm(sizes.batch, generator=generator, device=device)
+        batch = make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
+
+        # Update.
+        progress = iteration / sizes.iterations
+        desired_kl = args.desired_kl + progress * (args.desired_kl_final - args.desired_kl)
+        if args.learning_rate_schedule == "linear":
+            learning_rate.fill_(args.learning_rate * (1.0 - progress))
+        term_sums += update(agent, batch, accumulate, apply, learning_rate, desired_kl, sizes.minibatch, args)
+        valid = ~rollout.invalid.flatten()
+        agent.obs_statistics.update(
+            rollout.obs.flatten(0, 1), valid
+        )  # after the update, so that ratios compare like with like
+        if privileged:
+            agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), valid)
+
+        # Log, evaluate, save: whenever a multiple of the interval was crossed.
+        env_steps = (iteration + 1) * sizes.steps_per_iteration
+        finished = iteration + 1 == sizes.iterations
+        log_now, evaluate_now, save_now = (
+            bool(every) and (finished or env_steps // every > (env_steps - sizes.steps_per_iteration) // every)
+            for every in (args.log_every, args.eval_every, args.checkpoint_every)
+        )
+        if not (log_now or evaluate_now or save_now):
+            continue
+        updates = (env_steps - logged_step) // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
+        explained_variance = 1.0 - advantage.var() / (advantage + value).var()
+        others = torch.stack([learning_rate, agent.log_std.exp().mean(), explained_variance])
+        numbers = torch.cat([term_sums / updates, others]).tolist()  # host sync
+        episodes = merge_episode_statistics(env.pop_statistics(), device)  # host sync
+        trained_seconds += time.perf_counter() - clock
+        speed = (env_steps - logged_step) / (trained_seconds - logged_seconds)
+        record = dict(env_steps=env_steps, wall_seconds=trained_seconds, steps_per_second=speed) | episodes
+        record |= {name: x if math.isfinite(x) else None for name, x in zip(names, numbers, strict=True)}
+        if None in [record[name] for name in LossTerms._fields]:
+            raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
+        if log and evaluate_now and (score := evaluate_gymnasium(agent, args, args.seed)):
+            record["gymnasium_return"] = score["mean"]
+        if log:
+            log.write(record)
+        if save_now:
+            process = dict(
+                env=env.state_dict(),
+                obs=obs,
+                critic_obs=info["critic_obs"] if privileged else obs,
+                generator=generator.get_state(),
+            )
+            state = dict(
+                algorithm="ppo",
+                env_id=args.env_id,
+                args=dataclasses.asdict(args),
+                device=device.type,
+                iteration=iteration + 1,
+            )
+            state |= dict(
+                env_steps=env_steps, train_seconds=trained_seconds, compile_seconds=compile_seconds, versions=versions()
+            )
+            state |= dict(agent=agent.state_dict(), moments=list(optimizer.state.values()), learning_rate=learning_rate)
+            state |= dict(processes=gather_from_processes(on_cpu(process)))
+            if log:
+                save_checkpoint(run_dir / "checkpoint.pt", state)
+        term_sums.zero_()
+        logged_step, logged_seconds, clock = env_steps, trained_seconds, time.perf_counter()
+
+    env.close()
+    if not log:
+        return record
+    log.close()
+    plot_curve(run_dir, f"{args.env_id}, PPO, seed {args.seed}")
+    evaluation = dict(
+        env_id=args.env_id, algorithm="ppo", seed=args.seed, env_steps=sizes.iterations * sizes.steps_per_iteration
+    )
+    evaluation |= dict(train_seconds=trained_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
+    if args.eval_episodes:
+        evaluation["vecsim"] = evaluate_vecsim(
+            agent, make_env(args.env_id, random_initial_ages=False, **env_options), args.seed
+        )
+        evaluation["gymnasium"] = evaluate_gymnasium(agent, args, args.seed)
+    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
+    for name in ("vecsim", "gymnasium"):
+        print(f"{name}: {describe(evaluation[name])}")
+    return record | evaluation
+
+
+def play(args: Args, make_env=vecsim_torch.make) -> dict:
+    """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
+    checkpoint = load_checkpoint(args.play, "ppo")
+    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=max(1, args.eval_episodes)))
+    check_same_task(checkpoint, args)
+    env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
+    critic_obs_size = None if env.single_critic_space is None else env.single_critic_space.shape[0]
+    agent = Agent(env.single_observation_space.shape[0], critic_obs_size, env.single_action_space, args)
+    agent.load_state_dict(checkpoint["agent"])
+    args = dataclasses.replace(args, eval_episodes=args.num_envs)
+    score = evaluate_gymnasium(agent, args, args.seed) or evaluate_vecsim(agent, env, args.seed)
+    print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
+    if args.capture_video:
+        print(f"video: {film(agent, args, Path(args.play).parent)}")
+    return score
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The flags; with --resume or --play, flags not given keep the values of the checkpoint."""
+
+    def parse(default: Args) -> Args:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            raise ValueError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
+
+    args = parse(Args())
+    if args.resume and args.play:
+        raise ValueError("--resume continues training and --play plays: give one of them")
+    path = args.resume or args.play
+    if path is None:
+        return args
+    saved = load_checkpoint(path, "ppo")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False)
+    return parse(Args(**saved))
+
+
+def main() -> int:
+    try:
+        args = parse_args(sys.argv[1:])
+        play(args) if args.play else train(args)
+    except ValueError as error:  # bad input; anything else is a defect and shows its traceback
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Tiny vector environments with known answers, on the contract of vecsim_torch: they tell which part of a trainer is broken.
+
+    constant     one step, reward 1                                       V = 1: the value function learns a constant
+    value        one step, reward x, which is observed                    V = x: the critic reads the observation
+    privileged   one step, reward x, which only the critic observes       V = x: the critic reads critic_obs
+    action       one step, reward -(a - x / 2)^2                          a = x / 2: the policy follows the advantage
+    delayed      two steps, the second pays -(a_0 - x / 2)^2              a_0 = x / 2: credit goes back through time
+    truncation   reward 1 for ever, cut by a time limit of 5 steps        V = 1 / (1 - gamma): no end
+    broken       as action, but environment 0 is always quarantined       its NaN must not reach the learner
+
+x is -1 or 1, drawn at reset; observation = (x, age, a_0).
+"""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import torch
+
+EPISODE_STEPS = {"delayed": 2, "truncation": 5}
+
+
+class ProbeEnv(gymnasium.vector.VectorEnv):
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+
+    def __init__(self, env_id, num_envs=64, device="cpu", seed=1, **options):
+        self.env_id, self.num_envs, self.device, self.options = env_id, num_envs, torch.device(device), options
+        box = gymnasium.spaces.Box
+        self.single_observation_space = box(-np.inf, np.inf, (3,), np.float32)
+        self.single_action_space = box(-2.0, 2.0, (1,), np.float32)
+        self.single_critic_space = box(-np.inf, np.inf, (1,), np.float32) if env_id == "privileged" else None
+        self.generator = torch.Generator(self.device)
+        self.steps_left = None  # raise KeyboardInterrupt after so many steps, where a test sets it
+        self.reset(seed=seed)
+
+    def draw(self):
+        return torch.randint(0, 2, (self.num_envs,), generator=self.generator, device=self.device) * 2.0 - 1.0
+
+    def observation(self):
+        seen = torch.zeros_like(self.x) if self.env_id == "privileged" else self.x
+        return torch.stack([seen, self.age, self.first_action], 1)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        self.x = self.draw()
+        self.age, self.first_action, self.episode_return = (
+            torch.zeros_like(self.x),
+            torch.zeros_like(self.x),
+            torch.zeros_like(self.x),
+        )
+        self.sums = torch.zeros(4, device=self.device)  # return, length, episodes, invalid
+        return self.observation(), {"critic_obs": self.x[:, None].clone()}
+
+    def step(self, action):
+        if self.steps_left is not None:
+            self.steps_left -= 1
+            if self.steps_left < 0:
+                raise KeyboardInterrupt
+        a = action[:, 0].clamp(-2.0, 2.0)
+        self.first_action = torch.where(self.age == 0, a, self.first_action)
+        self.age = self.age + 1
+        error = -(self.first_action - self.x / 2).square()
+        reward = {
+            "value": self.x,
+            "privileged": self.x,
+            "action": error,
+            "broken": error,
+            "delayed": error * (self.age == 2),
+        }
+        reward = reward.get(self.env_id, torch.ones_like(self.x))
+        ended = self.age == EPISODE_STEPS.get(self.env_id, 1)
+        never = torch.zeros_like(ended)
+        terminated, truncated = (never, ended) if self.env_id == "truncation" else (ended, never)
+        final_obs, final_critic_obs, invalid = self.observation(), self.x[:, None].clone(), never.clone()
+        if self.env_id == "broken":
+            invalid[0] = True
+            reward, terminated = reward.clone(), terminated & ~invalid
+            reward[0], final_obs[0] = torch.nan, torch.nan
+        self.episode_return = self.episode_return + torch.where(invalid, 0.0, reward)
+        counted = ended & ~invalid
+        columns = (self.episode_return * counted, self.age * counted, counted, invalid)
+        self.sums += torch.stack([x.float().sum() for x in columns])
+        fresh = ended | invalid
+        self.x = torch.where(fresh, self.draw(), self.x)
+        self.age, self.first_action, self.episode_return = (
+            torch.where(fresh, 0.0, x) for x in (self.age, self.first_action, self.episode_return)
+        )
+        info = dict(
+            final_obs=final_obs, invalid=invalid, critic_obs=self.x[:, None].clone(), final_critic_obs=final_critic_obs
+        )
+        return self.observation(), reward, terminated, truncated, info
+
+    def pop_statistics(self):
+        returns, lengths, episodes, invalid = self.sums.tolist()
+        self.sums.zero_()
+        mean = (lambda x: x / episodes) if episodes else (lambda x: float("nan"))
+        return dict(
+            episode_return=mean(returns),
+            episode_length=mean(lengths),
+            episodes=episodes,
+            success=float("nan"),
+            invalid=invalid,
+        )
+
+    def state_dict(self):
+        names = ("x", "age", "first_action", "episode_return", "sums")
+        return {name: getattr(self, name).clone() for name in names} | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        for name in ("x", "age", "first_action", "episode_return", "sums"):
+            setattr(self, name, state[name].clone().to(self.device))
+        self.generator.set_state(state["generator"])
