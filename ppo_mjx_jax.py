@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -14,6 +15,8 @@ import os
 import platform
 import sys
 import time
+import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
@@ -27,6 +30,9 @@ import optax
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mujoco import mjx
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 try:
@@ -193,10 +199,13 @@ class Hyperparameters(NamedTuple):
     reward_scale: jax.Array
 
 
+class InputError(ValueError):
+    """What a user typed breaks a rule: one line, exit status 2."""
+
+
 def require(condition: bool, rule: str):
-    """Refuse what a user typed, with the rule it breaks."""
     if not condition:
-        raise ValueError(rule)
+        raise InputError(rule)
 
 
 def resolve(args: Args) -> Args:
@@ -207,6 +216,8 @@ def resolve(args: Args) -> Args:
     args.env_kwargs = {name: {"true": True, "false": False}.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
     args.checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
     args.log_every = args.log_every or max(1, args.total_timesteps // 200)
+    name = f"{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    args.run_dir = args.run_dir or (str(Path(args.resume).parent) if args.resume else f"runs/{name}")
 
     at_least_one = "num_envs total_timesteps num_seeds iterations ls_iterations num_steps update_epochs num_minibatches"
     for name in (at_least_one + " checkpoint_every log_every").split():
@@ -224,7 +235,7 @@ def resolve(args: Args) -> Args:
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
         below, above = (next(k for k in range(args.num_minibatches, limit, step) if batch % k == 0) for limit, step in ((0, -1), (batch + 1, 1)))
-        raise ValueError(f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches; use {below} or {above}")
+        raise InputError(f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches; use {below} or {above}")
     require(args.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, not {args.device!r}")
     require(args.impl == "jax" or args.self_collision, "impl=warp runs MuJoCo's own collision filter: add --self-collision")
     require(args.impl == "jax" or args.integrator != "mjcf", "impl=warp needs an integrator by name: euler, implicitfast or rk4")
@@ -243,7 +254,7 @@ def parse_sweep(sweep: str | None) -> tuple[str | None, list[float]]:
     try:
         return name, [float(value) for value in values.split(",")]
     except ValueError:
-        raise ValueError(f"sweep needs NAME=V1,V2,... with numbers, not {sweep!r}") from None
+        raise InputError(f"sweep needs NAME=V1,V2,... with numbers, not {sweep!r}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -270,9 +281,11 @@ def make_task(args: Args) -> Task:
     try:
         env = gymnasium.make(args.env_id, **args.env_kwargs)
     except TypeError as error:
-        raise ValueError(f"env_kwargs: {error}") from None
+        raise InputError(f"env_kwargs: {error}") from None
     signature = inspect.signature(type(env.unwrapped).__init__).parameters.values()
     options = {p.name: p.default for p in signature if p.default is not p.empty} | args.env_kwargs
+    require(args.impl == "jax" or not reads_contact_wrenches(options),
+            "impl=warp has no contact wrenches: add --env-kwargs contact_cost_weight 0 include_cfrc_ext_in_observation False")  # fmt: skip
     model = env.unwrapped.model
     integrators = {"euler": "EULER", "implicitfast": "IMPLICITFAST", "rk4": "RK4"}
     if args.integrator != "mjcf":
@@ -317,6 +330,8 @@ def align_capsules(task: Task, data: mjx.Data) -> mjx.Data:
 
 def forward(task: Task, data: mjx.Data) -> mjx.Data:
     """State and control -> acceleration: mj_forward, with the capsule contacts of MuJoCo C."""
+    if task.impl == "warp":
+        return mjx.forward(task.model, data)
     data = mjx.fwd_position(task.model, data)
     data = align_capsules(task, data)
     data = mjx.fwd_velocity(task.model, data)
@@ -375,3 +390,979 @@ def pull_back(task: Task, displacement: jax.Array, qvel: jax.Array) -> jax.Array
     u, w = displacement[3:6], qvel[3:6]
     turn = jnp.cross(u, w)
     return qvel.at[3:6].set(w + turn / 2 + jnp.cross(u, turn) / 12)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Tasks: Gymnasium's observations, rewards and terminations, one robot
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class RobotState(NamedTuple):
+    """What must be kept of one robot between two environment steps."""
+
+    qpos: jax.Array  # (nq,) m and rad; a free joint is position then quaternion (w, x, y, z)
+    qvel: jax.Array  # (nv,) m/s and rad/s
+    qacc_warmstart: jax.Array  # (nv,) where the solver starts
+    x_position: jax.Array  # () m: the forward coordinate of which Gymnasium takes the difference, as it last read it
+
+
+def x_position(task: Task, data: mjx.Data) -> jax.Array:
+    """Ant and Humanoid read Cartesian positions, which lag one physics step behind qpos (mj_step does not refresh them)."""
+    if task.env_id == "Ant-v5":
+        return data.xpos[task.options["main_body"], 0]
+    if task.env_id == "Humanoid-v5":
+        mass = jnp.asarray(task.mj_model.body_mass)
+        return (mass @ data.xipos[:, 0]) / mass.sum()
+    return data.qpos[0]
+
+
+def is_healthy(task: Task, data: mjx.Data) -> jax.Array:
+    """() bool. Bounds are open, except Ant's and the pendulum's."""
+    o, qpos, state = task.options, data.qpos, jnp.concatenate([data.qpos, data.qvel])
+    if task.env_id == "InvertedPendulum-v5":
+        return jnp.isfinite(state).all() & (jnp.abs(qpos[1]) <= 0.2)
+    if task.env_id == "HalfCheetah-v5":
+        return jnp.array(True)
+    low, high = o["healthy_z_range"]
+    if task.env_id == "Ant-v5":
+        return jnp.isfinite(state).all() & (low <= qpos[2]) & (qpos[2] <= high)
+    if task.env_id == "Humanoid-v5":
+        return (low < qpos[2]) & (qpos[2] < high)
+    height, (low_angle, high_angle) = qpos[1], o["healthy_angle_range"]
+    healthy = (low < height) & (height < high) & (low_angle < qpos[2]) & (qpos[2] < high_angle)
+    if task.env_id == "Hopper-v5":
+        low_state, high_state = o["healthy_state_range"]
+        healthy &= ((low_state < state[2:]) & (state[2:] < high_state)).all()
+    return healthy
+
+
+def observe(task: Task, data: mjx.Data) -> jax.Array:
+    """(observation,): positions without the root's x (and y), velocities, then the groups that the task's options ask for."""
+    o = task.options
+    free_root = task.env_id in ("Ant-v5", "Humanoid-v5")
+    skipped = (2 if free_root else 1) if o.get("exclude_current_positions_from_observation") else 0
+    clipped = task.env_id in ("Hopper-v5", "Walker2d-v5")
+    groups = [data.qpos[skipped:], jnp.clip(data.qvel, -10, 10) if clipped else data.qvel]
+    if o.get("include_cinert_in_observation"):
+        groups.append(data._impl.cinert[1:].ravel())
+    if o.get("include_cvel_in_observation"):
+        groups.append(data.cvel[1:].ravel())
+    if o.get("include_qfrc_actuator_in_observation"):
+        groups.append(data.qfrc_actuator[6:])
+    if o.get("include_cfrc_ext_in_observation"):
+        force = data._impl.cfrc_ext[1:].ravel()
+        groups.append(jnp.clip(force, *o["contact_force_range"]) if task.env_id == "Ant-v5" else force)
+    return jnp.concatenate(groups)
+
+
+def contact_cost(task: Task, data: mjx.Data) -> jax.Array:
+    """() >= 0, from cfrc_ext: (bodies, 6), the contact wrench on each body about its tree's centre of mass."""
+    o, force = task.options, data._impl.cfrc_ext
+    if task.env_id == "Ant-v5":
+        return o["contact_cost_weight"] * jnp.square(jnp.clip(force, *o["contact_force_range"])).sum()
+    return jnp.clip(o["contact_cost_weight"] * jnp.square(force).sum(), *o["contact_cost_range"])
+
+
+def reward_of(task: Task, data: mjx.Data, action: jax.Array, x_velocity: jax.Array) -> jax.Array:
+    """(): forward speed and health, minus control and contact cost."""
+    o, healthy = task.options, is_healthy(task, data).astype(x_velocity.dtype)
+    if task.env_id == "InvertedPendulum-v5":
+        return healthy
+    reward = o["forward_reward_weight"] * x_velocity + o.get("healthy_reward", 0.0) * healthy
+    reward -= o["ctrl_cost_weight"] * jnp.square(action).sum()
+    return reward - contact_cost(task, data) if o.get("contact_cost_weight") else reward
+
+
+def reads_contact_wrenches(options: dict) -> bool:
+    return bool(options.get("contact_cost_weight") or options.get("include_cfrc_ext_in_observation"))
+
+
+def with_contact_wrenches(task: Task, data: mjx.Data) -> mjx.Data:
+    """Fill cfrc_ext where the task reads it."""
+    return mjx.rne_postconstraint(task.model, data) if reads_contact_wrenches(task.options) else data
+
+
+def task_reset(task: Task, key: jax.Array) -> tuple[RobotState, jax.Array]:
+    """A fresh random state by the task's own rule, and its observation."""
+    o, (key_position, key_velocity) = task.options, jax.random.split(key)
+    scale, nv = o["reset_noise_scale"], task.mj_model.nv
+    qpos = jnp.asarray(task.mj_model.qpos0, dtype=task.blank.qpos.dtype)
+    qpos = qpos + jax.random.uniform(key_position, qpos.shape, qpos.dtype, -scale, scale)
+    if task.env_id in ("HalfCheetah-v5", "Ant-v5"):
+        qvel = scale * jax.random.normal(key_velocity, (nv,), qpos.dtype)
+    else:
+        qvel = jax.random.uniform(key_velocity, (nv,), qpos.dtype, -scale, scale)
+    return state_at(task, qpos, qvel)
+
+
+def state_at(task: Task, qpos: jax.Array, qvel: jax.Array) -> tuple[RobotState, jax.Array]:
+    """The state with these coordinates, as after Gymnasium's set_state, and its observation."""
+    data = forward(task, task.blank.replace(qpos=qpos, qvel=qvel))  # the compiler drops all that is not read
+    data = with_contact_wrenches(task, data)
+    return RobotState(qpos, qvel, jnp.zeros_like(qvel), x_position(task, data)), observe(task, data)
+
+
+def data_fields(state: RobotState) -> dict[str, jax.Array]:
+    return dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc_warmstart)
+
+
+def simulate(task: Task, state: RobotState, action: jax.Array) -> mjx.Data:
+    """frame_skip physics steps under one control. MuJoCo clamps it to the control range."""
+    data = task.blank.replace(**data_fields(state), ctrl=action)
+    return jax.lax.scan(lambda data, _: (physics_step(task, data), None), data, None, length=task.frame_skip)[0]
+
+
+def task_step(task: Task, state: RobotState, action: jax.Array) -> tuple[RobotState, jax.Array, jax.Array, jax.Array]:
+    """Next state, observation, reward, terminated. `action` is in the units of Gymnasium's action space and, as there, may exceed
+    it: the control cost sees the action itself."""
+    data = with_contact_wrenches(task, simulate(task, state, action))
+    x = x_position(task, data)
+    seconds = task.mj_model.opt.timestep * task.frame_skip
+    reward = reward_of(task, data, action, (x - state.x_position) / seconds)
+    terminated = ~is_healthy(task, data) & task.options.get("terminate_when_unhealthy", True)
+    return RobotState(data.qpos, data.qvel, data.qacc_warmstart, x), observe(task, data), reward, terminated
+
+
+class Environment(NamedTuple):
+    """What the learner needs to know of an environment; its functions are pure and describe one robot."""
+
+    reset: Callable  # key -> state, observation (observation,)
+    step: Callable  # state, action (actions,) -> state, observation, reward (), terminated () bool
+    observation_size: int
+    action_low: np.ndarray  # (actions,)
+    action_high: np.ndarray  # (actions,)
+    max_episode_steps: int
+
+
+def make_environment(task: Task) -> Environment:
+    low, high = task.mj_model.actuator_ctrlrange.T
+    reset, step = functools.partial(task_reset, task), functools.partial(task_step, task)
+    return Environment(reset, step, task.observation_size, low, high, task.max_episode_steps)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Auto-reset and quarantine, one robot
+# ------------------------------------------------------------------------------------------------------------------------
+
+RUNAWAY = 1e6  # an observation beyond this has left physics
+
+
+class Slot(NamedTuple):
+    """One of the parallel environments: the robot in it and its episode so far."""
+
+    state: Any
+    obs: jax.Array  # (observation,)
+    age: jax.Array  # () environment steps on the time limit's clock; the first episode may start late
+    length: jax.Array  # () environment steps of this episode
+    episode_return: jax.Array  # () unscaled
+
+
+class Transition(NamedTuple):
+    """One environment step. In a rollout every field gets the axes (T, N) in front: T = num_steps, N = num_envs."""
+
+    obs: jax.Array  # (observation,)
+    final_obs: jax.Array  # (observation,): what the step led to, before any auto-reset
+    action: jax.Array  # (actions,), half ranges
+    mean: jax.Array  # (actions,), half ranges: the policy's mean when it acted
+    reward: jax.Array  # () unscaled
+    terminated: jax.Array  # () bool
+    truncated: jax.Array  # () bool
+    invalid: jax.Array  # () bool: quarantined, masked everywhere
+    episode_return: jax.Array  # () return and length of the episode that this step may have ended
+    length: jax.Array  # ()
+
+
+def first_slot(env: Environment, random_initial_ages: bool, key: jax.Array) -> Slot:
+    key_state, key_age = jax.random.split(key)
+    state, obs = env.reset(key_state)
+    age = jax.random.randint(key_age, (), 0, env.max_episode_steps) if random_initial_ages else jnp.array(0)
+    return Slot(state, obs, age, jnp.array(0), jnp.zeros((), obs.dtype))
+
+
+def autoreset_step(env: Environment, slot: Slot, action: jax.Array, mean: jax.Array, key: jax.Array) -> tuple[Slot, Transition]:
+    """Step one environment and, where its episode ended, start the next from a state drawn here and now.
+
+    An environment that is not finite or has run away is quarantined: it is reset, and its transition is marked invalid, which no
+    learner or statistic reads. final_obs is then the fresh observation, so that nothing downstream meets a NaN.
+    """
+    half_range, centre = (env.action_high - env.action_low) / 2, (env.action_high + env.action_low) / 2
+    state, obs, reward, terminated = env.step(slot.state, (centre + half_range * action).astype(action.dtype))
+    age, length, episode_return = slot.age + 1, slot.length + 1, slot.episode_return + reward
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state, reward))]
+    invalid = ~(jnp.array(finite).all() & (jnp.abs(obs) < RUNAWAY).all())
+    terminated, truncated = terminated & ~invalid, (age >= env.max_episode_steps) & ~invalid
+    ended = terminated | truncated | invalid
+    fresh_state, fresh_obs = env.reset(key)
+    transition = Transition(
+        slot.obs, jnp.where(invalid, fresh_obs, obs), action, mean, jnp.where(invalid, 0.0, reward),
+        terminated, truncated, invalid, episode_return, length,
+    )  # fmt: skip
+    current = Slot(state, obs, age, length, episode_return)
+    fresh = Slot(fresh_state, fresh_obs, *(jnp.zeros_like(x) for x in (age, length, episode_return)))
+    return jax.tree.map(lambda new, old: jnp.where(ended, new, old), fresh, current), transition
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Networks
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """ELU layers, orthogonal weights, zero biases."""
+
+    hidden: tuple[int, ...]
+    outputs: int
+    last_gain: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for size in self.hidden:
+            x = nn.elu(nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5))(x))
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.orthogonal(self.last_gain))(x)
+
+
+class Statistics(NamedTuple):
+    """Running mean and variance of vectors; part of the agent's state, so that every checkpoint holds them."""
+
+    mean: jax.Array  # (k,)
+    variance: jax.Array  # (k,)
+    count: jax.Array  # ()
+
+    @staticmethod
+    def of(x: jax.Array, valid: jax.Array) -> Statistics:
+        """Of the valid rows of x: (B, k)."""
+        count = jnp.maximum(valid.sum().astype(x.dtype), 1.0)
+        mean = jnp.where(valid[:, None], x, 0.0).sum(0) / count
+        variance = jnp.where(valid[:, None], jnp.square(x - mean), 0.0).sum(0) / count
+        return Statistics(mean, variance, count)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Chan et al. 1983."""
+        count = self.count + other.count
+        shift, share = other.mean - self.mean, other.count / count
+        variance = self.variance * (1 - share) + other.variance * share + jnp.square(shift) * share * (1 - share)
+        return Statistics(self.mean + shift * share, variance, count)
+
+    def deviation(self) -> jax.Array:
+        return jnp.sqrt(self.variance + 1e-6)
+
+    def normalize(self, x: jax.Array, limit: float = np.inf) -> jax.Array:
+        return jnp.clip((x - self.mean) / self.deviation(), -limit, limit)
+
+    def denormalize(self, x: jax.Array) -> jax.Array:
+        return x * self.deviation() + self.mean
+
+
+class AgentState(NamedTuple):
+    """All that changes during training: what a checkpoint holds."""
+
+    parameters: dict  # actor: {network, log_std (actions,)}, critic: {network}
+    adam: Any
+    learning_rate: jax.Array
+    obs_statistics: Statistics
+    return_statistics: Statistics
+    slots: Slot  # (N, ...)
+    key: jax.Array
+    iteration: jax.Array  # () finished so far
+
+
+class Setup(NamedTuple):
+    """All that does not: the program is compiled for it."""
+
+    env: Environment
+    actor: MLP
+    critic: MLP
+    args: Args
+    mesh: Mesh  # devices, one axis, "envs"
+    iterations: int  # of the whole run
+
+
+def make_setup(env: Environment, args: Args, devices: list | None = None) -> Setup:
+    mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("envs",))
+    require(args.num_envs % mesh.size == 0, f"num_envs = {args.num_envs:,} does not split over {mesh.size} devices; use "
+            f"{max(1, round(args.num_envs / mesh.size)) * mesh.size:,}")  # fmt: skip
+    actor, critic = MLP(args.actor_hidden, len(env.action_low), 0.01), MLP(args.critic_hidden, 1, 1.0)
+    return Setup(env, actor, critic, args, mesh, -(-args.total_timesteps // (args.num_envs * args.num_steps)))
+
+
+def policy_mean(setup: Setup, parameters: dict, statistics: Statistics, obs: jax.Array) -> jax.Array:
+    """obs: (B, observation) -> (B, actions), half ranges. Deterministic evaluation acts on it."""
+    return setup.actor.apply(parameters["actor"]["network"], statistics.normalize(obs, limit=10.0))
+
+
+def values_of(setup: Setup, state: AgentState, obs: jax.Array) -> jax.Array:
+    """V: (..., observation) -> (...), in scaled reward units."""
+    value = setup.critic.apply(state.parameters["critic"]["network"], state.obs_statistics.normalize(obs, limit=10.0))
+    return state.return_statistics.denormalize(value[..., 0])
+
+
+def adam() -> optax.GradientTransformation:
+    """Adam's direction; the learning rate is the agent's own and multiplies it in `update_minibatch`."""
+    return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+def initialise(setup: Setup, hyper: Hyperparameters, seed: jax.Array) -> AgentState:
+    """One agent before its first step."""
+    args, env = setup.args, setup.env
+    key, key_actor, key_critic, key_slots = jax.random.split(jax.random.PRNGKey(seed), 4)
+    obs = jnp.zeros((1, env.observation_size))
+    log_std = hyper.log_std_init * jnp.ones(len(env.action_low))
+    parameters = {
+        "actor": {"network": setup.actor.init(key_actor, obs), "log_std": log_std},
+        "critic": {"network": setup.critic.init(key_critic, obs)},
+    }
+    statistics = [Statistics(jnp.zeros(size), jnp.ones(size), jnp.zeros(())) for size in (env.observation_size, 1)]
+    make_slot = functools.partial(first_slot, env, args.random_initial_ages)
+    slots = jax.vmap(make_slot)(jax.random.split(key_slots, args.num_envs))
+    return AgentState(parameters, adam().init(parameters), hyper.learning_rate, *statistics, slots, key, jnp.array(0))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Algorithm: pure functions of one agent (vmap makes it many)
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The samples of one update, B of them in a row; what the old policy and value function said is frozen here."""
+
+    obs: jax.Array  # (B, observation), normalised
+    action: jax.Array  # (B, actions), half ranges
+    mean: jax.Array  # (B, actions), old policy
+    log_prob: jax.Array  # (B,), old policy
+    value: jax.Array  # (B,), old value function, normalised
+    target: jax.Array  # (B,), return to regress on, normalised
+    advantage: jax.Array  # (B,)
+    weight: jax.Array  # (B,): 0 for a quarantined transition, else such that the mean is 1
+
+
+def gaussian_log_prob(action: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """log density (B,) of diagonal Gaussians."""
+    z = (action - mean) * jnp.exp(-log_std)
+    return (-0.5 * jnp.square(z) - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+def gaussian_kl(old_mean: jax.Array, old_log_std: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """Exact KL(old || new) (B,) of diagonal Gaussians: no epsilon, so that it is unbiased for small deviations too."""
+    squares = jnp.exp(2 * (old_log_std - log_std)) + jnp.square((old_mean - mean) * jnp.exp(-log_std))
+    return (log_std - old_log_std + 0.5 * (squares - 1)).sum(-1)
+
+
+def advantages_gae(reward, value, next_value, terminated, truncated, invalid, gamma, gae_lambda) -> jax.Array:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over (T, ...) arrays.
+
+    next_value is V(final_obs), the value of the state that the step really led to, never that of a state after auto-reset. A step
+    that ran on or hit the time limit (truncated) is bootstrapped with it, because the robot would have gone on; after a real end
+    (terminated, which wins over truncated) nothing follows and the bootstrap is 0. Any end stops the sum over later steps. An
+    invalid step has advantage 0 and stops it too.
+    """
+    delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
+    delta = jnp.where(invalid, 0.0, delta)
+    decay = jnp.where(terminated | truncated | invalid, 0.0, gamma * gae_lambda)
+
+    def step_back(following, row):
+        advantage = row[0] + row[1] * following
+        return advantage, advantage
+
+    _, advantage = jax.lax.scan(step_back, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
+    return advantage
+
+
+def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Transition]:
+    """num_steps steps of every environment: the slots afterwards, and all transitions (T, N, ...)."""
+    log_std = state.parameters["actor"]["log_std"]
+    spec = PartitionSpec("envs")
+    unchecked = {"check_vma" if "check_vma" in inspect.signature(shard_map).parameters else "check_rep": False}
+    step = jax.vmap(functools.partial(autoreset_step, setup.env))
+    step = shard_map(step, mesh=setup.mesh, in_specs=spec, out_specs=spec, **unchecked)  # no robot talks to another device
+
+    def rollout_step(slots: Slot, key: jax.Array) -> tuple[Slot, Transition]:
+        key_noise, key_reset = jax.random.split(key)
+        mean = policy_mean(setup, state.parameters, state.obs_statistics, slots.obs)
+        action = mean + jnp.exp(log_std) * jax.random.normal(key_noise, mean.shape, mean.dtype)
+        return step(slots, action, mean, jax.random.split(key_reset, setup.args.num_envs))
+
+    return jax.lax.scan(rollout_step, state.slots, jax.random.split(key, setup.args.num_steps))
+
+
+def make_batch(setup: Setup, hyper: Hyperparameters, state: AgentState, rollout: Transition, key: jax.Array) -> tuple[Batch, Statistics]:
+    """Values, advantages and targets, normalised once and shuffled once: every epoch walks over the same minibatches.
+
+    Also the return statistics, updated here and only here, before the targets are scaled with them."""
+    args = setup.args
+    value, next_value = values_of(setup, state, rollout.obs), values_of(setup, state, rollout.final_obs)
+    ends = rollout.terminated, rollout.truncated, rollout.invalid
+    advantage = advantages_gae(rollout.reward * hyper.reward_scale, value, next_value, *ends, hyper.gamma, hyper.gae_lambda)
+    rollout, value, advantage = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rollout, value, advantage))
+
+    valid, returns = ~rollout.invalid, advantage + value
+    statistics = state.return_statistics
+    if args.normalize_values:
+        statistics = statistics.merge(Statistics.of(returns[:, None], valid))
+    if args.normalize_advantages:
+        moments = Statistics.of(advantage[:, None], valid)
+        advantage = (advantage - moments.mean) / (jnp.sqrt(moments.variance) + 1e-8)
+    log_prob = gaussian_log_prob(rollout.action, rollout.mean, state.parameters["actor"]["log_std"])
+    batch = Batch(
+        state.obs_statistics.normalize(rollout.obs, limit=10.0), rollout.action, rollout.mean, log_prob, statistics.normalize(value),
+        statistics.normalize(returns), advantage, valid / jnp.maximum(valid.mean(), 1e-8),
+    )  # fmt: skip
+    order = jax.random.permutation(key, len(valid)).reshape(args.num_minibatches, -1)
+    return jax.tree.map(lambda x: x[order], batch), statistics  # (minibatches, B, ...)
+
+
+def ppo_loss(setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batch, old_log_std: jax.Array) -> tuple[jax.Array, dict]:
+    """Clipped surrogate (Schulman et al. 2017, eq. 7) + value error + bounds penalty - entropy, and their means.
+
+    There is no weight on the value loss: policy and value function share no parameter and are clipped apart, and Adam does not
+    see the scale of a gradient."""
+    log_std = parameters["actor"]["log_std"]
+    mean = setup.actor.apply(parameters["actor"]["network"], batch.obs)
+    value = setup.critic.apply(parameters["critic"]["network"], batch.obs)[:, 0]
+    ratio = jnp.exp(gaussian_log_prob(batch.action, mean, log_std) - batch.log_prob)
+    clipped_ratio = jnp.clip(ratio, 1 - hyper.clip_coef, 1 + hyper.clip_coef)
+    policy_loss = -jnp.minimum(batch.advantage * ratio, batch.advantage * clipped_ratio)
+    value_loss = 0.5 * jnp.square(value - batch.target)
+    if setup.args.clip_value_loss:
+        clipped_value = batch.value + jnp.clip(value - batch.value, -hyper.clip_coef, hyper.clip_coef)
+        value_loss = jnp.maximum(value_loss, 0.5 * jnp.square(clipped_value - batch.target))
+    bounds_loss = jnp.square(jnp.maximum(jnp.abs(mean) - 1.1, 0.0)).sum(-1)
+    entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+    kl = gaussian_kl(batch.mean, old_log_std, mean, log_std)
+    clip_fraction = jnp.abs(ratio - 1) > hyper.clip_coef
+    terms = dict(policy_loss=policy_loss, value_loss=value_loss, bounds_loss=bounds_loss, kl=kl, clip_fraction=clip_fraction)
+    terms = {name: (term * batch.weight).mean() for name, term in terms.items()}
+    loss = terms["policy_loss"] + terms["value_loss"] + hyper.bounds_coef * terms["bounds_loss"] - hyper.entropy_coef * entropy
+    return loss, terms | {"entropy": entropy}
+
+
+def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentState, kl: jax.Array) -> jax.Array:
+    """adaptive: 1.5 times less where the policy moved over twice as far as desired, 1.5 times more where less than half as far."""
+    progress = state.iteration / setup.iterations
+    if setup.args.learning_rate_schedule == "constant":
+        return hyper.learning_rate
+    if setup.args.learning_rate_schedule == "linear":
+        return hyper.learning_rate * (1 - progress)
+    desired_kl = hyper.desired_kl + (hyper.desired_kl_final - hyper.desired_kl) * progress
+    factor = jnp.where(kl > 2 * desired_kl, 1 / 1.5, jnp.where(kl < 0.5 * desired_kl, 1.5, 1.0))
+    return jnp.clip(state.learning_rate * factor, hyper.learning_rate_min, hyper.learning_rate_max)
+
+
+def update_minibatch(setup: Setup, hyper: Hyperparameters, old_log_std: jax.Array, state: AgentState, batch: Batch) -> tuple[AgentState, dict]:
+    """One gradient step: clip the policy's and the value function's gradient apart, Adam, floor of the exploration noise."""
+    (_, terms), gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)(setup, hyper, state.parameters, batch, old_log_std)
+    for name, gradient in gradients.items():
+        scale = jnp.minimum(1.0, hyper.max_grad_norm / (optax.global_norm(gradient) + 1e-6))
+        gradients[name] = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
+    direction, adam_state = adam().update(gradients, state.adam)
+    learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"])
+    parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
+    parameters["actor"]["log_std"] = jnp.maximum(parameters["actor"]["log_std"], hyper.log_std_min)
+    return state._replace(parameters=parameters, adam=adam_state, learning_rate=learning_rate), terms
+
+
+def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[AgentState, dict]:
+    """Rollout, targets, update, statistics; also sums and means for the log."""
+    key, key_collect, key_batch = jax.random.split(state.key, 3)
+    slots, rollout = collect(setup, state, key_collect)
+    batch, return_statistics = make_batch(setup, hyper, state, rollout, key_batch)
+    state = state._replace(slots=slots, return_statistics=return_statistics, key=key)
+
+    update = functools.partial(update_minibatch, setup, hyper, state.parameters["actor"]["log_std"])
+    epoch = lambda state, _: jax.lax.scan(update, state, batch)  # noqa: E731
+    state, terms = jax.lax.scan(epoch, state, None, length=setup.args.update_epochs)
+
+    obs_statistics = state.obs_statistics
+    if setup.args.normalize_observations:  # the next rollout and its update see the same statistics
+        rows = rollout.obs.reshape(-1, rollout.obs.shape[-1])
+        obs_statistics = obs_statistics.merge(Statistics.of(rows, ~rollout.invalid.ravel()))
+    ended = rollout.terminated | rollout.truncated
+    metrics = {name: term.mean() for name, term in terms.items()} | dict(
+        episodes=ended.sum(), return_sum=(rollout.episode_return * ended).sum(), length_sum=(rollout.length * ended).sum(),
+        invalid=rollout.invalid.sum(), learning_rate=state.learning_rate, std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
+    )  # fmt: skip
+    return state._replace(obs_statistics=obs_statistics, iteration=state.iteration + 1), metrics
+
+
+def advance(setup: Setup, hyper: Hyperparameters, state: AgentState, iterations: jax.Array) -> tuple[AgentState, dict]:
+    """So many iterations without the host; the metrics are summed over them."""
+
+    def body(_, carry):
+        state, sums = carry
+        state, metrics = iterate(setup, hyper, state)
+        return state, jax.tree.map(jnp.add, sums, metrics)
+
+    shapes = jax.eval_shape(functools.partial(iterate, setup), hyper, state)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, iterations, body, (state, zeros))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Evaluation: deterministic, statistics frozen, the first episode of each environment
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_in_mjx(setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return and length, (eval_episodes,) each, of one agent."""
+    step = jax.vmap(functools.partial(autoreset_step, setup.env))
+
+    def body(carry, key):
+        slots, running, total, length = carry
+        mean = policy_mean(setup, parameters, statistics, slots.obs)
+        slots, transition = step(slots, mean, mean, jax.random.split(key, setup.args.eval_episodes))
+        ended = transition.terminated | transition.truncated | transition.invalid
+        total, length = total + running * transition.reward, length + running
+        return (slots, running & ~ended, total, length), None
+
+    key, key_slots = jax.random.split(key)
+    slots = jax.vmap(functools.partial(first_slot, setup.env, False))(jax.random.split(key_slots, setup.args.eval_episodes))
+    carry = slots, jnp.ones(setup.args.eval_episodes, bool), jnp.zeros_like(slots.episode_return), jnp.zeros_like(slots.length)
+    (_, _, total, length), _ = jax.lax.scan(body, carry, jax.random.split(key, setup.env.max_episode_steps))
+    return total, length
+
+
+def evaluate_in_gymnasium(setup: Setup, parameters: dict, statistics: Statistics, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same in gymnasium.make(env_id): MuJoCo C, the MJCF's own integrator and solver."""
+    args, env = setup.args, setup.env
+    envs = [gymnasium.make(args.env_id, **args.env_kwargs) for _ in range(args.eval_episodes)]
+    obs = np.stack([one.reset(seed=seed + i)[0] for i, one in enumerate(envs)])
+    act = jax.jit(functools.partial(policy_mean, setup))
+    centre, half_range = (env.action_high + env.action_low) / 2, (env.action_high - env.action_low) / 2
+    total, length, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
+    while running.any():
+        action = centre + half_range * np.asarray(act(parameters, statistics, obs.astype(statistics.mean.dtype)))
+        for i in np.flatnonzero(running):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
+            total[i], length[i], running[i] = total[i] + reward, length[i] + 1, not (terminated or truncated)
+    for one in envs:
+        one.close()
+    return total, length
+
+
+def summary(total: np.ndarray, length: np.ndarray) -> dict:
+    return dict(mean=float(np.mean(total)), std=float(np.std(total)), min=float(np.min(total)), episodes=len(total),
+                mean_length=float(np.mean(length)))  # fmt: skip
+
+
+def across_agents(scores: list[float]) -> dict:
+    """Median, interquartile mean (Agarwal et al. 2021) and worst."""
+    low, high = np.percentile(scores, [25, 75])
+    middle = [score for score in scores if low <= score <= high] or scores
+    return dict(median=float(np.median(scores)), interquartile_mean=float(np.mean(middle)), worst=float(min(scores)))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Checkpoint and log
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    names = "jax jaxlib flax optax mujoco mujoco-mjx gymnasium numpy".split()
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def hardware() -> str:
+    return f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {len(os.sched_getaffinity(0))} CPU cores"
+
+
+def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
+    """One .npz of plain arrays: every leaf of the state (axis 0: the agents) under its own name, and a JSON header."""
+    leaves = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    header = json.dumps(dict(args=dataclasses.asdict(args), counters=counters, versions=versions()))
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez(file, header=np.array(header), **leaves)
+    partial.replace(path)  # a run killed here leaves the previous checkpoint whole
+
+
+def load_header(path: str) -> dict:
+    require(Path(path).is_file(), f"there is no checkpoint {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["header"]))
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+        raise InputError(f"{path} is not a checkpoint of this script") from None
+
+
+def load_state(path: str, like: AgentState) -> AgentState:
+    """The arrays of a checkpoint, in the structure of `like`."""
+    with np.load(path, allow_pickle=False) as file:
+        names = [jax.tree_util.keystr(name) for name, _ in jax.tree_util.tree_leaves_with_path(like)]
+        require(set(names) == set(file.files) - {"header"}, f"{path} holds another kind of agent than these flags describe")
+        for name, leaf in zip(names, jax.tree.leaves(like)):
+            require(file[name].shape == leaf.shape, f"{path}: {name} has shape {file[name].shape}, these flags need {leaf.shape}")
+        return jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and a progress bar."""
+
+    def __init__(self, run_dir: Path, args: Args, first_step: int):
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["env_steps"] <= first_step))  # the rest is run again
+        self.file = open(path, "a")
+        self.events = EventFileWriter(str(run_dir))
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, dynamic_ncols=True)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=dataclasses.asdict(args))
+
+    def write(self, row: dict):
+        """`row`: numbers, and lists with one number for each agent, of which TensorBoard sees the mean."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        scalars = {name: float(np.mean(value)) for name, value in row.items() if value is not None}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self.events.add_event(Event(step=row["env_steps"], wall_time=time.time(), summary=Summary(value=values)))
+        if self.wandb:
+            self.wandb.log(scalars, step=row["env_steps"])
+        self.bar.update(row["env_steps"] - self.bar.n)
+        if row["episode_return"] is not None:
+            self.bar.set_postfix_str(f"return {row['episode_return']:.1f}")
+
+    def close(self):
+        self.file.close()
+        self.events.close()
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def metrics_row(sums: dict, iterations: int, env_steps: int, wall_seconds: float, interval: float, steps: int) -> dict:
+    """Sums over an interval, (agents,) each -> means. One agent gives numbers; many give their mean and agent_episode_return."""
+    sums = {name: np.asarray(value, dtype=np.float64) for name, value in sums.items()}  # host sync
+    episodes, returns, lengths = (sums.pop(name) for name in ("episodes", "return_sum", "length_sum"))
+    invalid = sums.pop("invalid").sum()
+    per_agent = [float(r / n) if n else None for r, n in zip(returns, episodes)]
+    total = episodes.sum()
+    row = dict(
+        env_steps=env_steps, wall_seconds=wall_seconds, steps_per_second=steps / interval,
+        episode_return=returns.sum() / total if total else None, episode_length=lengths.sum() / total if total else None,
+        episodes=int(total), invalid=int(invalid), **{name: value.mean() / iterations for name, value in sums.items()},
+    )  # fmt: skip
+    return row | ({"agent_episode_return": per_agent} if len(per_agent) > 1 else {})
+
+
+def plot_curve(run_dir: Path, title: str):
+    """curve.png from metrics.jsonl: episode return over environment steps; of many agents the median and the whole range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
+    rows = [row for row in rows if None not in row.get("agent_episode_return", [row["episode_return"]])]
+    if not rows:
+        return
+    steps = [row["env_steps"] for row in rows]
+    returns = np.array([row.get("agent_episode_return", [row["episode_return"]]) for row in rows])
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, np.median(returns, axis=1))
+    axes.fill_between(steps, returns.min(axis=1), returns.max(axis=1), alpha=0.2)
+    axes.set(title=title, xlabel="environment steps", ylabel="episode return while training")
+    axes.grid(alpha=0.3)
+    figure.savefig(run_dir / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+def write_sweep(run_dir: Path, name: str, agents: list[dict]):
+    """sweep.csv, one row per value: median, interquartile mean and worst of its seeds; sweep.png, every agent a point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    values = list(dict.fromkeys(agent["value"] for agent in agents))
+    rows = [across_agents([agent["score"] for agent in agents if agent["value"] == value]) for value in values]
+    with open(run_dir / "sweep.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, [name, *rows[0]])
+        table.writeheader()
+        table.writerows({name: value} | row for value, row in zip(values, rows))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.scatter([agent["value"] for agent in agents], [agent["score"] for agent in agents], alpha=0.6, label="one agent")
+    axes.plot(values, [row["median"] for row in rows], label="median")
+    axes.set(xlabel=name, ylabel="final score", xscale="log" if min(values) > 0 else "linear")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(run_dir / "sweep.png", dpi=120)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Train, play, benchmark
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def hyperparameters(args: Args) -> tuple[Hyperparameters, np.ndarray]:
+    """Of all agents, (agents,) each, and their seeds: every value of the sweep with every seed."""
+    swept, values = parse_sweep(args.sweep)
+    seeds = np.tile(args.seed + np.arange(args.num_seeds), len(values))
+    dtype = jnp.zeros(()).dtype  # float32, or float64 under JAX_ENABLE_X64
+    fields = {name: np.full(len(seeds), getattr(args, name), dtype) for name in Hyperparameters._fields}
+    if swept:
+        fields[swept] = np.repeat(np.array(values, dtype), args.num_seeds)
+    return Hyperparameters(**fields), seeds
+
+
+def shardings(setup: Setup, state: AgentState) -> AgentState:
+    """Where each array lives: environments, (agents, N, ...), split over the devices, all else on every device."""
+    split, whole = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(None, "envs"), PartitionSpec()))
+    everywhere = jax.tree.map(lambda _: whole, state)
+    return everywhere._replace(slots=jax.tree.map(lambda _: split, state.slots))
+
+
+def use_cache(folder: str):
+    """Keep compiled programs on disk: the second run of a configuration compiles nothing."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def train(args: Args, env: Environment | None = None, devices: list | None = None) -> dict:
+    """The whole run; returns what eval.json holds. `env` replaces the task by one of the caller's own (its env_id then only names it)."""
+    # Set-up
+    args = resolve(args)
+    use_cache(args.compilation_cache)
+    if args.distributed:
+        jax.distributed.initialize()
+    devices = devices or jax.devices(None if args.device == "auto" else args.device)
+    leads = jax.process_index() == 0
+    own_env = env is not None
+    setup = make_setup(env or make_environment(make_task(args)), args, devices)
+    hyper, seeds = hyperparameters(args)
+    steps_per_iteration = args.num_envs * args.num_steps
+    run_dir = Path(args.run_dir)
+    if leads:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args) | {"versions": versions(), "hardware": hardware()}, indent=2))
+        print(f"{run_dir}: {len(seeds)} agent(s), {setup.mesh.size} device(s), {setup.iterations:,} iterations of {args.num_envs:,} x "
+              f"{args.num_steps} = {steps_per_iteration:,} steps, minibatches of {steps_per_iteration // args.num_minibatches:,}")  # fmt: skip
+
+    # Compile
+    start = time.perf_counter()
+    create = jax.vmap(functools.partial(initialise, setup))
+    placement = shardings(setup, jax.eval_shape(create, hyper, seeds))
+    create = jax.jit(create, out_shardings=placement)
+    counters = dict(env_steps=0, train_seconds=0.0, compile_seconds=0.0)
+    state = create(hyper, seeds)
+    if args.resume:
+        counters = load_header(args.resume)["counters"]
+        state = jax.device_put(load_state(args.resume, state), placement)
+    run = jax.vmap(functools.partial(advance, setup), in_axes=(0, 0, None))
+    whole = NamedSharding(setup.mesh, PartitionSpec())
+    run = jax.jit(run, in_shardings=(whole, placement, whole), out_shardings=(placement, whole))
+    run = run.lower(hyper, state, np.int32(1)).compile()
+    counters["compile_seconds"] += time.perf_counter() - start
+
+    # Train
+    log = Log(run_dir, args, counters["env_steps"]) if leads else None
+    done, interval = counters["env_steps"] // steps_per_iteration, max(1, args.log_every // steps_per_iteration)
+    gather = jax.jit(lambda state: state, out_shardings=whole)
+    while done < setup.iterations:
+        begin = time.perf_counter()
+        iterations = min(interval, setup.iterations - done)
+        state, sums = run(hyper, state, np.int32(iterations))
+        sums = jax.device_get(sums)  # host sync: the program has finished
+        seconds = time.perf_counter() - begin
+        done += iterations
+        before, counters["env_steps"] = counters["env_steps"], done * steps_per_iteration
+        counters["train_seconds"] += seconds
+        row = metrics_row(sums, iterations, counters["env_steps"], counters["train_seconds"], seconds, iterations * steps_per_iteration * len(seeds))
+        crossed = counters["env_steps"] // args.checkpoint_every > before // args.checkpoint_every
+        snapshot = gather(state) if crossed or done == setup.iterations else None
+        if leads:
+            log.write(row)
+            if snapshot is not None:
+                save_checkpoint(run_dir / "checkpoint.npz", args, snapshot, counters)
+
+    # Evaluate
+    if leads:
+        log.close()
+        plot_curve(run_dir, f"{args.env_id}, {len(seeds)} agent(s)")
+        return report(setup, args, run_dir, gather(state), counters, own_env)
+    gather(state)
+    return {}
+
+
+def evaluate(setup: Setup, args: Args, state: AgentState, own_env: bool) -> list[dict]:
+    """Score every agent in MJX and in Gymnasium's own environment."""
+    _, seeds = hyperparameters(args)
+    _, values = parse_sweep(args.sweep)
+    policy = jax.device_get((state.parameters, state.obs_statistics))
+    keys = jax.vmap(jax.random.PRNGKey)(seeds + 1_000_000)
+    returns, lengths = jax.device_get(jax.jit(jax.vmap(functools.partial(evaluate_in_mjx, setup)))(*policy, keys))
+    agents = []
+    for i, seed in enumerate(seeds):
+        parameters, statistics = jax.tree.map(lambda x, i=i: x[i], policy)
+        mine = None if own_env else summary(*evaluate_in_gymnasium(setup, parameters, statistics, int(seed) + 1_000_000))
+        in_mjx = summary(returns[i], lengths[i])
+        agent = dict(seed=int(seed), mjx=in_mjx, gymnasium=mine, score=(mine or in_mjx)["mean"])
+        agents.append(agent | ({"value": values[i // args.num_seeds]} if args.sweep else {}))
+    return agents
+
+
+def report(setup: Setup, args: Args, run_dir: Path, state: AgentState, counters: dict, own_env: bool) -> dict:
+    """Evaluate, write eval.json (its top level is the median agent), print both scores."""
+    agents = evaluate(setup, args, state, own_env) if args.eval_episodes else []
+    nothing = dict(seed=args.seed, mjx=None, gymnasium=None)
+    median = sorted(agents, key=lambda agent: agent["score"])[(len(agents) - 1) // 2] if agents else nothing
+    result = dict(env_id=args.env_id, algorithm="ppo_mjx", seed=median["seed"], **counters, vecsim=None, mjx=median["mjx"], gymnasium=median["gymnasium"],
+                  versions=versions(), hardware=hardware())  # fmt: skip
+    if len(agents) > 1:
+        result |= dict(agents=agents, across_agents=across_agents([agent["score"] for agent in agents]))
+    if args.sweep and agents:
+        write_sweep(run_dir, args.sweep.partition("=")[0], agents)
+    (run_dir / "eval.json").write_text(json.dumps(result, indent=2))
+    print(f"trained {counters['env_steps']:,} steps in {counters['train_seconds']:.1f} s, compiled in {counters['compile_seconds']:.1f} s")
+    for agent in agents:
+        print_agent(agent)
+    if len(agents) > 1:
+        print("across agents: " + ", ".join(f"{name} {value:.1f}" for name, value in result["across_agents"].items()))
+    return result
+
+
+def print_agent(agent: dict):
+    scores = (f"{name} {agent[name]['mean']:.1f} +- {agent[name]['std']:.1f} (worst {agent[name]['min']:.1f})" for name in ("mjx", "gymnasium") if agent[name])
+    print(f"seed {agent['seed']}" + (f", value {agent['value']:g}" if "value" in agent else "") + ": " + ", ".join(scores))
+
+
+def play(args: Args) -> list[dict]:
+    """Score the agents of a checkpoint; with capture_video also film the best of them."""
+    saved = resolve(saved_args(args.play))
+    saved = dataclasses.replace(saved, eval_episodes=max(1, args.eval_episodes), num_envs=saved.num_envs)
+    use_cache(saved.compilation_cache)
+    setup = make_setup(make_environment(make_task(saved)), saved)
+    like = jax.eval_shape(jax.vmap(functools.partial(initialise, setup)), *hyperparameters(saved))
+    state = load_state(args.play, like)
+    agents = evaluate(setup, saved, state, own_env=False)
+    for agent in agents:
+        print_agent(agent)
+    if args.capture_video:
+        best = max(range(len(agents)), key=lambda i: agents[i]["score"])
+        film(setup, *jax.tree.map(lambda x: x[best], (state.parameters, state.obs_statistics)), Path(args.play).with_suffix(".mp4"))
+    return agents
+
+
+def film(setup: Setup, parameters: dict, statistics: Statistics, path: Path):
+    """One deterministic episode, rendered by Gymnasium."""
+    import imageio
+
+    env = gymnasium.make(setup.args.env_id, render_mode="rgb_array", **setup.args.env_kwargs)
+    act = jax.jit(functools.partial(policy_mean, setup))
+    centre, half_range = (setup.env.action_high + setup.env.action_low) / 2, (setup.env.action_high - setup.env.action_low) / 2
+    obs, ended, frames = env.reset(seed=0)[0], False, []
+    while not ended:
+        action = centre + half_range * np.asarray(act(parameters, statistics, obs[None].astype(statistics.mean.dtype))[0])
+        obs, _, terminated, truncated, _ = env.step(action)
+        ended = terminated or truncated
+        frames.append(env.render())
+    env.close()
+    imageio.mimsave(path, frames, fps=env.metadata["render_fps"])
+    print(f"wrote {path}")
+
+
+def timed(program: Callable, *inputs: Any) -> tuple[Any, float, float]:
+    """Last output, median seconds of three calls after a warm-up call, compile seconds. The output feeds the next call."""
+    start = time.perf_counter()
+    program = jax.jit(program).lower(*inputs).compile()
+    compile_seconds = time.perf_counter() - start
+    state, key = inputs
+    seconds = []
+    for _ in range(4):
+        key, key_now = jax.random.split(key)
+        start = time.perf_counter()
+        state = jax.block_until_ready(program(state, key_now))
+        seconds.append(time.perf_counter() - start)
+    return state, float(np.median(seconds[1:])), compile_seconds
+
+
+def acceleration_errors(task: Task, states: RobotState, ctrl: np.ndarray) -> tuple[np.ndarray, float]:
+    """Of each state, the largest error of qacc relative to its largest entry (at least 1), against a converged MuJoCo C; and the
+    physics steps/s of MuJoCo C on one core, with the solver settings of `task`."""
+    mine = jax.jit(jax.vmap(lambda s, u: forward(task, task.blank.replace(**data_fields(s), ctrl=u)).qacc))(states, ctrl)
+    converged = copy.copy(task.mj_model)
+    converged.opt.iterations, converged.opt.ls_iterations, converged.opt.tolerance = 100, 50, 0.0
+    data, reference = mujoco.MjData(converged), []
+    for row in zip(*(np.asarray(x, np.float64) for x in (states.qpos, states.qvel, states.qacc_warmstart, ctrl))):
+        data.qpos, data.qvel, data.qacc_warmstart, data.ctrl = row
+        mujoco.mj_forward(converged, data)
+        reference.append(data.qacc.copy())
+    reference = np.array(reference)
+    errors = np.abs(np.asarray(mine) - reference).max(1) / np.maximum(1.0, np.abs(reference).max(1))
+    data, start, rounds = mujoco.MjData(task.mj_model), time.perf_counter(), 400
+    for i in range(rounds):
+        data.ctrl = ctrl[i % len(ctrl)]
+        mujoco.mj_step(task.mj_model, data, nstep=25)
+    return errors, 25 * rounds / (time.perf_counter() - start)
+
+
+def benchmark(args: Args) -> dict:
+    """Speed of the physics, and of whole environment steps with rewards and resets, under random actions; error of this very configuration."""
+    args = resolve(args)
+    use_cache(args.compilation_cache)
+    task = make_task(args)
+    env, length = make_environment(task), 50  # environment steps in one call
+    draw = functools.partial(jax.random.uniform, shape=(args.num_envs, len(env.action_low)), minval=-1.0, maxval=1.0)
+    amplitude = (env.action_high - env.action_low) / 2
+
+    def random_steps(slots: Slot, key: jax.Array) -> Slot:
+        def body(slots, key):
+            action = draw(key)
+            return jax.vmap(functools.partial(autoreset_step, env))(slots, action, action, jax.random.split(key, args.num_envs))[0], None
+
+        return jax.lax.scan(body, slots, jax.random.split(key, length))[0]
+
+    def random_physics(states: RobotState, key: jax.Array) -> RobotState:
+        def body(states, key):
+            data = jax.vmap(functools.partial(simulate, task))(states, amplitude * draw(key))
+            return RobotState(data.qpos, data.qvel, data.qacc_warmstart, states.x_position), None
+
+        return jax.lax.scan(body, states, jax.random.split(key, length))[0]
+
+    key, key_slots, key_ctrl = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    slots = jax.jit(jax.vmap(functools.partial(first_slot, env, True)))(jax.random.split(key_slots, args.num_envs))
+    slots, env_seconds, env_compile = timed(random_steps, slots, key)
+    states, physics_seconds, physics_compile = timed(random_physics, slots.state, key)
+    errors, mujoco_c = acceleration_errors(task, states, np.asarray(amplitude * draw(key_ctrl)))
+    steps = args.num_envs * length
+    result = dict(
+        env_id=args.env_id, num_envs=args.num_envs, device=str(jax.devices()[0]), dtype=str(states.qpos.dtype), integrator=args.integrator,
+        iterations=args.iterations, ls_iterations=args.ls_iterations, physics_steps_per_second=steps * task.frame_skip / physics_seconds,
+        env_steps_per_second=steps / env_seconds, compile_seconds=env_compile + physics_compile,
+        qacc_error_p50=float(np.percentile(errors, 50)), qacc_error_p99=float(np.percentile(errors, 99)), qacc_error_max=float(errors.max()),
+        mujoco_c_physics_steps_per_second=mujoco_c, threads=len(os.sched_getaffinity(0)), versions=versions(), hardware=hardware(),
+    )  # fmt: skip
+    Path(args.benchmark).write_text(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def saved_args(checkpoint: str) -> Args:
+    saved = load_header(checkpoint)["args"]
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return Args(**saved | {"run_dir": str(Path(checkpoint).parent)})
+
+
+def parse_args(argv: list[str]) -> Args:
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume:  # flags not given keep the checkpoint's values
+        args = tyro.cli(Args, args=argv, default=saved_args(args.resume))
+    return resolve(args)
+
+
+def main():
+    try:
+        args = parse_args(sys.argv[1:])
+        play(args) if args.play else benchmark(args) if args.benchmark else train(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -291,6 +291,7 @@ class Model:
     pair_solver: SolverParameters
     pair_invweight: Tensor  # (P, 1)
     pair_frictionless: Tensor  # (P, 1)
+    pair_body_sign: Tensor  # (P, nbody, 1) +1 second body, -1 first body
     pair_edges: int  # 1 where all pairs are frictionless, else 4
     # bodies, for observations
     nbody: int
@@ -791,6 +792,9 @@ def load_model(
         pair_solver=solver_parameters([row[7] for row in pairs], h, tensor),
         pair_invweight=tensor(column(pairs, 8, 1)),
         pair_frictionless=tensor(column(pairs, 9, 1)),
+        pair_body_sign=tensor(
+            [[(b == pair[1][1]) * 1.0 - (b == pair[1][0]) for b in range(m.nbody)] for pair in pairs]
+        ).reshape(len(pairs), m.nbody, 1),
         pair_edges=1 if all(row[9] for row in pairs) else 4,
         nbody=m.nbody,
         body_link_index=index([nl if link < 0 else link for link in body_link]),
@@ -1517,3 +1521,756 @@ def step(model: Model, state: State, ctrl: Tensor, integrator: str = "euler", it
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations)
     return semi_implicit(model, state, ctrl, iterations, integrator == "implicitfast")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Body quantities as MuJoCo reports them, about the robot's centre of mass (mj_comPos, mj_comVel, mj_rnePostConstraint)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def centre_of_mass(model: Model, xpos: Tensor, xmat: Tensor) -> Tensor:
+    """(3, N) m, of everything that moves."""
+    return (model.mass.unsqueeze(1) * (xpos + rotate(xmat, model.com))).sum(0) / model.mass.sum(0)
+
+
+def body_inertias(model: Model, xpos: Tensor, xmat: Tensor, com: Tensor) -> Tensor:
+    """cinert (nbody - 1, 10, N): inertia about `com` (xx, yy, zz, xy, xz, yz), mass times offset, mass."""
+    at, turn = xpos[model.body_link_index[1:]], xmat[model.body_link_index[1:]]
+    offset = at + rotate(turn, model.body_com[1:]) - com
+    mass = model.body_mass[1:, None] + torch.zeros_like(offset[:, :1])
+    i = compose(compose(turn, model.body_inertia[1:]), turn.transpose(1, 2))
+    own = torch.stack((i[:, 0, 0], i[:, 1, 1], i[:, 2, 2], i[:, 0, 1], i[:, 0, 2], i[:, 1, 2]), 1)
+    x, y, z = offset.unbind(1)
+    carried = torch.stack((y * y + z * z, x * x + z * z, x * x + y * y, -x * y, -x * z, -y * z), 1)
+    return torch.cat((own + mass * carried, mass * offset, mass), 1)
+
+
+def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tensor:
+    """cvel (nbody - 1, 6, N) of each body about the centre of mass (3, N from the origin)."""
+    moving = cvel[model.body_link_index[1:]]
+    arm = com_from_origin.expand_as(moving[:, :3])
+    return torch.cat((moving[:, :3], moving[:, 3:] + cross(moving[:, :3], arm)), 1)
+
+
+def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
+    """cfrc_ext (nbody - 1, 6, N): torque about `com` and force of all contacts on each body, world axes."""
+    c, it = dynamics.constraints, dynamics.solution
+    contact, _, row = active_weights(c, it)
+    arm = dynamics.origin - com
+    rows = [torch.zeros_like(dynamics.cvel[0])] * model.nbody
+    force = contact_force(c, -contact * it.contact)
+    wrench = torch.cat((cross(c.point + arm, force), force), 1)
+    for body, value in zip(model.contact_body, wrench.unbind(0), strict=True):
+        rows[body] = rows[body] + value
+    total = torch.stack(rows[1:])
+    if model.pair_slots:
+        edge_force = (-row * it.row)[: model.pair_slots * model.pair_edges].unflatten(0, (model.pair_slots, -1))
+        normal, first, second = c.pair_frame.unbind(1)
+        force = normal * edge_force.sum(1).unsqueeze(1)
+        if model.pair_edges == 4:
+            friction = torch.gather(model.pair_friction.expand(-1, c.pair_index.shape[-1]), 0, c.pair_index)
+            force = force + first * (friction * (edge_force[:, 0] - edge_force[:, 1])).unsqueeze(1)
+            force = force + second * (friction * (edge_force[:, 2] - edge_force[:, 3])).unsqueeze(1)
+        wrench = torch.cat((cross(c.pair_point + arm, force), force), 1)
+        share = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (K, nbody, N)
+        total = total + (share[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks: Gymnasium's own, option by option (gymnasium/envs/mujoco/*_v5.py)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Physical(NamedTuple):
+    """What a task sees of the robot after a step, or after a reset, where there is no `dynamics`.
+
+    Gymnasium reads qpos and qvel after the step, everything else from mjData, which still holds the last evaluation
+    of the dynamics before the step ended. `sense` reproduces that.
+    """
+
+    qpos: Tensor
+    qvel: Tensor
+    dynamics: Dynamics | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Options are Gymnasium's keyword arguments. Shapes: actions (nu, N), rewards (N,), observations (obs, N)."""
+
+    xml_file: str
+    frame_skip: int
+    reset_noise_scale: float
+    normal_velocity_noise: bool = dataclasses.field(default=False, init=False)
+
+    def sense(self, model: Model, p: Physical) -> dict[str, Tensor]:
+        """"position" (k, N) m, whose change over a step is the velocity in the reward, and other measurements."""
+        return {"position": p.qpos[:1]}
+
+    def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named groups of the observation, in order, each (rows, N)."""
+        raise NotImplementedError
+
+    def reward(
+        self, model: Model, p: Physical, sensed: dict[str, Tensor], action: Tensor, velocity: Tensor
+    ) -> dict[str, Tensor]:
+        """Reward terms under Gymnasium's `info` names; those that start with "reward_" are summed."""
+        raise NotImplementedError
+
+    def healthy(self, p: Physical) -> Tensor:
+        """(N,) bool: the episode goes on."""
+        return torch.ones_like(p.qpos[0], dtype=torch.bool)
+
+    @property
+    def terminates(self) -> bool:
+        """Whether an unhealthy robot ends the episode."""
+        return getattr(self, "terminate_when_unhealthy", True)
+
+
+@dataclass(frozen=True)
+class InvertedPendulum(Task):
+    """Balance a pole on a cart: reward 1 while it stands."""
+
+    xml_file: str = "inverted_pendulum.xml"
+    frame_skip: int = 2
+    reset_noise_scale: float = 0.01
+
+    def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"qpos": p.qpos, "qvel": p.qvel}
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        return {"reward_survive": self.healthy(p).to(p.qpos.dtype)}
+
+    def healthy(self, p: Physical) -> Tensor:
+        return p.qpos[1].abs() <= 0.2
+
+
+@dataclass(frozen=True)
+class Hopper(Task):
+    """Hop forward on one leg."""
+
+    xml_file: str = "hopper.xml"
+    frame_skip: int = 4
+    reset_noise_scale: float = 5e-3
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 1e-3
+    healthy_reward: float = 1.0
+    terminate_when_unhealthy: bool = True
+    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
+    healthy_z_range: tuple[float, float] = (0.7, math.inf)
+    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
+    exclude_current_positions_from_observation: bool = True
+
+    def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        skip = int(self.exclude_current_positions_from_observation)
+        return {"qpos": p.qpos[skip:], "qvel": p.qvel.clamp(-10, 10)}
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        return {
+            "reward_forward": self.forward_reward_weight * velocity[0],
+            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
+            "reward_survive": self.healthy_reward * self.healthy(p),
+            "x_position": p.qpos[0],
+            "x_velocity": velocity[0],
+            "z_distance_from_origin": p.qpos[1] - model.qpos0[1],
+        }
+
+    def healthy(self, p: Physical) -> Tensor:
+        low, high = self.healthy_state_range
+        inside = torch.cat((p.qpos[2:], p.qvel))
+        return (
+            ((low < inside) & (inside < high)).all(0)
+            & between(p.qpos[1], self.healthy_z_range)
+            & between(p.qpos[2], self.healthy_angle_range)
+        )
+
+
+@dataclass(frozen=True)
+class Walker2d(Hopper):
+    """Walk forward on two legs."""
+
+    xml_file: str = "walker2d_v5.xml"
+    healthy_state_range: tuple[float, float] = dataclasses.field(default=(-math.inf, math.inf), init=False)
+    healthy_z_range: tuple[float, float] = (0.8, 2.0)
+    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class HalfCheetah(Task):
+    """Run forward; never terminates."""
+
+    xml_file: str = "half_cheetah.xml"
+    frame_skip: int = 5
+    reset_noise_scale: float = 0.1
+    normal_velocity_noise: bool = dataclasses.field(default=True, init=False)
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 0.1
+    exclude_current_positions_from_observation: bool = True
+
+    def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"qpos": p.qpos[int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        return {
+            "reward_forward": self.forward_reward_weight * velocity[0],
+            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
+            "x_position": p.qpos[0],
+            "x_velocity": velocity[0],
+        }
+
+
+@dataclass(frozen=True)
+class Ant(Task):
+    """Walk forward on four legs; contact forces are observed and penalised."""
+
+    xml_file: str = "ant.xml"
+    frame_skip: int = 5
+    reset_noise_scale: float = 0.1
+    normal_velocity_noise: bool = dataclasses.field(default=True, init=False)
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 0.5
+    contact_cost_weight: float = 5e-4
+    healthy_reward: float = 1.0
+    terminate_when_unhealthy: bool = True
+    healthy_z_range: tuple[float, float] = (0.2, 1.0)
+    contact_force_range: tuple[float, float] = (-1.0, 1.0)
+    exclude_current_positions_from_observation: bool = True
+    include_cfrc_ext_in_observation: bool = True
+
+    def sense(self, model: Model, p: Physical) -> dict[str, Tensor]:
+        if p.dynamics is None:
+            return {"position": p.qpos[:2], "cfrc_ext": p.qpos.new_zeros(model.nbody - 1, 6, p.qpos.shape[1])}
+        xpos, xmat = p.dynamics.xpos, p.dynamics.xmat
+        wrenches = contact_wrenches(model, p.dynamics, centre_of_mass(model, xpos, xmat))
+        return {"position": xpos[0, :2], "cfrc_ext": wrenches.clamp(*self.contact_force_range)}
+
+    def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
+        if self.include_cfrc_ext_in_observation:
+            groups["cfrc_ext"] = sensed["cfrc_ext"].flatten(0, 1)
+        return groups
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        return {
+            "reward_forward": self.forward_reward_weight * velocity[0],
+            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
+            "reward_contact": -self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum((0, 1)),
+            "reward_survive": self.healthy_reward * self.healthy(p),
+            "x_position": p.qpos[0],
+            "y_position": p.qpos[1],
+            "x_velocity": velocity[0],
+            "y_velocity": velocity[1],
+            "distance_from_origin": torch.hypot(p.qpos[0], p.qpos[1]),
+        }
+
+    def healthy(self, p: Physical) -> Tensor:
+        low, high = self.healthy_z_range
+        return (low <= p.qpos[2]) & (p.qpos[2] <= high)
+
+
+@dataclass(frozen=True)
+class Humanoid(Task):
+    """Walk forward on two legs, in three dimensions."""
+
+    xml_file: str = "humanoid.xml"
+    frame_skip: int = 5
+    reset_noise_scale: float = 1e-2
+    forward_reward_weight: float = 1.25
+    ctrl_cost_weight: float = 0.1
+    contact_cost_weight: float = 5e-7
+    contact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+    healthy_reward: float = 5.0
+    terminate_when_unhealthy: bool = True
+    healthy_z_range: tuple[float, float] = (1.0, 2.0)
+    exclude_current_positions_from_observation: bool = True
+    include_cinert_in_observation: bool = True
+    include_cvel_in_observation: bool = True
+    include_qfrc_actuator_in_observation: bool = True
+    include_cfrc_ext_in_observation: bool = True
+
+    def sense(self, model: Model, p: Physical) -> dict[str, Tensor]:
+        if p.dynamics is None:
+            xpos, xmat = kinematics(model, p.qpos)
+            cvel = link_motion(model, motion_subspace(model, xpos, xmat, xpos[0]), p.qvel)
+            com = centre_of_mass(model, xpos, xmat)
+            qfrc_actuator = torch.zeros_like(p.qvel)
+            cfrc_ext = p.qpos.new_zeros(model.nbody - 1, 6, p.qpos.shape[1])
+        else:
+            xpos, xmat, cvel, qfrc_actuator = (
+                p.dynamics.xpos, p.dynamics.xmat, p.dynamics.cvel, p.dynamics.qfrc_actuator,
+            )  # fmt: skip
+            com = centre_of_mass(model, xpos, xmat)
+            cfrc_ext = contact_wrenches(model, p.dynamics, com)
+        return {
+            "position": com[:2],
+            "cinert": body_inertias(model, xpos, xmat, com).flatten(0, 1),
+            "cvel": body_velocities(model, cvel, com - xpos[0]).flatten(0, 1),
+            "qfrc_actuator": qfrc_actuator[6:],
+            "cfrc_ext": cfrc_ext.flatten(0, 1),
+        }
+
+    def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
+        for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"):
+            if getattr(self, f"include_{name}_in_observation"):
+                groups[name] = sensed[name]
+        return groups
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
+        return {
+            "reward_survive": self.healthy_reward * self.healthy(p),
+            "reward_forward": self.forward_reward_weight * velocity[0],
+            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
+            "reward_contact": -contact_cost.clamp(*self.contact_cost_range),
+            "x_position": p.qpos[0],
+            "y_position": p.qpos[1],
+            "x_velocity": velocity[0],
+            "y_velocity": velocity[1],
+            "distance_from_origin": torch.hypot(p.qpos[0], p.qpos[1]),
+        }
+
+    def healthy(self, p: Physical) -> Tensor:
+        return between(p.qpos[2], self.healthy_z_range)
+
+
+def between(value: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Strictly inside."""
+    return (bounds[0] < value) & (value < bounds[1])
+
+
+TASKS: dict[str, type[Task]] = {
+    "InvertedPendulum-v5": InvertedPendulum,
+    "Hopper-v5": Hopper,
+    "Walker2d-v5": Walker2d,
+    "HalfCheetah-v5": HalfCheetah,
+    "Ant-v5": Ant,
+    "Humanoid-v5": Humanoid,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environment step: a pure function of tensors, so that it can be chunked, compiled and captured
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is fixed while an environment lives."""
+
+    integrator: str
+    iterations: int
+    max_episode_steps: int
+
+
+class Carry(NamedTuple):
+    """All per-environment state between steps."""
+
+    qpos: Tensor  # (nq, N)
+    qvel: Tensor  # (nv, N)
+    warmstart: Tensor  # (nv, N)
+    position: Tensor  # (k, N) m, what the task measures velocity from
+    age: Tensor  # (N,) steps towards the episode limit
+    episode_length: Tensor  # (N,) steps since the reset
+    episode_return: Tensor  # (N,)
+
+
+class Transition(NamedTuple):
+    """What a step returns, environment axis last."""
+
+    obs: Tensor  # (obs, N) after auto-reset
+    final_obs: Tensor  # (obs, N) before auto-reset
+    reward: Tensor  # (N,)
+    terminated: Tensor  # (N,) bool
+    truncated: Tensor  # (N,) bool
+    invalid: Tensor  # (N,) bool
+    ended_return: Tensor  # (N,) of the episode, where one ended
+    ended_length: Tensor  # (N,)
+    terms: dict[str, Tensor]  # reward terms and other info, (N,) each
+
+
+RUNAWAY = 1e6  # a coordinate or velocity beyond this (m, rad, per s) is a diverged simulation
+
+
+def reset_state(task: Task, model: Model, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """qpos, qvel of fresh episodes from noise (nq + nv, N): uniform in [0, 1) for qpos, and as the task says for qvel."""
+    uniform = task.reset_noise_scale * (2 * noise - 1)
+    qvel = task.reset_noise_scale * noise[model.nq :] if task.normal_velocity_noise else uniform[model.nq :]
+    return model.qpos0 + uniform[: model.nq], qvel
+
+
+def observation(groups: dict[str, Tensor]) -> Tensor:
+    """(obs, N): the groups one after the other."""
+    return torch.cat(list(groups.values()))
+
+
+def environment_step(
+    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor
+) -> tuple[Carry, Transition]:
+    """frame_skip physics steps, reward, termination, and auto-reset of what ended.
+
+    action (nu, N), noise (nq + nv, N) for `reset_state`. A robot whose simulation diverged (not finite, or beyond
+    RUNAWAY) is reset alone and reported as invalid and truncated: reward 0, `final_obs` its fresh observation.
+    """
+    state = State(carry.qpos, carry.qvel, carry.warmstart)
+    for _ in range(task.frame_skip):
+        state, dynamics = step(model, state, action, settings.integrator, settings.iterations)
+    moving = torch.cat(state)
+    invalid = ~(moving[: model.nq + model.nv].abs() < RUNAWAY).all(0) | ~torch.isfinite(moving[-model.nv :]).all(0)
+
+    after = Physical(state.qpos, state.qvel, dynamics)
+    sensed = task.sense(model, after)
+    velocity = (sensed["position"] - carry.position) / (task.frame_skip * model.timestep)
+    terms = task.reward(model, after, sensed, action, velocity)
+    reward = sum(value for name, value in terms.items() if name.startswith("reward_"))
+    age, length = carry.age + 1, carry.episode_length + 1
+    terminated = ~task.healthy(after) if task.terminates else torch.zeros_like(invalid)
+    truncated = (age >= settings.max_episode_steps) & ~terminated
+
+    fresh_qpos, fresh_qvel = reset_state(task, model, noise)
+    fresh = Physical(fresh_qpos, fresh_qvel, None)
+    fresh_sensed = task.sense(model, fresh)
+    fresh_obs = observation(task.observe(model, fresh, fresh_sensed))
+    final_obs = torch.where(invalid, fresh_obs, observation(task.observe(model, after, sensed)))
+    reward = torch.where(invalid, 0.0, reward)
+    terminated, truncated = terminated & ~invalid, truncated | invalid
+    ended = terminated | truncated
+
+    episode_return = carry.episode_return + reward
+    carry = Carry(
+        torch.where(ended, fresh_qpos, state.qpos),
+        torch.where(ended, fresh_qvel, state.qvel),
+        torch.where(ended, 0.0, state.warmstart),
+        torch.where(ended, fresh_sensed["position"], sensed["position"]),
+        torch.where(ended, 0, age),
+        torch.where(ended, 0, length),
+        torch.where(ended, 0.0, episode_return),
+    )
+    obs = torch.where(ended, fresh_obs, final_obs)
+    return carry, Transition(obs, final_obs, reward, terminated, truncated, invalid, episode_return, length, terms)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The vector environment
+# ----------------------------------------------------------------------------------------------------------------------
+
+STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid")
+CPU_CHUNK = 512  # environments whose working set stays in a core's L2 cache
+
+
+class VecSim(gymnasium.vector.VectorEnv):
+    """N robots of one task on one device; tensors in, tensors out, same-step auto-reset.
+
+    `step` takes actions (N, nu) and returns obs (N, obs), reward (N,), terminated (N,) bool, truncated (N,) bool, info.
+    info["final_obs"] (N, obs) is always the observation before auto-reset, info["invalid"] (N,) bool marks transitions
+    that a learner must mask, and every reward term stands in info under Gymnasium's name. `terminated` wins over
+    `truncated`. Actions are clipped to the control range by the physics; costs see them as given, as in Gymnasium.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int = 4096,
+        *,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        integrator: str | None = None,
+        iterations: int = 4,
+        pair_slots: int = 8,
+        self_collision: bool = True,
+        max_episode_steps: int = 1000,
+        random_initial_ages: bool = False,
+        compile: bool = False,
+        chunk: int | None = None,
+        **task_options: Any,
+    ):
+        """Arguments: `make`."""
+        self.device = check_device(device)
+        task_class = TASKS.get(env_id)
+        if task_class is None:
+            raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
+        options = [field.name for field in dataclasses.fields(task_class) if field.init]
+        for name in task_options:
+            if name not in options:
+                raise ValueError(f"unknown option {name!r} of {env_id}; it takes {', '.join(options)}")
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {iterations}")
+        if max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps must be at least 1, not {max_episode_steps}")
+        if integrator not in (None, *INTEGRATORS.values()):
+            raise ValueError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
+
+        self.env_id, self.num_envs, self.dtype = env_id, num_envs, dtype
+        self.task = task_class(**task_options)
+        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+        self.mj_model = compile_mjcf(assets / self.task.xml_file)
+        self.model = load_model(
+            self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
+        )
+        self.settings = Settings(integrator or self.model.integrator, iterations, max_episode_steps)
+        self.random_initial_ages = random_initial_ages
+        self._generator = torch.Generator(self.device)
+        self._generator.manual_seed(seed)
+        self._seed = seed
+
+        if chunk is None:
+            chunk = num_envs if self.device.type == "cuda" else CPU_CHUNK * torch.get_num_threads()
+        starts = range(0, num_envs, chunk)
+        self._slices = [slice(start, min(start + chunk, num_envs)) for start in starts]
+        self._models = [self.model.narrow(s.start, s.stop) for s in self._slices]
+        self._carries: list[Carry] = []
+        self._environment_step = environment_step
+        self.compiled = compile
+        if compile:
+            self._environment_step = torch.compile(environment_step, fullgraph=True, dynamic=False)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+        fresh = self._fresh(self._noise())
+        low, high = self.model.ctrl_low[:, 0].cpu().numpy(), self.model.ctrl_high[:, 0].cpu().numpy()
+        groups = fresh[1]
+        bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
+        self.observation_slices = {
+            name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)
+        }
+        self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (int(bounds[-1]),), np.float32)
+        self.single_action_space = gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.single_critic_space: gymnasium.spaces.Box | None = None
+        control_step = self.task.frame_skip * self.model.timestep
+        self.metadata = {
+            "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
+            "render_fps": round(1 / control_step),
+        }
+        self._statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.device)
+        self._offender = torch.zeros(self.model.nq + self.model.nv + self.model.nu, dtype=dtype, device=self.device)
+
+    # -- reset and step ------------------------------------------------------------------------------------------------
+
+    def _noise(self) -> Tensor:
+        """Random numbers (nq + nv, N) for one round of resets, independent of chunking."""
+        model, n = self.model, self.num_envs
+        draw = {"device": self.device, "dtype": self.dtype, "generator": self._generator}
+        velocity = torch.randn if self.task.normal_velocity_noise else torch.rand
+        return torch.cat((torch.rand(model.nq, n, **draw), velocity(model.nv, n, **draw)))
+
+    def _fresh(self, noise: Tensor) -> tuple[Carry, dict[str, Tensor]]:
+        """Carry and observation groups of environments that all start an episode."""
+        qpos, qvel = reset_state(self.task, self.model, noise)
+        physical = Physical(qpos, qvel, None)
+        sensed = self.task.sense(self.model, physical)
+        steps = torch.zeros(noise.shape[1], dtype=torch.long, device=self.device)
+        position = sensed["position"].clone()
+        carry = Carry(qpos, qvel, torch.zeros_like(qvel), position, steps, steps.clone(), torch.zeros_like(qpos[0]))
+        return carry, self.task.observe(self.model, physical, sensed)
+
+    @torch.no_grad()
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Start an episode in every environment, with the given seed or going on with the generator.
+
+        `random_initial_ages=True` starts each episode at a random age, so that time limits do not fall together.
+        """
+        if options:
+            raise ValueError(f"reset takes no options, not {sorted(options)}")
+        if seed is not None:
+            self._seed = seed
+            self._generator.manual_seed(seed)
+        carry, groups = self._fresh(self._noise())
+        if self.random_initial_ages:
+            age = torch.randint(
+                self.settings.max_episode_steps, (self.num_envs,), device=self.device, generator=self._generator
+            )
+            carry = carry._replace(age=age)
+        self._set_carry(carry)
+        self._statistics.zero_()
+        return observation(groups).T.contiguous(), {}
+
+    def _set_carry(self, carry: Carry) -> None:
+        parts = [Carry(*(x[..., s].contiguous() for x in carry)) for s in self._slices]
+        if not self._carries:
+            self._carries = parts
+        for mine, theirs in zip(self._carries, parts, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                a.copy_(b)
+
+    def _get_carry(self) -> Carry:
+        return Carry(*(torch.cat(parts, -1) for parts in zip(*self._carries, strict=True)))
+
+    def _advance(self, action: Tensor) -> Transition:
+        """One step of all chunks from action (nu, N); updates carries, statistics and the kept offender in place."""
+        noise = self._noise()
+        transitions = []
+        for s, model, carry in zip(self._slices, self._models, self._carries, strict=True):
+            after, transition = self._environment_step(
+                self.task, model, self.settings, carry, action[:, s], noise[:, s]
+            )
+            before = torch.cat((carry.qpos, carry.qvel, action[:, s]))
+            bad = transition.invalid
+            self._offender.copy_(torch.where(bad.any(), before[:, bad.to(torch.uint8).argmax()], self._offender))
+            for a, b in zip(carry, after, strict=True):
+                a.copy_(b)
+            transitions.append(transition)
+        if len(transitions) == 1:
+            merged = transitions[0]
+        else:
+            columns = zip(*(t[:-1] for t in transitions), strict=True)
+            terms = {k: torch.cat([t.terms[k] for t in transitions]) for k in transitions[0].terms}
+            merged = Transition(*(torch.cat(column, -1) for column in columns), terms)
+        counted = (merged.terminated | merged.truncated) & ~merged.invalid
+        sums = torch.stack(
+            (
+                torch.ones_like(merged.ended_return),
+                merged.ended_return,
+                merged.ended_length.to(self.dtype),
+                merged.truncated.to(self.dtype),
+            )
+        )
+        sums = torch.where(counted, sums, 0.0).sum(1, dtype=torch.float64)
+        self._statistics += torch.cat((sums, merged.invalid.sum(dtype=torch.float64)[None]))
+        return merged
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """One control step of every environment; see the class."""
+        if not self._carries:
+            raise ValueError("call reset() before step()")
+        shape = (self.num_envs, self.model.nu)
+        if not isinstance(actions, Tensor) or actions.shape != shape:
+            given = tuple(actions.shape) if isinstance(actions, Tensor) else type(actions).__name__
+            raise ValueError(f"actions must be a tensor of shape {shape}, not {given}")
+        if actions.dtype != self.dtype or actions.device.type != self.device.type:
+            raise ValueError(
+                f"actions must be {self.dtype} on {self.device}, not {actions.dtype} on {actions.device}; "
+                "use actions.to(env.device, env.dtype)"
+            )
+        if self.device.type == "cuda" and self.compiled:
+            t = self._replay(actions)
+        else:
+            t = self._advance(actions.T.contiguous())
+        info = {"final_obs": t.final_obs.T.contiguous(), "invalid": t.invalid, **t.terms}
+        return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
+
+    def _replay(self, actions: Tensor) -> Transition:
+        """The same step as one CUDA graph: captured once, then a single launch; fresh random numbers each time."""
+        if self._graph is None:
+            self._action = actions.T.contiguous()
+            saved = [Carry(*(x.clone() for x in carry)) for carry in self._carries]
+            generator_state, statistics = self._generator.get_state(), self._statistics.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # compile and warm up off the capture stream
+                    self._advance(self._action)
+            torch.cuda.current_stream().wait_stream(stream)
+            for carry, old in zip(self._carries, saved, strict=True):
+                for a, b in zip(carry, old, strict=True):
+                    a.copy_(b)
+            self._generator.set_state(generator_state)
+            self._statistics.copy_(statistics)
+            self._graph = torch.cuda.CUDAGraph()
+            self._graph.register_generator_state(self._generator)
+            with torch.cuda.graph(self._graph):
+                self._transition = self._advance(self._action)
+        self._action.copy_(actions.T)
+        self._graph.replay()
+        t = self._transition
+        return Transition(*(x.clone() for x in t[:-1]), {name: x.clone() for name, x in t.terms.items()})
+
+    # -- statistics, state, diagnosis ----------------------------------------------------------------------------------
+
+    def pop_statistics(self) -> dict[str, float]:
+        """Means over all episodes that ended since the last call, and counts; NaN means where none ended.
+
+        episodes, episode_return, episode_length, success (share that reached the time limit), invalid (quarantined).
+        """
+        values = self._statistics.tolist()  # host sync
+        self._statistics.zero_()
+        episodes = values[0]
+        means = [value / episodes if episodes else math.nan for value in values[1:4]]
+        return dict(zip(STATISTICS, (episodes, *means, values[4]), strict=True))
+
+    def state(self) -> State:
+        """Copies of qpos (nq, N), qvel (nv, N) and the warm start."""
+        carry = self._get_carry()
+        return State(carry.qpos, carry.qvel, carry.warmstart)
+
+    @torch.no_grad()
+    def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
+        """Put every robot at qpos (nq, N), qvel (nv, N), as Gymnasium's set_state does; returns obs (N, obs)."""
+        carry = self._get_carry()
+        physical = Physical(qpos.to(self.device, self.dtype), qvel.to(self.device, self.dtype), None)
+        sensed = self.task.sense(self.model, physical)
+        carry = carry._replace(
+            qpos=physical.qpos, qvel=physical.qvel, warmstart=torch.zeros_like(physical.qvel),
+            position=sensed["position"],
+        )  # fmt: skip
+        self._set_carry(carry)
+        return observation(self.task.observe(self.model, physical, sensed)).T.contiguous()
+
+    def offender(self) -> dict[str, np.ndarray]:
+        """qpos, qvel and action before the step in which an environment was last quarantined (zeros if none was)."""
+        values = self._offender.cpu().numpy()  # host sync
+        nq, nv = self.model.nq, self.model.nv
+        return {"qpos": values[:nq], "qvel": values[nq : nq + nv], "action": values[nq + nv :]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on: tensors and plain values, for torch.save."""
+        return {
+            "env_id": self.env_id,
+            "num_envs": self.num_envs,
+            "carry": {name: x.cpu() for name, x in self._get_carry()._asdict().items()},
+            "generator": self._generator.get_state(),
+            "statistics": self._statistics.cpu(),
+            "offender": self._offender.cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken. ValueError for another task or number of environments."""
+        for key in ("env_id", "num_envs"):
+            if state[key] != getattr(self, key):
+                raise ValueError(f"this state is of {key} {state[key]}, not {getattr(self, key)}")
+        self._set_carry(Carry(**{name: x.to(self.device) for name, x in state["carry"].items()}))
+        self._generator.set_state(state["generator"])
+        self._statistics.copy_(state["statistics"])
+        self._offender.copy_(state["offender"])
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """torch.device, or ValueError where this machine has no such device."""
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU; use device cpu")
+    return device
+
+
+def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
+    """A `VecSim`.
+
+    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5 or Humanoid-v5
+    num_envs            N
+    device              "cpu", "cuda", "cuda:1"
+    seed                of every random number the environment draws
+    dtype               torch.float32 or torch.float64
+    integrator          euler, implicitfast or rk4; default the MJCF's own
+    iterations          Newton iterations per evaluation of the dynamics
+    pair_slots          deepest self-contacts that are solved at once
+    self_collision      False drops contacts between the robot's own geoms
+    max_episode_steps   the time limit
+    random_initial_ages the first episodes start at random ages
+    compile             compile the step; on CUDA also capture it as one graph
+    chunk               environments stepped together; default all on a GPU, what fits the cache on a CPU
+    **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...)
+    """
+    return VecSim(env_id, num_envs, **options)
+
+
+for _name in TASKS:
+    gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name})

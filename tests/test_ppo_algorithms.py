@@ -1,0 +1,364 @@
+"""ppo_gpu_torch's pure functions against cases worked out by hand, torch.distributions and NumPy."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from pathlib import Path
+
+import gae_cases
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import ppo_gpu_torch as ppo
+
+SOURCE = Path(ppo.__file__).read_text()
+FUNCTIONS = {node.name: node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)}
+
+
+def make_args(**changes):
+    small = dict(env_id="probe", device="cpu", actor_hidden=(16,), critic_hidden=(16,), compile=False)
+    return ppo.with_task_defaults(ppo.Args(**(small | changes)))
+
+
+def make_agent(args, obs_size=3, actions=2, seed=0, critic_obs_size=None):
+    torch.manual_seed(seed)
+    space = gymnasium.spaces.Box(-1.0, 1.0, (actions,), np.float32)
+    agent = ppo.Agent(obs_size, critic_obs_size, space, args)
+    with torch.no_grad():  # away from the special point of the initial weights
+        for parameter in agent.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return agent
+
+
+def random_rollout(agent, steps=4, envs=8, obs_size=3, actions=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(steps, envs, *shape, generator=generator)
+
+    obs = normal(obs_size)
+    flags = [normal() > 1.5 for _ in range(3)]
+    mean = agent.policy_mean(obs.flatten(0, 1)).view(steps, envs, actions).detach()
+    action = mean + agent.log_std.detach().exp() * normal(actions)
+    return ppo.Rollout(obs, obs, normal(obs_size), action, mean, normal(), *flags)
+
+
+def make_batch(agent, args, rollout):
+    value, advantage = ppo.values_and_advantages(agent, rollout, 5, args.gamma, args.gae_lambda)
+    return ppo.make_batch(agent, rollout, value, advantage, args.normalize_advantages, torch.arange(value.numel()))
+
+
+# Advantages ---------------------------------------------------------------------------------------------------------------
+
+
+def as_columns(case):
+    name, next_values, terminated, truncated, invalid, advantages = case
+    column = lambda x, dtype=torch.float32: torch.tensor(x, dtype=dtype)[:, None]  # noqa: E731
+    flags = [column(x, torch.bool) for x in (terminated, truncated, invalid)]
+    return column(gae_cases.REWARDS), column(gae_cases.VALUES), column(next_values), *flags, column(advantages)
+
+
+@pytest.mark.parametrize("case", gae_cases.CASES, ids=lambda case: case[0])
+def test_advantages_by_hand(case):
+    *inputs, expected = as_columns(case)
+    advantages = ppo.advantages_gae(*inputs, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
+
+
+def test_advantages_of_all_cases_at_once_do_not_mix():
+    *inputs, expected = (torch.cat(columns, 1) for columns in zip(*map(as_columns, gae_cases.CASES), strict=True))
+    advantages = ppo.advantages_gae(*inputs, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
+
+
+def wrong_variants():
+    """The three usual mistakes, each as a change of the inputs of the right function."""
+
+    def reset_state_value(reward, value, next_value, terminated, truncated, invalid):
+        return reward, value, torch.where(terminated | truncated, 3.0, next_value), terminated, truncated, invalid
+
+    def truncation_as_termination(reward, value, next_value, terminated, truncated, invalid):
+        return reward, value, next_value, terminated | truncated, truncated, invalid
+
+    def dropped_step(reward, value, next_value, terminated, truncated, invalid):
+        return reward, value, next_value, terminated, truncated, invalid | truncated
+
+    return [reset_state_value, truncation_as_termination, dropped_step]
+
+
+@pytest.mark.parametrize("wrong", wrong_variants(), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["truncated in the middle", "truncated at the last step"])
+def test_the_truth_table_catches(wrong, name):
+    case = next(case for case in gae_cases.CASES if case[0] == name)
+    *inputs, expected = as_columns(case)
+    advantages = ppo.advantages_gae(*wrong(*inputs), gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    assert (advantages - expected).abs().max() > 0.1
+
+
+def test_nan_of_an_invalid_step_goes_nowhere():
+    reward, value, next_value, terminated, truncated, _, _ = as_columns(gae_cases.CASES[0])
+    invalid = torch.tensor([[False], [True], [False]])
+    reward, next_value = (torch.where(invalid, torch.nan, x) for x in (reward, next_value))
+    advantages = ppo.advantages_gae(reward, value, next_value, terminated, truncated, invalid, 0.5, 0.5)
+    assert advantages.isfinite().all() and advantages[1] == 0
+
+
+# Distributions and statistics ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_std", [0.0, -2.0, -5.0])
+def test_log_prob_and_kl_are_those_of_torch_distributions(log_std):
+    mean, new_mean, action = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0)).double()
+    old, new = torch.full((4,), log_std).double(), torch.full((4,), log_std + 0.1).double()
+    p = torch.distributions.Independent(torch.distributions.Normal(mean, old.exp()), 1)
+    q = torch.distributions.Independent(torch.distributions.Normal(new_mean, new.exp()), 1)
+    torch.testing.assert_close(ppo.gaussian_log_prob(action, mean, old), p.log_prob(action))
+    torch.testing.assert_close(ppo.gaussian_kl(mean, old, new_mean, new), torch.distributions.kl_divergence(p, q))
+    assert (ppo.gaussian_kl(mean.float(), old.float(), mean.float(), old.float()) == 0).all()  # no bias at any deviation
+
+
+def test_running_statistics_equal_numpy_over_all_valid_rows():
+    statistics, generator, seen = ppo.RunningStatistics(3, enabled=True), torch.Generator().manual_seed(0), []
+    for size in (5, 1000, 17):
+        x = 100.0 + torch.tensor([1.0, 1e-2, 30.0]) * torch.randn(size, 3, generator=generator)
+        valid = torch.rand(size, generator=generator) > 0.2
+        statistics.update(torch.where(valid[:, None], x, torch.nan), valid)
+        seen.append(x[valid].double().numpy())
+    seen = np.concatenate(seen)
+    np.testing.assert_allclose(statistics.mean, seen.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.variance, seen.var(0), rtol=1e-6)
+    assert statistics.count == len(seen)
+    x = torch.tensor([[101.0, 100.01, 70.0]])
+    torch.testing.assert_close(statistics.denormalize(statistics.normalize(x)), x)
+
+
+def test_statistics_that_are_switched_off_change_nothing():
+    statistics = ppo.RunningStatistics(2, enabled=False)
+    x = torch.tensor([[1e6, -3.0]])
+    statistics.update(x, torch.tensor([True]))
+    assert statistics.count == 0 and statistics.normalize(x) is x and statistics.denormalize(x) is x
+
+
+def test_observations_are_limited_and_returns_are_not():
+    agent = make_agent(make_args())
+    assert agent.obs_statistics.normalize(torch.tensor([[1e6, 0.0, 0.0]])).max() == 10.0
+    assert agent.return_statistics.normalize(torch.tensor([1e6])).max() > 1e5
+
+
+# Loss and gradients -------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand():
+    """One action; old policy N(0, 1), new policy N(0.5, 1), action 1: log ratio = 0.5 - 0.125 = 0.375."""
+    args = make_args(clip_coef=0.2, bounds_coef=0.1, entropy_coef=0.01, log_std_init=0.0)
+    agent = make_agent(args, obs_size=1, actions=1)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.zero_()
+        agent.actor[-1].bias.fill_(0.5)
+        agent.critic[-1].bias.fill_(2.0)
+    old_log_prob = -0.5 - 0.5 * math.log(2 * math.pi)
+    row = lambda *x: torch.tensor([x]).float()  # noqa: E731
+    column = lambda x: torch.tensor([x]).float()  # noqa: E731
+    for advantage in (1.0, -1.0):
+        scalars = [column(x) for x in (old_log_prob, 1.0, 3.0, advantage, 1.0)]
+        batch = ppo.Batch(row(0), row(0), row(1.0), row(0.0), *scalars)
+        loss, terms = ppo.ppo_loss(agent, batch, torch.zeros(1), 1, args)
+        terms = ppo.LossTerms(*terms.tolist())
+        ratio = math.exp(0.375)  # 1.455: clipped to 1.2 where that lowers the objective
+        expected = -1.2 if advantage > 0 else ratio
+        assert terms.policy_loss == pytest.approx(expected)
+        assert terms.value_loss == pytest.approx(0.5 * (2.0 - 3.0) ** 2)
+        assert terms.bounds_loss == 0.0 and terms.clip_fraction == 1.0
+        assert terms.kl == pytest.approx(0.125)
+        entropy = 0.5 * math.log(2 * math.pi * math.e)
+        assert terms.entropy == pytest.approx(entropy)
+        assert loss.item() == pytest.approx(expected + 0.5 - 0.01 * entropy)
+    clipped, _ = ppo.ppo_loss(agent, batch, torch.zeros(1), 1, dataclasses.replace(args, clip_value_loss=True))
+    assert clipped.item() == pytest.approx(ratio + 0.5 * (1.2 - 3.0) ** 2 - 0.01 * entropy)  # from 1 no further than 1.2
+    with torch.no_grad():
+        agent.actor[-1].bias.fill_(-1.6)
+    assert ppo.LossTerms(*ppo.ppo_loss(agent, batch, torch.zeros(1), 1, args)[1]).bounds_loss.item() == pytest.approx(0.25)
+
+
+def test_micro_batches_add_up_to_the_minibatch():
+    args = make_args()
+    agent = make_agent(args)
+    batch = make_batch(agent, args, random_rollout(agent))
+    gradients = []
+    for microbatch in (32, 7):
+        terms = ppo.accumulate_gradients(agent, batch, agent.log_std.detach(), microbatch, ppo.ppo_loss, args)
+        gradients.append([terms, *(parameter.grad.clone() for parameter in agent.parameters())])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_quarantined_transitions_leave_no_trace():
+    """NaN there changes nothing, and neither does any other number."""
+    args = make_args()
+    gradients = []
+    for garbage in (torch.nan, 1e9):
+        agent = make_agent(args)
+        rollout = random_rollout(agent)
+        rollout = rollout._replace(
+            reward=torch.where(rollout.invalid, garbage, rollout.reward),
+            final_critic_obs=torch.where(rollout.invalid[..., None], garbage, rollout.final_critic_obs),
+        )
+        assert rollout.invalid.any()
+        batch = make_batch(agent, args, rollout)
+        assert batch.weight.mean().item() == pytest.approx(1.0) and (batch.weight == 0).sum() == rollout.invalid.sum()
+        ppo.accumulate_gradients(agent, batch, agent.log_std.detach(), 32, ppo.ppo_loss, args)
+        gradients.append([agent.return_statistics.mean, *(parameter.grad for parameter in agent.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a2c_is_ppo_with_one_epoch_one_minibatch_and_no_clipping():
+    """The documented flags give the gradient of -log pi(a|s) A + (V - R)^2 / 2, written without any ratio."""
+    args = make_args(update_epochs=1, num_minibatches=1, clip_coef=math.inf, num_steps=5, normalize_advantages=False)
+    agent = make_agent(args)
+    rollout = random_rollout(agent, steps=5)._replace(invalid=torch.zeros(5, 8, dtype=torch.bool))
+    batch = make_batch(agent, args, rollout)
+    ppo.accumulate_gradients(agent, batch, agent.log_std.detach(), 40, ppo.ppo_loss, args)
+    ours = [parameter.grad.clone() for parameter in agent.parameters()]
+    agent.zero_grad()
+    policy = torch.distributions.Normal(agent.actor(batch.obs), agent.log_std.exp())
+    policy_loss = -(policy.log_prob(batch.action).sum(-1) * batch.advantage).mean()
+    bounds_loss = args.bounds_coef * (policy.mean.abs() - 1.1).clamp(min=0).square().sum(-1).mean()
+    value_loss = 0.5 * (agent.critic(batch.critic_obs).squeeze(-1) - batch.target).square().mean()
+    (policy_loss + bounds_loss + value_loss).backward()
+    for parameter, gradient in zip(agent.parameters(), ours, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_step_moves_the_parameters_and_keeps_the_floor():
+    args = make_args(log_std_init=-1.0, log_std_min=-1.0, entropy_coef=0.0)
+    agent = make_agent(args)
+    learning_rate = torch.tensor(1e-2)
+    before = [parameter.detach().clone() for parameter in agent.parameters()]
+    optimizer = ppo.make_optimizer(agent, learning_rate)
+    for parameter, old in zip(agent.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=0)  # making the moments moves nothing
+    for parameter in agent.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    ppo.apply_gradients(agent, optimizer, max_grad_norm=1.0, log_std_min=args.log_std_min)
+    norms = [math.sqrt(sum(p.grad.square().sum() for p in group)) for group in ([*agent.actor.parameters(), agent.log_std], agent.critic.parameters())]  # fmt: skip
+    assert norms == pytest.approx([1.0, 1.0], rel=1e-3)
+    weights = [p for name, p in agent.named_parameters() if name != "log_std"]
+    assert all((p - old).abs().min() > 9e-3 for p, old in zip(weights, (b for b in before if b.shape != (2,) or len(b) != 2), strict=False) if p.shape == old.shape)  # fmt: skip
+    assert (agent.log_std == -1.0).all()
+    learning_rate.zero_()  # the optimiser reads the very tensor
+    after = [parameter.detach().clone() for parameter in agent.parameters()]
+    ppo.apply_gradients(agent, optimizer, 1.0, -1.0)
+    assert all((p == old).all() for p, old in zip(agent.parameters(), after, strict=True))
+
+
+def test_learning_rate_follows_the_kl_divergence_within_its_band():
+    def adapted(rate, kl):
+        return ppo.adapted_learning_rate(torch.tensor(rate), torch.tensor(kl), 0.01, 1e-5, 1e-2).item()
+
+    assert adapted(1e-3, 0.021) == pytest.approx(1e-3 / 1.5)
+    assert adapted(1e-3, 0.004) == pytest.approx(1.5e-3)
+    assert adapted(1e-3, 0.01) == adapted(1e-3, 0.019) == adapted(1e-3, 0.006) == pytest.approx(1e-3)
+    assert adapted(1.2e-5, 1.0) == pytest.approx(1e-5) and adapted(9e-3, 0.0) == pytest.approx(1e-2)
+
+
+# Flags --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_envs=1000, num_steps=32, num_minibatches=3), "32,000 does not split into 3 minibatches; use 2 or 4"),
+        (dict(num_envs=7, num_steps=1, num_minibatches=8), "7 does not split into 8 minibatches; use 7"),
+        (dict(num_envs=0), "num_envs = 0 must be >= 1"),
+        (dict(gamma=1.5), "gamma = 1.5 must be between 0 and 1"),
+        (dict(learning_rate=0.0), "learning_rate = 0.0 must be > 0"),
+        (dict(learning_rate_max=1e-9), "learning_rate_max = 1e-09 must be >= learning_rate_min = 1e-05"),
+        (dict(log_std_init=-3.0, log_std_min=-2.0), "log_std_min = -2.0 must be <= log_std_init = -3"),
+        (dict(actor_hidden=(16, 0)), "actor_hidden"),
+        (dict(eval_every=0), "eval_every = 0 must be >= 1"),
+        (dict(clip_value_loss=True, clip_coef=math.inf), "clip_value_loss needs a finite clip_coef"),
+    ],
+)
+def test_illegal_flags_name_the_rule_and_legal_values(changes, message):
+    with pytest.raises(ValueError) as error:
+        ppo.derive_sizes(make_args(**changes), world_size=1)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_environments_must_split_over_the_processes():
+    with pytest.raises(ValueError, match="num_envs = 1,000 does not split over 3 processes; use 999 or 1002"):
+        ppo.derive_sizes(make_args(num_envs=1000), world_size=3)
+    sizes = ppo.derive_sizes(make_args(num_envs=1000, num_steps=32, num_minibatches=4, total_timesteps=32_001), world_size=2)
+    assert sizes == ppo.Sizes(500, 16_000, 4_000, 2_000, 32_000, 2)
+
+
+def test_task_defaults_yield_to_flags_and_fill_everything_else():
+    args = ppo.with_task_defaults(ppo.Args(env_id="Ant-v5", gamma=0.5, device="cpu"))
+    assert args.gamma == 0.5 and args.env_kwargs == {"include_cfrc_ext_in_observation": False}
+    left = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
+    assert left == {"resume", "play", "eval_every"}
+    for task in ppo.TASK_DEFAULTS:
+        ppo.derive_sizes(ppo.with_task_defaults(ppo.Args(env_id=task, device="cpu")), world_size=1)
+    known = {field.name for field in dataclasses.fields(ppo.Args)}
+    assert all(set(row) <= set(ppo.COMMON) <= known for row in ppo.TASK_DEFAULTS.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_gpu_is_one_clear_line():
+    with pytest.raises(ValueError, match="sees no CUDA device here; use --device cpu"):
+        ppo.pick_device("cuda")
+
+
+def test_unknown_device_names_the_choices():
+    with pytest.raises(ValueError, match="must be auto, cpu, cuda or cuda:N"):
+        ppo.pick_device("tpu")
+
+
+# The source itself --------------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_is_read():
+    read = {node.attr for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name) and node.value.id in ("args", "self")}  # fmt: skip
+    assert {field.name for field in dataclasses.fields(ppo.Args)} <= read
+
+
+def test_every_flag_has_one_help_line():
+    body = next(n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    for flag, text in zip(body[1::2], body[2::2], strict=True):
+        assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr) and "\n" not in text.value.value, flag.target.id
+
+
+def test_no_function_reads_a_module_variable():
+    variables = {"COMMON", "TASK_DEFAULTS"}
+    for function in FUNCTIONS.values():
+        used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        assert not used & variables, function.name
+
+
+HOST_READS = {"item", "cpu", "tolist", "numpy", "nonzero", "masked_select"}
+ON_DEVICE = (
+    "policy_step gaussian_log_prob gaussian_kl advantages_gae values_and_advantages make_batch ppo_loss accumulate_gradients "
+    "apply_gradients update adapted_learning_rate weighted_moments normalize denormalize average_over_processes train"
+)
+
+
+@pytest.mark.parametrize("name", ON_DEVICE.split())
+def test_no_host_read_without_its_comment(name):
+    lines = SOURCE.splitlines()
+    for node in ast.walk(FUNCTIONS[name]):
+        if isinstance(node, ast.Attribute) and node.attr in HOST_READS:
+            assert "# host sync" in lines[node.lineno - 1], f"line {node.lineno}: {lines[node.lineno - 1].strip()}"
+
+
+def test_the_loop_of_train_reads_the_host_only_when_it_logs():
+    loop = next(node for node in ast.walk(FUNCTIONS["train"]) if isinstance(node, ast.For) and ast.unparse(node.target) == "iteration")
+    gate = next(i for i, node in enumerate(loop.body) if isinstance(node, ast.If) and "log_now" in ast.unparse(node.test))
+    text = "\n".join(ast.unparse(node) for node in loop.body[:gate])
+    assert not any(f".{name}(" in text for name in HOST_READS) and "float(" not in text and "print" not in text
