@@ -934,7 +934,7 @@ def film(agent: Agent, args: Args, folder: Path) -> Path:
 
 def versions() -> dict[str, str]:
     return dict(
-        python=sys.version.split()[0], torch=torch.__version__, gymnasium=gymnasium.__version__, numpy=np.__version__
+        python=sys.version.split()[0], torch=str(torch.__version__), gymnasium=gymnasium.__version__, numpy=np.__version__
     )
 
 
