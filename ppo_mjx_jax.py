@@ -93,7 +93,7 @@ class Args:
     """integrator of the training physics (mjcf: the one that Gymnasium's own environment uses)"""
     iterations: int | None = None
     """Newton iterations of the contact solver, at most (>= 1)"""
-    ls_iterations: int = 8
+    ls_iterations: int = 2
     """line-search steps of each Newton iteration, at most (>= 1)"""
     self_collision: bool = False
     """let the robot's own limbs collide (Hopper and Humanoid; contact with the ground is always on)"""
@@ -1010,10 +1010,10 @@ class Log:
             self.wandb = wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=dataclasses.asdict(args))
 
     def write(self, row: dict):
-        """`row`: numbers, and lists with one number for each agent, of which TensorBoard sees the mean."""
+        """`row`: numbers, None where no episode ended, and a list over agents, which only metrics.jsonl holds."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        scalars = {name: float(np.mean(value)) for name, value in row.items() if value is not None}
+        scalars = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self.events.add_event(Event(step=row["env_steps"], wall_time=time.time(), summary=Summary(value=values)))
         if self.wandb:
