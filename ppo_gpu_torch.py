@@ -165,7 +165,7 @@ COMMON = dict(
     learning_rate=1e-3, desired_kl=0.01, desired_kl_final=0.01,
 )  # fmt: skip
 TASK_DEFAULTS = {
-    "InvertedPendulum-v5": dict(num_envs=256, total_timesteps=400_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "InvertedPendulum-v5": dict(num_envs=512, num_steps=16, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Hopper-v5": dict(total_timesteps=20_000_000),
     "Walker2d-v5": dict(total_timesteps=25_000_000),
     "HalfCheetah-v5": dict(total_timesteps=30_000_000),
@@ -209,29 +209,19 @@ class Sizes(NamedTuple):
 
 def derive_sizes(args: Args, world_size: int) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
-    for names, legal, rule in (
-        (
-            "num_envs total_timesteps num_steps update_epochs num_minibatches iterations microbatch_size",
-            lambda x: x >= 1,
-            ">= 1",
-        ),
-        ("checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
+    counts = "num_envs total_timesteps num_steps update_epochs num_minibatches iterations microbatch_size"
+    positive = "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min"
+    rules = (  # flags, what is legal, and how to say it
+        (f"{counts} checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed eval_episodes entropy_coef bounds_coef", lambda x: x >= 0, ">= 0"),
+        (positive, lambda x: x > 0, "> 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
-        (
-            "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min",
-            lambda x: x > 0,
-            "> 0",
-        ),
-        (
-            "learning_rate_max",
-            lambda x: x >= args.learning_rate_min,
-            f">= learning_rate_min = {args.learning_rate_min:g}",
-        ),
-        ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
-    ):
+        ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
+        ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
+    )  # fmt: skip
+    for names, legal, rule in rules:
         for name in names.split():
             if not legal(getattr(args, name)):
                 raise ValueError(f"{name} = {getattr(args, name)} must be {rule}")
@@ -247,16 +237,13 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
         below = max(n for n in range(1, min(args.num_minibatches, batch) + 1) if batch % n == 0)
         above = min((n for n in range(args.num_minibatches, batch + 1) if batch % n == 0), default=below)
         choices = f"{below} or {above}" if above != below else f"{below}"
-        per_process = " of each process" if world_size > 1 else ""
-        raise ValueError(
-            f"num_envs x num_steps = {batch:,}{per_process} does not split into {args.num_minibatches} minibatches; use {choices}"
-        )
+        what = f"num_envs x num_steps = {batch:,}" + (" of each process" if world_size > 1 else "")
+        raise ValueError(f"{what} does not split into {args.num_minibatches} minibatches; use {choices}")
     minibatch = batch // args.num_minibatches
     microbatch = math.ceil(minibatch / math.ceil(minibatch / args.microbatch_size))
     steps_per_iteration = args.num_envs * args.num_steps
-    return Sizes(
-        envs, batch, minibatch, microbatch, steps_per_iteration, math.ceil(args.total_timesteps / steps_per_iteration)
-    )
+    iterations = math.ceil(args.total_timesteps / steps_per_iteration)
+    return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, iterations)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -280,7 +267,7 @@ class RunningStatistics(nn.Module):
         if not self.enabled:
             return
         count, mean, variance = weighted_moments(x, valid)
-        total = self.count + count
+        total = (self.count + count).clamp(min=1.0)
         shift = mean - self.mean
         squares = self.variance * self.count + variance * count + shift.square() * self.count * count / total
         self.mean += shift * count / total
@@ -320,9 +307,8 @@ class Agent(nn.Module):
         bounded = low.isfinite() & high.isfinite()
         self.register_buffer("action_centre", torch.where(bounded, (high + low) / 2, 0.0))
         self.register_buffer("action_half_range", torch.where(bounded, (high - low) / 2, 1.0))
-        self.obs_statistics = self.critic_obs_statistics = RunningStatistics(
-            obs_size, args.normalize_observations, limit=10.0
-        )
+        self.obs_statistics = RunningStatistics(obs_size, args.normalize_observations, limit=10.0)
+        self.critic_obs_statistics = self.obs_statistics
         if critic_obs_size is not None:  # the task has privileged observations for the value function
             self.critic_obs_statistics = RunningStatistics(critic_obs_size, args.normalize_observations, limit=10.0)
         self.return_statistics = RunningStatistics(1, args.normalize_values)
@@ -370,6 +356,18 @@ class Rollout(NamedTuple):
     invalid: Tensor  # (T, N) bool: quarantined, masked everywhere
 
 
+def allocate_rollout(
+    steps: int, envs: int, obs: int, critic_obs: int | None, actions: int, device: torch.device
+) -> Rollout:
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(steps, envs, *shape, dtype=dtype, device=device)
+
+    seen = zeros(obs)
+    privileged = seen if critic_obs is None else zeros(critic_obs)
+    flags = [zeros(dtype=torch.bool) for _ in range(3)]
+    return Rollout(seen, privileged, torch.zeros_like(privileged), zeros(actions), zeros(actions), zeros(), *flags)
+
+
 class Batch(NamedTuple):
     """The samples of one update, B of them in a row; what the old policy and value function said is frozen here."""
 
@@ -399,9 +397,8 @@ def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count (), mean (k,) and variance (k,) of the valid rows of x: (B, k), over all processes, in float64."""
     rows = torch.where(valid[:, None], x, 0.0).double()
     sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
-    count = sums[0].clamp(min=1.0)
-    mean, mean_square = (sums[1:] / count).chunk(2)
-    return count, mean, (mean_square - mean.square()).clamp(min=0.0)
+    mean, mean_square = (sums[1:] / sums[0].clamp(min=1.0)).chunk(2)
+    return sums[0], mean, (mean_square - mean.square()).clamp(min=0.0)
 
 
 @torch.no_grad()
@@ -481,7 +478,7 @@ def make_batch(
     count, mean, variance = weighted_moments(advantage.flatten()[:, None], valid)
     if normalize_advantages:
         advantage = (advantage - mean.float()) / (variance.sqrt().float() + 1e-8)
-    weight = valid * (sum_over_processes(torch.full_like(count, len(valid))) / count).float()
+    weight = valid * (sum_over_processes(torch.full_like(count, len(valid))) / count.clamp(min=1.0)).float()
     obs, critic_obs = rollout.obs.flatten(0, 1), rollout.critic_obs.flatten(0, 1)
     obs = agent.obs_statistics.normalize(obs)
     critic_obs = obs if rollout.critic_obs is rollout.obs else agent.critic_obs_statistics.normalize(critic_obs)
@@ -775,6 +772,10 @@ def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_si
         )
 
 
+def training_state(agent: Agent, optimizer: torch.optim.Optimizer, learning_rate: Tensor) -> dict:
+    return dict(agent=agent.state_dict(), moments=list(optimizer.state.values()), learning_rate=learning_rate)
+
+
 def load_training_state(
     checkpoint: dict, agent: Agent, optimizer: torch.optim.Optimizer, learning_rate: Tensor
 ) -> None:
@@ -801,7 +802,10 @@ class RunLog:
         ]  # what came after the checkpoint is run again
         self.path.write_text("".join(line + "\n" for line in kept))
         self.tensorboard = SummaryWriter(run_dir)
-        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
+        patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
+        )
         self.wandb = None
         if args.track:
             import wandb
@@ -888,13 +892,13 @@ def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) ->
     return first_episodes(step, obs, agent)
 
 
-def evaluate_gymnasium(agent: Agent, args: Args, seed: int) -> dict[str, float] | None:
+def evaluate_gymnasium(agent: Agent, args: Args) -> dict[str, float] | None:
     """The score in Gymnasium's own environment, policy on the CPU; None where Gymnasium has no such task."""
     if args.env_id not in gymnasium.registry:
         return None
     agent = copy.deepcopy(agent).cpu()
     envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **args.env_kwargs)] * args.eval_episodes)
-    obs, _ = envs.reset(seed=seed)
+    obs, _ = envs.reset(seed=args.seed)
 
     def step(action: Tensor):
         obs, reward, terminated, truncated, _ = envs.step(action.numpy())
@@ -934,7 +938,10 @@ def film(agent: Agent, args: Args, folder: Path) -> Path:
 
 def versions() -> dict[str, str]:
     return dict(
-        python=sys.version.split()[0], torch=str(torch.__version__), gymnasium=gymnasium.__version__, numpy=np.__version__
+        python=sys.version.split()[0],
+        torch=str(torch.__version__),
+        gymnasium=gymnasium.__version__,
+        numpy=np.__version__,
     )
 
 
@@ -953,165 +960,123 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     checkpoint = load_checkpoint(args.resume, "ppo") if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, device, world_size)
+    preparation_started = time.perf_counter()
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
-    preparation_started = time.perf_counter()
-    env_options = dict(
-        num_envs=sizes.envs,
-        device=str(device),
-        compile=args.compile,
-        integrator=args.integrator,
-        iterations=args.iterations,
-    )
-    env_options |= dict(seed=stream_seed(args.seed, rank, stream=1), **args.env_kwargs)
+    env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(args.seed, rank, stream=1))
+    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.iterations, **args.env_kwargs)
     env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
-    privileged = env.single_critic_space is not None
-    critic_obs_size = env.single_critic_space.shape[0] if privileged else obs_size
-    agent = Agent(obs_size, critic_obs_size if privileged else None, env.single_action_space, args).to(device)
+    critic_obs_size = None if env.single_critic_space is None else env.single_critic_space.shape[0]
+    privileged = critic_obs_size is not None
+    agent = Agent(obs_size, critic_obs_size, env.single_action_space, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = make_optimizer(agent, learning_rate)
-
-    def storage(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(args.num_steps, sizes.envs, *shape, dtype=dtype, device=device)
-
-    obs_storage = storage(obs_size)
-    rollout = Rollout(
-        obs=obs_storage,
-        critic_obs=storage(critic_obs_size) if privileged else obs_storage,
-        final_critic_obs=storage(critic_obs_size),
-        action=storage(action_size),
-        mean=storage(action_size),
-        reward=storage(),
-        terminated=storage(dtype=torch.bool),
-        truncated=storage(dtype=torch.bool),
-        invalid=storage(dtype=torch.bool),
-    )
+    rollout = allocate_rollout(args.num_steps, sizes.envs, obs_size, critic_obs_size, action_size, device)
     policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
     env.reset()
     env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, info = env.reset(seed=env_options["seed"])
-    first_iteration, trained_seconds = 0, 0.0
+    critic_obs = info["critic_obs"] if privileged else obs
+    first_iteration, train_seconds = 0, 0.0
     if checkpoint:
         load_training_state(checkpoint, agent, optimizer, learning_rate)
-        env.load_state_dict(checkpoint["processes"][rank]["env"])
-        obs, info = (
-            checkpoint["processes"][rank]["obs"].to(device),
-            {"critic_obs": checkpoint["processes"][rank]["critic_obs"].to(device)},
-        )
-        generator.set_state(checkpoint["processes"][rank]["generator"])
-        first_iteration, trained_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
+        mine = checkpoint["processes"][rank]
+        env.load_state_dict(mine["env"])
+        generator.set_state(mine["generator"])
+        obs, critic_obs = mine["obs"].to(device), mine["critic_obs"].to(device)
+        first_iteration, train_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
     compile_seconds = time.perf_counter() - preparation_started
-    run_dir = Path(args.run_dir)
-    log = RunLog(run_dir, args, first_iteration * sizes.steps_per_iteration) if rank == 0 else None
-    if log:
+    run_dir, log = Path(args.run_dir), None
+    logged_step, logged_seconds = first_iteration * sizes.steps_per_iteration, train_seconds
+    if rank == 0:  # the one writer
+        log = RunLog(run_dir, args, logged_step)
         tqdm.write(
-            f"{args.env_id} on {device}: {args.num_envs:,} environments x {args.num_steps} steps = {sizes.steps_per_iteration:,} a batch, "
-            f"{sizes.iterations:,} iterations; {args.update_epochs} epochs x {args.num_minibatches} minibatches of {sizes.minibatch:,} "
-            f"in parts of {sizes.microbatch:,}; {world_size} process(es); prepared in {compile_seconds:.1f} s; {run_dir}"
+            f"{args.env_id} on {device} into {run_dir}, prepared in {compile_seconds:.1f} s\n"
+            f"{args.num_envs:,} environments x {args.num_steps} steps = {sizes.steps_per_iteration:,} samples, "
+            f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
+            f"{sizes.minibatch:,} in parts of {sizes.microbatch:,}; {world_size} process(es)"
         )
-    names = [*LossTerms._fields, "learning_rate", "action_std", "explained_variance"]
-    term_sums, record = torch.zeros(len(LossTerms._fields), device=device), {}
-    logged_step, logged_seconds, clock = (
-        first_iteration * sizes.steps_per_iteration,
-        trained_seconds,
-        time.perf_counter(),
-    )
+    terms, record, clock = torch.zeros(len(LossTerms._fields), device=device), {}, time.perf_counter()
 
     for iteration in range(first_iteration, sizes.iterations):
-        # Rollout: copies into the storage, because the tensors of the simulator live until its next step.
+        # Rollout: copies into the storage, because the simulator's tensors live until its next step.
         noise = torch.randn(args.num_steps, sizes.envs, action_size, generator=generator, device=device)
         for t in range(args.num_steps):
             rollout.obs[t] = obs
             if privileged:
-                rollout.critic_obs[t] = info["critic_obs"]
+                rollout.critic_obs[t] = critic_obs
             rollout.mean[t], rollout.action[t], env_action = policy(obs, noise[t])
             obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
             rollout.reward[t] = reward * args.reward_scale
             rollout.final_critic_obs[t] = info["final_critic_obs"] if privileged else info["final_obs"]
             rollout.invalid[t] = info["invalid"]
+            critic_obs = info["critic_obs"] if privileged else obs
 
-        # Targets: values and advantages under the statistics of the rollout.
+        # Targets: values and advantages, under the statistics of the rollout.
         value, advantage = targets()
         order = torch.randperm(sizes.batch, generator=generator, device=device)
         batch = make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
 
-        # Update.
+        # Update. The observation statistics follow it, so that its ratios compare like with like.
         progress = iteration / sizes.iterations
         desired_kl = args.desired_kl + progress * (args.desired_kl_final - args.desired_kl)
         if args.learning_rate_schedule == "linear":
             learning_rate.fill_(args.learning_rate * (1.0 - progress))
-        term_sums += update(agent, batch, accumulate, apply, learning_rate, desired_kl, sizes.minibatch, args)
-        valid = ~rollout.invalid.flatten()
-        agent.obs_statistics.update(
-            rollout.obs.flatten(0, 1), valid
-        )  # after the update, so that ratios compare like with like
+        terms += update(agent, batch, accumulate, apply, learning_rate, desired_kl, sizes.minibatch, args)
+        agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         if privileged:
-            agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), valid)
+            agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
 
         # Log, evaluate, save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * sizes.steps_per_iteration
-        finished = iteration + 1 == sizes.iterations
+        last = iteration + 1 == sizes.iterations
         log_now, evaluate_now, save_now = (
-            bool(every) and (finished or env_steps // every > (env_steps - sizes.steps_per_iteration) // every)
+            every is not None and (last or env_steps // every > (env_steps - sizes.steps_per_iteration) // every)
             for every in (args.log_every, args.eval_every, args.checkpoint_every)
         )
         if not (log_now or evaluate_now or save_now):
             continue
-        updates = (env_steps - logged_step) // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
+        terms /= (env_steps - logged_step) // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
+        names = (*LossTerms._fields, "learning_rate", "action_std", "explained_variance")
         explained_variance = 1.0 - advantage.var() / (advantage + value).var()
-        others = torch.stack([learning_rate, agent.log_std.exp().mean(), explained_variance])
-        numbers = torch.cat([term_sums / updates, others]).tolist()  # host sync
+        numbers = torch.stack([*terms, learning_rate, agent.log_std.exp().mean(), explained_variance])
+        numbers = numbers.tolist()  # host sync
         episodes = merge_episode_statistics(env.pop_statistics(), device)  # host sync
-        trained_seconds += time.perf_counter() - clock
-        speed = (env_steps - logged_step) / (trained_seconds - logged_seconds)
-        record = dict(env_steps=env_steps, wall_seconds=trained_seconds, steps_per_second=speed) | episodes
+        train_seconds += time.perf_counter() - clock
+        speed = (env_steps - logged_step) / (train_seconds - logged_seconds)
+        record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
         record |= {name: x if math.isfinite(x) else None for name, x in zip(names, numbers, strict=True)}
         if None in [record[name] for name in LossTerms._fields]:
             raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
-        if log and evaluate_now and (score := evaluate_gymnasium(agent, args, args.seed)):
+        if log and evaluate_now and (score := evaluate_gymnasium(agent, args)):
             record["gymnasium_return"] = score["mean"]
         if log:
             log.write(record)
         if save_now:
-            process = dict(
-                env=env.state_dict(),
-                obs=obs,
-                critic_obs=info["critic_obs"] if privileged else obs,
-                generator=generator.get_state(),
-            )
-            state = dict(
-                algorithm="ppo",
-                env_id=args.env_id,
-                args=dataclasses.asdict(args),
-                device=device.type,
-                iteration=iteration + 1,
-            )
+            mine = dict(env=env.state_dict(), generator=generator.get_state(), obs=obs, critic_obs=critic_obs)
+            state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), device=device.type)
             state |= dict(
-                env_steps=env_steps, train_seconds=trained_seconds, compile_seconds=compile_seconds, versions=versions()
+                iteration=iteration + 1, env_steps=env_steps, train_seconds=train_seconds, versions=versions()
             )
-            state |= dict(agent=agent.state_dict(), moments=list(optimizer.state.values()), learning_rate=learning_rate)
-            state |= dict(processes=gather_from_processes(on_cpu(process)))
+            state |= dict(processes=gather_from_processes(on_cpu(mine)))
             if log:
-                save_checkpoint(run_dir / "checkpoint.pt", state)
-        term_sums.zero_()
-        logged_step, logged_seconds, clock = env_steps, trained_seconds, time.perf_counter()
+                save_checkpoint(run_dir / "checkpoint.pt", state | training_state(agent, optimizer, learning_rate))
+        terms.zero_()
+        logged_step, logged_seconds, clock = env_steps, train_seconds, time.perf_counter()
 
+    # Final evaluation, by the one writer.
     env.close()
     if not log:
         return record
     log.close()
     plot_curve(run_dir, f"{args.env_id}, PPO, seed {args.seed}")
-    evaluation = dict(
-        env_id=args.env_id, algorithm="ppo", seed=args.seed, env_steps=sizes.iterations * sizes.steps_per_iteration
-    )
-    evaluation |= dict(train_seconds=trained_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
+    evaluation = dict(env_id=args.env_id, algorithm="ppo", seed=args.seed, env_steps=logged_step)
+    evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
     if args.eval_episodes:
-        evaluation["vecsim"] = evaluate_vecsim(
-            agent, make_env(args.env_id, random_initial_ages=False, **env_options), args.seed
-        )
-        evaluation["gymnasium"] = evaluate_gymnasium(agent, args, args.seed)
+        evaluation["vecsim"] = evaluate_vecsim(agent, make_env(args.env_id, **env_options), args.seed)
+        evaluation["gymnasium"] = evaluate_gymnasium(agent, args)
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
     for name in ("vecsim", "gymnasium"):
         print(f"{name}: {describe(evaluation[name])}")
@@ -1128,7 +1093,7 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     agent = Agent(env.single_observation_space.shape[0], critic_obs_size, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     args = dataclasses.replace(args, eval_episodes=args.num_envs)
-    score = evaluate_gymnasium(agent, args, args.seed) or evaluate_vecsim(agent, env, args.seed)
+    score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
     print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         print(f"video: {film(agent, args, Path(args.play).parent)}")
@@ -1162,6 +1127,8 @@ def main() -> int:
     try:
         args = parse_args(sys.argv[1:])
         play(args) if args.play else train(args)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     except ValueError as error:  # bad input; anything else is a defect and shows its traceback
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

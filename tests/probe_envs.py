@@ -17,6 +17,8 @@ import gymnasium
 import numpy as np
 import torch
 
+import ppo_gpu_torch as ppo
+
 EPISODE_STEPS = {"delayed": 2, "truncation": 5}
 
 
@@ -111,3 +113,12 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         for name in ("x", "age", "first_action", "episode_return", "sums"):
             setattr(self, name, state[name].clone().to(self.device))
         self.generator.set_state(state["generator"])
+
+
+def probe_args(run_dir, env_id="action", **changes):
+    """Flags under which a probe environment is solved in seconds."""
+    small = dict(
+        num_envs=64, num_steps=8, total_timesteps=40_000, num_minibatches=2, actor_hidden=(32,), critic_hidden=(32,),
+        learning_rate=3e-3, gamma=0.9, eval_episodes=1, compile=False, device="cpu", checkpoint_every=10**9, log_every=10**9,
+    )  # fmt: skip
+    return ppo.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))

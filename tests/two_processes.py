@@ -1,0 +1,62 @@
+"""What test_ppo.py runs in two processes: torchrun --nproc-per-node=2 two_processes.py FOLDER"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from probe_envs import ProbeEnv, probe_args
+
+import ppo_gpu_torch as ppo
+
+
+def updates_on_fixed_data(rank: int, world_size: int) -> dict:
+    """3 iterations of 6 gradient steps on random data that are the same however many processes share them."""
+    args = ppo.with_task_defaults(probe_args(None, num_envs=32, num_minibatches=1, update_epochs=6, microbatch_size=50))
+    sizes = ppo.derive_sizes(args, world_size)
+    torch.manual_seed(0)
+    agent = ppo.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
+    learning_rate = torch.tensor(args.learning_rate)
+    optimizer = ppo.make_optimizer(agent, learning_rate)
+    mine = slice(rank * sizes.envs, (rank + 1) * sizes.envs)
+    for _ in range(3):
+        obs, final_obs, action, reward, *flags = (
+            torch.randn(8, 32, *k)[:, mine] for k in ((3,), (3,), (2,), (), (), (), ())
+        )
+        obs, final_obs, flags = 3 * obs + 1, 3 * final_obs + 1, [flag > 1.3 for flag in flags]
+        mean = agent.policy_mean(agent.obs_statistics.normalize(obs.flatten(0, 1))).detach().view_as(action)
+        rollout = ppo.Rollout(obs, obs, final_obs, action, mean, reward, *flags)
+        _, targets, accumulate, apply = ppo.build_functions(agent, optimizer, rollout, sizes, args)
+        value, advantage = targets()
+        batch = ppo.make_batch(agent, rollout, value, advantage, True, torch.arange(sizes.batch))
+        terms = ppo.update(agent, batch, accumulate, apply, learning_rate, 0.01, sizes.minibatch, args)
+        agent.obs_statistics.update(obs.flatten(0, 1), ~rollout.invalid.flatten())
+    statistics = dict(
+        episode_return=float(rank), episode_length=2.0, episodes=1 + rank, success=float("nan"), invalid=1
+    )
+    episodes = ppo.merge_episode_statistics(statistics, learning_rate.device)
+    return dict(agent=dict(agent.state_dict()), learning_rate=learning_rate, terms=terms, episodes=episodes)
+
+
+def main(folder: Path) -> None:
+    rank, world_size = ppo.start_processes(torch.device("cpu"))
+    torch.save(updates_on_fixed_data(rank, world_size), folder / f"update-{rank}.pt")
+    for name, steps, resume in (
+        ("whole", 40_960, None),
+        ("parts", 20_480, None),
+        ("parts", 40_960, "parts/checkpoint.pt"),
+    ):
+        args = probe_args(folder / name, total_timesteps=steps, log_every=2_560)
+        ppo.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
+        torch.distributed.barrier()  # the checkpoint is written
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert os.environ["WORLD_SIZE"] == "2"
+    main(Path(sys.argv[1]))
