@@ -1,18 +1,47 @@
 """PPO on MuJoCo MJX: from physics to gradient one compiled JAX program, for one agent or for many at once. Copy me.
 
-    python ppo_mjx_jax.py --env-id InvertedPendulum-v5                                  HEADER_RESULT
+    python ppo_mjx_jax.py                                                   InvertedPendulum-v5 to 1000
+    python ppo_mjx_jax.py --num-seeds 8                                     eight agents in one program
+    python ppo_mjx_jax.py --sweep learning_rate=1e-4,3e-4,1e-3 --num-seeds 3 --learning-rate-schedule constant
+    python ppo_mjx_jax.py --env-id HalfCheetah-v5 --num-envs 256 --num-steps 64 --total-timesteps 3000000
+    python ppo_mjx_jax.py --env-id Ant-v5 --num-envs 4096                   on a GPU
+    python ppo_mjx_jax.py --play runs/NAME/checkpoint.npz                   score a checkpoint
+    python ppo_mjx_jax.py --env-id Ant-v5 --benchmark ant.json              physics steps/s, and error against MuJoCo C
+
+On a CPU give each core a device, over which the environments are shared: XLA_FLAGS=--xla_force_host_platform_device_count=2.
+
+Measured, one seed, scored over 20 episodes in Gymnasium's own environment:
+MEASURED
+
+The whole iteration is one program: MJX steps, resets to fresh random states, rollout, advantages, epochs over minibatches, learning
+rate, log sums. `train` calls it for as many iterations as the host has nothing to do. An agent is a pure function of its
+hyperparameters and seed, so `vmap` makes it many.
+
+The tasks are Gymnasium's own: model and options from gymnasium.make, observation, reward and termination as in its source. The physics
+is MuJoCo's: with a converged solver in float64 a step equals MuJoCo C's to 1e-9. MJX alone does not: it chooses another friction
+pyramid for near-vertical capsules (`align_capsules` mends it) and its RK4 adds rotations up like vectors (`runge_kutta`, `pull_back`).
+Training defaults are cheaper: Euler instead of the MJCF's RK4, 4 Newton iterations, 2 line-search steps, no self-collision, float32.
+Their error is what --benchmark prints; a policy that it fools shows in the score, which is taken in MuJoCo C with the MJCF's settings.
+
+Sources: Schulman et al. 2016 (GAE) and 2017 (PPO); rsl_rl's adaptive learning rate (Rudin et al. 2022); PureJaxRL's idea of training as
+one function (Lu et al. 2022). The PyTorch twin with the same flags, defaults and algorithm is ppo_gpu_torch.py; this file imports no other.
+
+Read in this order: arguments, physics, tasks, auto-reset, networks, algorithm, evaluation, log, train.
 """
 
 from __future__ import annotations
 
 import copy
+import contextlib
 import csv
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import os
 import platform
+import re
 import sys
 import time
 import zipfile
@@ -69,6 +98,8 @@ class Args:
     """environment steps between log lines (>= 1; default: total_timesteps / 200): the program runs this long without the host"""
     eval_episodes: int = 20
     """episodes of the final evaluation in MJX, in gymnasium.make(env_id), and of --play (>= 0; 0 skips both evaluations)"""
+    eval_every: int | None = None
+    """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
     play: str | None = None
     """checkpoint to play deterministically instead of training; prints its score"""
     capture_video: bool = False
@@ -222,6 +253,7 @@ def resolve(args: Args) -> Args:
     at_least_one = "num_envs total_timesteps num_seeds iterations ls_iterations num_steps update_epochs num_minibatches"
     for name in (at_least_one + " checkpoint_every log_every").split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1, not {getattr(args, name)}")
+    require(args.eval_every is None or args.eval_every >= 1, f"eval_every must be at least 1, not {args.eval_every}")
     for name in "seed eval_episodes entropy_coef bounds_coef".split():
         require(getattr(args, name) >= 0, f"{name} must be at least 0, not {getattr(args, name)}")
     above_zero = "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min"
@@ -356,13 +388,18 @@ def physics_step(task: Task, data: mjx.Data) -> mjx.Data:
 def runge_kutta(task: Task, data: mjx.Data) -> mjx.Data:
     """Classical fourth order: mj_RungeKutta. `data` holds the evaluated first stage."""
     h, qpos, qvel = task.mj_model.opt.timestep, data.qpos, data.qvel
-    slopes = [(data.qvel, data.qacc)]
-    for fraction in (0.5, 0.5, 1.0):
-        velocity, acceleration = slopes[-1]
-        stage = data.replace(qpos=move(task, qpos, fraction * h * velocity), qvel=qvel + fraction * h * acceleration)
-        data = forward(task, stage)
-        slopes.append((pull_back(task, fraction * h * velocity, data.qvel), data.qacc))
-    velocity, acceleration = (sum(w * k for w, k in zip((1 / 6, 1 / 3, 1 / 3, 1 / 6), ks)) for ks in zip(*slopes))
+
+    def stage(carry, fraction):
+        (velocity, acceleration), data = carry
+        moved = move(task, qpos, fraction * h * velocity)
+        data = forward(task, data.replace(qpos=moved, qvel=qvel + fraction * h * acceleration))
+        slope = pull_back(task, fraction * h * velocity, data.qvel), data.qacc
+        return (slope, data), slope
+
+    first = data.qvel, data.qacc
+    (_, data), later = jax.lax.scan(stage, (first, data), jnp.array([0.5, 0.5, 1.0]))
+    weights = jnp.array([1.0, 2.0, 2.0, 1.0]) / 6
+    velocity, acceleration = (weights @ jnp.vstack([k, ks]) for k, ks in zip(first, later))
     return data.replace(qpos=move(task, qpos, h * velocity), qvel=qvel + h * acceleration, qacc_warmstart=data.qacc)
 
 
@@ -851,7 +888,8 @@ def update_minibatch(setup: Setup, hyper: Hyperparameters, old_log_std: jax.Arra
     """One gradient step: clip the policy's and the value function's gradient apart, Adam, floor of the exploration noise."""
     (_, terms), gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)(setup, hyper, state.parameters, batch, old_log_std)
     for name, gradient in gradients.items():
-        scale = jnp.minimum(1.0, hyper.max_grad_norm / (optax.global_norm(gradient) + 1e-6))
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
+        scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
         gradients[name] = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
     direction, adam_state = adam().update(gradients, state.adam)
     learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"])
@@ -865,6 +903,7 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
     key, key_collect, key_batch = jax.random.split(state.key, 3)
     slots, rollout = collect(setup, state, key_collect)
     batch, return_statistics = make_batch(setup, hyper, state, rollout, key_batch)
+    explained_variance = 1 - (batch.target - batch.value).var() / jnp.maximum(batch.target.var(), 1e-8)
     state = state._replace(slots=slots, return_statistics=return_statistics, key=key)
 
     update = functools.partial(update_minibatch, setup, hyper, state.parameters["actor"]["log_std"])
@@ -877,8 +916,9 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
         obs_statistics = obs_statistics.merge(Statistics.of(rows, ~rollout.invalid.ravel()))
     ended = rollout.terminated | rollout.truncated
     metrics = {name: term.mean() for name, term in terms.items()} | dict(
-        episodes=ended.sum(), return_sum=(rollout.episode_return * ended).sum(), length_sum=(rollout.length * ended).sum(),
-        invalid=rollout.invalid.sum(), learning_rate=state.learning_rate, std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
+        episodes=ended.sum(), return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),
+        invalid=rollout.invalid.sum(), learning_rate=state.learning_rate, action_std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
+        explained_variance=explained_variance,
     )  # fmt: skip
     return state._replace(obs_statistics=obs_statistics, iteration=state.iteration + 1), metrics
 
@@ -1030,7 +1070,18 @@ class Log:
             self.wandb.finish()
 
 
-def metrics_row(sums: dict, iterations: int, env_steps: int, wall_seconds: float, interval: float, steps: int) -> dict:
+def crossed(env_steps: int, last: int, every: int | None) -> bool:
+    """Did the last so many environment steps cross a multiple of `every`?"""
+    return every is not None and env_steps // every > (env_steps - last) // every
+
+
+def next_stop(done: int, end: int, steps_per_iteration: int, intervals: tuple[int | None, ...]) -> int:
+    """The first iteration after `done` at which a multiple of one of the intervals, in environment steps, is crossed."""
+    crossings = [-(-(done * steps_per_iteration // every + 1) * every // steps_per_iteration) for every in intervals if every]
+    return min(end, *crossings)
+
+
+def metrics_row(sums: dict, iterations: int, counters: dict, steps_per_second: float) -> dict:
     """Sums over an interval, (agents,) each -> means. One agent gives numbers; many give their mean and agent_episode_return."""
     sums = {name: np.asarray(value, dtype=np.float64) for name, value in sums.items()}  # host sync
     episodes, returns, lengths = (sums.pop(name) for name in ("episodes", "return_sum", "length_sum"))
@@ -1038,9 +1089,9 @@ def metrics_row(sums: dict, iterations: int, env_steps: int, wall_seconds: float
     per_agent = [float(r / n) if n else None for r, n in zip(returns, episodes)]
     total = episodes.sum()
     row = dict(
-        env_steps=env_steps, wall_seconds=wall_seconds, steps_per_second=steps / interval,
+        env_steps=counters["env_steps"], wall_seconds=counters["train_seconds"], steps_per_second=steps_per_second,
         episode_return=returns.sum() / total if total else None, episode_length=lengths.sum() / total if total else None,
-        episodes=int(total), invalid=int(invalid), **{name: value.mean() / iterations for name, value in sums.items()},
+        episodes=int(total), success=None, invalid=int(invalid), **{name: value.mean() / iterations for name, value in sums.items()},
     )  # fmt: skip
     return row | ({"agent_episode_return": per_agent} if len(per_agent) > 1 else {})
 
@@ -1156,26 +1207,26 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     run = run.lower(hyper, state, np.int32(1)).compile()
     counters["compile_seconds"] += time.perf_counter() - start
 
-    # Train
+    # Train: the program runs until the next thing that the host has to do
     log = Log(run_dir, args, counters["env_steps"]) if leads else None
-    done, interval = counters["env_steps"] // steps_per_iteration, max(1, args.log_every // steps_per_iteration)
     gather = jax.jit(lambda state: state, out_shardings=whole)
+    done, intervals = counters["env_steps"] // steps_per_iteration, (args.log_every, args.eval_every, args.checkpoint_every)
     while done < setup.iterations:
+        before, done = done, next_stop(done, setup.iterations, steps_per_iteration, intervals)
         begin = time.perf_counter()
-        iterations = min(interval, setup.iterations - done)
-        state, sums = run(hyper, state, np.int32(iterations))
-        sums = jax.device_get(sums)  # host sync: the program has finished
-        seconds = time.perf_counter() - begin
-        done += iterations
-        before, counters["env_steps"] = counters["env_steps"], done * steps_per_iteration
-        counters["train_seconds"] += seconds
-        row = metrics_row(sums, iterations, counters["env_steps"], counters["train_seconds"], seconds, iterations * steps_per_iteration * len(seeds))
-        crossed = counters["env_steps"] // args.checkpoint_every > before // args.checkpoint_every
-        snapshot = gather(state) if crossed or done == setup.iterations else None
+        state, sums = jax.block_until_ready(run(hyper, state, np.int32(done - before)))  # host sync
+        seconds, steps = time.perf_counter() - begin, (done - before) * steps_per_iteration
+        counters |= dict(env_steps=done * steps_per_iteration, train_seconds=counters["train_seconds"] + seconds)
+        _, evaluate_now, save_now = (done == setup.iterations or crossed(counters["env_steps"], steps, every) for every in intervals)
+        row = metrics_row(sums, done - before, counters, len(seeds) * steps / seconds)
+        snapshot = gather(state) if evaluate_now or save_now else None  # all hosts take part
+        if leads and evaluate_now and args.eval_every and not own_env:
+            scores = [score["mean"] for score in gymnasium_scores(setup, snapshot, seeds)]
+            row |= dict(gymnasium_return=float(np.mean(scores))) | ({"agent_gymnasium_return": scores} if len(scores) > 1 else {})
         if leads:
             log.write(row)
-            if snapshot is not None:
-                save_checkpoint(run_dir / "checkpoint.npz", args, snapshot, counters)
+        if leads and save_now:
+            save_checkpoint(run_dir / "checkpoint.npz", args, snapshot, counters)
 
     # Evaluate
     if leads:
@@ -1186,6 +1237,13 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     return {}
 
 
+def gymnasium_scores(setup: Setup, state: AgentState, seeds: np.ndarray) -> list[dict]:
+    """Of every agent, in Gymnasium's own environment, on initial states that training has not drawn."""
+    policy = jax.device_get((state.parameters, state.obs_statistics))
+    agents = (jax.tree.map(lambda x, i=i: x[i], policy) for i in range(len(seeds)))
+    return [summary(*evaluate_in_gymnasium(setup, *agent, int(seed) + 1_000_000)) for agent, seed in zip(agents, seeds)]
+
+
 def evaluate(setup: Setup, args: Args, state: AgentState, own_env: bool) -> list[dict]:
     """Score every agent in MJX and in Gymnasium's own environment."""
     _, seeds = hyperparameters(args)
@@ -1193,12 +1251,11 @@ def evaluate(setup: Setup, args: Args, state: AgentState, own_env: bool) -> list
     policy = jax.device_get((state.parameters, state.obs_statistics))
     keys = jax.vmap(jax.random.PRNGKey)(seeds + 1_000_000)
     returns, lengths = jax.device_get(jax.jit(jax.vmap(functools.partial(evaluate_in_mjx, setup)))(*policy, keys))
+    theirs = [None] * len(seeds) if own_env else gymnasium_scores(setup, state, seeds)
     agents = []
     for i, seed in enumerate(seeds):
-        parameters, statistics = jax.tree.map(lambda x, i=i: x[i], policy)
-        mine = None if own_env else summary(*evaluate_in_gymnasium(setup, parameters, statistics, int(seed) + 1_000_000))
         in_mjx = summary(returns[i], lengths[i])
-        agent = dict(seed=int(seed), mjx=in_mjx, gymnasium=mine, score=(mine or in_mjx)["mean"])
+        agent = dict(seed=int(seed), mjx=in_mjx, gymnasium=theirs[i], score=(theirs[i] or in_mjx)["mean"])
         agents.append(agent | ({"value": values[i // args.num_seeds]} if args.sweep else {}))
     return agents
 
@@ -1230,13 +1287,11 @@ def print_agent(agent: dict):
 
 def play(args: Args) -> list[dict]:
     """Score the agents of a checkpoint; with capture_video also film the best of them."""
-    saved = resolve(saved_args(args.play))
-    saved = dataclasses.replace(saved, eval_episodes=max(1, args.eval_episodes), num_envs=saved.num_envs)
-    use_cache(saved.compilation_cache)
-    setup = make_setup(make_environment(make_task(saved)), saved)
-    like = jax.eval_shape(jax.vmap(functools.partial(initialise, setup)), *hyperparameters(saved))
-    state = load_state(args.play, like)
-    agents = evaluate(setup, saved, state, own_env=False)
+    args = dataclasses.replace(args, eval_episodes=max(1, args.eval_episodes))
+    use_cache(args.compilation_cache)
+    setup = make_setup(make_environment(make_task(args)), args)
+    state = load_state(args.play, jax.eval_shape(jax.vmap(functools.partial(initialise, setup)), *hyperparameters(args)))
+    agents = evaluate(setup, args, state, own_env=False)
     for agent in agents:
         print_agent(agent)
     if args.capture_video:
@@ -1345,24 +1400,37 @@ def benchmark(args: Args) -> dict:
 def saved_args(checkpoint: str) -> Args:
     saved = load_header(checkpoint)["args"]
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    return Args(**saved | {"run_dir": str(Path(checkpoint).parent)})
+    return Args(**saved | dict(run_dir=None, resume=None, play=None, capture_video=False, benchmark=None))
 
 
 def parse_args(argv: list[str]) -> Args:
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume:  # flags not given keep the checkpoint's values
-        args = tyro.cli(Args, args=argv, default=saved_args(args.resume))
-    return resolve(args)
+    """The flags; with --resume or --play, flags not given keep the values of the checkpoint."""
+
+    def parse(default: Args) -> Args:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            raise InputError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
+
+    args = parse(Args())
+    require(not (args.resume and args.play), "--resume continues training and --play plays: give one of them")
+    checkpoint = args.resume or args.play
+    return resolve(parse(saved_args(checkpoint)) if checkpoint else args)
 
 
-def main():
+def main() -> int:
     try:
         args = parse_args(sys.argv[1:])
         play(args) if args.play else benchmark(args) if args.benchmark else train(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

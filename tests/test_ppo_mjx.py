@@ -1,0 +1,268 @@
+"""The learner of ppo_mjx_jax.py: hand-computed cases, probe environments, many agents, devices, resume, command line."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the tests compile more than they compute
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("mujoco.mjx")
+import gae_cases  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+import ppo_mjx_jax as ppo  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache="")
+
+
+# Hand-computed cases
+
+
+@pytest.mark.parametrize("case", gae_cases.CASES, ids=lambda case: case[0])
+def test_advantages(case):
+    _, next_values, terminated, truncated, invalid, expected = case
+    ends = (jnp.array(flags, bool) for flags in (terminated, truncated, invalid))
+    inputs = (jnp.array(x) for x in (gae_cases.REWARDS, gae_cases.VALUES, next_values))
+    advantage = ppo.advantages_gae(*inputs, *ends, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    np.testing.assert_allclose(advantage, expected, rtol=1e-6)
+
+
+def test_kl_is_exact():
+    """By quadrature, one dimension: KL(N(0.3, 0.5) || N(-0.2, 0.8))."""
+    x, (m, s), (n, t) = np.linspace(-6, 6, 20001), (0.3, 0.5), (-0.2, 0.8)
+    density = lambda x, m, s: np.exp(-0.5 * ((x - m) / s) ** 2) / s / np.sqrt(2 * np.pi)  # noqa: E731
+    p, q = density(x, m, s), density(x, n, t)
+    kl = ppo.gaussian_kl(jnp.array([[m]]), jnp.log(jnp.array([s])), jnp.array([[n]]), jnp.log(jnp.array([t])))
+    assert abs(float(kl[0]) - np.sum(p * np.log(p / q)) * (x[1] - x[0])) < 1e-5
+    log_prob = ppo.gaussian_log_prob(jnp.array([[0.1]]), jnp.array([[m]]), jnp.log(jnp.array([s])))
+    assert abs(float(log_prob[0]) - np.log(density(0.1, m, s))) < 1e-6
+
+
+def test_statistics_merge_like_one_batch_and_skip_invalid_rows():
+    rows, valid = np.random.default_rng(0).normal(3, 2, (100, 4)).astype(np.float32), np.arange(100) % 3 > 0
+    rows[~valid] = np.nan
+    merged = ppo.Statistics(jnp.zeros(4), jnp.ones(4), jnp.zeros(()))
+    for part in (slice(0, 30), slice(30, 100)):
+        merged = merged.merge(ppo.Statistics.of(jnp.array(rows[part]), jnp.array(valid[part])))
+    np.testing.assert_allclose(merged.mean, rows[valid].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(merged.variance, rows[valid].var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kl, factor", [(0.021, 1 / 1.5), (0.019, 1.0), (0.006, 1.0), (0.004, 1.5)])
+def test_the_learning_rate_follows_the_kl(kl, factor):
+    args = ppo.resolve(ppo.Args(desired_kl=0.01, **SMALL))
+    setup = ppo.make_setup(probe("constant"), args)
+    hyper = ppo.Hyperparameters(*(x[0] for x in ppo.hyperparameters(args)[0]))
+    state = ppo.initialise(setup, hyper, 1)
+    rate = ppo.scheduled_learning_rate(setup, hyper, state, jnp.array(kl))
+    assert np.isclose(float(rate), 1e-3 * factor)
+
+
+# Probe environments: tiny, with known answers, each telling which part is broken
+
+
+def probe(name):
+    """x is -1 or 1, drawn at reset; observation = (x, age, first action).
+
+    constant    one step, reward 1                                    V = 1
+    value       one step, reward x                                    V = x
+    action      one step, reward -(a - x / 2)^2                       a = x / 2: the policy follows the advantage
+    delayed     two steps, the second pays -(a_0 - x / 2)^2           a_0 = x / 2: credit goes back through time
+    truncation  reward 1 for ever, cut by a time limit of 5 steps     V = 1 / (1 - gamma) = 5: a time limit is no end (which gives 3.4)
+    broken      as action, but where x is 1 half the steps are NaN    its NaN must not reach the learner
+    """
+    last = {"delayed": 2, "truncation": 10**9}.get(name, 1)
+
+    def reset(key):
+        x = 2.0 * jax.random.bernoulli(key) - 1.0
+        return (x, jnp.zeros(()), jnp.zeros(())), jnp.array([x, 0.0, 0.0])
+
+    def step(state, action):
+        x, age, first = state
+        first, age = jnp.where(age == 0, action[0], first), age + 1
+        error = -jnp.square(first - x / 2)
+        rewards = dict(constant=1.0, value=x, action=error, delayed=error * (age == 2), truncation=1.0)
+        rewards["broken"] = jnp.where((x > 0) & (action[0] > 0.5), jnp.nan, error)
+        return (x, age, first), jnp.array([x, age, first]), jnp.asarray(rewards[name], x.dtype), age >= last
+
+    return ppo.Environment(reset, step, 3, np.array([-2.0]), np.array([2.0]), 5 if name == "truncation" else 1000)
+
+
+def train_on_probe(name, iterations, **changes):
+    options = dict(num_envs=64, num_steps=16, actor_hidden=(32,), critic_hidden=(32,), gamma=0.9, log_std_init=-0.7)
+    args = ppo.resolve(ppo.Args(**options | dict(learning_rate=3e-3, desired_kl=0.02, desired_kl_final=0.02) | changes))
+    setup = ppo.make_setup(probe(name), args)
+    hyper = ppo.Hyperparameters(*(jnp.asarray(x[0]) for x in ppo.hyperparameters(args)[0]))
+    state = ppo.initialise(setup, hyper, 1)
+    state, sums = jax.jit(functools.partial(ppo.advance, setup))(hyper, state, iterations)
+    obs = jnp.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    action = 2.0 * ppo.policy_mean(setup, state.parameters, state.obs_statistics, obs)[:, 0]
+    return np.asarray(ppo.values_of(setup, state, obs)), np.asarray(action), sums
+
+
+@pytest.mark.parametrize("name, values", [("constant", [1, 1]), ("value", [-1, 1]), ("truncation", [5, 5])])
+def test_the_value_function_learns(name, values):
+    found, _, _ = train_on_probe(name, 250, gamma=0.8, random_initial_ages=False)
+    np.testing.assert_allclose(found, values, rtol=0.06, atol=0.06)
+
+
+@pytest.mark.parametrize("name", ["action", "delayed"])
+def test_the_policy_learns(name):
+    _, action, _ = train_on_probe(name, 150)
+    np.testing.assert_allclose(action, [-0.5, 0.5], atol=0.12)
+
+
+def test_a_nan_is_quarantined_and_never_learned_from():
+    _, action, sums = train_on_probe("broken", 100)
+    assert int(sums["invalid"]) > 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(sums))
+    assert abs(action[0] + 0.5) < 0.12 and np.isfinite(action).all()
+
+
+def test_final_obs_is_the_state_before_the_reset_and_resets_differ():
+    env = probe("delayed")
+    slots = jax.vmap(functools.partial(ppo.first_slot, env, False))(jax.random.split(jax.random.PRNGKey(0), 256))
+    step = jax.vmap(functools.partial(ppo.autoreset_step, env))
+    action = jnp.full((256, 1), 0.25)
+    slots, first = step(slots, action, action, jax.random.split(jax.random.PRNGKey(1), 256))
+    slots, second = step(slots, action, action, jax.random.split(jax.random.PRNGKey(2), 256))
+    assert not first.terminated.any() and second.terminated.all()
+    np.testing.assert_array_equal(first.final_obs, second.obs)
+    np.testing.assert_allclose(second.final_obs, np.c_[second.obs[:, 0], np.full(256, 2.0), np.full(256, 0.5)])
+    assert (slots.obs[:, 0] != second.obs[:, 0]).mean() > 0.3 and not np.asarray(slots.obs[:, 1:]).any()
+
+
+def test_first_ages_are_random_on_request():
+    keys = jax.random.split(jax.random.PRNGKey(0), 500)
+    ages = [jax.vmap(functools.partial(ppo.first_slot, probe("delayed"), random))(keys).age for random in (True, False)]
+    assert len(np.unique(ages[0])) > 300 and not ages[1].any()
+
+
+# Whole runs
+
+
+def run(tmp_path, name, **changes):
+    options = SMALL | dict(total_timesteps=1024, run_dir=str(tmp_path / name)) | changes
+    result = ppo.train(ppo.Args(**options))
+    with np.load(tmp_path / name / "checkpoint.npz") as file:
+        return result, {key: file[key] for key in file.files if key != "header"}
+
+
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
+    _, whole = run(tmp_path, "whole")
+    run(tmp_path, "half", total_timesteps=512)
+    _, resumed = run(tmp_path, "resumed", resume=str(tmp_path / "half" / "checkpoint.npz"))
+    _, other = run(tmp_path, "other", seed=2)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+    assert any((whole[name] != other[name]).any() for name in whole if "kernel" in name)
+
+
+def test_agents_in_one_program_equal_separate_runs(tmp_path):
+    """After 8 iterations, in float32: batched matrix products may round differently, and training amplifies it."""
+    _, together = run(tmp_path, "together", num_seeds=3)
+    for i in range(3):
+        _, alone = run(tmp_path, f"alone{i}", seed=1 + i)
+        for name in alone:
+            np.testing.assert_allclose(together[name][i], alone[name][0], rtol=2e-3, atol=2e-3, err_msg=name)
+
+
+def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
+    swept = dict(sweep="learning_rate=1e-4,1e-3", learning_rate_schedule="constant", num_seeds=2, eval_episodes=2)
+    result, together = run(tmp_path, "sweep", **swept)
+    _, alone = run(tmp_path, "alone", learning_rate=1e-4, learning_rate_schedule="constant", seed=2)
+    np.testing.assert_allclose(together[".learning_rate"], [1e-4, 1e-4, 1e-3, 1e-3])
+    name = next(name for name in alone if "actor" in name and "kernel" in name)
+    np.testing.assert_allclose(together[name][1], alone[name][0], rtol=2e-3, atol=2e-3)
+    assert [agent["value"] for agent in result["agents"]] == [1e-4, 1e-4, 1e-3, 1e-3]
+    assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "sweep" / "sweep.png").exists()
+
+
+def command(*arguments, **environment):
+    return subprocess.run([sys.executable, str(ROOT / "ppo_mjx_jax.py"), *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | environment)  # fmt: skip
+
+
+def test_two_devices_share_the_environments(tmp_path):
+    flags = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512".split()
+    found = {}
+    for devices in (1, 2):
+        xla_flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        done = command(*flags, "--run-dir", tmp_path / str(devices), XLA_FLAGS=xla_flags)
+        assert done.returncode == 0, done.stderr
+        assert f"{devices} device(s)" in done.stdout
+        with np.load(tmp_path / str(devices) / "checkpoint.npz") as file:
+            found[devices] = {key: file[key] for key in file.files if key != "header"}
+    for name in found[1]:
+        np.testing.assert_allclose(found[2][name], found[1][name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path):
+    """The command of the header, end to end; then the checkpoint is played."""
+    done = command("--total-timesteps", 163_840, "--run-dir", tmp_path, XLA_FLAGS="")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "eval.json").read_text())
+    names = "env_id algorithm seed env_steps train_seconds compile_seconds vecsim gymnasium mjx".split()
+    assert set(names) <= result.keys() and result["vecsim"] is None
+    assert result["gymnasium"]["mean"] == result["mjx"]["mean"] == 1000 and result["gymnasium"]["episodes"] == 20
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    names = "env_steps wall_seconds steps_per_second episode_return episode_length episodes".split()
+    assert set(names) <= rows[-1].keys() and rows[-1]["env_steps"] == 163_840
+    assert {"config.json", "checkpoint.npz", "curve.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert any(path.name.startswith("events") for path in tmp_path.iterdir())
+    played = command("--play", tmp_path / "checkpoint.npz", "--eval-episodes", 3)
+    assert played.returncode == 0 and "gymnasium 1000.0" in played.stdout
+
+
+# Command line
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ("--env-id Pong-v5", "env_id 'Pong-v5' is unknown"),
+    ("--num-minibatches 3", "does not split into 3 minibatches; use 2 or 4"),
+    ("--num-envs 0", "num_envs must be at least 1"),
+    ("--gamma 1.5", "gamma must lie between 0 and 1"),
+    ("--num-envs many", "many"),
+    ("--nonsense 1", "nonsense"),
+    ("--sweep num_envs=1,2", "sweep maps one of"),
+    ("--sweep gamma=high", "numbers"),
+    ("--env-kwargs colour 3", "colour"),
+    ("--play nowhere.npz", "there is no checkpoint nowhere.npz"),
+    ("--resume gae_cases.py", "is not a checkpoint"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(flags, complaint, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.setattr(sys, "argv", ["ppo_mjx_jax.py", *flags.split()])
+    assert ppo.main() == 2
+    message = capsys.readouterr().err.strip()
+    assert complaint in message and "\n" not in message
+
+
+def test_every_flag_is_read():
+    source = (ROOT / "ppo_mjx_jax.py").read_text().split("class Hyperparameters", 1)[1]
+    for field in dataclasses.fields(ppo.Args):
+        assert re.search(rf"\b{field.name}\b", source), field.name
+
+
+def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
+    twin = pytest.importorskip("ppo_gpu_torch")
+    assert ppo.COMMON == twin.COMMON and ppo.TASK_DEFAULTS == twin.TASK_DEFAULTS
+    mine, theirs = ({field.name: field.default for field in dataclasses.fields(module.Args)} for module in (ppo, twin))
+    own = {"env_id": "InvertedPendulum-v5"}  # a CPU takes minutes to compile Ant in MJX
+    only_torch = {"compile", "cuda_graphs", "bf16", "microbatch_size"}
+    assert theirs.keys() - mine.keys() <= only_torch
+    assert {name: mine[name] for name in theirs.keys() & mine.keys()} == {
+        name: theirs[name] for name in theirs.keys() & mine.keys()
+    } | own
