@@ -7,7 +7,7 @@
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
     torchrun --nproc-per-node=2 ppo_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
-A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
+A flag whose default reads None takes the value of its task in TASK_DEFAULTS. A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
 
     python ppo_gpu_torch.py --update-epochs 1 --num-minibatches 1 --clip-coef inf --num-steps 5 --learning-rate-schedule constant
 
@@ -630,10 +630,15 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     ]
     example = (torch.zeros_like(agent.log_std), *features, *[scalars] * 5)
     if args.cuda_graphs and obs.device.type == "cuda":
+        eager = policy, targets, accumulate, apply
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
         before = [x.clone() for x in state]
-        policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
-        accumulate, apply = capture(accumulate, example), capture(apply, ())
+        try:
+            policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
+            accumulate, apply = capture(accumulate, example), capture(apply, ())
+        except RuntimeError as error:
+            print(f"no CUDA graphs, because capture failed: {error}", file=sys.stderr)
+            policy, targets, accumulate, apply = eager
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)
     else:  # compile now, so that compilation is timed apart from training
@@ -664,10 +669,10 @@ def pick_device(name: str) -> torch.device:
 
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Rank and number of the processes that torchrun started (0 and 1 without it)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not distributed.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world_size
 
