@@ -545,8 +545,13 @@ def data_fields(state: RobotState) -> dict[str, jax.Array]:
 
 def simulate(task: Task, state: RobotState, action: jax.Array) -> mjx.Data:
     """frame_skip physics steps under one control. MuJoCo clamps it to the control range."""
+
+    def body(data, _):
+        later = physics_step(task, data)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), later, data), None  # in float64 MJX widens some integers
+
     data = task.blank.replace(**data_fields(state), ctrl=action)
-    return jax.lax.scan(lambda data, _: (physics_step(task, data), None), data, None, length=task.frame_skip)[0]
+    return jax.lax.scan(body, data, None, length=task.frame_skip)[0]
 
 
 def task_step(task: Task, state: RobotState, action: jax.Array) -> tuple[RobotState, jax.Array, jax.Array, jax.Array]:
@@ -1000,8 +1005,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
+def cpu_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def hardware() -> str:
-    return f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {len(os.sched_getaffinity(0))} CPU cores"
+    return f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {cpu_cores()} CPU cores"
 
 
 def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
@@ -1387,7 +1397,7 @@ def benchmark(args: Args) -> dict:
         iterations=args.iterations, ls_iterations=args.ls_iterations, physics_steps_per_second=steps * task.frame_skip / physics_seconds,
         env_steps_per_second=steps / env_seconds, compile_seconds=env_compile + physics_compile,
         qacc_error_p50=float(np.percentile(errors, 50)), qacc_error_p99=float(np.percentile(errors, 99)), qacc_error_max=float(errors.max()),
-        mujoco_c_physics_steps_per_second=mujoco_c, threads=len(os.sched_getaffinity(0)), versions=versions(), hardware=hardware(),
+        mujoco_c_physics_steps_per_second=mujoco_c, threads=cpu_cores(), versions=versions(), hardware=hardware(),
     )  # fmt: skip
     Path(args.benchmark).write_text(json.dumps(result, indent=2))
     print(json.dumps(result, indent=2))

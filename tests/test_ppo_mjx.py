@@ -1,8 +1,11 @@
 """The learner of ppo_mjx_jax.py: hand-computed cases, probe environments, many agents, devices, resume, command line."""
 
 import os
+import tempfile
 
+CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the tests compile more than they compute
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
 import dataclasses
 import functools
@@ -23,7 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import ppo_mjx_jax as ppo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache="")
+SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE)
 
 
 # Hand-computed cases
@@ -151,9 +154,9 @@ def test_first_ages_are_random_on_request():
 # Whole runs
 
 
-def run(tmp_path, name, **changes):
+def run(tmp_path, name, env=None, **changes):
     options = SMALL | dict(total_timesteps=1024, run_dir=str(tmp_path / name)) | changes
-    result = ppo.train(ppo.Args(**options))
+    result = ppo.train(ppo.Args(**options), env)
     with np.load(tmp_path / name / "checkpoint.npz") as file:
         return result, {key: file[key] for key in file.files if key != "header"}
 
@@ -179,9 +182,9 @@ def test_agents_in_one_program_equal_separate_runs(tmp_path):
 
 
 def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
-    swept = dict(sweep="learning_rate=1e-4,1e-3", learning_rate_schedule="constant", num_seeds=2, eval_episodes=2)
-    result, together = run(tmp_path, "sweep", **swept)
-    _, alone = run(tmp_path, "alone", learning_rate=1e-4, learning_rate_schedule="constant", seed=2)
+    env, swept = probe("action"), dict(sweep="learning_rate=1e-4,1e-3", num_seeds=2, eval_episodes=2)
+    result, together = run(tmp_path, "sweep", env, learning_rate_schedule="constant", **swept)
+    _, alone = run(tmp_path, "alone", env, learning_rate_schedule="constant", learning_rate=1e-4, seed=2)
     np.testing.assert_allclose(together[".learning_rate"], [1e-4, 1e-4, 1e-3, 1e-3])
     name = next(name for name in alone if "actor" in name and "kernel" in name)
     np.testing.assert_allclose(together[name][1], alone[name][0], rtol=2e-3, atol=2e-3)
@@ -197,6 +200,7 @@ def command(*arguments, **environment):
 
 def test_two_devices_share_the_environments(tmp_path):
     flags = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512".split()
+    flags += ["--compilation-cache", CACHE]
     found = {}
     for devices in (1, 2):
         xla_flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
@@ -211,7 +215,7 @@ def test_two_devices_share_the_environments(tmp_path):
 
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path):
     """The command of the header, end to end; then the checkpoint is played."""
-    done = command("--total-timesteps", 163_840, "--run-dir", tmp_path, XLA_FLAGS="")
+    done = command("--total-timesteps", 163_840, "--run-dir", tmp_path, "--compilation-cache", CACHE, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "eval.json").read_text())
     names = "env_id algorithm seed env_steps train_seconds compile_seconds vecsim gymnasium mjx".split()
