@@ -925,7 +925,8 @@ def film(agent: Agent, args: Args, folder: Path) -> Path:
 
     if "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # headless; osmesa where EGL is missing
-    env = gymnasium.make(args.env_id, render_mode="rgb_array", **args.env_kwargs)
+    # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
+    env = gymnasium.make(args.env_id, render_mode="rgb_array", camera_name="track", **args.env_kwargs)
     obs, _ = env.reset(seed=args.seed)
     frames, ended = [], False
     while not ended:
