@@ -47,9 +47,9 @@ def main(folder: Path) -> None:
     rank, world_size = ppo.start_processes(torch.device("cpu"))
     torch.save(updates_on_fixed_data(rank, world_size), folder / f"update-{rank}.pt")
     for name, steps, resume in (
-        ("whole", 40_960, None),
-        ("parts", 20_480, None),
-        ("parts", 40_960, "parts/checkpoint.pt"),
+        ("whole", 20_480, None),
+        ("parts", 10_240, None),
+        ("parts", 20_480, "parts/checkpoint.pt"),
     ):
         args = probe_args(folder / name, total_timesteps=steps, log_every=2_560)
         ppo.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
