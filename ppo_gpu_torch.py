@@ -227,6 +227,10 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
                 raise ValueError(f"{name} = {getattr(args, name)} must be {rule}")
     if args.clip_value_loss and math.isinf(args.clip_coef):
         raise ValueError("clip_value_loss needs a finite clip_coef; use --clip-coef 0.2 or --no-clip-value-loss")
+    if args.eval_every is not None and not args.eval_episodes:
+        raise ValueError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
     if args.num_envs % world_size:
         below = args.num_envs // world_size * world_size
         choices = f"{below} or {below + world_size}" if below else f"{world_size}"
@@ -802,9 +806,8 @@ class RunLog:
         (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.path = run_dir / "metrics.jsonl"
         old = self.path.read_text().splitlines() if first_step and self.path.exists() else []
-        kept = [
-            line for line in old if json.loads(line)["env_steps"] <= first_step
-        ]  # what came after the checkpoint is run again
+        # What an interrupted run logged after its checkpoint is run, and logged, again.
+        kept = [line for line in old if json.loads(line)["env_steps"] <= first_step]
         self.path.write_text("".join(line + "\n" for line in kept))
         self.tensorboard = SummaryWriter(run_dir)
         patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
@@ -841,9 +844,8 @@ def plot_curve(run_dir: Path, title: str) -> None:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, name, unit, scale in zip(
-        axes, ("env_steps", "wall_seconds"), ("million environment steps", "minutes"), (1e6, 60), strict=True
-    ):
+    clocks = (("env_steps", "million environment steps", 1e6), ("wall_seconds", "minutes of training", 60.0))
+    for axis, (name, unit, scale) in zip(axes, clocks, strict=True):
         for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
             points = [(r[name] / scale, r[metric]) for r in records if r.get(metric) is not None]
             if points:
@@ -878,13 +880,16 @@ def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
         lengths += running
         failed |= running & invalid
         running &= ~(ended | invalid)
+    if failed.all():
+        raise RuntimeError("every environment of the evaluation was quarantined: the policy breaks the simulator")
     return summarize(returns[~failed].cpu().numpy(), lengths[~failed].cpu().numpy())
 
 
 def describe(score: dict[str, float] | None) -> str:
     if score is None:
         return "no score"
-    return f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
+    mean, std, lowest, episodes, length = score.values()
+    return f"{mean:.1f} +- {std:.1f} (lowest {lowest:.1f}, {episodes} episodes of {length:.0f} steps)"
 
 
 def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) -> dict[str, float]:

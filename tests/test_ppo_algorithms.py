@@ -295,6 +295,7 @@ def test_learning_rate_follows_the_kl_divergence_within_its_band():
         (dict(log_std_init=-3.0, log_std_min=-2.0), "log_std_min = -2.0 must be <= log_std_init = -3"),
         (dict(actor_hidden=(16, 0)), "actor_hidden"),
         (dict(eval_every=0), "eval_every = 0 must be >= 1"),
+        (dict(eval_every=10, eval_episodes=0), "eval_every needs eval_episodes >= 1"),
         (dict(clip_value_loss=True, clip_coef=math.inf), "clip_value_loss needs a finite clip_coef"),
     ],
 )
