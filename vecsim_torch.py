@@ -31,8 +31,8 @@ Glossary
                     point that coincides with the first link (Featherstone 2008, chapter 2)
     cdof            (nv, 6, N) motion of the whole subtree per unit of one degree of freedom
     inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`, see `apply_symmetric` for the order
-    contact normal  points from the plane, or the first geom, into the second; distance is negative in penetration
     packed          (nnz, N) the entries of a symmetric (nv, nv) matrix that the tree can make non-zero
+    contact normal  points from the plane, or the first geom, into the second; distance is negative in penetration
 
 Needs torch, mujoco (to compile MJCF) and gymnasium (spaces, the tasks' MJCF). Copy me.
 """
@@ -46,6 +46,9 @@ import os
 import platform
 import sys
 import time
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,11 +74,6 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the next-to-last axis: (..., k, N) and (..., k, N) give (..., N)."""
     return (a * b).sum(-2)
-
-
-def rotate(matrix: Tensor, vector: Tensor) -> Tensor:
-    """(..., 3, 3, N) times (..., 3, N)."""
-    return (matrix * vector.unsqueeze(-3)).sum(-2)
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:
@@ -140,6 +138,11 @@ def cross_force(velocity: Tensor, force: Tensor) -> Tensor:
     return torch.cat((cross(angular, torque) + cross(linear, push), cross(angular, push)), -2)
 
 
+def apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(..., i, j, N) times (..., j, N)."""
+    return (matrix * vector.unsqueeze(-3)).sum(-2)
+
+
 def apply_symmetric(matrix: Tensor, motion: Tensor) -> Tensor:
     """Symmetric 6x6 matrices (..., 21, N) times motions (..., 6, N).
 
@@ -178,6 +181,12 @@ def shift_to_origin(point: Tensor, k: tuple[Tensor, ...]) -> Tensor:
     return torch.stack((*upper, bottom, c00, c01, c02, c10, c11, c12, c20, c21, c22, *k), -2)
 
 
+def force_at(point: Tensor, force: Tensor) -> Tensor:
+    """Wrench (..., 6, N) about the origin of forces (..., 3, N) at points (..., 3, N). Also the dual: the velocity of
+    the point along `force` is the inner product of this wrench with the motion of what carries the point."""
+    return torch.cat((cross(point, force), force), -2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Model: an mjModel as links, constant tables and parameters
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,17 +204,25 @@ class Model:
     nu: int
     nl: int
     timestep: float  # s
+    stage_times: tuple[Tensor, ...]  # (1, 1) s, of the later Runge-Kutta stages
     integrator: str  # the MJCF's own: euler, implicitfast or rk4
     # tree
-    parent: tuple[int, ...]  # (nl) parent link, -1 for the world
-    levels: tuple[tuple[int, ...], ...]  # links by depth
-    dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
+    moves: Tensor  # (nl, nv, 1, 1) 1 where the dof moves the link
+    link_levels: tuple[tuple[Tensor, Tensor], ...]  # by depth: rows of the local poses, parents' places in the level above
+    link_order_index: Tensor  # (nl) from the links level by level to links
     dof_link_index: Tensor  # (nv)
+    dof_order_index: Tensor  # (nv) from the dofs of (hinges and slides, balls, frees) to dofs
     turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes stay fixed in the world
+    carries: Tensor  # (nl, nl, 1, 1) 1 where the second link is the first or hangs below it
+    qpos_dof_index: Tensor  # (nq) the dof that moves a coordinate; any for quaternions, which turn instead
+    # packed symmetric matrices: entry e is (entry_row[e], entry_column[e]), row >= column, column an ancestor of row
+    entries: tuple[tuple[int, int], ...]
+    entry_row_index: Tensor  # (nnz)
+    entry_column_index: Tensor  # (nnz)
+    entry_diagonal: Tensor  # (nnz, 1) 1 on the diagonal
+    unpack_index: Tensor  # (nv, nv) into the entries; nnz for a structural zero
     # hinge and slide joints: rotation = rot[0] + sin rot[1] + (1 - cos) rot[2], and likewise the position
     scalar_qpos_index: Tensor  # (ns)
-    scalar_dofs: tuple[int, ...]  # (ns)
-    scalar_qpos: tuple[int, ...]  # (ns)
     scalar_link_index: Tensor  # (ns)
     scalar_reference: Tensor  # (ns, 1) rad or m, the coordinate in the MJCF's own pose
     scalar_rotation: Tensor  # (3, ns, 3, 3, 1) in the parent link's frame
@@ -215,7 +232,7 @@ class Model:
     scalar_hinge: Tensor  # (ns, 1, 1) 1 for a hinge, 0 for a slide
     stiffness: Tensor  # (ns, 1) N m/rad or N/m
     spring_reference: Tensor  # (ns, 1)
-    dof_springs: tuple[tuple[int, ...], ...]  # (nv) hinge or slide of each degree of freedom
+    dof_springs: Tensor  # (nv, ns, 1) 1 where the hinge or slide is the dof's
     # ball and free joints
     balls: tuple[tuple[int, int, int], ...]  # (link, qpos address, dof address)
     frees: tuple[tuple[int, int, int], ...]
@@ -223,7 +240,6 @@ class Model:
     ball_rotation: Tensor  # (nb, 3, 3, 1) fixed offset in the parent link's frame
     ball_position: Tensor  # (nb, 3, 1) m, the joint's centre in the parent link's frame
     ball_anchor: Tensor  # (nb, 3, 1) m, the same centre in the link's frame
-    link_order_index: Tensor  # (nl) from (hinges and slides, balls, frees) to links
     # inertia
     mass: Tensor  # (nl, 1) kg
     com: Tensor  # (nl, 3, 1) m, in the link's frame
@@ -246,7 +262,7 @@ class Model:
     force_high: Tensor  # (nu, 1)
     dof_force_low: Tensor  # (nv, 1) limits of the summed actuator force on a joint
     dof_force_high: Tensor  # (nv, 1)
-    dof_actuators: tuple[tuple[int, ...], ...]  # (nv) actuators that drive each degree of freedom
+    dof_actuators: Tensor  # (nv, nu, 1) 1 where the actuator drives the dof
     # joint limits of hinges and slides, lower rows then upper rows
     limit_qpos_index: Tensor  # (2 nlim)
     limit_dof_index: Tensor  # (2 nlim)
@@ -254,15 +270,16 @@ class Model:
     limit_bound: Tensor  # (2 nlim, 1) rad or m
     limit_solver: SolverParameters
     limit_invweight: Tensor  # (2 nlim, 1)
-    dof_limits: tuple[tuple[int, ...], ...]  # (nv) limit rows of each degree of freedom
+    dof_limits: Tensor  # (nv, 2 nlim, 1) 1 where the row limits the dof
     ball_limits: tuple[int, ...]  # indices into `balls`
     ball_limit_angle: Tensor  # (nbl, 1) rad
     ball_limit_solver: SolverParameters
     ball_limit_invweight: Tensor  # (nbl, 1)
     # contact points with planes: spheres, ends of capsules, corners of boxes
-    contact_link: tuple[int, ...]  # (nc)
     contact_link_index: Tensor  # (nc)
-    contact_body: tuple[int, ...]  # (nc) MuJoCo's body, for contact forces per body
+    link_contact_index: Tensor  # (nl, m) the contacts of each link, padded
+    link_has_contact: Tensor  # (nl, m, 1)
+    body_contacts: Tensor  # (nbody - 1, nc, 1, 1) 1 where the contact is the body's
     contact_geom: tuple[int, ...]  # (nc)
     contact_point: Tensor  # (nc, 3, 1) m, centre of the sphere in the link's frame
     contact_radius: Tensor  # (nc, 1) m
@@ -299,13 +316,6 @@ class Model:
     body_mass: Tensor  # (nbody, 1) kg
     body_com: Tensor  # (nbody, 3, 1) m, in the link's frame
     body_inertia: Tensor  # (nbody, 3, 3, 1) kg m^2 about the body's centre of mass, link axes
-    # packed symmetric matrices: entry e is (entry_row[e], entry_column[e]), row >= column
-    entries: tuple[tuple[int, int], ...]
-    entry_row_index: Tensor  # (nnz)
-    entry_column_index: Tensor  # (nnz)
-    entry_tree: Tensor  # (nnz, 1) 1 where column is an ancestor of row (or row itself), else 0
-    entry_diagonal: Tensor  # (nnz, 1) 1 on the diagonal
-    unpack_index: Tensor  # (nv, nv) into the entries; nnz for a structural zero
     qpos0: Tensor  # (nq, 1)
 
     def replace(self, **changes: Tensor | bool | float) -> Model:
@@ -478,6 +488,15 @@ def solver_parameters(rows: list[tuple], timestep: float, tensor: Any) -> Solver
     return SolverParameters(*(tensor(column[:, None]) for column in columns), quadratic)
 
 
+def pad(groups: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged index lists as a rectangle, and the 0/1 mask of what is real."""
+    width = max(map(len, groups), default=0)
+    index, mask = np.zeros((len(groups), width)), np.zeros((len(groups), width))
+    for k, group in enumerate(groups):
+        index[k, : len(group)], mask[k, : len(group)] = group, 1
+    return index, mask
+
+
 def load_model(
     source: str | Path | mujoco.MjModel,
     *,
@@ -573,6 +592,16 @@ def load_model(
         else:
             position[3, k] = turn @ axis
     order = scalars + balls + frees
+    by_depth = [[link for link in range(nl) if depth[link] == d] for d in range(max(depth) + 1)]
+    qpos_dof = np.zeros(m.nq)
+    for link, j in enumerate(joints):
+        if kinds[link] != ball:
+            count = 3 if kinds[link] == free else 1
+            qpos_dof[m.jnt_qposadr[j] : m.jnt_qposadr[j] + count] = dofs[link][:count]
+    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if moves[dof_link[i], j]]
+    unpack = np.full((m.nv, m.nv), len(entries))
+    for e, (i, j) in enumerate(entries):
+        unpack[i, j] = unpack[j, i] = e
 
     # Inertia of the bodies in their link's frame, then of the links about their own centre of mass.
     body_com = np.zeros((m.nbody, 3))
@@ -654,24 +683,12 @@ def load_model(
     def column(rows: list[tuple], k: int, *shape: int) -> np.ndarray:
         return np.array([row[k] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
 
-    sign = np.array([1.0 * moves[b] - 1.0 * moves[a] for (a, b), *_ in pairs]).reshape(len(pairs), m.nv)
+    def selects(dof_of_row: Any) -> np.ndarray:
+        """(nv, rows, 1) 0/1 mask."""
+        return 1.0 * (np.arange(m.nv)[:, None] == np.asarray(dof_of_row, dtype=np.int64))[..., None]
 
-    # Non-zeros of the solver's matrix: tree entries, dofs that a pair couples, and what elimination (last dof first,
-    # so leaves before their parents) fills in.
-    tree = np.array([[moves[dof_link[i], j] for j in range(m.nv)] for i in range(m.nv)]) & np.tri(m.nv, dtype=bool)
-    pattern = tree.copy()
-    for row in sign:
-        touched = row != 0
-        pattern |= np.outer(touched, touched) & np.tri(m.nv, dtype=bool)
-    for k in reversed(range(m.nv)):
-        neighbours = [i for i in range(k) if pattern[k, i]]
-        for i in neighbours:
-            for j in neighbours:
-                pattern[i, j] |= j <= i
-    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if pattern[i, j]]
-    unpack = np.full((m.nv, m.nv), len(entries))
-    for e, (i, j) in enumerate(entries):
-        unpack[i, j] = unpack[j, i] = e
+    link_contacts, link_has_contact = pad([[c for c, row in enumerate(points) if row[0] == k] for k in range(nl)])
+    sign = np.array([1.0 * moves[b] - 1.0 * moves[a] for (a, b), *_ in pairs]).reshape(len(pairs), m.nv)
 
     # Actuators.
     actuator_joints = m.actuator_trnid[:, 0]
@@ -695,15 +712,28 @@ def load_model(
         nu=m.nu,
         nl=nl,
         timestep=h,
+        stage_times=tuple(tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
         integrator=INTEGRATORS[int(m.opt.integrator)],
-        parent=tuple(parent),
-        levels=tuple(tuple(i for i in range(nl) if depth[i] == d) for d in range(max(depth) + 1)),
-        dofs=tuple(dofs),
+        moves=tensor(moves[:nl])[..., None, None],
+        link_levels=tuple(
+            (
+                index([order.index(link) for link in level]),
+                index([0 if d == 0 else by_depth[d - 1].index(parent[link]) for link in level]),
+            )
+            for d, level in enumerate(by_depth)
+        ),
+        link_order_index=index(np.argsort([link for level in by_depth for link in level])),
         dof_link_index=index(dof_link),
+        dof_order_index=index(np.argsort([dof for link in order for dof in dofs[link]])),
+        carries=tensor(ancestors.T)[..., None, None],
+        qpos_dof_index=index(qpos_dof),
+        entries=tuple(entries),
+        entry_row_index=index([i for i, _ in entries]),
+        entry_column_index=index([j for _, j in entries]),
+        entry_diagonal=tensor([i == j for i, j in entries])[:, None],
+        unpack_index=index(unpack),
         turns=tensor(turns)[:, None, None],
         scalar_qpos_index=index([m.jnt_qposadr[joints[link]] for link in scalars]),
-        scalar_dofs=tuple(int(m.jnt_dofadr[joints[link]]) for link in scalars),
-        scalar_qpos=tuple(int(m.jnt_qposadr[joints[link]]) for link in scalars),
         scalar_link_index=index(scalars),
         scalar_reference=tensor([m.qpos0[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
         scalar_rotation=tensor(rotation)[..., None],
@@ -713,19 +743,16 @@ def load_model(
         scalar_hinge=tensor([kinds[link] == hinge for link in scalars]).reshape(-1, 1, 1),
         stiffness=tensor([m.jnt_stiffness[joints[link]] for link in scalars])[:, None],
         spring_reference=tensor([m.qpos_spring[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
-        dof_springs=tuple(
-            tuple(k for k, link in enumerate(scalars) if m.jnt_dofadr[joints[link]] == dof) for dof in range(m.nv)
-        ),
+        dof_springs=tensor(selects([m.jnt_dofadr[joints[link]] for link in scalars])),
         balls=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in balls),
         frees=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in frees),
         quaternions=tuple(
-            (int(m.jnt_qposadr[joints[k]]) + 3 * (kinds[k] == free), int(m.jnt_dofadr[joints[k]]) + 3 * (kinds[k] == free))
-            for k in balls + frees
+            (int(m.jnt_qposadr[joints[k]]) + skip, int(m.jnt_dofadr[joints[k]]) + skip)
+            for k, skip in [(k, 0) for k in balls] + [(k, 3) for k in frees]
         ),
         ball_rotation=tensor([offset[k][1] for k in balls]).reshape(-1, 3, 3, 1),
         ball_position=tensor([offset[k][0] + offset[k][1] @ m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
         ball_anchor=tensor([m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
-        link_order_index=index(np.argsort(order)),
         mass=tensor(mass)[:, None],
         com=tensor(com)[..., None],
         inertia=tensor(inertia)[..., None],
@@ -746,25 +773,24 @@ def load_model(
         force_high=force_high,
         dof_force_low=joint_low[m.dof_jntid],
         dof_force_high=joint_high[m.dof_jntid],
-        dof_actuators=tuple(
-            tuple(a for a in range(m.nu) if m.jnt_dofadr[actuator_joints[a]] == d) for d in range(m.nv)
-        ),
+        dof_actuators=tensor(selects(m.jnt_dofadr[actuator_joints])),
         limit_qpos_index=index([m.jnt_qposadr[j] for j in limit_joints] * 2),
         limit_dof_index=index(limit_dofs),
         limit_sign=tensor([1.0] * len(limited) + [-1.0] * len(limited))[:, None],
         limit_bound=tensor([m.jnt_range[j, side] for side in (0, 1) for j in limit_joints])[:, None],
         limit_solver=solver_parameters(limit_rows * 2, h, tensor),
         limit_invweight=tensor(m.dof_invweight0[limit_dofs])[:, None],
-        dof_limits=tuple(tuple(k for k, d in enumerate(limit_dofs) if d == dof) for dof in range(m.nv)),
+        dof_limits=tensor(selects(limit_dofs)),
         ball_limits=tuple(ball_limits),
         ball_limit_angle=tensor([m.jnt_range[j].max() for j in ball_limit_joints])[:, None],
         ball_limit_solver=solver_parameters(
             [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in ball_limit_joints], h, tensor
         ),
         ball_limit_invweight=tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_limit_joints])[:, None],
-        contact_link=tuple(row[0] for row in points),
         contact_link_index=index([row[0] for row in points]),
-        contact_body=tuple(row[1] for row in points),
+        link_contact_index=index(link_contacts),
+        link_has_contact=tensor(link_has_contact)[..., None],
+        body_contacts=tensor([[row[1] == b for row in points] for b in range(1, m.nbody)])[..., None, None],
         contact_geom=tuple(row[2] for row in points),
         contact_point=tensor(column(points, 3, 3, 1)),
         contact_radius=tensor(column(points, 4, 1)),
@@ -801,51 +827,28 @@ def load_model(
         body_mass=tensor(m.body_mass)[:, None],
         body_com=tensor(body_com)[..., None],
         body_inertia=tensor(body_inertia)[..., None],
-        entries=tuple(entries),
-        entry_row_index=index([i for i, _ in entries]),
-        entry_column_index=index([j for _, j in entries]),
-        entry_tree=tensor([tree[i, j] for i, j in entries])[:, None],
-        entry_diagonal=tensor([i == j for i, j in entries])[:, None],
-        unpack_index=index(unpack),
         qpos0=tensor(m.qpos0)[:, None],
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sums over the tree. Links are ordered parent before child, so one pass does it; the loops unroll.
+# Sums over the tree: constant 0/1 masks instead of recursions
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def ancestor_sum(model: Model, rows: list[Tensor]) -> Tensor:
-    """(nl, ..., N): for each link, the sum of `rows` over the link and its ancestors. Velocities add up this way."""
-    total: list[Tensor] = []
-    for link, row in enumerate(rows):
-        up = model.parent[link]
-        total.append(row if up < 0 else total[up] + row)
-    return torch.stack(total)
-
-
-def subtree_sum(model: Model, rows: list[Tensor]) -> Tensor:
-    """(nl, ..., N): for each link, the sum of `rows` over the link and its descendants. Forces add up this way."""
-    total = list(rows)
-    for link in reversed(range(model.nl)):
-        up = model.parent[link]
-        if up >= 0:
-            total[up] = total[up] + total[link]
-    return torch.stack(total)
 
 
 def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
     """(nl, 6, N) spatial motion of each link for dof `rates` (nv, N): velocities of qvel, or J x of any x."""
-    weighted = (cdof * rates.unsqueeze(1)).unbind(0)
-    return ancestor_sum(model, [sum(weighted[d] for d in dofs[1:]) + weighted[dofs[0]] for dofs in model.dofs])
+    return (model.moves * (cdof * rates.unsqueeze(1))).sum(1)
 
 
-def scatter(groups: tuple[tuple[int, ...], ...], values: Tensor) -> Tensor:
-    """Row g is the sum of the rows of `values` that `groups[g]` names: (rows, N) to (len(groups), N)."""
-    rows = values.unbind(0)
-    zero = torch.zeros_like(rows[0])
-    return torch.stack([sum((rows[k] for k in group), zero) for group in groups])
+def generalized_force(model: Model, cdof: Tensor, wrench: Tensor) -> Tensor:
+    """(nv, N): J^T of one wrench per link (nl, 6, N)."""
+    return dot(cdof, (model.moves.transpose(0, 1) * wrench).sum(1))
+
+
+def scatter(mask: Tensor, values: Tensor) -> Tensor:
+    """(rows, N): sums of `values` (k, N) that the 0/1 mask (rows, k, 1) selects."""
+    return (mask * values).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -865,50 +868,38 @@ def kinematics(model: Model, qpos: Tensor) -> tuple[Tensor, Tensor]:
     if model.balls:
         turn = quat_to_matrix(torch.stack([qpos[adr : adr + 4] for _, adr, _ in model.balls]))
         local_rotation.append(compose(model.ball_rotation, turn))
-        local_position.append(model.ball_position - rotate(local_rotation[-1], model.ball_anchor))
+        local_position.append(model.ball_position - apply(local_rotation[-1], model.ball_anchor))
     if model.frees:
         local_rotation.append(quat_to_matrix(torch.stack([qpos[adr + 3 : adr + 7] for _, adr, _ in model.frees])))
         local_position.append(torch.stack([qpos[adr : adr + 3] for _, adr, _ in model.frees]))
-    local_rotation = torch.cat(local_rotation)[model.link_order_index].unbind(0)
-    local_position = torch.cat(local_position)[model.link_order_index].unbind(0)
-
-    xpos: list[Tensor] = [torch.empty(0)] * model.nl
-    xmat: list[Tensor] = [torch.empty(0)] * model.nl
-    for level in model.levels:
-        turn = torch.stack([local_rotation[link] for link in level])
-        place = torch.stack([local_position[link] for link in level])
-        if model.parent[level[0]] >= 0:
-            up_turn = torch.stack([xmat[model.parent[link]] for link in level])
-            place = torch.stack([xpos[model.parent[link]] for link in level]) + rotate(up_turn, place)
-            turn = compose(up_turn, turn)
-        for link, p, r in zip(level, place.unbind(0), turn.unbind(0), strict=True):
-            xpos[link], xmat[link] = p.expand(3, n), r.expand(3, 3, n)
-    return torch.stack(xpos), torch.stack(xmat)
+    turn, place = torch.cat(local_rotation), torch.cat(local_position)
+    xpos, xmat = [], []
+    for links, parents in model.link_levels:
+        level_turn, level_place = turn[links].expand(-1, 3, 3, n), place[links].expand(-1, 3, n)
+        if xpos:
+            up = xmat[-1][parents]
+            level_place, level_turn = xpos[-1][parents] + apply(up, level_place), compose(up, level_turn)
+        xpos.append(level_place), xmat.append(level_turn)
+    return torch.cat(xpos)[model.link_order_index], torch.cat(xmat)[model.link_order_index]
 
 
 def motion_subspace(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Tensor:
     """cdof (nv, 6, N) about `origin` (3, N): a hinge turns about its axis through its anchor, a slide translates."""
     at, turn = xpos[model.scalar_link_index], xmat[model.scalar_link_index]
-    axis = rotate(turn, model.scalar_axis)
-    arm = at + rotate(turn, model.scalar_anchor) - origin
+    axis = apply(turn, model.scalar_axis)
+    arm = at + apply(turn, model.scalar_anchor) - origin
     angular = axis * model.scalar_hinge
     linear = torch.where(model.scalar_hinge > 0, cross(arm, axis), axis)
-    scalar = torch.cat((angular, linear), 1).unbind(0)
-    rows = {d: scalar[k] for k, d in enumerate(model.scalar_dofs)}
-    for k, (link, _, dof) in enumerate(model.balls):
-        arm = xpos[link] + rotate(xmat[link], model.ball_anchor[k]) - origin
-        for axis_index in range(3):
-            axis = xmat[link, :, axis_index]
-            rows[dof + axis_index] = torch.cat((axis, cross(arm, axis)), 0)
-    for link, _, dof in model.frees:
-        arm = xpos[link] - origin
-        for axis_index in range(3):
-            axis = xmat[link, :, axis_index]
-            unit = torch.zeros_like(axis)
-            world = torch.cat((unit, unit), 0)
-            rows[dof + axis_index] = world + model.unit_motion[3 + axis_index]
-            rows[dof + 3 + axis_index] = torch.cat((axis, cross(arm, axis)), 0)
-    return torch.stack([rows[d] for d in range(model.nv)])
+    rows = [torch.cat((angular, linear), 1)]
+    for k, (link, _, _) in enumerate(model.balls):
+        axes = xmat[link].transpose(0, 1)
+        arm = xpos[link] + apply(xmat[link], model.ball_anchor[k]) - origin
+        rows.append(torch.cat((axes, cross(arm.expand_as(axes), axes)), 1))
+    for link, _, _ in model.frees:
+        axes = xmat[link].transpose(0, 1)
+        rows.append(model.unit_motion[3:].expand(-1, -1, axes.shape[-1]))
+        rows.append(torch.cat((axes, cross((xpos[link] - origin).expand_as(axes), axes)), 1))
+    return torch.cat(rows)[model.dof_order_index]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -918,7 +909,7 @@ def motion_subspace(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
 
 def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Tensor:
     """(nl, 21, N) inertia of each link about `origin`, world axes (Featherstone 2008, eq. 2.63)."""
-    centre = xpos + rotate(xmat, model.com) - origin
+    centre = xpos + apply(xmat, model.com) - origin
     about_com = compose(compose(xmat, model.inertia), xmat.transpose(1, 2))
     mass = model.mass + torch.zeros_like(centre[:, 0])
     zero = torch.zeros_like(mass)
@@ -928,20 +919,16 @@ def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     return torch.cat((shifted[:, :6] + own, shifted[:, 6:]), 1)
 
 
-def composite(model: Model, cdof: Tensor, matrices: Tensor) -> Tensor:
-    """Packed (nnz, N) generalized matrix sum_l J_l^T A_l J_l of one 6x6 matrix A_l (nl, 21, N) per link.
+def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor) -> Tensor:
+    """Packed (nnz, N) matrix sum_l J_l^T A_l J_l + diag, one 6x6 matrix A_l (nl, 21, N) per link, diagonal (nv, N).
 
-    With inertias it is the composite-rigid-body algorithm (mj_crb, Featherstone 2008, section 6.2): M. With contact
-    stiffnesses added it is the Hessian of the constraint problem, M + J^T D J, at no further cost.
+    With inertias it is the composite-rigid-body algorithm (mj_crb; Featherstone 2008, section 6.2), the mass matrix.
+    With contact stiffnesses added to them it is the Hessian of the constraint problem, M + J^T D J, at no further cost.
     """
-    subtree = subtree_sum(model, list(matrices.unbind(0)))[model.dof_link_index]
+    subtree = (model.carries * matrices).sum(1)[model.dof_link_index]
     force = apply_symmetric(subtree, cdof)
-    return dot(force[model.entry_row_index], cdof[model.entry_column_index]) * model.entry_tree
-
-
-def generalized_force(model: Model, cdof: Tensor, wrench: list[Tensor]) -> Tensor:
-    """(nv, N): J^T of one wrench (6, N) per link."""
-    return dot(cdof, subtree_sum(model, wrench)[model.dof_link_index])
+    packed = dot(force[model.entry_row_index], cdof[model.entry_column_index])
+    return packed + diagonal[model.entry_row_index] * model.entry_diagonal
 
 
 def bias_force(model: Model, cdof: Tensor, cvel: Tensor, inertia: Tensor, qvel: Tensor) -> Tensor:
@@ -950,7 +937,7 @@ def bias_force(model: Model, cdof: Tensor, cvel: Tensor, inertia: Tensor, qvel: 
     acceleration = link_motion(model, drift, torch.ones_like(qvel))
     acceleration = torch.cat((acceleration[:, :3], acceleration[:, 3:] - model.gravity), 1)
     wrench = apply_symmetric(inertia, acceleration) + cross_force(cvel, apply_symmetric(inertia, cvel))
-    return generalized_force(model, cdof, list(wrench.unbind(0)))
+    return generalized_force(model, cdof, wrench)
 
 
 def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
@@ -973,44 +960,45 @@ def passive_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
     return scatter(model.dof_springs, spring) - model.damping * qvel
 
 
-def solve_positive(model: Model, matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve the packed symmetric positive-definite system `matrix` (nnz, N) x = `vector` (nv, N).
+def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
+    """Solve packed symmetric positive-definite systems (nnz, N) for R right-hand sides (nv, R, N).
 
-    Eager: LAPACK or cuSOLVER on the unpacked matrices. Compiled: Cholesky unrolled over its structural non-zeros, each
-    entry an (N,) vector, last dof first so that leaves are eliminated before their parents (Featherstone 2008,
-    section 6.5); the compiler fuses it into a few kernels. A matrix that is not positive definite gives NaN in that
-    environment only.
+    Compiled: Cholesky unrolled over the structural non-zeros, the last dof first, so that leaves are eliminated before
+    their parents and nothing fills in (Featherstone 2008, section 6.5); the compiler fuses it into a kernel or two.
+    Eager: LAPACK or cuSOLVER on the unpacked matrices. A matrix that is not positive definite gives NaN in that
+    environment alone.
     """
     if not torch.compiler.is_compiling():
-        padded = torch.cat((matrix, torch.zeros_like(matrix[:1])))
-        dense = padded[model.unpack_index].permute(2, 0, 1)
-        factor, failed = torch.linalg.cholesky_ex(dense)
+        padded = torch.cat((packed, torch.zeros_like(packed[:1])))
+        factor, failed = torch.linalg.cholesky_ex(padded[model.unpack_index].permute(2, 0, 1))
         factor = torch.where((failed > 0)[:, None, None], math.nan, factor)
-        return torch.cholesky_solve(vector.T.unsqueeze(-1), factor).squeeze(-1).T
-    entry = dict(zip(model.entries, matrix.unbind(0), strict=True))
-    x = list(vector.unbind(0))
-    neighbours = {k: [j for j in range(k) if (k, j) in entry] for k in range(model.nv)}
-    inverse: list[Tensor] = [x[0]] * model.nv
-    for k in reversed(range(model.nv)):
+        return torch.cholesky_solve(right.permute(2, 0, 1), factor).permute(1, 2, 0)
+    entry = dict(zip(model.entries, packed.unbind(0), strict=True))
+    return torch.stack(eliminate(entry, list((right.squeeze(1) if right.shape[1] == 1 else right).unbind(0)))).view(
+        right.shape
+    )
+
+
+def eliminate(entry: dict[tuple[int, int], Tensor], right: list[Tensor]) -> list[Tensor]:
+    """Sparse Cholesky solve, entry by entry: entry (i, j), i >= j, absent where zero; right: one tensor per row."""
+    n, x, entry = len(right), list(right), dict(entry)
+    before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
+    inverse: list[Tensor] = [x[0]] * n
+    for k in reversed(range(n)):
         inverse[k] = torch.rsqrt(entry[k, k])
-        for i in neighbours[k]:
-            entry[k, i] = entry[k, i] * inverse[k]
         x[k] = x[k] * inverse[k]
-        for i in neighbours[k]:
+        for i in before[k]:
+            entry[k, i] = entry[k, i] * inverse[k]
             x[i] = x[i] - entry[k, i] * x[k]
-            for j in neighbours[k]:
+        for i in before[k]:
+            for j in before[k]:
                 if j <= i:
                     entry[i, j] = entry[i, j] - entry[k, i] * entry[k, j]
-    for k in range(model.nv):
-        for i in neighbours[k]:
+    for k in range(n):
+        for i in before[k]:
             x[k] = x[k] - entry[k, i] * x[i]
         x[k] = x[k] * inverse[k]
-    return torch.stack(x)
-
-
-def add_diagonal(model: Model, matrix: Tensor, diagonal: Tensor) -> Tensor:
-    """Packed matrix plus a diagonal (nv, 1 or N)."""
-    return matrix + diagonal[model.entry_row_index] * model.entry_diagonal
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1023,7 +1011,6 @@ class Constraints(NamedTuple):
 
     point: Tensor  # (nc, 3, N) m, from the origin
     distance: Tensor  # (nc, N) m
-    normal: Tensor  # (nc, 3, 1 or N)
     tangent: Tensor  # (2, nc, 3, N) times the friction coefficient
     contact_weight: Tensor  # (nc, N)
     contact_reference: Tensor  # (nc, 4, N) m/s^2
@@ -1068,8 +1055,8 @@ def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor, frictio
     return torch.where(frictionless > 0, 4 * invweight, 2 * square / model.impratio * (1 + square) * invweight)
 
 
-def edge_rows(normal: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The four pyramid rows (nc, 4, N) of a vector's components along the normal and the scaled tangents."""
+def friction_pyramid(normal: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Edges (nc, 4, 3, N) of the friction pyramid from the normal and the scaled tangents."""
     return torch.stack((normal + first, normal - first, normal + second, normal - second), 1)
 
 
@@ -1079,13 +1066,13 @@ def plane_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> 
     The first tangent lies along a capsule's axis (mjc_PlaneCapsule), else along the world's y or z.
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
-    centre = at + rotate(turn, model.contact_point)
+    centre = at + apply(turn, model.contact_point)
     distance = dot(centre, model.plane_normal) - model.plane_height - model.contact_radius
     point = centre - (model.contact_radius + 0.5 * distance).unsqueeze(1) * model.plane_normal - origin
     if model.boxes:  # a corner that points away from the plane does not touch (mjc_PlaneBox)
-        away = dot(rotate(turn, model.contact_corner), model.plane_normal) > 0
+        away = dot(apply(turn, model.contact_corner), model.plane_normal) > 0
         distance = torch.where(away, math.inf, distance)
-    axis = rotate(turn, model.contact_axis)
+    axis = apply(turn, model.contact_axis)
     along = axis - dot(axis, model.plane_normal).unsqueeze(1) * model.plane_normal
     first = normalized(along, model.plane_tangent, 1e-6)
     return point, distance, torch.stack((first, cross(model.plane_normal.expand_as(first), first)))
@@ -1101,8 +1088,8 @@ def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> t
     eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, n)
     xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))
     at, turn = xpos[model.pair_link_index], xmat[model.pair_link_index]
-    centre = at + rotate(turn, model.pair_centre) - origin
-    axis1, axis2 = rotate(turn, model.pair_axis)
+    centre = at + apply(turn, model.pair_centre) - origin
+    axis1, axis2 = apply(turn, model.pair_axis)
     between = centre[0] - centre[1]
     aa, ab, bb = dot(axis1, axis1), -dot(axis1, axis2), dot(axis2, axis2)
     u, v = -dot(axis1, between), dot(axis2, between)
@@ -1145,7 +1132,7 @@ def make_constraints(
     tangent = tangent * model.friction.unsqueeze(1)
     invweight = pyramid_invweight(model, model.friction, model.contact_invweight, model.contact_frictionless)
     contact_weight, position = row_terms(model.contact_solver, invweight, distance)
-    velocity = contact_rows(model, point, model.plane_normal, tangent, cvel)
+    velocity = contact_velocity(model, point, tangent, cvel)
     contact_reference = position.unsqueeze(1) - model.contact_solver.damping.unsqueeze(1) * velocity
 
     distance_to_limit = model.limit_sign * (qpos[model.limit_qpos_index] - model.limit_bound)
@@ -1165,7 +1152,6 @@ def make_constraints(
     return Constraints(
         point,
         distance,
-        model.plane_normal,
         tangent,
         contact_weight,
         contact_reference,
@@ -1196,10 +1182,10 @@ def pair_rows(
         edges = normal.unsqueeze(1)
     else:
         first, second = first * friction.unsqueeze(1), second * friction.unsqueeze(1)
-        edges = torch.stack((normal + first, normal - first, normal + second, normal - second), 1)
+        edges = friction_pyramid(normal, first, second)
         invweight = pyramid_invweight(model, friction, invweight, choose(model.pair_frictionless))
     weight, position = row_terms(solver, invweight, distance)
-    wrench = torch.cat((cross(point.unsqueeze(1).expand_as(edges), edges), edges), 2)
+    wrench = force_at(point.unsqueeze(1).expand_as(edges), edges)
     sign = model.pair_sign.squeeze(-1)[index].transpose(1, 2)  # (K, nv, N)
     rows = dot(cdof, wrench.unsqueeze(2)) * sign.unsqueeze(1)  # (K, edges, nv, N)
     velocity = (rows * qvel).sum(2)
@@ -1227,11 +1213,42 @@ def ball_limit_rows(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, T
     return rows, weight, position - solver.damping * (rows * qvel).sum(1)
 
 
-def contact_rows(model: Model, point: Tensor, normal: Tensor, tangent: Tensor, motion: Tensor) -> Tensor:
+def contact_velocity(model: Model, point: Tensor, tangent: Tensor, motion: Tensor) -> Tensor:
     """J x of the plane contacts (nc, 4, N) from link motions (nl, 6, N): velocity of the point along each edge."""
-    moving = motion[model.contact_link_index]
-    at = moving[:, 3:] + cross(moving[:, :3], point)
-    return edge_rows(dot(at, normal), dot(at, tangent[0]), dot(at, tangent[1]))
+    carrier = motion[model.contact_link_index]
+    at = carrier[:, 3:] + cross(carrier[:, :3], point)
+    along, first, second = dot(at, model.plane_normal), dot(at, tangent[0]), dot(at, tangent[1])
+    return torch.stack((along + first, along - first, along + second, along - second), 1)
+
+
+def contact_force(model: Model, c: Constraints, edge_force: Tensor) -> Tensor:
+    """Force (nc, 3, N) in world axes of the four edge forces (nc, 4, N)."""
+    a, b, d, e = edge_force.unsqueeze(2).unbind(1)
+    return model.plane_normal * (a + b + d + e) + c.tangent[0] * (a - b) + c.tangent[1] * (d - e)
+
+
+def contact_stiffness(model: Model, c: Constraints, weight: Tensor) -> Tensor:
+    """6x6 matrices (nc, 21, N): sum over the edges e of weight * e e^T, acting at the contact point."""
+    a, b, d, e = weight.unbind(1)
+    n, (p, q) = model.plane_normal.unbind(1), (c.tangent[0].unbind(1), c.tangent[1].unbind(1))
+    normal, first, second, along_first, along_second = a + b + d + e, a + b, d + e, a - b, d - e
+
+    def entry(i: int, j: int) -> Tensor:
+        return (
+            normal * n[i] * n[j]
+            + first * p[i] * p[j]
+            + second * q[i] * q[j]
+            + along_first * (n[i] * p[j] + p[i] * n[j])
+            + along_second * (n[i] * q[j] + q[i] * n[j])
+        )
+
+    return shift_to_origin(c.point, (entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)))
+
+
+def sum_contacts(model: Model, rows: Tensor) -> Tensor:
+    """(nl, ..., N): sums of `rows` (nc, ..., N) over the contacts of each link."""
+    shape = (model.nl, -1) + (1,) * (rows.dim() - 1)
+    return (rows[model.link_contact_index] * model.link_has_contact.view(shape)).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1252,23 +1269,15 @@ class Iterate(NamedTuple):
         return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
 
 
-def linear_terms(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
-    """J x of every row, without the reference."""
+def candidate(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
+    """An `Iterate` at acceleration x."""
     motion = link_motion(model, cdof, x)
     return Iterate(
         x,
         motion,
-        contact_rows(model, c.point, c.normal, c.tangent, motion),
-        model.limit_sign * x[model.limit_dof_index],
-        (c.row_jacobian * x).sum(1),
-    )
-
-
-def candidate(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
-    """An `Iterate` at acceleration x."""
-    j = linear_terms(model, cdof, c, x)
-    return Iterate(
-        x, j.motion, j.contact - c.contact_reference, j.limit - c.limit_reference, j.row - c.row_reference
+        contact_velocity(model, c.point, c.tangent, motion) - c.contact_reference,
+        model.limit_sign * x[model.limit_dof_index] - c.limit_reference,
+        (c.row_jacobian * x).sum(1) - c.row_reference,
     )
 
 
@@ -1286,89 +1295,82 @@ def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
     return dot(a.motion, apply_symmetric(inertia, b.motion)).sum(0) + (model.armature * a.qacc * b.qacc).sum(0)
 
 
-def cost(model: Model, inertia: Tensor, qfrc_smooth: Tensor, c: Constraints, it: Iterate) -> Tensor:
+def cost(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     """The objective (N,), up to the constant 1/2 a0^T M a0."""
-    total = 0.5 * inner(model, inertia, it, it) - (it.qacc * qfrc_smooth).sum(0)
+    c = smooth.constraints
+    total = 0.5 * inner(model, smooth.inertia, it, it) - (it.qacc * smooth.qfrc_smooth).sum(0)
     contact, limit, row = active_weights(c, it)
     total = total + 0.5 * (contact * it.contact * it.contact).sum((0, 1))
     return total + 0.5 * ((limit * it.limit * it.limit).sum(0) + (row * it.row * it.row).sum(0))
 
 
-def contact_force(c: Constraints, force: Tensor) -> Tensor:
-    """Force (nc, 3, N) in world axes of the four edge forces (nc, 4, N)."""
-    f = force.unsqueeze(2)
-    return c.normal * f.sum(1) + c.tangent[0] * (f[:, 0] - f[:, 1]) + c.tangent[1] * (f[:, 2] - f[:, 3])
-
-
-def contact_stiffness(c: Constraints, weight: Tensor) -> Tensor:
-    """6x6 matrices (nc, 21, N) about the origin: sum over edges of weight * e e^T, acting at the contact point."""
-    w = weight.unsqueeze(2)
-    normal, (first, second) = c.normal, c.tangent
-    # sum_e w_e e e^T with e = n +- t equals n (a n + b t1 + c t2)^T + t1 (b n + d t1)^T + t2 (c n + e t2)^T
-    b, d = w[:, 0] - w[:, 1], w[:, 0] + w[:, 1]
-    g, e = w[:, 2] - w[:, 3], w[:, 2] + w[:, 3]
-    on_normal = (d + e) * normal + b * first + g * second
-    on_first, on_second = b * normal + d * first, g * normal + e * second
-
-    def entry(i: int, j: int) -> Tensor:
-        n, p, q = normal[:, i], first[:, i], second[:, i]
-        return n * on_normal[:, j] + p * on_first[:, j] + q * on_second[:, j]
-
-    return shift_to_origin(c.point, (entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)))
-
-
-def add_by_link(model: Model, base: Tensor, rows: Tensor) -> list[Tensor]:
-    """Per link: its row of `base` (nl, k, N) plus the rows (nc, k, N) of its contacts."""
-    total = list(base.unbind(0))
-    for link, row in zip(model.contact_link, rows.unbind(0), strict=True):
-        total[link] = total[link] + row
-    return total
-
-
-def constraint_force(model: Model, cdof: Tensor, c: Constraints, it: Iterate) -> Tensor:
+def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
+    c = smooth.constraints
     contact, limit, row = active_weights(c, it)
-    force = contact_force(c, -contact * it.contact)
-    wrench = torch.cat((cross(c.point, force), force), 1)
-    zero = torch.zeros_like(it.motion)
-    total = generalized_force(model, cdof, add_by_link(model, zero, wrench))
-    if model.limit_sign.shape[0]:
-        total = total + scatter(model.dof_limits, -model.limit_sign * limit * it.limit)
-    return total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
+    force = contact_force(model, c, contact * it.contact)
+    total = generalized_force(model, smooth.cdof, sum_contacts(model, force_at(c.point, force)))
+    total = total + scatter(model.dof_limits, model.limit_sign * limit * it.limit)
+    return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
 
 
-def newton_iteration(
-    model: Model, cdof: Tensor, inertia: Tensor, qfrc_smooth: Tensor, c: Constraints, it: Iterate
-) -> Iterate:
-    """One Newton step and one Newton step of the exact line search, started at full length."""
+def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
+    """Packed Hessian (nnz, N) of the tree part, and right-hand sides (nv, 1 + nr, N) of `newton_direction`.
+
+    The first is minus the gradient. Explicit rows couple branches of the tree, so they stay out of the Hessian and
+    bring a right-hand side each, sqrt(D) J^T, for a low-rank correction.
+    """
+    c = smooth.constraints
     contact, limit, row = active_weights(c, it)
-    force = contact_force(c, -contact * it.contact)
-    wrench = torch.cat((cross(c.point, force), force), 1)
-    momentum = apply_symmetric(inertia, it.motion)
-    gradient = generalized_force(model, cdof, add_by_link(model, momentum, -wrench))
-    gradient = gradient + model.armature * it.qacc - qfrc_smooth
-    diagonal = model.armature
-    if model.limit_sign.shape[0]:
-        gradient = gradient + scatter(model.dof_limits, model.limit_sign * limit * it.limit)
-        diagonal = diagonal + scatter(model.dof_limits, limit)
-    hessian = composite(model, cdof, torch.stack(add_by_link(model, inertia, contact_stiffness(c, contact))))
-    hessian = add_diagonal(model, hessian, diagonal)
-    if c.row_jacobian.shape[0]:
-        j = c.row_jacobian
-        gradient = gradient + (j * (row * it.row).unsqueeze(1)).sum(0)
-        left, right = j[:, model.entry_row_index], j[:, model.entry_column_index]
-        hessian = hessian + (left * right * row.unsqueeze(1)).sum(0)
-    direction = linear_terms(model, cdof, c, -solve_positive(model, hessian, gradient))
+    force = contact_force(model, c, contact * it.contact)
+    stiffness = contact_stiffness(model, c, contact)
+    push = sum_contacts(model, torch.cat((stiffness, force_at(c.point, force)), 1))
+    hessian = composite(
+        model, smooth.cdof, smooth.inertia + push[:, :21], model.armature + scatter(model.dof_limits, limit)
+    )
+    wrench = apply_symmetric(smooth.inertia, it.motion) + push[:, 21:]
+    gradient = generalized_force(model, smooth.cdof, wrench) + model.armature * it.qacc - smooth.qfrc_smooth
+    gradient = gradient + scatter(model.dof_limits, model.limit_sign * limit * it.limit)
+    gradient = gradient + (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
+    scaled = (c.row_jacobian * torch.sqrt(row).unsqueeze(1)).transpose(0, 1)
+    return hessian, torch.cat((-gradient.unsqueeze(1), scaled), 1)
 
+
+def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
+    """The Newton step from `solved` (nv, 1 + nr, N) = tree^-1 of the right-hand sides, and everything linear in it.
+
+    Woodbury identity, rows scaled to W = sqrt(D) J: x = y - Y (1 + W Y)^-1 W y with y = tree^-1 g, Y = tree^-1 W^T.
+    """
+    c = smooth.constraints
+    qacc, y = solved[:, 0], solved[:, 1:]
+    count = y.shape[1]
+    if count:
+        scaled = c.row_jacobian * torch.sqrt(active_weights(c, it)[2]).unsqueeze(1)
+        gram = (scaled.unsqueeze(2) * y).sum(1)  # (nr, nr, N)
+        entry = {(i, j): gram[i, j] + (i == j) for i in range(count) for j in range(i + 1)}
+        share = torch.stack(eliminate(entry, list((scaled * qacc).sum(1).unbind(0))))
+        qacc = qacc - (y * share).sum(1)
+    motion = link_motion(model, smooth.cdof, qacc)
+    return Iterate(
+        qacc,
+        motion,
+        contact_velocity(model, c.point, c.tangent, motion),
+        model.limit_sign * qacc[model.limit_dof_index],
+        (c.row_jacobian * qacc).sum(1),
+    )
+
+
+def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
+    """Move along the Newton direction: one Newton step of the exact line search, started at full length."""
+    c, direction = smooth.constraints, newton_direction(model, smooth, it, solved)
     full = it.plus(1.0, direction)
     contact, limit, row = active_weights(c, full)
-    slope = inner(model, inertia, direction, full) - (direction.qacc * qfrc_smooth).sum(0)
+    slope = inner(model, smooth.inertia, direction, full) - (direction.qacc * smooth.qfrc_smooth).sum(0)
     slope = slope + (contact * full.contact * direction.contact).sum((0, 1))
     slope = slope + (limit * full.limit * direction.limit).sum(0) + (row * full.row * direction.row).sum(0)
-    curvature = inner(model, inertia, direction, direction) + (contact * direction.contact**2).sum((0, 1))
+    curvature = inner(model, smooth.inertia, direction, direction) + (contact * direction.contact**2).sum((0, 1))
     curvature = curvature + (limit * direction.limit**2).sum(0) + (row * direction.row**2).sum(0)
-    tiny = torch.finfo(slope.dtype).tiny
-    return it.plus(1 - slope / curvature.clamp(min=tiny), direction)
+    return it.plus(1 - slope / curvature.clamp(min=torch.finfo(slope.dtype).tiny), direction)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1376,21 +1378,27 @@ def newton_iteration(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Dynamics(NamedTuple):
-    """What `forward` computed at one state; observations and tests read it."""
+class Smooth(NamedTuple):
+    """Everything about a state but the solution of its constraint problem."""
 
-    qacc: Tensor  # (nv, N)
     xpos: Tensor  # (nl, 3, N) m
     xmat: Tensor  # (nl, 3, 3, N)
     origin: Tensor  # (3, N) m
     cdof: Tensor  # (nv, 6, N)
     cvel: Tensor  # (nl, 6, N) about the origin
     inertia: Tensor  # (nl, 21, N) about the origin
+    mass_matrix: Tensor  # packed (nnz, N)
     qfrc_bias: Tensor  # (nv, N)
     qfrc_actuator: Tensor  # (nv, N)
     qfrc_smooth: Tensor  # (nv, N)
     actuator_damping: Tensor  # (nv, N)
     constraints: Constraints
+
+
+class Dynamics(NamedTuple):
+    """What `forward` computed at one state; observations and tests read it."""
+
+    smooth: Smooth
     solution: Iterate
 
 
@@ -1402,125 +1410,160 @@ class State(NamedTuple):
     warmstart: Tensor  # (nv, N) acceleration of the last step
 
 
-def forward(model: Model, state: State, ctrl: Tensor, iterations: int) -> Dynamics:
-    """Acceleration of `state` under ctrl (nu, N), after a fixed number of Newton iterations."""
-    qpos, qvel, warmstart = state
+def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> Smooth:
+    """Kinematics, inertia, forces and constraint rows of a state (qpos, qvel) under ctrl (nu, N)."""
     xpos, xmat = kinematics(model, qpos)
     origin = xpos[0]
     cdof = motion_subspace(model, xpos, xmat, origin)
     cvel = link_motion(model, cdof, qvel)
     inertia = spatial_inertia(model, xpos, xmat, origin)
+    mass_matrix = composite(model, cdof, inertia, model.armature)
     qfrc_bias = bias_force(model, cdof, cvel, inertia, qvel)
     qfrc_actuator, actuator_damping = actuator_force(model, qpos, qvel, ctrl)
     qfrc_smooth = qfrc_actuator + passive_force(model, qpos, qvel) - qfrc_bias
     constraints = make_constraints(model, qpos, qvel, xpos, xmat, origin, cdof, cvel)
-    solution = solve_constraints(model, cdof, inertia, qfrc_smooth, constraints, warmstart, iterations)
-    return Dynamics(
-        solution.qacc,
-        xpos,
-        xmat,
-        origin,
-        cdof,
-        cvel,
-        inertia,
-        qfrc_bias,
-        qfrc_actuator,
-        qfrc_smooth,
-        actuator_damping,
+    return Smooth(
+        xpos, xmat, origin, cdof, cvel, inertia, mass_matrix, qfrc_bias, qfrc_actuator, qfrc_smooth, actuator_damping,
         constraints,
-        solution,
-    )
+    )  # fmt: skip
 
 
-def solve_constraints(
-    model: Model, cdof: Tensor, inertia: Tensor, qfrc_smooth: Tensor, c: Constraints, warmstart: Tensor, iterations: int
-) -> Iterate:
-    """Newton from the better of the warm start and the unconstrained acceleration, as MuJoCo starts."""
-    mass_matrix = add_diagonal(model, composite(model, cdof, inertia), model.armature)
-    smooth = candidate(model, cdof, c, solve_positive(model, mass_matrix, qfrc_smooth))
-    warm = candidate(model, cdof, c, warmstart)
-    better = cost(model, inertia, qfrc_smooth, c, warm) < cost(model, inertia, qfrc_smooth, c, smooth)
-    it = Iterate(*(torch.where(better, w, s) for w, s in zip(warm, smooth, strict=True)))
-    for _ in range(iterations):
-        it = newton_iteration(model, cdof, inertia, qfrc_smooth, c, it)
-    return it
+def solver_start(
+    model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor
+) -> tuple[Iterate, Tensor, Tensor]:
+    """The better of the warm start and the unconstrained acceleration, as MuJoCo starts, and its Newton system."""
+    free, warm = (candidate(model, smooth.cdof, smooth.constraints, x) for x in (unconstrained[:, 0], warmstart))
+    better = cost(model, smooth, warm) < cost(model, smooth, free)
+    it = Iterate(*(torch.where(better, w, f) for w, f in zip(warm, free, strict=True)))
+    return it, *newton_system(model, smooth, it)
 
 
-def integrate_position(model: Model, qpos: Tensor, qvel: Tensor, h: float) -> Tensor:
-    """qpos after `h` seconds at constant qvel (mj_integratePos): quaternions turn about body axes."""
-    rows = dict(zip(range(model.nq), qpos.unbind(0), strict=True))
-    for k, adr in enumerate(model.scalar_qpos):
-        rows[adr] = rows[adr] + h * qvel[model.scalar_dofs[k]]
-    for _, adr, dof in model.frees:
-        for axis in range(3):
-            rows[adr + axis] = rows[adr + axis] + h * qvel[dof + axis]
+def solver_iteration(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> tuple[Iterate, Tensor, Tensor]:
+    """The next iterate and its Newton system."""
+    it = line_search(model, smooth, it, solved)
+    return it, *newton_system(model, smooth, it)
+
+
+def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions | None = None) -> Dynamics:
+    """Acceleration of `state` under ctrl (nu, N), after a fixed number of Newton iterations."""
+    run = run or EAGER
+    smooth = run.smooth_dynamics(model, state.qpos, state.qvel, ctrl)
+    unconstrained = run.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
+    it, matrix, right = run.solver_start(model, smooth, state.warmstart, unconstrained)
+    for _ in range(iterations - 1):
+        it, matrix, right = run.solver_iteration(model, smooth, it, run.solve_packed(model, matrix, right))
+    return Dynamics(smooth, run.line_search(model, smooth, it, run.solve_packed(model, matrix, right)))
+
+
+def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
+    """qpos displaced by `move` (nv, N), a velocity times a duration (mj_integratePos): quaternions turn in body axes."""
+    moved = qpos + move[model.qpos_dof_index]
+    if not model.quaternions:
+        return moved
+    rows = list(moved.unbind(0))
     for adr, dof in model.quaternions:
-        quat = quat_multiply(qpos[adr : adr + 4], quat_exponential(h * qvel[dof : dof + 3]))
-        quat = quat * torch.rsqrt(dot(quat, quat))
-        rows.update(zip(range(adr, adr + 4), quat.unbind(0), strict=True))
-    return torch.stack([rows[k] for k in range(model.nq)])
+        quat = quat_multiply(qpos[adr : adr + 4], quat_exponential(move[dof : dof + 3]))
+        rows[adr : adr + 4] = (quat * torch.rsqrt(dot(quat, quat))).unbind(0)
+    return torch.stack(rows)
 
 
-def semi_implicit(model: Model, state: State, ctrl: Tensor, iterations: int, implicitfast: bool) -> tuple[State, Dynamics]:
+def implicit_system(model: Model, smooth: Smooth, qacc: Tensor, implicitfast: bool) -> tuple[Tensor, Tensor]:
+    """Packed M + h B and right-hand side h B qacc of the implicit damping B."""
+    damping = model.timestep * (model.damping + (smooth.actuator_damping if implicitfast else 0.0))
+    damping = damping.expand_as(qacc)
+    matrix = smooth.mass_matrix + damping[model.entry_row_index] * model.entry_diagonal
+    return matrix, (damping * qacc).unsqueeze(1)
+
+
+def advance(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> State:
+    """Semi-implicit Euler step with acceleration qacc - slowing[:, 0]."""
+    qvel = state.qvel + model.timestep * (qacc - slowing[:, 0])
+    return State(integrate_position(model, state.qpos, model.timestep * qvel), qvel, qacc.clone())
+
+
+def semi_implicit(
+    model: Model, state: State, ctrl: Tensor, iterations: int, implicitfast: bool, run: Regions
+) -> tuple[State, Dynamics]:
     """mj_Euler (joint damping implicit) or mj_implicit with implicitfast (actuator damping too).
 
     MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint. At the solution the right side is M qacc, so the same a
     is qacc - (M + h B)^-1 h B qacc: no constraint force is needed, and an unconverged one cannot disturb it.
     """
-    dynamics = forward(model, state, ctrl, iterations)
-    acceleration = dynamics.qacc
+    dynamics = forward(model, state, ctrl, iterations, run)
+    qacc = dynamics.solution.qacc
+    slowing = torch.zeros_like(qacc).unsqueeze(1)
     if model.damped or (implicitfast and model.actuator_velocity_bias):
-        damping = model.timestep * (model.damping + (dynamics.actuator_damping if implicitfast else 0.0))
-        matrix = composite(model, dynamics.cdof, dynamics.inertia)
-        matrix = add_diagonal(model, matrix, model.armature + damping)
-        acceleration = acceleration - solve_positive(model, matrix, damping * acceleration)
-    qvel = state.qvel + model.timestep * acceleration
-    return State(integrate_position(model, state.qpos, qvel, model.timestep), qvel, dynamics.qacc), dynamics
+        slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))
+    return run.advance(model, state, qacc, slowing), dynamics
 
 
-def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int) -> tuple[State, Dynamics]:
+def stage(model: Model, state: State, scale: Tensor, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor]:
+    """qpos, qvel of a Runge-Kutta stage: the first state moved by scale (1, 1) s at `rate` and `qacc` (nv, N)."""
+    return integrate_position(model, state.qpos, scale * rate), state.qvel + scale * qacc
+
+
+def combine(model: Model, state: State, rates: list[Tensor], qaccs: list[Tensor]) -> State:
+    """The classical weights 1/6, 1/3, 1/3, 1/6 over four stages."""
+    rate, qacc = ((k[0] + 2 * k[1] + 2 * k[2] + k[3]) / 6 for k in (rates, qaccs))
+    qpos = integrate_position(model, state.qpos, model.timestep * rate)
+    return State(qpos, state.qvel + model.timestep * qacc, qaccs[0].clone())
+
+
+def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions) -> tuple[State, Dynamics]:
     """mj_RungeKutta of MuJoCo 4: classical fourth order, on rotations in the Runge-Kutta-Munthe-Kaas form.
 
     Returns the dynamics of the fourth stage, which is what MuJoCo leaves in mjData.
     """
-    h, (qpos, qvel, _) = model.timestep, state
-    dynamics = forward(model, state, ctrl, iterations)
-    first = dynamics.qacc
-    rates, accelerations = [qvel], [first]
-    for scale in (0.5, 0.5, 1.0):
-        stage = State(
-            integrate_position(model, qpos, rates[-1], scale * h), qvel + scale * h * accelerations[-1], dynamics.qacc
-        )
-        dynamics = forward(model, stage, ctrl, iterations)
-        rates.append(chart_rate(model, stage.qvel, scale * h * rates[-1]))
-        accelerations.append(dynamics.qacc)
-    rate, acceleration = (
-        (k[0] + 2 * k[1] + 2 * k[2] + k[3]) / 6 for k in (rates, accelerations)
-    )
-    return State(integrate_position(model, qpos, rate, h), qvel + h * acceleration, first), dynamics
+    dynamics = forward(model, state, ctrl, iterations, run)
+    rates, qaccs = [state.qvel], [dynamics.solution.qacc]
+    for scale in model.stage_times:
+        qpos, qvel = run.stage(model, state, scale, rates[-1], qaccs[-1])
+        dynamics = forward(model, State(qpos, qvel, qaccs[-1]), ctrl, iterations, run)
+        rates.append(run.chart_rate(model, qvel, scale, rates[-1]))
+        qaccs.append(dynamics.solution.qacc)
+    return run.combine(model, state, rates, qaccs), dynamics
 
 
-def chart_rate(model: Model, qvel: Tensor, displacement: Tensor) -> Tensor:
-    """Rate of the exponential coordinates at `displacement` (nv, N) that gives body-frame velocity `qvel`.
+def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
+    """Rate of the exponential coordinates at displacement u = scale * rate (nv, N) that gives body velocity `qvel`.
 
     The inverse of the exponential map's derivative, to the second order that a fourth-order method needs (Hairer,
     Lubich and Wanner 2006, Geometric Numerical Integration, IV.8): w + 1/2 u x w + 1/12 u x (u x w).
     """
-    if not model.quaternions:
-        return qvel
     rows = list(qvel.unbind(0))
     for _, dof in model.quaternions:
-        w, u = qvel[dof : dof + 3], displacement[dof : dof + 3]
+        w, u = qvel[dof : dof + 3], scale * rate[dof : dof + 3]
         bracket = cross(u, w)
         rows[dof : dof + 3] = (w + 0.5 * bracket + cross(u, bracket) / 12).unbind(0)
     return torch.stack(rows)
 
 
-def step(model: Model, state: State, ctrl: Tensor, integrator: str = "euler", iterations: int = 4) -> tuple[State, Dynamics]:
+@dataclass(frozen=True)
+class Regions:
+    """The functions that are compiled, each once, and called from everywhere. Eager is the reference."""
+
+    smooth_dynamics: Callable = smooth_dynamics
+    solve_packed: Callable = solve_packed
+    solver_start: Callable = solver_start
+    solver_iteration: Callable = solver_iteration
+    line_search: Callable = line_search
+    implicit_system: Callable = implicit_system
+    advance: Callable = advance
+    stage: Callable = stage
+    chart_rate: Callable = chart_rate
+    combine: Callable = combine
+
+
+EAGER = Regions()
+
+
+def step(
+    model: Model, state: State, ctrl: Tensor, integrator: str = "euler", iterations: int = 4, run: Regions = EAGER
+) -> tuple[State, Dynamics]:
     """One timestep of every robot: state and ctrl (nu, N) to the next state, and the dynamics last evaluated."""
     if integrator == "rk4":
-        return runge_kutta(model, state, ctrl, iterations)
-    return semi_implicit(model, state, ctrl, iterations, integrator == "implicitfast")
+        return runge_kutta(model, state, ctrl, iterations, run)
+    return semi_implicit(model, state, ctrl, iterations, integrator == "implicitfast", run)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1530,13 +1573,13 @@ def step(model: Model, state: State, ctrl: Tensor, integrator: str = "euler", it
 
 def centre_of_mass(model: Model, xpos: Tensor, xmat: Tensor) -> Tensor:
     """(3, N) m, of everything that moves."""
-    return (model.mass.unsqueeze(1) * (xpos + rotate(xmat, model.com))).sum(0) / model.mass.sum(0)
+    return (model.mass.unsqueeze(1) * (xpos + apply(xmat, model.com))).sum(0) / model.mass.sum(0)
 
 
 def body_inertias(model: Model, xpos: Tensor, xmat: Tensor, com: Tensor) -> Tensor:
     """cinert (nbody - 1, 10, N): inertia about `com` (xx, yy, zz, xy, xz, yz), mass times offset, mass."""
     at, turn = xpos[model.body_link_index[1:]], xmat[model.body_link_index[1:]]
-    offset = at + rotate(turn, model.body_com[1:]) - com
+    offset = at + apply(turn, model.body_com[1:]) - com
     mass = model.body_mass[1:, None] + torch.zeros_like(offset[:, :1])
     i = compose(compose(turn, model.body_inertia[1:]), turn.transpose(1, 2))
     own = torch.stack((i[:, 0, 0], i[:, 1, 1], i[:, 2, 2], i[:, 0, 1], i[:, 0, 2], i[:, 1, 2]), 1)
@@ -1554,15 +1597,13 @@ def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tens
 
 def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
     """cfrc_ext (nbody - 1, 6, N): torque about `com` and force of all contacts on each body, world axes."""
-    c, it = dynamics.constraints, dynamics.solution
+    smooth, it = dynamics
+    c = smooth.constraints
     contact, _, row = active_weights(c, it)
-    arm = dynamics.origin - com
-    rows = [torch.zeros_like(dynamics.cvel[0])] * model.nbody
-    force = contact_force(c, -contact * it.contact)
-    wrench = torch.cat((cross(c.point + arm, force), force), 1)
-    for body, value in zip(model.contact_body, wrench.unbind(0), strict=True):
-        rows[body] = rows[body] + value
-    total = torch.stack(rows[1:])
+    arm = smooth.origin - com
+    force = -contact_force(model, c, contact * it.contact)
+    wrench = force_at(c.point + arm, force)
+    total = (model.body_contacts * wrench).sum(1)
     if model.pair_slots:
         edge_force = (-row * it.row)[: model.pair_slots * model.pair_edges].unflatten(0, (model.pair_slots, -1))
         normal, first, second = c.pair_frame.unbind(1)
@@ -1571,7 +1612,7 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
             friction = torch.gather(model.pair_friction.expand(-1, c.pair_index.shape[-1]), 0, c.pair_index)
             force = force + first * (friction * (edge_force[:, 0] - edge_force[:, 1])).unsqueeze(1)
             force = force + second * (friction * (edge_force[:, 2] - edge_force[:, 3])).unsqueeze(1)
-        wrench = torch.cat((cross(c.pair_point + arm, force), force), 1)
+        wrench = force_at(c.pair_point + arm, force)
         share = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (K, nbody, N)
         total = total + (share[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
     return total
@@ -1740,7 +1781,7 @@ class Ant(Task):
     def sense(self, model: Model, p: Physical) -> dict[str, Tensor]:
         if p.dynamics is None:
             return {"position": p.qpos[:2], "cfrc_ext": p.qpos.new_zeros(model.nbody - 1, 6, p.qpos.shape[1])}
-        xpos, xmat = p.dynamics.xpos, p.dynamics.xmat
+        xpos, xmat = p.dynamics.smooth[:2]
         wrenches = contact_wrenches(model, p.dynamics, centre_of_mass(model, xpos, xmat))
         return {"position": xpos[0, :2], "cfrc_ext": wrenches.clamp(*self.contact_force_range)}
 
@@ -1796,9 +1837,8 @@ class Humanoid(Task):
             qfrc_actuator = torch.zeros_like(p.qvel)
             cfrc_ext = p.qpos.new_zeros(model.nbody - 1, 6, p.qpos.shape[1])
         else:
-            xpos, xmat, cvel, qfrc_actuator = (
-                p.dynamics.xpos, p.dynamics.xmat, p.dynamics.cvel, p.dynamics.qfrc_actuator,
-            )  # fmt: skip
+            smooth = p.dynamics.smooth
+            xpos, xmat, cvel, qfrc_actuator = smooth.xpos, smooth.xmat, smooth.cvel, smooth.qfrc_actuator
             com = centre_of_mass(model, xpos, xmat)
             cfrc_ext = contact_wrenches(model, p.dynamics, com)
         return {
@@ -1904,17 +1944,22 @@ def observation(groups: dict[str, Tensor]) -> Tensor:
     return torch.cat(list(groups.values()))
 
 
-def environment_step(
-    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor
+def settle(
+    task: Task,
+    model: Model,
+    settings: Settings,
+    carry: Carry,
+    state: State,
+    dynamics: Dynamics,
+    action: Tensor,
+    noise: Tensor,
 ) -> tuple[Carry, Transition]:
-    """frame_skip physics steps, reward, termination, and auto-reset of what ended.
+    """Reward, termination and auto-reset after the physics of an environment step.
 
-    action (nu, N), noise (nq + nv, N) for `reset_state`. A robot whose simulation diverged (not finite, or beyond
-    RUNAWAY) is reset alone and reported as invalid and truncated: reward 0, `final_obs` its fresh observation.
+    carry: before the step; state, dynamics: after it; action (nu, N); noise (nq + nv, N) for `reset_state`. A robot
+    whose simulation diverged (not finite, or beyond RUNAWAY) is reset alone and reported as invalid and truncated:
+    reward 0, `final_obs` its fresh observation.
     """
-    state = State(carry.qpos, carry.qvel, carry.warmstart)
-    for _ in range(task.frame_skip):
-        state, dynamics = step(model, state, action, settings.integrator, settings.iterations)
     moving = torch.cat(state)
     invalid = ~(moving[: model.nq + model.nv].abs() < RUNAWAY).all(0) | ~torch.isfinite(moving[-model.nv :]).all(0)
 
@@ -1947,6 +1992,7 @@ def environment_step(
         torch.where(ended, 0.0, episode_return),
     )
     obs = torch.where(ended, fresh_obs, final_obs)
+    terms = {name: value.to(obs.dtype) for name, value in terms.items()}
     return carry, Transition(obs, final_obs, reward, terminated, truncated, invalid, episode_return, length, terms)
 
 
@@ -1954,8 +2000,48 @@ def environment_step(
 # The vector environment
 # ----------------------------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class EnvironmentRegions(Regions):
+    """The physics' regions and the rest of an environment step."""
+
+    settle: Callable = settle
+
+
+def environment_step(
+    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor, run: EnvironmentRegions
+) -> tuple[Carry, Transition]:
+    """frame_skip physics steps under action (nu, N), then `settle`."""
+    state = State(carry.qpos, carry.qvel, carry.warmstart)
+    for _ in range(task.frame_skip):
+        state, dynamics = step(model, state, action, settings.integrator, settings.iterations, run)
+    return run.settle(task, model, settings, carry, state, dynamics, action, noise)
+
+
+def compile_regions(device: torch.device) -> EnvironmentRegions:
+    """Compiled regions for one model and one batch size.
+
+    Each is compiled from a private copy of its code object, where the compiler keeps its cache, and called with the
+    same model, shapes and dtypes ever after; so its guards, which would cost more than the kernels, are skipped. On a
+    CPU the generated wrapper is C++ that lets go of Python's lock, so that threads can step chunks side by side.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options |= {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
+    if device.type == "cpu":
+        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
+
+    def private(function: Callable) -> Callable:
+        return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+    return EnvironmentRegions(
+        **{
+            field.name: torch.compile(private(field.default), fullgraph=True, dynamic=False, options=options)
+            for field in dataclasses.fields(EnvironmentRegions)
+        }
+    )
+
+
 STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid")
-CPU_CHUNK = 512  # environments whose working set stays in a core's L2 cache
+CPU_CHUNK = 256  # environments whose working set stays in a core's L2 cache
 
 
 class VecSim(gymnasium.vector.VectorEnv):
@@ -2019,15 +2105,16 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._seed = seed
 
         if chunk is None:
-            chunk = num_envs if self.device.type == "cuda" else CPU_CHUNK * torch.get_num_threads()
-        starts = range(0, num_envs, chunk)
-        self._slices = [slice(start, min(start + chunk, num_envs)) for start in starts]
+            chunk = num_envs if self.device.type == "cuda" else CPU_CHUNK
+        self._slices = [slice(start, min(start + chunk, num_envs)) for start in range(0, num_envs, chunk)]
         self._models = [self.model.narrow(s.start, s.stop) for s in self._slices]
         self._carries: list[Carry] = []
-        self._environment_step = environment_step
         self.compiled = compile
-        if compile:
-            self._environment_step = torch.compile(environment_step, fullgraph=True, dynamic=False)
+        sizes = {s.stop - s.start for s in self._slices}
+        self._regions = {n: compile_regions(self.device) if compile else EnvironmentRegions() for n in sizes}
+        self._warm: set[int] = set()  # chunk sizes whose regions are compiled
+        threads = torch.get_num_threads() if self.device.type == "cpu" and len(self._slices) > 1 else 1
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._graph: torch.cuda.CUDAGraph | None = None
 
         fresh = self._fresh(self._noise())
@@ -2104,17 +2191,38 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _advance(self, action: Tensor) -> Transition:
         """One step of all chunks from action (nu, N); updates carries, statistics and the kept offender in place."""
         noise = self._noise()
-        transitions = []
-        for s, model, carry in zip(self._slices, self._models, self._carries, strict=True):
-            after, transition = self._environment_step(
-                self.task, model, self.settings, carry, action[:, s], noise[:, s]
-            )
-            before = torch.cat((carry.qpos, carry.qvel, action[:, s]))
-            bad = transition.invalid
-            self._offender.copy_(torch.where(bad.any(), before[:, bad.to(torch.uint8).argmax()], self._offender))
-            for a, b in zip(carry, after, strict=True):
-                a.copy_(b)
-            transitions.append(transition)
+
+        def advance_chunk(k: int) -> Transition:
+            s, carry = self._slices[k], self._carries[k]
+            with torch.no_grad():
+                after, transition = environment_step(
+                    self.task,
+                    self._models[k],
+                    self.settings,
+                    carry,
+                    action[:, s].contiguous(),
+                    noise[:, s].contiguous(),
+                    self._regions[s.stop - s.start],
+                )
+                bad = transition.invalid
+                before = torch.cat((carry.qpos, carry.qvel, action[:, s]))
+                offender = torch.where(bad.any(), before[:, bad.to(torch.uint8).argmax()], self._offender)
+                self._offender.copy_(offender)
+                for a, b in zip(carry, after, strict=True):
+                    a.copy_(b)
+            return transition
+
+        chunks = range(len(self._slices))
+        transitions = {}
+        for k in chunks:  # the first chunk of each size compiles, alone
+            n = self._slices[k].stop - self._slices[k].start
+            if n not in self._warm:
+                self._warm.add(n)
+                transitions[k] = advance_chunk(k)
+        rest = [k for k in chunks if k not in transitions]
+        run = self._threads.map if self._threads else map
+        transitions.update(zip(rest, run(advance_chunk, rest), strict=True))
+        transitions = [transitions[k] for k in chunks]
         if len(transitions) == 1:
             merged = transitions[0]
         else:
