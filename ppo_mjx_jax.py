@@ -1179,6 +1179,8 @@ def configure(args: Args):
     if "xla_cpu_multi_thread_eigen" not in os.environ.get("XLA_FLAGS", ""):
         # XLA's CPU thread pool waits for itself and hangs when batched LAPACK calls of MJX run in it (seen with 8 agents, jaxlib 0.10.2).
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    if "xla_force_host_platform_device_count" in os.environ["XLA_FLAGS"]:
+        os.environ.setdefault("NPROC", "16")  # pool threads: devices that wait for each other must not starve each other
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(args.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

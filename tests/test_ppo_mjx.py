@@ -161,9 +161,20 @@ def run(tmp_path, name, env=None, **changes):
         return result, {key: file[key] for key in file.files if key != "header"}
 
 
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
+    """The other run is killed after its first checkpoint, at half the steps."""
+
+    def save_and_die(*inputs):
+        save_checkpoint(*inputs)
+        raise KeyboardInterrupt
+
+    save_checkpoint = ppo.save_checkpoint
     _, whole = run(tmp_path, "whole")
-    run(tmp_path, "half", total_timesteps=512)
+    monkeypatch.setattr(ppo, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "half", checkpoint_every=512)
+    monkeypatch.undo()
+    assert ppo.load_header(tmp_path / "half" / "checkpoint.npz")["counters"]["env_steps"] == 512
     _, resumed = run(tmp_path, "resumed", resume=str(tmp_path / "half" / "checkpoint.npz"))
     _, other = run(tmp_path, "other", seed=2)
     assert whole.keys() == resumed.keys()
