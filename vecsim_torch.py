@@ -207,13 +207,13 @@ class Model:
     stage_times: tuple[Tensor, ...]  # (1, 1) s, of the later Runge-Kutta stages
     integrator: str  # the MJCF's own: euler, implicitfast or rk4
     # tree
-    moves: Tensor  # (nl, nv, 1, 1) 1 where the dof moves the link
+    parent: tuple[int, ...]  # (nl) parent link, -1 for the world
+    dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
     link_levels: tuple[tuple[Tensor, Tensor], ...]  # by depth: rows of the local poses, parents' places in the level above
     link_order_index: Tensor  # (nl) from the links level by level to links
     dof_link_index: Tensor  # (nv)
     dof_order_index: Tensor  # (nv) from the dofs of (hinges and slides, balls, frees) to dofs
     turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes stay fixed in the world
-    carries: Tensor  # (nl, nl, 1, 1) 1 where the second link is the first or hangs below it
     qpos_dof_index: Tensor  # (nq) the dof that moves a coordinate; any for quaternions, which turn instead
     # packed symmetric matrices: entry e is (entry_row[e], entry_column[e]), row >= column, column an ancestor of row
     entries: tuple[tuple[int, int], ...]
@@ -232,7 +232,7 @@ class Model:
     scalar_hinge: Tensor  # (ns, 1, 1) 1 for a hinge, 0 for a slide
     stiffness: Tensor  # (ns, 1) N m/rad or N/m
     spring_reference: Tensor  # (ns, 1)
-    dof_springs: Tensor  # (nv, ns, 1) 1 where the hinge or slide is the dof's
+    dof_springs: Groups  # (nv) the hinge or slide of each dof
     # ball and free joints
     balls: tuple[tuple[int, int, int], ...]  # (link, qpos address, dof address)
     frees: tuple[tuple[int, int, int], ...]
@@ -262,7 +262,7 @@ class Model:
     force_high: Tensor  # (nu, 1)
     dof_force_low: Tensor  # (nv, 1) limits of the summed actuator force on a joint
     dof_force_high: Tensor  # (nv, 1)
-    dof_actuators: Tensor  # (nv, nu, 1) 1 where the actuator drives the dof
+    dof_actuators: Groups  # (nv) actuators that drive each dof
     # joint limits of hinges and slides, lower rows then upper rows
     limit_qpos_index: Tensor  # (2 nlim)
     limit_dof_index: Tensor  # (2 nlim)
@@ -270,15 +270,14 @@ class Model:
     limit_bound: Tensor  # (2 nlim, 1) rad or m
     limit_solver: SolverParameters
     limit_invweight: Tensor  # (2 nlim, 1)
-    dof_limits: Tensor  # (nv, 2 nlim, 1) 1 where the row limits the dof
+    dof_limits: Groups  # (nv) limit rows of each dof
     ball_limits: tuple[int, ...]  # indices into `balls`
     ball_limit_angle: Tensor  # (nbl, 1) rad
     ball_limit_solver: SolverParameters
     ball_limit_invweight: Tensor  # (nbl, 1)
     # contact points with planes: spheres, ends of capsules, corners of boxes
     contact_link_index: Tensor  # (nc)
-    link_contact_index: Tensor  # (nl, m) the contacts of each link, padded
-    link_has_contact: Tensor  # (nl, m, 1)
+    contact_ranges: tuple[tuple[int, int], ...]  # (nl) first and past-the-end contact of each link
     body_contacts: Tensor  # (nbody - 1, nc, 1, 1) 1 where the contact is the body's
     contact_geom: tuple[int, ...]  # (nc)
     contact_point: Tensor  # (nc, 3, 1) m, centre of the sphere in the link's frame
@@ -333,6 +332,13 @@ class Model:
             return value
 
         return dataclasses.replace(self, **{f.name: cut(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+class Groups(NamedTuple):
+    """Ragged lists of row numbers, padded to a rectangle."""
+
+    index: Tensor  # (groups, m)
+    member: Tensor  # (groups, m, 1) 0 where padded
 
 
 class SolverParameters(NamedTuple):
@@ -486,15 +492,6 @@ def solver_parameters(rows: list[tuple], timestep: float, tensor: Any) -> Solver
         columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
     quadratic = bool(np.all(columns[6] == 2))
     return SolverParameters(*(tensor(column[:, None]) for column in columns), quadratic)
-
-
-def pad(groups: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged index lists as a rectangle, and the 0/1 mask of what is real."""
-    width = max(map(len, groups), default=0)
-    index, mask = np.zeros((len(groups), width)), np.zeros((len(groups), width))
-    for k, group in enumerate(groups):
-        index[k, : len(group)], mask[k, : len(group)] = group, 1
-    return index, mask
 
 
 def load_model(
@@ -683,11 +680,15 @@ def load_model(
     def column(rows: list[tuple], k: int, *shape: int) -> np.ndarray:
         return np.array([row[k] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
 
-    def selects(dof_of_row: Any) -> np.ndarray:
-        """(nv, rows, 1) 0/1 mask."""
-        return 1.0 * (np.arange(m.nv)[:, None] == np.asarray(dof_of_row, dtype=np.int64))[..., None]
+    def by_dof(dof_of_row: Any) -> Groups:
+        rows = [[k for k, d in enumerate(dof_of_row) if d == dof] for dof in range(m.nv)]
+        width = max(map(len, rows))
+        return Groups(
+            index([row + [0] * (width - len(row)) for row in rows]).reshape(m.nv, width),
+            tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(m.nv, width, 1),
+        )
 
-    link_contacts, link_has_contact = pad([[c for c, row in enumerate(points) if row[0] == k] for k in range(nl)])
+    points.sort(key=lambda row: row[0])
     sign = np.array([1.0 * moves[b] - 1.0 * moves[a] for (a, b), *_ in pairs]).reshape(len(pairs), m.nv)
 
     # Actuators.
@@ -714,7 +715,8 @@ def load_model(
         timestep=h,
         stage_times=tuple(tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
         integrator=INTEGRATORS[int(m.opt.integrator)],
-        moves=tensor(moves[:nl])[..., None, None],
+        parent=tuple(parent),
+        dofs=tuple(tuple(map(int, own)) for own in dofs),
         link_levels=tuple(
             (
                 index([order.index(link) for link in level]),
@@ -725,7 +727,6 @@ def load_model(
         link_order_index=index(np.argsort([link for level in by_depth for link in level])),
         dof_link_index=index(dof_link),
         dof_order_index=index(np.argsort([dof for link in order for dof in dofs[link]])),
-        carries=tensor(ancestors.T)[..., None, None],
         qpos_dof_index=index(qpos_dof),
         entries=tuple(entries),
         entry_row_index=index([i for i, _ in entries]),
@@ -743,7 +744,7 @@ def load_model(
         scalar_hinge=tensor([kinds[link] == hinge for link in scalars]).reshape(-1, 1, 1),
         stiffness=tensor([m.jnt_stiffness[joints[link]] for link in scalars])[:, None],
         spring_reference=tensor([m.qpos_spring[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
-        dof_springs=tensor(selects([m.jnt_dofadr[joints[link]] for link in scalars])),
+        dof_springs=by_dof([m.jnt_dofadr[joints[link]] for link in scalars]),
         balls=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in balls),
         frees=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in frees),
         quaternions=tuple(
@@ -773,14 +774,14 @@ def load_model(
         force_high=force_high,
         dof_force_low=joint_low[m.dof_jntid],
         dof_force_high=joint_high[m.dof_jntid],
-        dof_actuators=tensor(selects(m.jnt_dofadr[actuator_joints])),
+        dof_actuators=by_dof(m.jnt_dofadr[actuator_joints]),
         limit_qpos_index=index([m.jnt_qposadr[j] for j in limit_joints] * 2),
         limit_dof_index=index(limit_dofs),
         limit_sign=tensor([1.0] * len(limited) + [-1.0] * len(limited))[:, None],
         limit_bound=tensor([m.jnt_range[j, side] for side in (0, 1) for j in limit_joints])[:, None],
         limit_solver=solver_parameters(limit_rows * 2, h, tensor),
         limit_invweight=tensor(m.dof_invweight0[limit_dofs])[:, None],
-        dof_limits=tensor(selects(limit_dofs)),
+        dof_limits=by_dof(limit_dofs),
         ball_limits=tuple(ball_limits),
         ball_limit_angle=tensor([m.jnt_range[j].max() for j in ball_limit_joints])[:, None],
         ball_limit_solver=solver_parameters(
@@ -788,8 +789,9 @@ def load_model(
         ),
         ball_limit_invweight=tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_limit_joints])[:, None],
         contact_link_index=index([row[0] for row in points]),
-        link_contact_index=index(link_contacts),
-        link_has_contact=tensor(link_has_contact)[..., None],
+        contact_ranges=tuple(
+            (sum(row[0] < k for row in points), sum(row[0] <= k for row in points)) for k in range(nl)
+        ),
         body_contacts=tensor([[row[1] == b for row in points] for b in range(1, m.nbody)])[..., None, None],
         contact_geom=tuple(row[2] for row in points),
         contact_point=tensor(column(points, 3, 3, 1)),
@@ -832,23 +834,43 @@ def load_model(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sums over the tree: constant 0/1 masks instead of recursions
+# Sums over the tree. Links are ordered parent before child, so one pass does it; the loops unroll when compiled.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
     """(nl, 6, N) spatial motion of each link for dof `rates` (nv, N): velocities of qvel, or J x of any x."""
-    return (model.moves * (cdof * rates.unsqueeze(1))).sum(1)
+    weighted = (cdof * rates.unsqueeze(1)).unbind(0)
+    motion: list[Tensor] = []
+    for up, dofs in zip(model.parent, model.dofs, strict=True):
+        total = motion[up] if up >= 0 else torch.zeros_like(weighted[0])
+        for dof in dofs:
+            total = total + weighted[dof]
+        motion.append(total)
+    return torch.stack(motion)
 
 
-def generalized_force(model: Model, cdof: Tensor, wrench: Tensor) -> Tensor:
-    """(nv, N): J^T of one wrench per link (nl, 6, N)."""
-    return dot(cdof, (model.moves.transpose(0, 1) * wrench).sum(1))
+def subtree_sum(model: Model, rows: Tensor, contacts: Tensor | None = None) -> Tensor:
+    """(nl, k, N): sums of `rows` (nl, k, N) over each link and all below it, with those of contacts (nc, k, N)."""
+    total = list(rows.unbind(0))
+    for link in reversed(range(model.nl)):
+        if contacts is not None:
+            for row in contacts[slice(*model.contact_ranges[link])].unbind(0):
+                total[link] = total[link] + row
+        up = model.parent[link]
+        if up >= 0:
+            total[up] = total[up] + total[link]
+    return torch.stack(total)
 
 
-def scatter(mask: Tensor, values: Tensor) -> Tensor:
-    """(rows, N): sums of `values` (k, N) that the 0/1 mask (rows, k, 1) selects."""
-    return (mask * values).sum(1)
+def generalized_force(model: Model, cdof: Tensor, wrench: Tensor, contacts: Tensor | None = None) -> Tensor:
+    """(nv, N): J^T of one wrench per link (nl, 6, N), and one per contact (nc, 6, N)."""
+    return dot(cdof, subtree_sum(model, wrench, contacts)[model.dof_link_index])
+
+
+def add_up(groups: Groups, values: Tensor) -> Tensor:
+    """(len(groups), N): sums of the rows of `values` (k, N) that each group names."""
+    return (values[groups.index] * groups.member).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -919,14 +941,15 @@ def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     return torch.cat((shifted[:, :6] + own, shifted[:, 6:]), 1)
 
 
-def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor) -> Tensor:
-    """Packed (nnz, N) matrix sum_l J_l^T A_l J_l + diag, one 6x6 matrix A_l (nl, 21, N) per link, diagonal (nv, N).
+def composite(
+    model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, contacts: Tensor | None = None
+) -> Tensor:
+    """Packed (nnz, N) matrix sum J^T A J + diag over 6x6 matrices A of links (nl, 21, N) and of contacts (nc, 21, N).
 
-    With inertias it is the composite-rigid-body algorithm (mj_crb; Featherstone 2008, section 6.2), the mass matrix.
-    With contact stiffnesses added to them it is the Hessian of the constraint problem, M + J^T D J, at no further cost.
+    With the links' inertias it is the composite-rigid-body algorithm (mj_crb; Featherstone 2008, section 6.2), the mass
+    matrix. With the contacts' stiffness it is the Hessian of the constraint problem, M + J^T D J, at no further cost.
     """
-    subtree = (model.carries * matrices).sum(1)[model.dof_link_index]
-    force = apply_symmetric(subtree, cdof)
+    force = apply_symmetric(subtree_sum(model, matrices, contacts)[model.dof_link_index], cdof)
     packed = dot(force[model.entry_row_index], cdof[model.entry_column_index])
     return packed + diagonal[model.entry_row_index] * model.entry_diagonal
 
@@ -948,16 +971,16 @@ def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tu
     clipped = torch.clamp(ctrl, model.ctrl_low, model.ctrl_high)
     free = model.actuator_gain * clipped + bias[0] + bias[1] * length + bias[2] * velocity
     force = torch.clamp(free, model.force_low, model.force_high)
-    qfrc = torch.clamp(scatter(model.dof_actuators, gear * force), model.dof_force_low, model.dof_force_high)
+    qfrc = torch.clamp(add_up(model.dof_actuators, gear * force), model.dof_force_low, model.dof_force_high)
     saturated = (force <= model.force_low) | (force >= model.force_high)
     damping = torch.where(saturated, 0.0, -gear * gear * bias[2])
-    return qfrc, scatter(model.dof_actuators, damping + torch.zeros_like(force))
+    return qfrc, add_up(model.dof_actuators, damping + torch.zeros_like(force))
 
 
 def passive_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
     """qfrc_passive (nv, N): joint springs and dampers."""
     spring = -model.stiffness * (qpos[model.scalar_qpos_index] - model.spring_reference)
-    return scatter(model.dof_springs, spring) - model.damping * qvel
+    return add_up(model.dof_springs, spring) - model.damping * qvel
 
 
 def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
@@ -1245,12 +1268,6 @@ def contact_stiffness(model: Model, c: Constraints, weight: Tensor) -> Tensor:
     return shift_to_origin(c.point, (entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)))
 
 
-def sum_contacts(model: Model, rows: Tensor) -> Tensor:
-    """(nl, ..., N): sums of `rows` (nc, ..., N) over the contacts of each link."""
-    shape = (model.nl, -1) + (1,) * (rows.dim() - 1)
-    return (rows[model.link_contact_index] * model.link_has_contact.view(shape)).sum(1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Newton solver (mj_solNewton): minimise 1/2 (x - a0)^T M (x - a0) + sum over rows of 1/2 D min(J x - aref, 0)^2
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1309,8 +1326,8 @@ def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     c = smooth.constraints
     contact, limit, row = active_weights(c, it)
     force = contact_force(model, c, contact * it.contact)
-    total = generalized_force(model, smooth.cdof, sum_contacts(model, force_at(c.point, force)))
-    total = total + scatter(model.dof_limits, model.limit_sign * limit * it.limit)
+    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force_at(c.point, force))
+    total = total + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
     return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
 
 
@@ -1323,14 +1340,12 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     c = smooth.constraints
     contact, limit, row = active_weights(c, it)
     force = contact_force(model, c, contact * it.contact)
-    stiffness = contact_stiffness(model, c, contact)
-    push = sum_contacts(model, torch.cat((stiffness, force_at(c.point, force)), 1))
-    hessian = composite(
-        model, smooth.cdof, smooth.inertia + push[:, :21], model.armature + scatter(model.dof_limits, limit)
-    )
-    wrench = apply_symmetric(smooth.inertia, it.motion) + push[:, 21:]
-    gradient = generalized_force(model, smooth.cdof, wrench) + model.armature * it.qacc - smooth.qfrc_smooth
-    gradient = gradient + scatter(model.dof_limits, model.limit_sign * limit * it.limit)
+    diagonal = model.armature + add_up(model.dof_limits, limit)
+    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(model, c, contact))
+    wrench = apply_symmetric(smooth.inertia, it.motion)
+    gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.point, force))
+    gradient = gradient + model.armature * it.qacc - smooth.qfrc_smooth
+    gradient = gradient + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
     gradient = gradient + (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
     scaled = (c.row_jacobian * torch.sqrt(row).unsqueeze(1)).transpose(0, 1)
     return hessian, torch.cat((-gradient.unsqueeze(1), scaled), 1)
@@ -2025,7 +2040,7 @@ def compile_regions(device: torch.device) -> EnvironmentRegions:
     CPU the generated wrapper is C++ that lets go of Python's lock, so that threads can step chunks side by side.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    options |= {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
+    options |= {"unroll_reductions_threshold": 32, "max_fusion_size": 1024, "cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
 
