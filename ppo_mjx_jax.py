@@ -31,8 +31,8 @@ Read in this order: arguments, physics, tasks, auto-reset, networks, algorithm, 
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -45,9 +45,10 @@ import re
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import gymnasium

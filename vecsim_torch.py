@@ -39,6 +39,7 @@ Needs torch, mujoco (to compile MJCF) and gymnasium (spaces, the tasks' MJCF). C
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -51,13 +52,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import mujoco
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Spatial algebra, environment axis last
@@ -2042,7 +2044,7 @@ def compile_regions(device: torch.device) -> EnvironmentRegions:
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     options |= {"unroll_reductions_threshold": 32, "max_fusion_size": 1024, "cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
-        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
+        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "cpp.enable_kernel_profile": True}
 
     def private(function: Callable) -> Callable:
         return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -2056,7 +2058,7 @@ def compile_regions(device: torch.device) -> EnvironmentRegions:
 
 
 STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid")
-CPU_CHUNK = 256  # environments whose working set stays in a core's L2 cache
+CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
 
 class VecSim(gymnasium.vector.VectorEnv):
@@ -2120,7 +2122,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._seed = seed
 
         if chunk is None:
-            chunk = num_envs if self.device.type == "cuda" else CPU_CHUNK
+            share = math.ceil(num_envs / torch.get_num_threads() / 16) * 16  # one chunk a core, in whole vectors
+            chunk = num_envs if self.device.type == "cuda" else min(CPU_CHUNK, share)
         self._slices = [slice(start, min(start + chunk, num_envs)) for start in range(0, num_envs, chunk)]
         self._models = [self.model.narrow(s.start, s.stop) for s in self._slices]
         self._carries: list[Carry] = []
@@ -2397,3 +2400,243 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
 
 for _name in TASKS:
     gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmark: speed, compile time and parity of one configuration, beside MuJoCo C on one core of the same machine
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BenchmarkArgs:
+    """Speed of one task under random actions, and its error against MuJoCo C."""
+
+    env_id: str = "Ant-v5"
+    """task"""
+    num_envs: int = 4096
+    """environments (>= 1)"""
+    device: str = "auto"
+    """auto (CUDA where there is a GPU), cpu, cuda, cuda:N"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """of the physics"""
+    integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "euler"
+    """mjcf is the model's own"""
+    iterations: int = 4
+    """Newton iterations (>= 1)"""
+    compile: bool = True
+    """compile the step; on CUDA also capture it as one graph"""
+    threads: int | None = None
+    """CPU threads (>= 1; default all cores)"""
+    seconds: float = 2.0
+    """length of each of the 5 timed windows, s (> 0)"""
+    seed: int = 1
+    """of states and actions"""
+    json: str | None = None
+    """file to write the figures to"""
+
+
+def random_actions(env: VecSim, generator: torch.Generator) -> Tensor:
+    """(N, nu) uniform in the control range."""
+    low = torch.as_tensor(env.single_action_space.low, device=env.device, dtype=env.dtype)
+    high = torch.as_tensor(env.single_action_space.high, device=env.device, dtype=env.dtype)
+    unit = torch.rand(env.num_envs, env.model.nu, device=env.device, dtype=env.dtype, generator=generator)
+    return low + (high - low) * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def mujoco_speed(m: mujoco.MjModel, frame_skip: int, seconds: float, seed: int) -> float:
+    """MuJoCo C's physics steps/s on one core: random actions held for frame_skip steps, episodes of 200 steps."""
+    data, rng = mujoco.MjData(m), np.random.default_rng(seed)
+    rates = []
+    for _ in range(3):
+        steps, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            if steps % (200 * frame_skip) == 0:
+                mujoco.mj_resetData(m, data)
+            data.ctrl[:] = rng.uniform(*m.actuator_ctrlrange.T)
+            mujoco.mj_step(m, data, frame_skip)
+            steps += frame_skip
+        rates.append(steps / (time.perf_counter() - start))
+    return float(np.median(rates))
+
+
+def acceleration_errors(env: VecSim, actions: Tensor, samples: int = 512) -> np.ndarray:
+    """Relative error of qacc, max over dofs, against converged MuJoCo C at the environments' present states."""
+    m = converged(env.mj_model)
+    data = mujoco.MjData(m)
+    state = State(*(x[:, :samples] for x in env.state()))
+    ctrl = actions[:samples].T
+    with torch.no_grad():
+        qacc = forward(env.model, state, ctrl, env.settings.iterations).solution.qacc.double().cpu().numpy()
+    states = [x.double().cpu().numpy() for x in (*state, ctrl)]
+    errors = []
+    for k in range(qacc.shape[1]):
+        data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] = (x[:, k] for x in states)
+        mujoco.mj_forward(m, data)
+        errors.append(np.abs(qacc[:, k] - data.qacc).max() / (1 + np.abs(data.qacc).max()))
+    return np.array(errors)
+
+
+def converged(m: mujoco.MjModel) -> mujoco.MjModel:
+    """A copy whose solver is Newton run to convergence, the common answer of all solvers."""
+    m = copy.deepcopy(m)
+    m.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+    m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    m.opt.tolerance, m.opt.iterations, m.opt.ls_iterations = 1e-15, 100, 50
+    return m
+
+
+def count_kernels(env: VecSim, actions: Tensor) -> float | None:
+    """Compiled kernels per physics step: CUDA kernels, or on a CPU the C++ functions that fuse many loops each."""
+    if not env.compiled:
+        return None
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if env.device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profile:
+        env.step(actions)
+        synchronize(env.device)
+    if env.device.type == "cuda":
+        count = sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+        return count / env.task.frame_skip
+    count = sum(e.count for e in profile.key_averages() if "cpp_fused" in e.key)
+    return count / env.task.frame_skip / len(env._slices)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the aten operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(env: VecSim) -> int:
+    """aten operations of one eager physics step."""
+    state, ctrl = State(*(x[:, :2] for x in env.state())), torch.zeros_like(env.state().qvel[: env.model.nu, :2])
+    with torch.no_grad(), CountOperations() as counter:
+        step(env.model, state, ctrl, env.settings.integrator, env.settings.iterations)
+    return counter.count
+
+
+def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
+    """Time one configuration and check it; returns what --json writes."""
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads must be at least 1, not {args.threads}")
+    if args.seconds <= 0:
+        raise ValueError(f"seconds must be positive, not {args.seconds}")
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    env = make(
+        args.env_id,
+        args.num_envs,
+        device=device,
+        seed=args.seed,
+        dtype=getattr(torch, args.dtype),
+        integrator=None if args.integrator == "mjcf" else args.integrator,
+        iterations=args.iterations,
+        compile=args.compile,
+        random_initial_ages=True,
+    )
+    generator = torch.Generator(env.device).manual_seed(args.seed)
+    env.reset(seed=args.seed)
+    print(f"{args.env_id}: compiling ..." if args.compile else f"{args.env_id}: eager", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    env.step(random_actions(env, generator))
+    synchronize(env.device)
+    first = time.perf_counter() - start
+
+    for _ in range(3):  # settle: contacts made, clocks up
+        env.step(random_actions(env, generator))
+    rates, second = [], 0.0
+    for window in range(5):
+        synchronize(env.device)
+        steps, start = 0, time.perf_counter()
+        while second < args.seconds or steps == 0:
+            env.step(random_actions(env, generator))
+            synchronize(env.device)
+            steps, second = steps + 1, time.perf_counter() - start
+        rates.append(steps * args.num_envs / second)
+        print(f"  window {window + 1}/5: {rates[-1]:,.0f} env steps/s", file=sys.stderr, flush=True)
+        second = 0.0
+    rate = float(np.median(rates))
+    errors = acceleration_errors(env, random_actions(env, generator))
+    reference = copy.deepcopy(env.mj_model)
+    reference.opt.integrator = {name: code for code, name in INTEGRATORS.items()}[env.settings.integrator]
+    name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else cpu_name()
+    return {
+        "env_id": args.env_id,
+        "num_envs": args.num_envs,
+        "device": str(env.device),
+        "dtype": args.dtype,
+        "integrator": env.settings.integrator,
+        "iterations": args.iterations,
+        "compile": args.compile,
+        "physics_steps_per_second": rate * env.task.frame_skip,
+        "physics_steps_per_second_min_max": [min(rates) * env.task.frame_skip, max(rates) * env.task.frame_skip],
+        "env_steps_per_second": rate,
+        "compile_seconds": max(0.0, first - args.num_envs / rate) if args.compile else 0.0,
+        "kernels_per_physics_step": count_kernels(env, random_actions(env, generator)),
+        "aten_operations_per_physics_step": count_operations(env),
+        "qacc_error_p50": float(np.quantile(errors, 0.5)),
+        "qacc_error_p99": float(np.quantile(errors, 0.99)),
+        "qacc_error_max": float(errors.max()),
+        "invalid": env.pop_statistics()["invalid"],
+        "mujoco_c_physics_steps_per_second": mujoco_speed(reference, env.task.frame_skip, args.seconds, args.seed),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "mujoco": mujoco.__version__, "gymnasium": gymnasium.__version__},
+        "hardware": name,
+    }
+
+
+def cpu_name() -> str:
+    """The processor, as the operating system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(BenchmarkArgs, description=BenchmarkArgs.__doc__)
+    try:
+        result = benchmark(args)
+    except ValueError as error:
+        print(f"vecsim_torch.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    ratio = result["physics_steps_per_second"] / result["mujoco_c_physics_steps_per_second"]
+    print(f"{args.env_id}, {args.num_envs} environments, {result['integrator']}, {result['iterations']} iterations")
+    print(f"{result['hardware']}, {result['threads']} threads, {args.dtype}, torch {torch.__version__}")
+    kernels = result["kernels_per_physics_step"]
+    rows = {
+        "physics steps/s": f"{result['physics_steps_per_second']:,.0f}",
+        "environment steps/s": f"{result['env_steps_per_second']:,.0f}",
+        "MuJoCo C, one core, physics steps/s": f"{result['mujoco_c_physics_steps_per_second']:,.0f}",
+        "ratio": f"{ratio:.2f}",
+        "compile time": f"{result['compile_seconds']:.0f} s",
+        "kernels per physics step": "-" if kernels is None else f"{kernels:.1f}",
+        "aten operations per eager physics step": f"{result['aten_operations_per_physics_step']:,}",
+        "qacc error against MuJoCo C, median": f"{result['qacc_error_p50']:.1e}",
+        "qacc error, p99": f"{result['qacc_error_p99']:.1e}",
+        "qacc error, max of 512": f"{result['qacc_error_max']:.1e}",
+    }
+    for label, value in rows.items():
+        print(f"  {label:40s}{value:>14s}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
