@@ -211,7 +211,7 @@ class Model:
     # tree
     parent: tuple[int, ...]  # (nl) parent link, -1 for the world
     dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
-    link_levels: tuple[tuple[Tensor, Tensor], ...]  # by depth: rows of the local poses, parents' places in the level above
+    link_levels: tuple[tuple[Tensor, Tensor], ...]  # by depth: rows of local poses, parents' places one level up
     link_order_index: Tensor  # (nl) from the links level by level to links
     dof_link_index: Tensor  # (nv)
     dof_order_index: Tensor  # (nv) from the dofs of (hinges and slides, balls, frees) to dofs
@@ -673,7 +673,9 @@ def load_model(
                 )  # fmt: skip
         elif self_collision:
             links = tuple(nl if body_link[b] < 0 else body_link[b] for b in (b1, b2))
-            half = [axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == capsule) for axes, g in ((axes1, g1), (axes2, g2))]
+            half = [
+                axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == capsule) for axes, g in ((axes1, g1), (axes2, g2))
+            ]
             radii = (m.geom_size[g1, 0], m.geom_size[g2, 0])
             pairs.append(
                 (links, (b1, b2), (g1, g2), (centre1, centre2), half, radii, friction, solver, invweight, condim == 1)
@@ -943,9 +945,7 @@ def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     return torch.cat((shifted[:, :6] + own, shifted[:, 6:]), 1)
 
 
-def composite(
-    model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, contacts: Tensor | None = None
-) -> Tensor:
+def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, contacts: Tensor | None = None) -> Tensor:
     """Packed (nnz, N) matrix sum J^T A J + diag over 6x6 matrices A of links (nl, 21, N) and of contacts (nc, 21, N).
 
     With the links' inertias it is the composite-rigid-body algorithm (mj_crb; Featherstone 2008, section 6.2), the mass
@@ -1662,7 +1662,7 @@ class Task:
     normal_velocity_noise: bool = dataclasses.field(default=False, init=False)
 
     def sense(self, model: Model, p: Physical) -> dict[str, Tensor]:
-        """"position" (k, N) m, whose change over a step is the velocity in the reward, and other measurements."""
+        """Measurements: "position" (k, N) m, whose change over a step is the velocity in the reward, and others."""
         return {"position": p.qpos[:1]}
 
     def observe(self, model: Model, p: Physical, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2017,6 +2017,7 @@ def settle(
 # The vector environment
 # ----------------------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class EnvironmentRegions(Regions):
     """The physics' regions and the rest of an environment step."""
@@ -2224,7 +2225,8 @@ class VecSim(gymnasium.vector.VectorEnv):
                 )
                 bad = transition.invalid
                 before = torch.cat((carry.qpos, carry.qvel, action[:, s]))
-                offender = torch.where(bad.any(), before[:, bad.to(torch.uint8).argmax()], self._offender)
+                first = before.index_select(1, bad.to(torch.uint8).argmax().view(1)).squeeze(1)
+                offender = torch.where(bad.any(), first, self._offender)
                 self._offender.copy_(offender)
                 for a, b in zip(carry, after, strict=True):
                     a.copy_(b)
@@ -2465,21 +2467,28 @@ def mujoco_speed(m: mujoco.MjModel, frame_skip: int, seconds: float, seed: int) 
     return float(np.median(rates))
 
 
-def acceleration_errors(env: VecSim, actions: Tensor, samples: int = 512) -> np.ndarray:
-    """Relative error of qacc, max over dofs, against converged MuJoCo C at the environments' present states."""
+def acceleration_errors(
+    env: VecSim, actions: Tensor, iterations: list[int], samples: int = 512
+) -> dict[int, np.ndarray]:
+    """Relative error of qacc (samples,), max over dofs, per number of Newton iterations.
+
+    Against converged MuJoCo C at the environments' present states, warm-started as the environment is.
+    """
     m = converged(env.mj_model)
     data = mujoco.MjData(m)
-    state = State(*(x[:, :samples] for x in env.state()))
-    ctrl = actions[:samples].T
-    with torch.no_grad():
-        qacc = forward(env.model, state, ctrl, env.settings.iterations).solution.qacc.double().cpu().numpy()
-    states = [x.double().cpu().numpy() for x in (*state, ctrl)]
-    errors = []
-    for k in range(qacc.shape[1]):
-        data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] = (x[:, k] for x in states)
+    state, ctrl = State(*(x[:, :samples] for x in env.state())), actions[:samples].T
+    exact = []
+    for columns in zip(*(x.double().cpu().numpy().T for x in (*state, ctrl)), strict=True):
+        data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] = columns
         mujoco.mj_forward(m, data)
-        errors.append(np.abs(qacc[:, k] - data.qacc).max() / (1 + np.abs(data.qacc).max()))
-    return np.array(errors)
+        exact.append(data.qacc.copy())
+    exact = np.array(exact)
+    errors = {}
+    for count in iterations:
+        with torch.no_grad():
+            qacc = forward(env.model, state, ctrl, count).solution.qacc.double().cpu().numpy().T
+        errors[count] = np.abs(qacc - exact).max(1) / (1 + np.abs(exact).max(1))
+    return errors
 
 
 def converged(m: mujoco.MjModel) -> mujoco.MjModel:
@@ -2569,7 +2578,10 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         print(f"  window {window + 1}/5: {rates[-1]:,.0f} env steps/s", file=sys.stderr, flush=True)
         second = 0.0
     rate = float(np.median(rates))
-    errors = acceleration_errors(env, random_actions(env, generator))
+    by_iterations = acceleration_errors(
+        env, random_actions(env, generator), sorted({1, 2, 3, 4, 6, 8, 12, args.iterations})
+    )
+    errors = by_iterations[args.iterations]
     reference = copy.deepcopy(env.mj_model)
     reference.opt.integrator = {name: code for code, name in INTEGRATORS.items()}[env.settings.integrator]
     name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else cpu_name()
@@ -2590,6 +2602,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "qacc_error_p50": float(np.quantile(errors, 0.5)),
         "qacc_error_p99": float(np.quantile(errors, 0.99)),
         "qacc_error_max": float(errors.max()),
+        "qacc_error_p99_by_iterations": {k: float(np.quantile(e, 0.99)) for k, e in by_iterations.items()},
         "invalid": env.pop_statistics()["invalid"],
         "mujoco_c_physics_steps_per_second": mujoco_speed(reference, env.task.frame_skip, args.seconds, args.seed),
         "threads": torch.get_num_threads(),
@@ -2631,6 +2644,8 @@ def main() -> None:
         "qacc error, p99": f"{result['qacc_error_p99']:.1e}",
         "qacc error, max of 512": f"{result['qacc_error_max']:.1e}",
     }
+    for count, error in result["qacc_error_p99_by_iterations"].items():
+        rows[f"qacc error, p99 at {count} iterations"] = f"{error:.1e}"
     for label, value in rows.items():
         print(f"  {label:40s}{value:>14s}")
     if args.json:
