@@ -1544,14 +1544,18 @@ def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: 
 def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
     """Rate of the exponential coordinates at displacement u = scale * rate (nv, N) that gives body velocity `qvel`.
 
-    The inverse of the exponential map's derivative, to the second order that a fourth-order method needs (Hairer,
-    Lubich and Wanner 2006, Geometric Numerical Integration, IV.8): w + 1/2 u x w + 1/12 u x (u x w).
+    The inverse of the exponential map's derivative (Iserles et al. 2000, Lie-group methods, section B.3), in closed
+    form as in MuJoCo: w + u x w / 2 + c u x (u x w) with c = (1 - (t/2) cot(t/2)) / t^2 and t = |u|.
     """
     rows = list(qvel.unbind(0))
     for _, dof in model.quaternions:
         w, u = qvel[dof : dof + 3], scale * rate[dof : dof + 3]
+        square = dot(u, u)
+        small = square < 1e-8
+        half = 0.5 * torch.sqrt(torch.where(small, 1.0, square))
+        c = torch.where(small, 1 / 12 + square / 720, (1 - half / torch.tan(half)) / torch.where(small, 1.0, square))
         bracket = cross(u, w)
-        rows[dof : dof + 3] = (w + 0.5 * bracket + cross(u, bracket) / 12).unbind(0)
+        rows[dof : dof + 3] = (w + 0.5 * bracket + c * cross(u, bracket)).unbind(0)
     return torch.stack(rows)
 
 

@@ -7,7 +7,6 @@ are relative as |a - b|max / (1 + |b|max), per state, so that a small entry of a
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,3 +240,347 @@ def test_one_step(visited, integrator):
     # h times the acceleration's error; Runge-Kutta's later stages see it again
     assert worst_qpos <= 1e-10
     assert worst_qvel <= 1e-9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trajectories
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Growth of a 1e-9 disturbance of qpos over the 100 steps, in MuJoCo itself, tells whether the window is chaotic.
+DISTURBANCE = 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trajectory(name):
+    m = gym_model(name)
+    m.opt.integrator = INTEGRATORS["euler"]
+    n, steps, rng = 8, 100, np.random.default_rng(3)
+    d = mujoco.MjData(m)
+    start_qpos = np.tile(m.qpos0, (n, 1)) + 0.02 * rng.normal(size=(n, m.nq))
+    for row in start_qpos:
+        mujoco.mj_normalizeQuat(m, row)
+    start_qvel = 0.1 * rng.normal(size=(n, m.nv))
+    ctrls = np.array([[random_ctrl(m, rng) for _ in range(n)] for _ in range(steps)])
+
+    def c_rollout(shift):
+        rows = []
+        for k in range(n):
+            mujoco.mj_resetData(m, d)
+            d.qpos[:], d.qvel[:] = start_qpos[k], start_qvel[k]
+            d.qpos += shift
+            for t in range(steps):
+                d.ctrl[:] = ctrls[t, k]
+                mujoco.mj_step(m, d)
+            rows.append(d.qpos.copy())
+        return np.array(rows)
+
+    theirs = c_rollout(0.0)
+    growth = np.abs(c_rollout(DISTURBANCE) - theirs).max(1) / DISTURBANCE
+    model = vecsim.load_model(m, dtype=torch.float64, pair_slots=8)
+    state = vecsim.State(last_axis(start_qpos), last_axis(start_qvel), torch.zeros(m.nv, n, dtype=torch.float64))
+    for t in range(steps):
+        state, _ = vecsim.step(model, state, last_axis(ctrls[t]), "euler", 10)
+    difference = np.abs(state.qpos.T.numpy() - theirs).max(1)
+    print(f"\n100 steps {name}: error {difference.max():.1e}, growth of a disturbance {growth.max():.1e}")
+    # a rounding error of 1e-12 a step (measured 1e-13), grown by what MuJoCo's own trajectory grows
+    assert (difference <= 1e-12 * steps * np.maximum(growth, 1)).all()
+    assert (difference[growth < 1e3] <= 1e-6).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that nobody wrote
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def random_tree(seed):
+    """MJCF of a random tree that touches the ground and itself, with every supported feature somewhere."""
+    rng = np.random.default_rng(seed)
+
+    def numbers(*values):
+        return " ".join(f"{v:.6g}" for v in values)
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    def chance(p):
+        return rng.random() < p
+
+    def constraint(prefix=""):
+        kind = rng.integers(4)
+        text = ""
+        if kind == 1:
+            text += f' solref{prefix}="{numbers(rng.uniform(0.005, 0.05), rng.uniform(0.5, 1.5))}"'
+        elif kind == 2:
+            text += f' solref{prefix}="{numbers(-rng.uniform(300, 3000), -rng.uniform(10, 80))}"'
+        if chance(0.5):
+            low = rng.uniform(0.5, 0.9)
+            impedance = low, rng.uniform(low, 0.99), rng.uniform(0.0005, 0.02), rng.uniform(0.2, 0.8), pick(1, 2, 2.7)
+            text += f' solimp{prefix}="{numbers(*impedance)}"'
+        return text
+
+    def contact():
+        text = f' condim="{pick(1, 3)}" friction="{numbers(rng.uniform(0.2, 1.5))} 0.01 0.001"' + constraint()
+        text += f' margin="{rng.uniform(0, 0.02):.4f}"' if chance(0.4) else ""
+        text += f' solmix="{rng.uniform(0.2, 2):.3f}"' if chance(0.3) else ""
+        return text + (f' priority="{pick(1, 2)}"' if chance(0.15) else "")
+
+    def geom(boxes):
+        kind = "box" if boxes and chance(0.25) else pick("capsule", "capsule", "sphere")
+        pose = f'pos="{numbers(*rng.uniform(-0.08, 0.08, 3))}" euler="{numbers(*rng.uniform(-90, 90, 3))}"'
+        size = {
+            "capsule": (rng.uniform(0.03, 0.06), rng.uniform(0.05, 0.15)),
+            "sphere": (rng.uniform(0.04, 0.1),),
+            "box": tuple(rng.uniform(0.03, 0.1, 3)),
+        }[kind]
+        bits = ' contype="2" conaffinity="0"' if kind == "box" else ""  # only the plane has bit 2
+        if kind == "capsule" and chance(0.3):
+            a = rng.uniform(-0.1, 0.1, 3)
+            pose, size = f'fromto="{numbers(*a, *(a + rng.uniform(0.05, 0.2, 3)))}"', size[:1]
+        return f'<geom type="{kind}" size="{numbers(*size)}" {pose}{bits} density="{rng.uniform(300, 2000):.1f}"{contact()}/>'
+
+    joints, actuators = [], []
+
+    def joint(kind):
+        name = f"j{len(joints)}"
+        text = f'<joint name="{name}" type="{kind}" pos="{numbers(*rng.uniform(-0.05, 0.05, 3))}"'
+        text += f' armature="{rng.uniform(0, 0.05):.4f}" damping="{pick(0.0, rng.uniform(0, 1)):.4f}"'
+        if kind == "ball":
+            if chance(0.5):
+                text += f' limited="true" range="0 {rng.uniform(20, 90):.2f}"' + constraint("limit")
+        else:
+            text += f' axis="{numbers(*rng.normal(size=3))}"'
+            scale = 1.0 if kind == "hinge" else 0.01  # ranges of hinges are degrees
+            if chance(0.4):
+                text += f' stiffness="{rng.uniform(0, 20):.3f}" springref="{rng.uniform(-30, 30) * scale:.4f}"'
+            if chance(0.3):
+                text += f' ref="{rng.uniform(-20, 20) * scale:.4f}"'
+            if chance(0.6):
+                bounds = rng.uniform(-60, -25) * scale, rng.uniform(25, 60) * scale
+                text += f' limited="true" range="{numbers(*bounds)}"' + constraint("limit")
+                text += f' margin="{rng.uniform(0, 0.05):.4f}"' if chance(0.4) else ""
+            if chance(0.3):
+                text += f' actuatorfrcrange="{numbers(-rng.uniform(1, 5), rng.uniform(1, 5))}"'
+            joints.append(name)
+        return text + "/>"
+
+    def body(depth, boxes):
+        where = rng.normal(size=3)
+        where *= rng.uniform(0.15, 0.35) / np.linalg.norm(where)
+        text = f'<body pos="{numbers(*where)}" euler="{numbers(*rng.uniform(-180, 180, 3))}">'
+        kinds = pick(["hinge"], ["hinge"], ["slide"], ["ball"], ["hinge", "hinge"], ["slide", "hinge", "hinge"], [])
+        text += "".join(joint(kind) for kind in kinds)
+        return text + inside(depth, boxes) + "</body>"
+
+    def inside(depth, boxes):
+        text = "".join(geom(boxes) for _ in range(rng.integers(1, 3)))
+        if chance(0.2):
+            full = numbers(*rng.uniform(0.01, 0.012, 3), *rng.uniform(-0.002, 0.002, 3))
+            text += f'<inertial pos="{numbers(*rng.uniform(-0.05, 0.05, 3))}" mass="{rng.uniform(0.5, 3):.3f}" fullinertia="{full}"/>'
+        if depth < 3:
+            text += "".join(body(depth + 1, boxes) for _ in range(rng.integers(1 if depth < 2 else 0, 3)))
+        return text
+
+    world = ""
+    boxes = chance(0.5)
+    for _ in range(pick(1, 1, 2)):  # one robot, or two that can collide
+        base = "<freejoint/>" if chance(0.7) else joint("slide") + joint("hinge")
+        pose = f'pos="{numbers(*rng.uniform(-0.4, 0.4, 2), rng.uniform(0.4, 0.7))}" euler="{numbers(*rng.uniform(-180, 180, 3))}"'
+        world += f"<body {pose}>{base}{inside(0, boxes)}</body>"
+    if chance(0.4):
+        world += f'<geom type="sphere" size="0.2" pos="{numbers(*rng.uniform(-0.5, 0.5, 2), 0.1)}"{contact()}/>'
+    for name in joints:
+        drive = pick("motor", "position", "velocity", "general", None)
+        limits = f' ctrlrange="-1 1" gear="{rng.uniform(0.5, 3) * pick(-1, 1):.3f}"'
+        limits += f' forcerange="{numbers(-rng.uniform(1, 6), rng.uniform(1, 6))}"' if chance(0.5) else ""
+        target = f'{pick("joint", "joint", "jointinparent")}="{name}"'
+        gains = {
+            "motor": "",
+            "position": f' kp="{rng.uniform(2, 20):.3f}" kv="{rng.uniform(0, 1):.3f}"',
+            "velocity": f' kv="{rng.uniform(0.2, 2):.3f}"',
+            "general": f' gainprm="{rng.uniform(1, 5):.3f}" biastype="affine" biasprm="{numbers(*rng.uniform(-2, 0, 3))}"',
+        }
+        if drive:
+            actuators.append(f"<{drive} {target}{limits}{gains[drive]}/>")
+    gravity = numbers(*rng.uniform(-1, 1, 2), -9.81)
+    tilt = numbers(*rng.uniform(-20, 20, 2), 0)
+    return f"""<mujoco><compiler autolimits="true"/>
+      <option timestep="{pick(0.002, 0.004)}" gravity="{gravity}" impratio="{pick(1, 1, 3)}"/>
+      <worldbody>
+        <geom type="plane" size="5 5 1" pos="0 0 {rng.uniform(-0.1, 0.1):.3f}" euler="{tilt}" contype="3" conaffinity="3"{contact()}/>
+        {world}
+      </worldbody><actuator>{"".join(actuators)}</actuator></mujoco>"""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_model(seed):
+    m = converged(mujoco.MjModel.from_xml_string(random_tree(seed)))
+    states = visit(m, 60, seed, stride=5, episode=100, speed=0.3)
+    fields = ("qacc", "qfrc_bias", "qfrc_constraint", "qfrc_actuator", "qfrc_passive")
+    reference = c_forward(m, states, fields)
+    assert any(reference.contacts)
+    pairs = pairs_seen(m, reference.contacts)
+    model = vecsim.load_model(m, dtype=torch.float64, pair_slots=pairs + 1)
+    state, ctrl = batch(states)
+    dynamics = vecsim.forward(model, state, ctrl, ITERATIONS)
+    smooth = dynamics.smooth
+    padded = torch.cat((smooth.mass_matrix, torch.zeros_like(smooth.mass_matrix[:1])))
+    worst = error(dynamics.solution.qacc, reference.qacc)
+    print(f"\nrandom model {seed}: nv {m.nv}, contacts up to {max(map(len, reference.contacts))}, pairs {pairs}, {worst:.1e}")
+    # rounding, as for Gymnasium's models; the solver's tolerance as there
+    assert error(padded[model.unpack_index], reference.mass_matrix) <= 1e-12
+    assert error(smooth.qfrc_bias, reference.qfrc_bias) <= 1e-12
+    assert error(smooth.qfrc_actuator, reference.qfrc_actuator) <= 1e-12
+    assert error(vecsim.passive_force(model, state.qpos, state.qvel), reference.qfrc_passive) <= 1e-12
+    assert worst <= 1e-9
+    assert error(vecsim.constraint_force(model, smooth, dynamics.solution), reference.qfrc_constraint) <= 1e-9
+    for integrator in ("euler", "implicitfast"):
+        qpos, qvel = c_step(m, states, integrator)
+        after, _ = vecsim.step(model, state, ctrl, integrator, 16)
+        assert error(after.qpos, qpos) <= 1e-10, integrator
+        assert error(after.qvel, qvel) <= 1e-9, integrator
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Integration of fast rotations
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPINNING = """<mujoco><option timestep="0.005" gravity="0 0 0" integrator="RK4"/><worldbody><body>
+  <freejoint/><geom type="capsule" size=".05 .2" contype="0" conaffinity="0"/>
+  <body pos=".1 .2 .3"><joint type="ball" pos=".05 0 .1"/>
+    <geom type="capsule" size=".04 .15" pos=".1 0 0" euler="20 30 40" contype="0" conaffinity="0"/></body>
+</body></worldbody></mujoco>"""
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.01, 0.1, 0.3, 1.0, 4.0])
+def test_fast_rotation(turn):
+    """`turn` rad per timestep. MuJoCo's chart has the inverse of the exponential's derivative in closed form."""
+    m = converged(mujoco.MjModel.from_xml_string(SPINNING))
+    n, rng = 50, np.random.default_rng(5)
+    qpos = rng.normal(size=(n, m.nq))
+    for row in qpos:
+        mujoco.mj_normalizeQuat(m, row)
+    qvel = rng.normal(size=(n, m.nv))
+    for dof in (3, 6):
+        spin = qvel[:, dof : dof + 3]
+        spin *= turn / m.opt.timestep / np.linalg.norm(spin, axis=1, keepdims=True)
+    states = SimpleNamespace(qpos=qpos, qvel=qvel, warmstart=0 * qvel, ctrl=np.zeros((n, 0)))
+    model = vecsim.load_model(m, dtype=torch.float64)
+    state, ctrl = batch(states)
+    for _ in range(3):
+        states.qpos, states.qvel = c_step(m, states, "rk4")
+        state, _ = vecsim.step(model, state, ctrl, "rk4", 2)
+        worst = max(error(state.qpos, states.qpos), error(state.qvel, states.qvel))
+        print(f"\n{turn} rad a step: {worst:.1e}")
+        assert worst <= 1e-10  # rounding; a truncated series shows from 0.1 rad on
+        state = vecsim.State(last_axis(states.qpos), last_axis(states.qvel), state.warmstart)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conservation laws and closed forms: these need no MuJoCo to be true
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHAIN = """<mujoco><option timestep="0.001" integrator="RK4"/><default><geom contype="0" conaffinity="0"/></default><worldbody>
+  <body><joint axis="0 1 0"/><geom type="capsule" size=".03" fromto="0 0 0 0 0 -.4"/>
+    <body pos="0 0 -.4"><joint axis="1 .3 0"/><geom type="capsule" size=".03" fromto="0 0 0 .1 0 -.3"/>
+      <body pos=".1 0 -.3"><joint type="ball"/><geom type="sphere" size=".06" pos="0 .1 -.2"/>
+</body></body></body></worldbody></mujoco>"""
+
+
+def energy(model, m, state):
+    """Kinetic plus potential energy (N,) from link masses alone."""
+    xpos, xmat = vecsim.kinematics(model, state.qpos)
+    smooth = vecsim.smooth_dynamics(model, state.qpos, state.qvel, state.qpos.new_zeros(m.nu, state.qpos.shape[1]))
+    kinetic = 0.5 * vecsim.inner(
+        model, smooth.inertia, *[vecsim.Iterate(state.qvel, smooth.cvel, *(torch.zeros(1),) * 3)] * 2
+    )
+    com = xpos + vecsim.apply(xmat, model.com)
+    return kinetic - (model.mass * (com * model.gravity).sum(1)).sum(0)
+
+
+def test_energy_of_a_pendulum_chain():
+    m = mujoco.MjModel.from_xml_string(CHAIN)
+    model = vecsim.load_model(m, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    qpos = torch.randn(m.nq, 8, dtype=torch.float64, generator=generator)
+    qpos[2:6] /= qpos[2:6].norm(dim=0)
+    state = vecsim.State(qpos, torch.randn(m.nv, 8, dtype=torch.float64, generator=generator), torch.zeros(m.nv, 8).double())
+    ctrl = torch.zeros(0, 8, dtype=torch.float64)
+    before = energy(model, m, state)
+    swing = torch.zeros(8, dtype=torch.float64)
+    first = state.qpos
+    for _ in range(1000):
+        state, _ = vecsim.step(model, state, ctrl, "rk4", 1)
+        swing = torch.maximum(swing, (state.qpos - first).abs().amax(0))
+    assert (swing > 0.3).all()  # rad: they do swing
+    drift = ((energy(model, m, state) - before).abs() / (1 + before.abs())).max()
+    print(f"\nenergy over 1 s: {drift:.1e}")
+    assert drift <= 1e-6  # the order of the method leaves 1e-10 at this timestep
+
+
+FLOATING = """<mujoco><option timestep="0.001" gravity="0 0 0" integrator="RK4"/><worldbody><body>
+  <freejoint/><geom type="sphere" size=".1"/>
+  <body pos=".2 0 0"><joint name="a" axis="0 1 0" damping=".1"/><geom type="capsule" size=".04" fromto="0 0 0 .3 0 0"/>
+    <body pos=".3 0 0"><joint name="b" axis="0 .5 1" range="-90 90" limited="true"/>
+      <geom type="capsule" size=".03" fromto=".1 0 0 .3 0 0"/></body></body>
+  <body pos="-.2 0 0"><joint name="c" type="slide" axis="0 0 1" stiffness="20"/><geom type="sphere" size=".07"/></body>
+  <body pos="0 .2 0"><joint type="ball"/><geom type="capsule" size=".03" fromto="0 0 0 0 .3 0"/></body>
+</body></worldbody><actuator><motor joint="a"/><motor joint="b" gear=".5"/><motor joint="c" gear="5"/></actuator></mujoco>"""
+
+
+def momentum(model, state):
+    """Linear and angular momentum about the world's origin, (6, N)."""
+    xpos, xmat = vecsim.kinematics(model, state.qpos)
+    origin = torch.zeros_like(xpos[0])
+    cdof = vecsim.motion_subspace(model, xpos, xmat, origin)
+    inertia = vecsim.spatial_inertia(model, xpos, xmat, origin)
+    return vecsim.apply_symmetric(inertia, vecsim.link_motion(model, cdof, state.qvel)).sum(0)
+
+
+def test_momentum_of_a_floating_robot():
+    """Motors, springs, dampers, limits and self-contacts are internal: they change no momentum."""
+    m = mujoco.MjModel.from_xml_string(FLOATING)
+    model = vecsim.load_model(m, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    n = 16
+    state = vecsim.State(
+        model.qpos0.repeat(1, n),
+        torch.randn(m.nv, n, dtype=torch.float64, generator=generator),
+        torch.zeros(m.nv, n, dtype=torch.float64),
+    )
+    before = momentum(model, state)
+    limits = 0
+    for _ in range(300):
+        ctrl = torch.randn(m.nu, n, dtype=torch.float64, generator=generator)
+        state, dynamics = vecsim.step(model, state, ctrl, "rk4", 8)
+        force = vecsim.constraint_force(model, dynamics.smooth, dynamics.solution)
+        limits += int((force.abs().amax(0) > 1e-3).sum())
+        assert force[:3].abs().max() <= 1e-9  # N: action equals reaction, to the rounding of forces of some 100 N
+    assert limits > 50  # constraints did push
+    drift = ((momentum(model, state) - before).abs().amax(0) / (1 + before.abs().amax(0))).max()
+    print(f"\nmomentum over 0.3 s: {drift:.1e}")
+    # only the integrator's truncation: h^4 where the motion is smooth, less where a constraint switches on in a step
+    assert drift <= 1e-6
+
+
+def test_free_fall_and_spring():
+    """A thrown ball and a mass on a damped spring against their formulas."""
+    xml = """<mujoco><option timestep="0.001" integrator="RK4"/><worldbody>
+      <body><freejoint/><geom type="sphere" size=".1" mass="2" contype="0" conaffinity="0"/></body>
+      <body><joint type="slide" axis="1 0 0" stiffness="50" damping="1"/><geom type="sphere" size=".1" mass="2" contype="0" conaffinity="0"/></body>
+    </worldbody></mujoco>"""
+    model = vecsim.load_model(xml, dtype=torch.float64)
+    qpos, qvel = model.qpos0.clone(), torch.zeros(7, 1, dtype=torch.float64)
+    qvel[:6, 0] = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0, 6.0])
+    qpos[7] = 0.3
+    state = vecsim.State(qpos, qvel, torch.zeros_like(qvel))
+    for _ in range(500):
+        state, _ = vecsim.step(model, state, torch.zeros(0, 1, dtype=torch.float64), "rk4", 1)
+    t, decay = 0.5, 0.25
+    omega = math.sqrt(25 - decay**2)
+    spring = 0.3 * math.exp(-decay * t) * (math.cos(omega * t) + decay / omega * math.sin(omega * t))
+    # a sphere spins at a constant rate, so the rotation is exp(w t); truncation of the spring is 1e-11
+    w = torch.tensor([[4.0], [5.0], [6.0]], dtype=torch.float64) * t
+    expected = torch.cat((torch.tensor([[t * 1.0], [t * -2.0], [t * 3.0 - 0.5 * 9.81 * t * t]]).double(), vecsim.quat_exponential(w)))
+    expected[3:] *= torch.sign((expected[3:] * state.qpos[3:7]).sum())
+    assert (state.qpos[:7] - expected).abs().max() <= 1e-12 * 500
+    assert abs(float(state.qpos[7]) - spring) <= 1e-9
