@@ -2,6 +2,8 @@
 
     python vecsim_torch.py --env-id Ant-v5 --num-envs 4096          # speed, compile time, parity with MuJoCo C
 
+    python vecsim_torch.py --env-id Ant-v5 --threads 1 --num-envs 1024 --json results/vecsim/Ant-v5-cpu-1core.json
+
     env = vecsim_torch.make("Ant-v5", num_envs=4096, device="cuda", seed=1, compile=True)
     obs, info = env.reset(seed=1)
     obs, reward, terminated, truncated, info = env.step(action)     # tensors on the device, environment axis first
@@ -2547,6 +2549,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         raise ValueError(f"threads must be at least 1, not {args.threads}")
     if args.seconds <= 0:
         raise ValueError(f"seconds must be positive, not {args.seconds}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts kernels is chatty
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     env = make(
