@@ -75,7 +75,10 @@ def visit(m, count, seed=0, stride=3, episode=150, speed=0.5, touching=False):
         t += 1
         assert t < 100 * count, "too few states touch anything"
     return SimpleNamespace(
-        **{name: np.array(column) for name, column in zip(("qpos", "qvel", "warmstart", "ctrl"), zip(*rows, strict=True), strict=True)}
+        **{
+            name: np.array(column)
+            for name, column in zip(("qpos", "qvel", "warmstart", "ctrl"), zip(*rows, strict=True), strict=True)
+        }
     )
 
 
@@ -415,7 +418,9 @@ def random_tree(seed):
 
 BOX_NAN = "a box corner that points away gets distance inf, and 0 * inf = NaN in the solver"
 JOINT_FORCE_LIMIT = "implicitfast keeps actuator damping where actuatorfrcrange limits a joint; MuJoCo drops it"
-BROKEN_SEEDS = dict.fromkeys((2, 3, 8, 11, 12, 18, 19), BOX_NAN) | dict.fromkeys((5, 7, 9, 13, 15, 17), JOINT_FORCE_LIMIT)
+BROKEN_SEEDS = dict.fromkeys((2, 3, 8, 11, 12, 18, 19), BOX_NAN) | dict.fromkeys(
+    (5, 7, 9, 13, 15, 17), JOINT_FORCE_LIMIT
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -434,7 +439,9 @@ def test_random_model(seed, request):
     smooth = dynamics.smooth
     padded = torch.cat((smooth.mass_matrix, torch.zeros_like(smooth.mass_matrix[:1])))
     worst = error(dynamics.solution.qacc, reference.qacc)
-    print(f"\nrandom model {seed}: nv {m.nv}, contacts up to {max(map(len, reference.contacts))}, pairs {pairs}, {worst:.1e}")
+    print(
+        f"\nrandom model {seed}: nv {m.nv}, contacts up to {max(map(len, reference.contacts))}, pairs {pairs}, {worst:.1e}"
+    )
     # rounding, as for Gymnasium's models; the solver's tolerance as there
     assert error(padded[model.unpack_index], reference.mass_matrix) <= 1e-12
     assert error(smooth.qfrc_bias, reference.qfrc_bias) <= 1e-12
@@ -597,7 +604,9 @@ def test_free_fall_and_spring():
     spring = 0.3 * math.exp(-decay * t) * (math.cos(omega * t) + decay / omega * math.sin(omega * t))
     # a sphere spins at a constant rate, so the rotation is exp(w t); truncation of the spring is 1e-11
     w = torch.tensor([[4.0], [5.0], [6.0]], dtype=torch.float64) * t
-    expected = torch.cat((torch.tensor([[t], [-2 * t], [3 * t - 0.5 * 9.81 * t * t]], dtype=torch.float64), vecsim.quat_exponential(w)))
+    expected = torch.cat(
+        (torch.tensor([[t], [-2 * t], [3 * t - 0.5 * 9.81 * t * t]], dtype=torch.float64), vecsim.quat_exponential(w))
+    )
     expected[3:] *= torch.sign((expected[3:] * state.qpos[3:7]).sum())
     assert (state.qpos[:7] - expected).abs().max() <= 1e-12 * 500
     assert abs(float(state.qpos[7]) - spring) <= 1e-9
@@ -743,7 +752,9 @@ def test_each_robot_its_own_parameters(name, parameter):
         assert error(after.qvel, qvel) <= 1e-9
     part = model.narrow(10, 25)
     cut = vecsim.State(*(x[:, 10:25] for x in state))
-    assert torch.equal(vecsim.forward(part, cut, ctrl[:, 10:25], 16).solution.qacc.isfinite(), ours[:, 10:25].isfinite())
+    assert torch.equal(
+        vecsim.forward(part, cut, ctrl[:, 10:25], 16).solution.qacc.isfinite(), ours[:, 10:25].isfinite()
+    )
     assert (vecsim.forward(part, cut, ctrl[:, 10:25], 16).solution.qacc - ours[:, 10:25]).abs().max() <= 1e-9
 
 
@@ -760,13 +771,16 @@ REFUSED = {
         "tendons",
     ),
     "pair": (
-        f'<worldbody><geom name="g" type="plane" size="1 1 1"/><body><freejoint/><geom name="b" size=".1"/></body>'
+        '<worldbody><geom name="g" type="plane" size="1 1 1"/><body><freejoint/><geom name="b" size=".1"/></body>'
         '</worldbody><contact><pair geom1="g" geom2="b"/></contact>',
         "explicit contact pairs",
     ),
     "mocap": (f'<worldbody>{ARM}<body mocap="true"><geom size=".1"/></body></worldbody>', "mocap"),
     "gravcomp": ('<worldbody><body gravcomp="1"><joint/><geom size=".1"/></body></worldbody>', "gravity compensation"),
-    "frictionloss": ('<worldbody><body><joint frictionloss=".1"/><geom size=".1"/></body></worldbody>', "friction loss"),
+    "frictionloss": (
+        '<worldbody><body><joint frictionloss=".1"/><geom size=".1"/></body></worldbody>',
+        "friction loss",
+    ),
     "ball stiffness": (
         '<worldbody><body><joint type="ball" stiffness="1"/><geom size=".1"/></body></worldbody>',
         "stiffness on free and ball joints",

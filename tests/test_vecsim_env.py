@@ -1,0 +1,511 @@
+"""The environments of vecsim_torch.py: Gymnasium's own as the oracle of every number, and the contract of the vector env.
+
+Bit for bit on one CPU with the same versions: same seed, resume, chunks, neighbours of a poisoned robot. Within a
+tolerance: Gymnasium, and compiled against eager.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+import vecsim_torch as vecsim
+
+TASKS = tuple(vecsim.TASKS)
+FAST = {"iterations": 2, "integrator": "euler"}  # for tests of bookkeeping, where the physics need not be exact
+
+
+def random_actions(env, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    high = torch.as_tensor(env.single_action_space.high)
+    draw = 2 * torch.rand(env.num_envs, len(high), generator=generator) - 1
+    return (scale * high * draw).to(env.dtype)
+
+
+def rollout(env, steps, seed=0):
+    """All that `steps` steps return, as one list of tensors."""
+    out = []
+    for t in range(steps):
+        obs, reward, terminated, truncated, info = env.step(random_actions(env, seed + t))
+        out += [obs, reward, terminated, truncated, *(info[k] for k in sorted(info))]
+    return out
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gymnasium
+# ----------------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "Hopper-v5": {"exclude_current_positions_from_observation": False, "healthy_reward": 0.5, "forward_reward_weight": 2.0,
+                  "healthy_z_range": (0.9, 2.0)},
+    "HalfCheetah-v5": {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.3},
+    "Ant-v5": {"include_cfrc_ext_in_observation": False, "exclude_current_positions_from_observation": False,
+               "contact_force_range": (-5.0, 5.0), "terminate_when_unhealthy": False, "contact_cost_weight": 0.1},
+    "Humanoid-v5": {"include_cinert_in_observation": False, "include_cvel_in_observation": False,
+                    "contact_cost_weight": 1e-3, "contact_cost_range": (-math.inf, 2.0)},
+}  # fmt: skip
+
+
+GYM_ONLY = {"tendon_length", "tendon_velocity"}  # of Humanoid's two tendons, which act on nothing
+
+
+def gym_position(env_id, m, d):
+    """What Gymnasium measures the robot's velocity from: mjData's, which lags qpos by the integrator's last stage."""
+    if env_id.startswith("Ant"):
+        return d.body(1).xpos[:2].copy()
+    if env_id.startswith("Humanoid"):
+        return (m.body_mass @ d.xipos / m.body_mass.sum())[:2]
+    return d.qpos[:1].copy()
+
+
+def gym_steps(env_id, count, options):
+    """`count` consecutive steps of Gymnasium under random actions: before and after each."""
+    env = gymnasium.make(env_id, **options).unwrapped
+    m, d = env.model, env.data
+    m.opt.solver, m.opt.tolerance, m.opt.iterations = mujoco.mjtSolver.mjSOL_NEWTON, 1e-15, 100
+    m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    rng, rows, pairs = np.random.default_rng(0), [], 0
+    env.reset(seed=0)
+    for _ in range(count):
+        qpos, qvel, position = d.qpos.copy(), d.qvel.copy(), gym_position(env_id, m, d)
+        # past the control range: the physics clips, the control cost does not
+        action = rng.uniform(-1.2, 1.2, m.nu) * m.actuator_ctrlrange[:, 1]
+        obs, reward, terminated, _, info = env.step(action)
+        pairs = max(pairs, sum(m.geom_type[c.geom[0]] != mujoco.mjtGeom.mjGEOM_PLANE for c in d.contact))
+        rows.append((qpos, qvel, position, action, obs, reward, terminated, info))
+        if terminated:
+            env.reset()
+    env.close()
+    return rows, pairs
+
+
+@pytest.mark.parametrize("env_id, options", [(e, {}) for e in TASKS] + list(OPTIONS.items()), ids=str)
+def test_equals_gymnasium(env_id, options):
+    """100 consecutive steps, every one from Gymnasium's own state: all at once, an environment each."""
+    count = 100 if not options else 30
+    rows, pairs = gym_steps(env_id, count, options)
+    qpos, qvel, position, action, obs, reward, terminated, infos = zip(*rows, strict=True)
+    env = vecsim.make(env_id, count, dtype=torch.float64, iterations=12, pair_slots=pairs + 2, **options)
+    env.reset(seed=0)
+
+    def last_axis(x):
+        return torch.tensor(np.array(x).T.copy())
+
+    env.set_state(last_axis(qpos), last_axis(qvel))
+    start = env.state_dict()
+    start["carry"]["position"] = last_axis(position)
+    env.load_state_dict(start)
+    _, our_reward, our_terminated, truncated, info = env.step(torch.tensor(np.array(action)))
+    final_obs = info.pop("final_obs")
+    assert not info.pop("invalid").any()
+    assert final_obs.shape == np.array(obs).shape
+    # some tens of solved dynamics in a row, each right to 1e-9 or better
+    wrong = (final_obs - torch.tensor(np.array(obs))).abs() / (1 + torch.tensor(np.array(obs)).abs())
+    print(f"\n{env_id}: obs {wrong.max():.1e}, reward {np.abs(our_reward.numpy() - reward).max():.1e}")
+    assert wrong.max() <= 1e-6, divmod(int(wrong.argmax()), final_obs.shape[1])
+    assert np.abs(our_reward.numpy() - np.array(reward)).max() <= 1e-6
+    assert our_terminated.tolist() == [bool(x) for x in terminated]
+    assert not truncated.any()
+    for name in set(infos[0]) - GYM_ONLY:
+        assert np.abs(info[name].numpy() - [i[name] for i in infos]).max() <= 1e-6, name
+    assert set(info) == set(infos[0]) - GYM_ONLY
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_reset_equals_gymnasium(env_id):
+    """Observation after a reset, spaces, and the spread of the reset noise."""
+    reference = gymnasium.make(env_id)
+    obs, _ = reference.reset(seed=0)
+    d = reference.unwrapped.data
+    env = vecsim.make(env_id, 512, dtype=torch.float64)
+    assert env.single_observation_space.shape == reference.observation_space.shape
+    assert env.single_action_space == reference.action_space
+    assert sum(s.stop - s.start for s in env.observation_slices.values()) == obs.size
+    first, _ = env.reset(seed=3)
+    noise = env.task.reset_noise_scale
+    qpos, qvel, _ = env.state()
+    moved = qpos - torch.as_tensor(reference.unwrapped.init_qpos)[:, None]
+    assert moved.abs().max() <= noise and moved.abs().amax(1).min() >= 0.9 * noise and moved.min() < 0
+    if env_id in ("HalfCheetah-v5", "Ant-v5"):  # normal velocity noise
+        assert abs(float(qvel.std()) / noise - 1) < 0.05 and qvel.abs().max() > 2 * noise
+    else:
+        assert qvel.abs().max() <= noise and qvel.abs().amax(1).min() >= 0.9 * noise
+    env = vecsim.make(env_id, 1, dtype=torch.float64)
+    env.reset(seed=0)
+    ours = env.set_state(torch.tensor(d.qpos)[:, None], torch.tensor(d.qvel)[:, None])
+    if env_id == "Humanoid-v5":  # qfrc_actuator of mjData is zero after a reset; all else is kinematics
+        assert (ours[0, env.observation_slices["qfrc_actuator"]] == 0).all()
+    assert np.abs(ours[0].numpy() - obs).max() <= 1e-12  # kinematics alone
+    reference.close()
+
+
+def test_registered_with_gymnasium():
+    env = gymnasium.make_vec("vecsim/Ant-v5", num_envs=4)
+    obs, info = env.reset(seed=0)
+    assert obs.shape == (4, 105) and info == {}
+    obs, reward, terminated, truncated, info = env.step(torch.zeros(4, 8))
+    assert obs.shape == (4, 105) and reward.shape == terminated.shape == truncated.shape == (4,)
+    env.close()
+    for env_id in TASKS:
+        assert f"vecsim/{env_id}" in gymnasium.registry
+
+
+def test_vector_env_attributes():
+    env = vecsim.make("Hopper-v5", 6)
+    assert isinstance(env, gymnasium.vector.VectorEnv)
+    assert env.num_envs == 6
+    assert env.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
+    assert env.metadata["render_fps"] == 125  # 1 / (4 * 0.002 s)
+    assert env.single_observation_space.shape == (11,) and env.observation_space.shape == (6, 11)
+    assert env.single_action_space.shape == (3,) and env.action_space.shape == (6, 3)
+    assert env.single_critic_space is None
+    obs, info = env.reset(seed=0)
+    assert obs.dtype == torch.float32 and obs.shape == (6, 11) and obs.is_contiguous()
+    obs, reward, terminated, truncated, info = env.step(torch.zeros(6, 3))
+    assert terminated.dtype == truncated.dtype == info["invalid"].dtype == torch.bool
+    assert info["final_obs"].shape == obs.shape and reward.dtype == torch.float32
+    assert all(value.shape[0] == 6 for value in info.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Episodes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_same_step_autoreset():
+    env = vecsim.make("Hopper-v5", 64, **FAST)
+    env.reset(seed=0)
+    noise, ended_count = env.task.reset_noise_scale, 0
+    fresh = []
+    for t in range(60):
+        obs, _, terminated, truncated, info = env.step(random_actions(env, t))
+        ended = terminated | truncated
+        assert torch.equal(obs[~ended], info["final_obs"][~ended])
+        at_rest = env.model.qpos0[1:, 0]
+        assert ((obs[ended][:, :5] - at_rest).abs() <= noise * 1.001).all()  # float32 rounding of 1.25 m
+        assert (obs[ended][:, 5:].abs() <= noise).all()
+        z, angle = info["final_obs"][:, 0], info["final_obs"][:, 1]
+        assert torch.equal(terminated, ~((z > 0.7) & (angle.abs() < 0.2)))
+        assert torch.equal(env.state().qpos[1:].T[ended], obs[ended][:, :5])
+        fresh.append(obs[ended])
+        ended_count += int(ended.sum())
+    assert ended_count > 64
+    assert len(torch.cat(fresh).unique(dim=0)) == ended_count  # no two episodes start alike
+
+
+def test_terminated_wins_over_the_time_limit():
+    env = vecsim.make("Hopper-v5", 4, max_episode_steps=1, **FAST)
+    env.reset(seed=0)
+    state = env.state()
+    qpos = state.qpos.clone()
+    qpos[1, :2] = 0.3  # m: far under the healthy height
+    env.set_state(qpos, state.qvel)
+    _, _, terminated, truncated, _ = env.step(torch.zeros(4, 3))
+    assert terminated.tolist() == [True, True, False, False]
+    assert truncated.tolist() == [False, False, True, True]
+
+
+def test_time_limit():
+    env = vecsim.make("HalfCheetah-v5", 5, max_episode_steps=3, **FAST)
+    env.reset(seed=0)
+    for t in range(1, 10):
+        obs, _, terminated, truncated, info = env.step(random_actions(env, t))
+        assert not terminated.any()
+        assert truncated.tolist() == [t % 3 == 0] * 5
+        assert bool((obs == info["final_obs"]).all()) == (t % 3 != 0)
+
+
+def test_random_initial_ages_spread_the_time_limits():
+    env = vecsim.make("HalfCheetah-v5", 64, max_episode_steps=8, random_initial_ages=True, **FAST)
+    env.reset(seed=0)
+    ends = torch.stack([env.step(random_actions(env, t))[3] for t in range(16)])
+    assert (ends[:8].sum(0) == 1).all()  # each once in the first eight steps, at any of them
+    assert (ends[:8].sum(1) > 0).all()
+    assert torch.equal(ends[:8], ends[8:])  # later episodes are whole
+    statistics = env.pop_statistics()
+    assert statistics["episodes"] == 128
+    first = (torch.arange(1, 9)[:, None] * ends[:8]).sum()  # steps really taken, not ages
+    assert math.isclose(statistics["episode_length"], (float(first) + 64 * 8) / 128)
+
+
+def test_resets_are_fresh():
+    env = vecsim.make("Ant-v5", 8)
+    first, second = env.reset(seed=0)[0], env.reset()[0]
+    assert not (first == second).all(1).any()
+    assert len(first.unique(dim=0)) == 8
+    assert torch.equal(env.reset(seed=0)[0], first)
+
+
+def test_statistics_count_every_episode():
+    env = vecsim.make("Hopper-v5", 32, max_episode_steps=25, **FAST)
+    env.reset(seed=0)
+    running, length = torch.zeros(32, dtype=torch.float64), torch.zeros(32)
+    returns, lengths, limits = [], [], 0
+    for t in range(60):
+        _, reward, terminated, truncated, _ = env.step(random_actions(env, t, 0.5))
+        running += reward
+        length += 1
+        ended = terminated | truncated
+        returns += running[ended].tolist()
+        lengths += length[ended].tolist()
+        limits += int(truncated.sum())
+        running[ended], length[ended] = 0, 0
+    statistics = env.pop_statistics()
+    assert statistics["episodes"] == len(returns) > 60 and limits and limits < len(returns)
+    assert math.isclose(statistics["episode_return"], np.mean(returns), rel_tol=1e-5)  # float32 sums of 25 rewards
+    assert math.isclose(statistics["episode_length"], np.mean(lengths))
+    assert math.isclose(statistics["success"], limits / len(returns))
+    assert statistics["invalid"] == 0
+    empty = env.pop_statistics()
+    assert empty["episodes"] == 0 and math.isnan(empty["episode_return"]) and math.isnan(empty["success"])
+
+
+def test_returned_tensors_stay_as_they_are():
+    """A learner may keep what a step returned: the next step must not write into it."""
+    env = vecsim.make("Ant-v5", 4, **FAST)
+    kept = [env.reset(seed=0)[0]]
+    action = random_actions(env)
+    given = action.clone()
+    kept += rollout(env, 1)
+    env.step(action)
+    assert torch.equal(action, given)
+    copies = [x.clone() for x in kept]
+    rollout(env, 2)
+    assert same(kept, copies)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quarantine
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [math.nan, 1e30, math.inf])
+@pytest.mark.parametrize("field", ["qpos", "qvel", "warmstart", "action"])
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
+def test_a_poisoned_robot_harms_no_other(env_id, field, poison, request):
+    if field == "action" and poison == poison:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a huge action is clipped, but its cost is infinite"))
+    healthy, poisoned = (vecsim.make(env_id, 6, max_episode_steps=50, **FAST) for _ in range(2))
+    for env in (healthy, poisoned):
+        env.reset(seed=0)
+        rollout(env, 3)
+    action = random_actions(healthy, 9)
+    sick_action = action.clone()
+    if field == "action":
+        sick_action[2, 0] = poison
+    else:
+        state = poisoned.state_dict()
+        state["carry"][field][1, 2] = poison
+        poisoned.load_state_dict(state)
+    healthy.pop_statistics(), poisoned.pop_statistics()
+    others = [0, 1, 3, 4, 5]
+    good, bad = healthy.step(action), poisoned.step(sick_action)
+    for ours, theirs in zip((*bad[:4], *bad[4].values()), (*good[:4], *good[4].values()), strict=True):
+        assert torch.equal(ours[others], theirs[others])
+    assert not bad[4]["invalid"][others].any()
+    obs, reward, terminated, truncated, info = bad
+    assert torch.isfinite(obs).all() and torch.isfinite(reward).all() and torch.isfinite(info["final_obs"]).all()
+    for name, value in info.items():
+        assert torch.isfinite(value[others]).all(), name
+    if info["invalid"][2]:
+        assert reward[2] == 0 and truncated[2] and not terminated[2]
+        assert torch.equal(obs[2], info["final_obs"][2])
+        statistics = poisoned.pop_statistics()
+        assert statistics["invalid"] == 1 and statistics["episodes"] == 0
+        offender = poisoned.offender()
+        before = offender["action"][0] if field == "action" else offender.get(field, [0, poison])[1]
+        assert field == "warmstart" or before == np.float32(poison) or before != before
+    else:  # a warm start that is no better than none is not used
+        assert field == "warmstart"
+    for step in rollout(poisoned, 3), rollout(healthy, 3):
+        assert all(torch.isfinite(x).all() for x in step)
+
+
+def test_no_false_alarm():
+    env = vecsim.make("Ant-v5", 16, **FAST)
+    env.reset(seed=0)
+    for t in range(20):
+        assert not env.step(random_actions(env, t))[4]["invalid"].any()
+    assert all((value == 0).all() for value in env.offender().values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reproducibility
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_seeds(env_id):
+    runs = []
+    for seed in (1, 1, 2):
+        env = vecsim.make(env_id, 8, seed=seed, max_episode_steps=4, **FAST)
+        runs.append([env.reset()[0], *rollout(env, 6)])
+        runs.append([env.reset(seed=seed)[0], *rollout(env, 6)])
+    assert same(runs[0], runs[2]) and same(runs[1], runs[3])
+    assert not torch.equal(runs[0][0], runs[4][0]) and not torch.equal(runs[1][0], runs[5][0])
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
+def test_resume(env_id, tmp_path):
+    options = {"max_episode_steps": 7, "random_initial_ages": True, **FAST}
+    env = vecsim.make(env_id, 8, **options)
+    env.reset(seed=0)
+    rollout(env, 5)
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    expected, statistics = rollout(env, 10, seed=50), env.pop_statistics()
+    other = vecsim.make(env_id, 8, seed=99, **options)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same(rollout(other, 10, seed=50), expected)
+    assert other.pop_statistics() == statistics
+
+
+def test_a_state_is_a_copy():
+    env = vecsim.make("Hopper-v5", 4, **FAST)
+    env.reset(seed=0)
+    state = env.state_dict()
+    copies = {name: x.clone() for name, x in state["carry"].items()}
+    rollout(env, 2)
+    assert all(torch.equal(state["carry"][name], x) for name, x in copies.items())
+    assert state["statistics"].sum() == 0
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5", "Humanoid-v5"])
+def test_chunks_change_nothing(env_id):
+    """Sizes that are multiples of 64: torch sums four vectors of lanes together, and what is left over in another order."""
+    whole, parts = (vecsim.make(env_id, 128, chunk=chunk, max_episode_steps=4, **FAST) for chunk in (128, 64))
+    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
+    assert same(rollout(whole, 5), rollout(parts, 5))
+    assert whole.pop_statistics() == pytest.approx(parts.pop_statistics())
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Hopper-v5"])
+def test_compiled_equals_eager(env_id):
+    # float32 rounds to 1e-7; the contact problem and the four stages amplify it by some tens
+    eager, compiled = (vecsim.make(env_id, 16, compile=flag, max_episode_steps=2) for flag in (False, True))
+    assert torch.equal(eager.reset(seed=0)[0], compiled.reset(seed=0)[0])
+    for t in range(2):  # an ordinary step, and one that resets
+        compiled.load_state_dict(eager.state_dict())
+        for a, b in zip(rollout(eager, 1, t), rollout(compiled, 1, t), strict=True):
+            assert a.dtype == b.dtype
+            wrong = (a.double() - b.double()).abs() / (1 + a.double().abs())
+            assert wrong.max() <= 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Illegal input
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"env_id": "Reacher-v5"}, "unknown task 'Reacher-v5'; choose one of .*Ant-v5"),
+        ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
+        ({"iterations": 0}, "iterations must be at least 1, not 0"),
+        ({"pair_slots": 0, "env_id": "Ant-v5"}, "pair_slots must be at least 1, not 0"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, not 0"),
+        ({"integrator": "rk5"}, "unknown integrator 'rk5'; choose one of .*rk4"),
+        ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"ctrl_cost": 1.0}, "unknown option 'ctrl_cost' of Hopper-v5; it takes .*ctrl_cost_weight"),
+        ({"healthy_state_range": (0, 1), "env_id": "Walker2d-v5"}, "unknown option 'healthy_state_range'"),
+    ],
+)
+def test_make_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vecsim.make(**{"env_id": "Hopper-v5", "num_envs": 2} | arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU, which is not refused")
+def test_make_refuses_a_missing_gpu():
+    with pytest.raises(ValueError, match="torch sees no CUDA GPU"):
+        vecsim.make("Hopper-v5", 2, device="cuda")
+
+
+def test_step_and_reset_refuse():
+    env = vecsim.make("Hopper-v5", 2)
+    with pytest.raises(ValueError, match="call reset"):
+        env.step(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="reset takes no options"):
+        env.reset(options={"x": 1})
+    env.reset(seed=0)
+    for wrong in (torch.zeros(3, 2), torch.zeros(3), np.zeros((2, 3), np.float32)):
+        with pytest.raises(ValueError, match=r"actions must be a tensor of shape \(2, 3\)"):
+            env.step(wrong)
+    with pytest.raises(ValueError, match=r"actions must be torch.float32 .* not torch.float64"):
+        env.step(torch.zeros(2, 3, dtype=torch.float64))
+    state = env.state_dict()
+    for other in (vecsim.make("Hopper-v5", 3), vecsim.make("Walker2d-v5", 2)):
+        with pytest.raises(ValueError, match="this state is of"):
+            other.load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The device
+# ----------------------------------------------------------------------------------------------------------------------
+
+HOST_READS = {"item", "tolist", "cpu", "numpy"}
+AT_SETUP = {"load_model", "__init__", "state_dict"}  # before the first step, or once a checkpoint
+
+
+def test_no_host_reads():
+    """Reads of device tensors happen at setup, in the benchmark, or on a line that says `# host sync`."""
+    source = Path(inspect.getsourcefile(vecsim)).read_text()
+    lines, found = source.splitlines(), []
+    banner = next((k for k, line in enumerate(lines, 1) if line.startswith("# Benchmark")), len(lines) + 1)
+
+    def visit(node, function):
+        for child in ast.iter_child_nodes(node):
+            name = child.name if isinstance(child, ast.FunctionDef) else function
+            if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in HOST_READS:
+                last = lines[child.func.end_lineno - 1]
+                if name not in AT_SETUP and "# host sync" not in last and child.lineno < banner:
+                    found.append(f"line {child.lineno}, {name}: {last.strip()}")
+            visit(child, name)
+
+    visit(ast.parse(source), "module")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
+def test_cuda_graph(env_id):
+    """Replay equals eager, its random numbers are fresh, and nothing reads the device."""
+    eager, graph = (vecsim.make(env_id, 64, device="cuda", compile=flag, max_episode_steps=3) for flag in (False, True))
+    first = eager.reset(seed=0)[0]
+    assert torch.equal(first, graph.reset(seed=0)[0])
+    resets = []
+    for t in range(6):
+        graph.load_state_dict(eager.state_dict())
+        action = random_actions(vecsim.make(env_id, 64), t).cuda()
+        ours, theirs = graph.step(action), eager.step(action)
+        for a, b in zip(ours[:4], theirs[:4], strict=True):
+            wrong = (a.double() - b.double()).abs() / (1 + b.double().abs())
+            assert wrong.max() <= 1e-3  # float32 contact forces, other summation order
+        if t % 3 == 2:
+            assert ours[3].all()
+            resets.append(ours[0].clone())
+    assert not (resets[0] == resets[1]).all(1).any()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager.step(action), graph.step(action)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    a, b = graph.reset(seed=5)[0], graph.reset(seed=5)[0]
+    assert torch.equal(a, b)
+    kept = graph.step(action)
+    copies = [x.clone() for x in kept[:4]]
+    graph.step(action)
+    assert same(list(kept[:4]), copies)
