@@ -7,7 +7,7 @@ import os
 import tempfile
 
 CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the tests compile more than they compute
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # the tests compile more than they compute
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
 import dataclasses
