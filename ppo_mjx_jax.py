@@ -196,14 +196,15 @@ class Args:
 # One row of values per task; a task without a row (or a value missing from its row) takes COMMON's.
 COMMON = dict(
     num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0,
-    num_steps=32, update_epochs=4, num_minibatches=4, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
+    num_steps=32, update_epochs=4, num_minibatches=16, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
     log_std_init=0.0, log_std_min=-2.3, gamma=0.99, gae_lambda=0.95, entropy_coef=0.0, bounds_coef=1e-4,
     learning_rate=1e-3, desired_kl=0.01, desired_kl_final=0.01,
 )  # fmt: skip
 TASK_DEFAULTS = {
-    "InvertedPendulum-v5": dict(num_envs=512, num_steps=16, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
-    "Hopper-v5": dict(total_timesteps=20_000_000),
-    "Walker2d-v5": dict(total_timesteps=25_000_000),
+    "InvertedPendulum-v5": dict(
+        num_envs=512, num_steps=16, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995),
+    "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995),
     "HalfCheetah-v5": dict(total_timesteps=30_000_000),
     "Ant-v5": dict(total_timesteps=30_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
     "Humanoid-v5": dict(total_timesteps=30_000_000, env_kwargs={
