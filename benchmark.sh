@@ -703,7 +703,7 @@ learner = PPO(
         experiment={"write_interval": 0, "checkpoint_interval": 0},
     ),
 )  # fmt: skip
-learner.init(trainer_cfg={"timesteps": 1})
+learner.init()
 learner.enable_training_mode(True)
 obs = torch.randn(num_envs, obs_size, device=device)
 with torch.no_grad():
@@ -847,7 +847,6 @@ program_gymnasium_envs() {
 """8 Gymnasium environments that count their steps and call the meter where an iteration begins."""
 
 import gymnasium
-import numpy as np
 
 num_envs = settings["num_envs"]
 
@@ -911,8 +910,7 @@ program_train_cleanrl() {
   cat <<'PYTHON'
 """PPO for continuous actions in CleanRL's manner, with its published hyperparameters; variants sync and async."""
 
-import math
-
+import numpy as np
 import torch
 from gymnasium.wrappers import ClipAction, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from gymnasium.wrappers import TransformObservation, TransformReward
@@ -936,7 +934,7 @@ envs = make_vector(num_steps, variant, *wrappers)
 obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
 
-def layer(inputs, outputs, gain=math.sqrt(2)):
+def layer(inputs, outputs, gain=2**0.5):
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
     nn.init.zeros_(linear.bias)
@@ -1373,6 +1371,8 @@ def main():
                     row["joules_per_unit"].append(energy.joules / reply["work"])
                 row["peak_memory_mib"] = reply["peak_memory_mib"]
                 say(f"  round {done + 1}/{comparison['repeats']}  {name}: {row['values'][-1]:,.0f} {comparison['unit']}")
+            if not rows:
+                break  # what stood in the file stays
             record = {k: comparison[k] for k in ("mode", "case", "unit", "settings", "seconds", "cores", "hardware", "commit", "command")}
             save(path, record | dict(failed=failed, rows=[summarize(row) for row in rows.values()]))
     finally:
@@ -1931,10 +1931,13 @@ case "$mode" in
 esac
 
 # What this machine is: its kind of device, and how many cores or GPUs there are to use.
-"$project_python" -c "import gymnasium, mujoco, torch" 2>/dev/null ||
-  give_up "$project_python cannot import this project's dependencies; activate its environment, or set PYTHON"
+"$project_python" -c "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('gymnasium', 'mujoco', 'torch'))))" ||
+  give_up "$project_python has not this project's dependencies; activate its environment, or set PYTHON"
 mkdir -p "$cache"
-gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+gpus=0
+if nvidia-smi -L >/dev/null 2>&1; then
+  gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+fi
 : "${device:=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)}"
 [ "$device" = cpu ] || [ "$gpus" -gt 0 ] || refuse "--device cuda: PyTorch sees no GPU here"
 [ -z "$cores" ] || taskset -c "$cores" true 2>/dev/null || refuse "--cores $cores: taskset knows no such cores here"
