@@ -118,7 +118,7 @@ packages_of() { # PEER -> what pip installs, one call per line; torch goes first
     rsl_rl) printf '%s\n' torch==2.13.0 "rsl-rl-lib==5.5.1 $gymnasium" ;;
     rl_games) printf '%s\n' torch==2.13.0 "rl-games==1.6.5 $gymnasium" ;;
     brax) printf '%s\n' "brax==0.14.2 mujoco==4.0.0" ;;
-    mujoco_torch) printf '%s\n' torch==2.13.0 "mujoco-torch==0.2.0 mujoco==4.0.0" ;;
+    mujoco_torch) printf '%s\n' torch==2.13.0 "mujoco-torch==0.2.0 mujoco==3.6.0" ;; # it does not know MuJoCo 4
     mujoco_warp) printf '%s\n' "mujoco-warp==4.0.0 mujoco==4.0.0" ;;
   esac
 }
@@ -301,9 +301,9 @@ num_envs, frame_skip = settings["num_envs"], settings["frame_skip"]
 episode = 200  # environment steps before a robot starts anew
 
 
-def load_model():
+def load_model(load=mujoco.MjModel.from_xml_path):
     """The task's MJCF, with the settings that all engines share."""
-    model = mujoco.MjModel.from_xml_path(settings["xml"])
+    model = load(settings["xml"])
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
     model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
@@ -392,13 +392,12 @@ if device == "cpu":
 import jax
 import jax.numpy as jnp
 
-model = load_model()
-low, high = jnp.asarray(model.actuator_ctrlrange.T)
-length = 10
+length = 10  # environment steps in one call
 
 if variant == "mjx":
     from mujoco import mjx
 
+    model = load_model()
     mjx_model, blank = mjx.put_model(model), mjx.make_data(model)
 
     def initial(qpos, qvel, warmstart):
@@ -413,6 +412,7 @@ else:
     from brax.generalized import pipeline
     from brax.io import mjcf
 
+    model = load_model(mjcf.load_mjmodel)  # its own reader, which welds bodies without joints
     system = mjcf.load_model(model)
 
     def initial(qpos, qvel, warmstart):
@@ -423,6 +423,9 @@ else:
 
     def velocity(state):
         return state.qd
+
+
+low, high = jnp.asarray(model.actuator_ctrlrange.T)
 
 
 @jax.jit
@@ -552,9 +555,7 @@ torch.manual_seed(1)
 torch.set_num_threads(threads)
 if device == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32, for every learner alike
-num_envs, num_steps, epochs, minibatches = (settings[x] for x in ("num_envs", "num_steps", "epochs", "minibatches"))
-obs_size, action_size, hidden = settings["obs_size"], settings["action_size"], settings["hidden"]
-samples = num_envs * num_steps
+num_envs, obs_size, action_size, hidden = (settings[x] for x in ("num_envs", "obs_size", "action_size", "hidden"))
 PYTHON
 }
 
@@ -634,6 +635,13 @@ while True:
         learner.compute_returns(observe())
     learner.update()
     meter.tick(samples)
+PYTHON
+}
+
+program_ppo_batch() {
+  cat <<'PYTHON'
+num_steps, epochs, minibatches = (settings[x] for x in ("num_steps", "epochs", "minibatches"))
+samples = num_envs * num_steps
 PYTHON
 }
 
@@ -793,6 +801,115 @@ agent.play_steps = lambda: collected | {name: collected[name].clone() for name i
 while True:
     agent.train_epoch()
     meter.tick(samples)
+PYTHON
+}
+
+# SAC: updates/s of the whole trainer but for the simulator, whose place random numbers take: 128 environments, 8 updates after
+# each of their steps, each on a batch of 4,096: policy and twin critics of two layers of 256, textbook SAC. Acting and storing are
+# inside, for both.
+
+program_random_numbers() {
+  cat <<'PYTHON'
+"""An environment with vecsim's contract that costs nothing, and calls the meter once the trainer has begun to learn."""
+
+import gymnasium
+import numpy as np
+
+
+class RandomNumbers:
+    single_critic_space = None
+
+    def __init__(self, first_steps, work):
+        bound, limit = np.full(obs_size, np.inf, np.float32), np.ones(action_size, np.float32)
+        self.single_observation_space = gymnasium.spaces.Box(-bound, bound)
+        self.single_action_space = gymnasium.spaces.Box(-limit, limit)
+        self.obs = torch.randn(num_envs, obs_size, device=device)
+        self.reward = torch.randn(num_envs, device=device)
+        self.never = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self.first_steps, self.work, self.taken = first_steps, work, 0
+
+    def reset(self, **options):
+        self.taken = 0
+        return self.obs, {}
+
+    def step(self, action):
+        self.taken += 1
+        if self.taken > self.first_steps:
+            meter.tick(self.work)
+        return self.obs, self.reward, self.never, self.never, {"final_obs": self.obs, "invalid": self.never}
+PYTHON
+}
+
+program_learner_sac_ours() {
+  cat <<'PYTHON'
+"""sac_gpu_torch.train as it stands, on an environment of random numbers; variants eager and compiled."""
+
+import tempfile
+
+import sac_gpu_torch as sac
+
+args = sac.Args(
+    preset="vanilla", num_envs=num_envs, batch_size=settings["batch_size"], updates_per_step=settings["updates_per_step"],
+    actor_hidden=tuple(hidden), critic_hidden=tuple(hidden), learning_starts=num_envs * settings["first_steps"], env_kwargs={},
+    replay_capacity=num_envs * settings["replay_steps"], total_timesteps=10**12, eval_episodes=0, device=device,
+    compile=variant == "compiled", run_dir=tempfile.mkdtemp(dir="."),
+)  # fmt: skip
+sac.train(args, lambda env_id, **options: RandomNumbers(settings["first_steps"] + 1, settings["updates_per_step"]))
+PYTHON
+}
+
+program_learner_sac_skrl() {
+  cat <<'PYTHON'
+"""skrl's SAC: act, record_transition and post_interaction, as its trainer calls them; models as in its documentation."""
+
+from skrl.agents.torch.sac import SAC
+from skrl.memories.torch import RandomMemory
+
+
+class SquashedPolicy(Policy):
+    def compute(self, inputs, role):
+        return torch.tanh(self.net(inputs["observations"])), {"log_std": self.log_std}
+
+
+class Critic(DeterministicMixin, Model):
+    def __init__(self, spaces, hidden):
+        Model.__init__(self, **spaces)
+        DeterministicMixin.__init__(self)
+        self.net = mlp(self.num_observations + self.num_actions, hidden, 1)
+
+    def compute(self, inputs, role):
+        return self.net(torch.cat([inputs["observations"], inputs["taken_actions"]], dim=1)), {}
+
+
+spaces = dict(observation_space=box(obs_size, np.inf), action_space=box(action_size, 1.0), device=device)
+critics = ("critic_1", "critic_2", "target_critic_1", "target_critic_2")
+updates = settings["updates_per_step"]
+agent = SAC(
+    models={"policy": SquashedPolicy(spaces, hidden)} | {name: Critic(spaces, hidden) for name in critics},
+    memory=RandomMemory(memory_size=settings["replay_steps"], num_envs=num_envs, device=device),
+    **spaces,
+    cfg=dict(
+        gradient_steps=updates, batch_size=settings["batch_size"], polyak=0.005, learn_entropy=True, grad_norm_clip=0.0,
+        learning_starts=settings["first_steps"], experiment={"write_interval": 0, "checkpoint_interval": 0},
+    ),
+)  # fmt: skip
+agent.init()
+agent.enable_training_mode(True)
+obs = torch.randn(num_envs, obs_size, device=device)
+reward = torch.randn(num_envs, 1, device=device)
+never = torch.zeros(num_envs, 1, dtype=torch.bool, device=device)
+timestep = 0
+while True:
+    with torch.no_grad():
+        actions, _ = agent.act(obs, None, timestep=timestep, timesteps=10**9)
+        agent.record_transition(
+            observations=obs, states=None, actions=actions, rewards=reward, next_observations=obs, next_states=None,
+            terminated=never, truncated=never, infos={}, timestep=timestep, timesteps=10**9,
+        )  # fmt: skip
+    agent.post_interaction(timestep=timestep, timesteps=10**9)
+    if timestep >= settings["first_steps"]:
+        meter.tick(updates)
+    timestep += 1
 PYTHON
 }
 
@@ -1594,6 +1711,7 @@ program_plot() {
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -1617,11 +1735,19 @@ def save(figure, name):
 
 
 def short(value, _=None):
-    """1,234,567 -> 1.2M"""
+    """1,234,567 -> 1.23M"""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def grid(figure, lines, columns, count):
+    """`count` panels in a grid; those that are left over stay blank."""
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in panels[count:]:
+        axis.set_visible(False)
+    return panels[:count]
 
 
 def plot_curves():
@@ -1636,36 +1762,47 @@ def plot_curves():
     columns = min(3, len(runs))
     lines = -(-len(runs) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * lines + 0.5), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = grid(figure, lines, columns, len(runs))
     for axis, (env_id, members) in zip(panels, runs.items()):
         longest = max(run["curve"][-1][1] for run in members)
         unit, name = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
-        for algorithm in dict.fromkeys(run["algorithm"] for run in members):
+        for line, algorithm in enumerate(sorted({run["algorithm"] for run in members}, reverse=True)):
             colour, seeds = COLOURS.get(algorithm, INK), [run for run in members if run["algorithm"] == algorithm]
             for run in seeds:
                 axis.plot([p[1] / unit for p in run["curve"]], [p[2] for p in run["curve"]], "-", color=colour, lw=1.6, alpha=0.75)
                 axis.plot(run["curve"][-1][1] / unit, run["curve"][-1][2], "o", color=colour, ms=4.5)
-            seconds, score = max(((run["curve"][-1][1], run["curve"][-1][2]) for run in seeds), key=lambda p: p[1])
-            label = f"{algorithm.upper()}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: {score:,.0f}"
-            axis.annotate(label, (seconds / unit, score), (-4, 8), textcoords="offset points", ha="right", color=colour, weight="bold", size=9)
+            last = [run["curve"][-1][2] for run in seeds]
+            label = f"{algorithm.upper()}  {last[0]:,.0f}, one seed"
+            if len(last) > 1:
+                label = f"{algorithm.upper()}  median {statistics.median(last):,.0f}, worst {min(last):,.0f} of {len(last)} seeds"
+            axis.annotate(label, (0.98, 0.05 + 0.09 * line), xycoords="axes fraction", ha="right", color=colour, weight="bold", size=8.5)
         threshold = next((run["threshold"] for run in members if "threshold" in run), None)
         if threshold:
-            axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)))
-            axis.annotate(f"{threshold:,}", (1, threshold), (-2, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", color=FAINT, size=8)  # fmt: skip
+            axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
+            axis.annotate(f"{threshold:,}", (0, threshold), (3, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", color=FAINT, size=8)  # fmt: skip
         axis.set_title(env_id)
         axis.set_xlabel(f"{name} of training")
         axis.set_xlim(left=0)
-        axis.margins(y=0.15)
+        lowest = min(p[2] for run in members for p in run["curve"])
+        axis.set_ylim(min(0.0, 1.1 * lowest), None)
+        axis.margins(y=0.1)
         axis.yaxis.set_major_formatter(FuncFormatter(short))
         axis.grid(axis="y", color="#eceff2")
         axis.set_axisbelow(True)
-    for axis in list(panels):
-        axis.set_visible(False)
     hardware = "; ".join(sorted({run["hardware"].split(", shared")[0] for members in runs.values() for run in members}))
     figure.suptitle("Deterministic score in gymnasium.make(task), one line for each seed", x=0.01, ha="left", size=11)
     figure.supxlabel(hardware, size=8, color=FAINT)
     save(figure, "curves.png")
+
+
+def compare(ratio):
+    """How many times as fast the reference is, in words that fit a bar."""
+    if ratio >= 10:
+        return f"{ratio:.0f}× slower"
+    if ratio >= 1.05:
+        return f"{ratio:.1f}× slower" if ratio >= 1.5 else f"{ratio:.2f}× slower"
+    return "level" if ratio > 0.95 else f"{1 / ratio:.2f}× faster"
 
 
 def plot_speed():
@@ -1681,27 +1818,25 @@ def plot_speed():
     lines = -(-len(records) // columns)
     tallest = max(len(r["rows"]) for r in records)
     figure = Figure(figsize=(6.6 * columns, (0.36 * tallest + 1.0) * lines + 0.4), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = grid(figure, lines, columns, len(records))
     titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
     for axis, record in zip(panels, records):
         rows, reference = record["rows"], record["rows"][0]
         names = [row["contender"] for row in rows]
-        axis.barh(names, [row["median"] for row in rows], color=[OURS if row["contender"].startswith(("ours", "vecsim")) else THEIRS for row in rows], height=0.68)
+        colours = [OURS if name.startswith(("ours", "vecsim")) else THEIRS for name in names]
+        axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
         for place, row in enumerate(rows):
             axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
-            ratio = reference["median"] / row["median"]
-            ending = "" if row is reference else f"  {ratio:.0f}× slower" if ratio >= 10 else f"  {ratio:.1f}× slower" if ratio >= 1.05 else f"  {1 / ratio:.2f}× as fast" if ratio <= 0.95 else "  level"
-            axis.annotate(f"{short(row['median'])}{ending}", (row["maximum"], place), (5, 0), textcoords="offset points", va="center", size=9)
+            text = short(row["median"]) + ("" if row is reference else "  " + compare(reference["median"] / row["median"]))
+            axis.annotate(text, (row["maximum"], place), (5, 0), textcoords="offset points", va="center", size=9)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.38 * max(row["maximum"] for row in rows))
         axis.xaxis.set_major_formatter(FuncFormatter(short))
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.spines["left"].set_visible(False)
-        subject = f", {record['settings']['env_id']}" if "env_id" in record["settings"] else ""
-        axis.set_title(titles[record["mode"]] + subject)
+        title = "SAC" if "sac" in record["case"] else titles[record["mode"]]
+        axis.set_title(title + (f", {record['settings']['env_id']}" if "env_id" in record["settings"] else ""))
         axis.set_xlabel(record["unit"] + ("; a first look (--quick)" if record["case"].endswith("-quick") else ""))
-    for axis in list(panels):
-        axis.set_visible(False)
     cores = records[0]["rows"][0]["cores"]
     figure.supxlabel(f"{cores} core{'s' if cores > 1 else ''} of {records[0]['hardware']}; medians, with lowest and highest window", size=8, color=FAINT)
     save(figure, "speed.png")
@@ -1726,7 +1861,7 @@ def plot_scaling():
         axis.annotate(short(best["median"]), (counts[rows.index(best)], best["median"]), (0, 7), textcoords="offset points", ha="center", color=OURS, weight="bold")
         axis.set_xscale("log", base=2)
         axis.set_ylim(0, 1.2 * max(r["maximum"] for r in rows))
-        axis.set_xticks(counts, [short(c) for c in counts], rotation=45 if len(counts) > 6 else 0)
+        axis.set_xticks(counts, [f"{c:,}" for c in counts], rotation=45 if len(counts) > 6 else 0)
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(FuncFormatter(short))
         axis.set_title(members[0][1]["settings"]["env_id"])
@@ -1752,9 +1887,11 @@ write_programs() { # FOLDER: each program as a file; a contender's begins with t
   mkdir -p "$1"
   for name in states referee scores table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
-  contender_program "$1" learner learner_ours learner_rsl_rl
-  contender_program "$1" "learner skrl_models" learner_skrl
-  contender_program "$1" "learner rl_games_agent" learner_rl_games
+  contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
+  contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
+  contender_program "$1" "learner ppo_batch rl_games_agent" learner_rl_games
+  contender_program "$1" "learner random_numbers" learner_sac_ours
+  contender_program "$1" "learner skrl_models" learner_sac_skrl
   contender_program "$1" "" train_ours train_sb3 scaling_processes
   contender_program "$1" gymnasium_envs train_cleanrl train_rsl_rl
   contender_program "$1" "gymnasium_envs skrl_models" train_skrl
@@ -1853,6 +1990,11 @@ run_learner() {
     "rsl_rl, compiled|rsl_rl|learner_rsl_rl|compiled" "rsl_rl, eager|rsl_rl|learner_rsl_rl|eager" \
     "skrl|skrl|learner_skrl|" "rl_games|rl_games|learner_rl_games|" \
     "ours, bf16|project|learner_ours|bf16" "rsl_rl, bf16|rsl_rl|learner_rsl_rl|bf16"
+  [ -f "$root/sac_gpu_torch.py" ] || return 0
+  settings=$(json device "$device" num_envs 128 batch_size 4096 updates_per_step 8 first_steps 40 replay_steps 2000 \
+    obs_size 27 action_size 8 hidden "[256,256]")
+  measure learner "sac-$place" "updates/s" "$settings" \
+    "ours, compiled|project|learner_sac_ours|compiled" "ours, eager|project|learner_sac_ours|eager" "skrl|skrl|learner_sac_skrl|"
 }
 
 run_train() {
