@@ -338,6 +338,9 @@ with torch.no_grad():  # the eager functions, which the compiled ones equal to r
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
 generator = torch.Generator(device).manual_seed(1)
+env.step(vecsim_torch.random_actions(env, generator))  # compiles
+os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler that counts kernels is chatty
+meter.facts["kernels_per_physics_step"] = vecsim_torch.count_kernels(env, vecsim_torch.random_actions(env, generator))
 while True:
     for _ in range(5):
         env.step(vecsim_torch.random_actions(env, generator))
@@ -510,7 +513,9 @@ def simulation(qpos, qvel, warmstart):
     data = mujoco_warp.make_data(model, nworld=len(qpos))
     for name, rows in (("qpos", qpos), ("qvel", qvel), ("qacc_warmstart", warmstart)):
         getattr(data, name).assign(rows.astype(np.float32))
-    return mujoco_warp.put_model(model), data
+    mx = mujoco_warp.put_model(model)
+    mx.opt.warn_overflow = 0  # else it prints whenever a robot uses all its solver iterations
+    return mx, data
 
 
 with warp.ScopedDevice(device):
@@ -1523,6 +1528,7 @@ An interrupted training goes on from its last checkpoint. Times are the trainer'
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -1538,9 +1544,11 @@ if job["dry_run"]:
     print(f"scores {name}: {job['command']}\n  about {job['minutes']} minutes, 1.5 GiB (guessed)")
     sys.exit(0)
 
-if not (run_dir / "eval.json").exists() or job["force"]:
+if job["force"] and (run_dir / "eval.json").exists():
+    shutil.rmtree(run_dir)  # a finished training; one that was interrupted goes on, forced or not
+if not (run_dir / "eval.json").exists():
     command = shlex.split(job["command"])[1:]
-    resumed = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() and not job["force"] else []
+    resumed = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() else []
     launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
     trainer = [*launch, job["python"], *command, "--run-dir", str(run_dir), *resumed]
     status = subprocess.run(trainer, cwd=job["root"]).returncode
@@ -1610,6 +1618,11 @@ def number(row, name):
     return f"{row[name]:.0e}" if name in row else "-"
 
 
+def kernels(row):
+    count = row.get("kernels_per_physics_step")
+    return "-" if count is None else f"{count:.1f}"
+
+
 def settings_line(record):
     hidden = "env_id env_kwargs device states xml hidden".split()
     words = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in hidden]
@@ -1661,8 +1674,8 @@ def scaling_tables(records):
         rows = [r["rows"][0] for r in members]
         rows.sort(key=lambda row: int(row["contender"].split()[0]))
         print_table(
-            ["", rows[0]["unit"], "preparation", "memory"],
-            [[row["contender"], speed(row), f"{row['warmup_seconds']:.0f} s", memory(row)] for row in rows],
+            ["", rows[0]["unit"], "kernels per physics step", "preparation", "memory"],
+            [[row["contender"], speed(row), kernels(row), f"{row['warmup_seconds']:.0f} s", memory(row)] for row in rows],
         )
         settings_line(members[0])
 
@@ -2017,7 +2030,7 @@ run_scores() { # tasks, seeds, environment steps between evaluations, score to r
       [ "$device" = cuda ] || command+=" --device cpu"
       "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
         command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
-        run_dir "$cache/scores/$env_id-seed$seed" path "$results/ppo/$env_id-seed$seed.json" \
+        run_dir "$cache/scores/${commit// /-}/$env_id-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/ppo/$env_id-seed$seed.json" \
         force "${force:-0}" dry_run "${dry_run:-0}")" || {
         [ $? -le 1 ] || exit 130
         failures=$((failures + 1))
