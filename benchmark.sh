@@ -311,10 +311,16 @@ def load_model(load=mujoco.MjModel.from_xml_path):
     return model
 
 
+def test_states():
+    """qpos, qvel, warmstart and ctrl of the test states, repeated or cut to num_envs rows: for engines that compile for a size."""
+    return [np.resize(states[name], (num_envs, states[name].shape[1])) for name in ("qpos", "qvel", "warmstart", "ctrl")]
+
+
 def note_errors(next_qvel):
-    """Error of one step from the test states, next_qvel: (256, nv), as a fact of this contender's row."""
-    scale = settings["timestep"] * (1.0 + np.abs(states["qacc"]).max(1))
-    errors = np.abs(np.asarray(next_qvel, np.float64) - states["next_qvel"]).max(1) / scale
+    """Error of one step from the first of the 256 test states, next_qvel: (rows, nv), as a fact of this contender's row."""
+    count = min(len(next_qvel), len(states["qvel"]))
+    scale = settings["timestep"] * (1.0 + np.abs(states["qacc"][:count]).max(1))
+    errors = np.abs(np.asarray(next_qvel, np.float64)[:count] - states["next_qvel"][:count]).max(1) / scale
     quantiles = {"step_error_p50": 0.5, "step_error_p99": 0.99, "step_error_max": 1.0}
     meter.facts |= {name: float(np.quantile(errors, q)) for name, q in quantiles.items()}
 PYTHON
@@ -385,7 +391,7 @@ PYTHON
 
 program_sim_jax() {
   cat <<'PYTHON'
-"""MJX (variant mjx) and Brax's generalized-coordinates engine (variant brax): one compiled program per 10 environment steps."""
+"""MJX (variant mjx) and Brax's generalized-coordinates engine (variant brax): one compiled program for an environment step."""
 
 # Without this XLA's thread pool now and then waits for itself in batched LAPACK calls (jaxlib 0.10.2).
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -394,8 +400,6 @@ if device == "cpu":
 
 import jax
 import jax.numpy as jnp
-
-length = 10  # environment steps in one call
 
 if variant == "mjx":
     from mujoco import mjx
@@ -429,39 +433,34 @@ else:
 
 
 low, high = jnp.asarray(model.actuator_ctrlrange.T)
+start_of = jax.jit(jax.vmap(initial))
 
 
 @jax.jit
-@jax.vmap
-def one_step(qpos, qvel, warmstart, ctrl):
-    return velocity(physics_step(initial(qpos, qvel, warmstart), ctrl))
+def advance(batch, ctrl, steps):
+    return jax.lax.fori_loop(0, steps, lambda _, batch: jax.vmap(physics_step)(batch, ctrl), batch)
 
 
-@jax.jit
-def random_steps(batch, key):
-    def environment_step(batch, key):
-        ctrl = jax.random.uniform(key, (num_envs, model.nu), minval=low, maxval=high)
-        return jax.lax.fori_loop(0, frame_skip, lambda _, b: jax.vmap(physics_step)(b, ctrl), batch), None
-
-    return jax.lax.scan(environment_step, batch, jax.random.split(key, length))[0]
-
-
-note_errors(one_step(*(jnp.asarray(states[name]) for name in ("qpos", "qvel", "warmstart", "ctrl"))))
+*tests, ctrl = (jnp.asarray(rows, jnp.float32) for rows in test_states())
+note_errors(velocity(advance(start_of(*tests), ctrl, 1)))
 rest = jnp.zeros((num_envs, model.nv))
-start = jax.jit(jax.vmap(initial))(jnp.asarray(states["start"]), rest, rest)
+start = start_of(jnp.asarray(states["start"], jnp.float32), rest, rest)
+random_ctrl = jax.jit(lambda key: jax.random.uniform(key, (num_envs, model.nu), minval=low, maxval=high))
 key = jax.random.PRNGKey(1)
 while True:
     now = start
-    for _ in range(0, episode, length):
+    for _ in range(episode):
         key, key_now = jax.random.split(key)
-        now = jax.block_until_ready(random_steps(now, key_now))
-        meter.tick(num_envs * length * frame_skip)
+        now = jax.block_until_ready(advance(now, random_ctrl(key_now), frame_skip))
+        meter.tick(num_envs * frame_skip)
 PYTHON
 }
 
 program_sim_mujoco_torch() {
   cat <<'PYTHON'
-"""mujoco-torch: torch.vmap over its step, compiled (variant compiled) or not (variant eager)."""
+"""mujoco-torch: torch.vmap over its step, compiled (variant compiled) or not (variant eager).
+
+Eager, its solver runs all its iterations: with PyTorch 2.13 the loop that stops early fails under vmap unless it is compiled."""
 
 import mujoco_torch
 import torch
@@ -471,7 +470,7 @@ model = load_model()
 mx = mujoco_torch.device_put(model, dtype=torch.float32).to(device)
 one = mujoco_torch.device_put(mujoco.MjData(model), dtype=torch.float32).to(device)
 low, high = torch.tensor(model.actuator_ctrlrange.T, dtype=torch.float32, device=device)
-step = torch.vmap(lambda data: mujoco_torch.step(mx, data))
+step = torch.vmap(lambda data: mujoco_torch.step(mx, data, fixed_iterations=variant == "eager"))
 if variant == "compiled":
     step = torch.compile(step, fullgraph=True)
 
@@ -483,8 +482,7 @@ def batch_of(qpos, qvel, warmstart, ctrl):
 
 
 with torch.no_grad():
-    tests = batch_of(*(np.resize(states[name], (num_envs, states[name].shape[1])) for name in ("qpos", "qvel", "warmstart", "ctrl")))
-    note_errors(np.resize(step(tests).qvel.cpu().numpy(), states["qvel"].shape))
+    note_errors(step(batch_of(*test_states())).qvel.cpu().numpy())
     rest = np.zeros((num_envs, model.nv))
     start = batch_of(states["start"], rest, rest, np.zeros((num_envs, model.nu)))
     while True:
@@ -1572,9 +1570,9 @@ try:
 except OSError as error:
     beside.unlink(missing_ok=True)
     sys.exit(f"error: {path} cannot be written ({error.strerror}); the run is kept in {run_dir}")
-time = f"{reached[0]:,.0f} s" if reached else "not reached"
+outcome = f"reached after {reached[0]:,.0f} s" if reached else "not reached"
 score = record["gymnasium"]["mean"]
-print(f"scores {name}: {score:,.0f} after {record['train_seconds']:,.0f} s; {job['threshold']:,} in {time}", file=sys.stderr)
+print(f"scores {name}: {score:,.0f} after {record['train_seconds']:,.0f} s; {job['threshold']:,} {outcome}", file=sys.stderr)
 PYTHON
 }
 
@@ -1986,12 +1984,14 @@ simulator_settings() { # TASK ENVIRONMENTS -> settings of a `sim` comparison; sa
 }
 
 run_sim() {
-  local env_id settings
+  local env_id settings compiled=""
+  [ -n "$quick" ] || compiled="mujoco-torch, compiled|mujoco_torch|sim_mujoco_torch|compiled" # compiles for long
   for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo InvertedPendulum-v5 Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5)}; do
     settings=$(simulator_settings "$env_id" "${num_envs:-$([ "$device" = cuda ] && echo 8192 || echo 1024)}") || give_up "no states of $env_id"
     measure sim "$env_id-$place" "physics steps/s" "$settings" \
       "vecsim|project|sim_vecsim|" "MuJoCo C|project|sim_mujoco|" "MJX|project|sim_jax|mjx" "Brax, generalized|brax|sim_jax|brax" \
-      "mujoco-torch, $torch_variant|mujoco_torch|sim_mujoco_torch|$torch_variant" "MuJoCo Warp|mujoco_warp|sim_mujoco_warp|"
+      "MuJoCo Warp|mujoco_warp|sim_mujoco_warp|" "mujoco-torch, eager|mujoco_torch|sim_mujoco_torch|eager" \
+      ${compiled:+"$compiled"}
   done
 }
 
@@ -2102,7 +2102,6 @@ hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)
 [ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
 commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
 [ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
-torch_variant=$([ -n "$quick" ] && echo eager || echo compiled) # mujoco-torch compiles for long
 
 case "$mode" in
   sim) run_sim ;;
