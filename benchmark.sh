@@ -198,8 +198,9 @@ def synchronize():
 
 
 def peak_memory_mib():
-    """Largest resident memory of this process so far, and largest memory that PyTorch allocated on the GPU."""
-    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    """Largest resident memory of this process, or of one that it started and that has ended; and PyTorch's largest on the GPU."""
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    memory = {"host": max(resource.getrusage(x).ru_maxrss for x in who) / 1024}
     if "torch" in sys.modules and device == "cuda":
         memory["gpu"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     return memory
@@ -1341,7 +1342,7 @@ class Contender:
     def __init__(self, description, comparison):
         self.name, self.description = description["name"], description
         programs = Path(comparison["programs"])
-        self.log = Path(comparison["logs"]) / re.sub(r"\W+", "-", f"{comparison['mode']}-{comparison['case']}-{self.name}.log")
+        self.log = Path(comparison["logs"]) / (re.sub(r"\W+", "-", f"{comparison['mode']}-{comparison['case']}-{self.name}") + ".log")
         cores = comparison["cores"]
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if cores:
@@ -1435,7 +1436,7 @@ def describe_plan(path, comparison):
     seconds = sum(row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
     memory = sum(row["peak_memory_mib"]["host"] for row in rows)
     guessed = sum(name not in known for name in contenders)
-    print(f"{comparison['mode']} {comparison['case']}: {', '.join(contenders)}")
+    print(f"{comparison['mode']} {comparison['case']}: {' | '.join(contenders)}")
     print(f"  about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded); {guessed} of {len(contenders)} guessed")
 
 
@@ -1964,7 +1965,7 @@ for line in skipped.splitlines():
     comparison["skipped"] |= json.loads(line)
 open(path, "w").write(json.dumps(comparison))
 PYTHON
-  say "$mode $case"
+  [ -n "$dry_run" ] || say "$mode $case"
   "$project_python" "$work/programs/referee.py" "$work/comparison.json" || status=$?
   [ "$status" -le 1 ] || exit "$status" # interrupted
   [ "$status" = 0 ] || failures=$((failures + 1))
@@ -2058,7 +2059,7 @@ run_scaling() {
     done
     for ((count = 1; count <= max_processes; count *= 2)); do
       settings=$(json env_id "$env_id" device "$device" num_envs 1024 training_iterations "$([ -n "$quick" ] && echo 8 || echo 40)")
-      measure scaling "$env_id-$place-$count-processes" "environment steps/s" "$settings" "$count processes|project|scaling_processes|$count"
+      measure scaling "$env_id-$place-$count-processes" "environment steps/s" "$settings" "$count process$([ "$count" = 1 ] || echo es)|project|scaling_processes|$count"
     done
   done
 }
