@@ -1,0 +1,2116 @@
+#!/usr/bin/env bash
+# Every figure of README, measured again: this project beside what a user would pick instead.
+#
+#     ./benchmark.sh sim        physics steps/s and one-step error: vecsim, MuJoCo C, MJX, Brax, mujoco-torch, MuJoCo Warp
+#     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games; SAC updates/s against skrl
+#     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
+#     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
+#     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
+#     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
+#     ./benchmark.sh plot       redraws the pictures in results/
+#     ./benchmark.sh table      prints README's tables from results/
+#     ./benchmark.sh programs DIR    writes the Python programs below out as files, to read or to lint
+#
+# How a comparison is made. Every contender is one small Python program of this file, in the virtual environment of its peer.
+# It sets itself up (imports, compilation, first pass: the warm-up, timed apart) and then waits. When all are ready, the
+# referee lets one after the other measure one window: A B C A B C A B C, on the same cores, one at a time. A row is the
+# median, lowest and highest of its windows. A finished round is saved, so an interrupted run goes on at the next round;
+# a finished comparison is not run again without --force. A peer that does not install or start costs one line, no more.
+#
+# Peers live in ${XDG_CACHE_HOME:-~/.cache}/onefile-gpu-rl-bench, each in its own virtual environment, built when first
+# needed. The interpreter of this project is $PYTHON (default: python). Needs bash 4.3 or newer, and GNU coreutils.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores scaling cost plot table programs
+
+  --env-id LIST        tasks, separated by commas (default: those of README)
+  --device NAME        cpu or cuda (default: cuda where there is a GPU)
+  --cores LIST         CPU cores to stay on, as taskset writes them: 0 or 0,1 or 0-7 (default: all)
+  --num-envs N         environments of each simulator in `sim` (default 1024 on a CPU, 8192 on a GPU)
+  --iterations N       Newton iterations of every simulator in `sim` (default 4)
+  --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
+  --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
+  --total-timesteps N  environment steps of each run in `scores` (default: the trainer's, for the task)
+  --repeats N          windows of each contender, at least 3 (default 5; with --quick 3)
+  --seconds N          length of a window (default 10; with --quick 3)
+  --patience N         seconds that a contender may take to get ready (default 1500; with --quick 300)
+  --dollars-per-hour X price of this machine, for `cost`
+  --results DIR        where rows and pictures go (default: results)
+  --quick              one task, short windows: a first look; its rows are kept apart
+  --dry-run            say what would run, how long it may take and what memory it may need; run nothing
+  --force              measure again what is finished
+USAGE
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cache="${XDG_CACHE_HOME:-$HOME/.cache}/onefile-gpu-rl-bench"
+command_line="./benchmark.sh $*"
+project_python=${PYTHON:-python}
+
+say() { printf '%s\n' "$*" >&2; }
+
+refuse() { # bad input: one line, status 2
+  say "error: $*"
+  exit 2
+}
+
+give_up() { # anything else that stops a run: one line, status 1
+  say "error: $*"
+  exit 1
+}
+
+mode=${1:-}
+[ $# -gt 0 ] && shift
+case "$mode" in
+  -h | --help) usage && exit 0 ;;
+  sim | learner | train | scores | scaling | cost | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores scaling cost plot table programs" ;;
+esac
+
+env_ids="" device="" cores="" num_envs="" iterations=4 max_envs="" max_processes="" total_timesteps="" repeats="" seconds=""
+patience="" dollars_per_hour="" results="$root/results" quick="" dry_run="" force="" programs_folder=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --quick) quick=1 ;;
+    --dry-run) dry_run=1 ;;
+    --force) force=1 ;;
+    -h | --help) usage && exit 0 ;;
+    --env-id | --device | --cores | --num-envs | --iterations | --max-envs | --max-processes | --total-timesteps | \
+      --repeats | --seconds | --patience | --dollars-per-hour | --results)
+      [ $# -ge 2 ] || refuse "$1 needs a value"
+      name=${1#--}
+      name=${name//-/_}
+      if [ "$name" = env_id ]; then env_ids=${2//,/ }; else printf -v "$name" %s "$2"; fi
+      shift
+      ;;
+    *)
+      [ "$mode" = programs ] && [ -z "$programs_folder" ] || refuse "unknown option '$1'; see ./benchmark.sh --help"
+      programs_folder=$1
+      ;;
+  esac
+  shift
+done
+for name in num_envs iterations max_envs max_processes total_timesteps repeats seconds patience; do
+  [[ -z "${!name}" || "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name//_/-} must be a whole number of at least 1, not ${!name}"
+done
+[[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
+[[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
+: "${repeats:=$([ -n "$quick" ] && echo 3 || echo 5)}"
+: "${seconds:=$([ -n "$quick" ] && echo 3 || echo 10)}"
+: "${patience:=$([ -n "$quick" ] && echo 300 || echo 1500)}"
+[ "$repeats" -ge 3 ] || refuse "--repeats must be at least 3, not $repeats: a median of fewer says nothing"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peers: one virtual environment each, built when first needed
+# ----------------------------------------------------------------------------------------------------------------------
+
+packages_of() { # PEER -> what pip installs, one call per line; torch goes first, so that no peer chooses its build
+  local gymnasium='gymnasium[mujoco]==1.4.0 mujoco==4.0.0'
+  case "$1" in
+    sb3) printf '%s\n' torch==2.13.0 "stable-baselines3==2.9.2 $gymnasium" ;;
+    skrl) printf '%s\n' torch==2.13.0 "skrl==2.1.1 $gymnasium" ;;
+    rsl_rl) printf '%s\n' torch==2.13.0 "rsl-rl-lib==5.5.1 $gymnasium" ;;
+    rl_games) printf '%s\n' torch==2.13.0 "rl-games==1.6.5 $gymnasium" ;;
+    brax) printf '%s\n' "brax==0.14.2 mujoco==4.0.0" ;;
+    mujoco_torch) printf '%s\n' torch==2.13.0 "mujoco-torch==0.2.0 mujoco==3.6.0" ;; # it does not know MuJoCo 4
+    mujoco_warp) printf '%s\n' "mujoco-warp==4.0.0 mujoco==4.0.0" ;;
+  esac
+}
+
+interpreter_of() { # PEER -> its Python; `project` is this project's own
+  if [ "$1" = project ]; then echo "$project_python"; else echo "$cache/$1/bin/python"; fi
+}
+
+prepare_peer() { # PEER: builds its environment unless it stands; on failure prints the reason in one line
+  local peer=$1 folder=$cache/$1 line
+  [ "$peer" = project ] && return 0
+  # The marker is written last and holds the list of packages: half an environment, or an older list, is built again.
+  [ "$(cat "$folder/.complete" 2>/dev/null)" = "$(packages_of "$peer")" ] && return 0
+  say "installing $peer: $(packages_of "$peer" | tr '\n' ' ')"
+  mkdir -p "$cache" && rm -rf "$folder" && "$project_python" -m venv "$folder" >"$cache/$peer.log" 2>&1 || {
+    one_line "no virtual environment" "$cache/$peer.log"
+    return 1
+  }
+  while read -r line; do
+    # shellcheck disable=SC2086  # a line is a list of requirements
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check $line >"$cache/$peer.log" 2>&1 || {
+      one_line "does not install" "$cache/$peer.log"
+      return 1
+    }
+  done < <(packages_of "$peer")
+  packages_of "$peer" >"$folder/.complete"
+}
+
+one_line() { # TEXT LOG -> the text and the last error of a log, in one line
+  printf '%s: %s (log: %s)\n' "$1" "$(grep -iE 'error|no space' "$2" 2>/dev/null | tail -n 1 | cut -c1-200)" "$2"
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The meter: the head of every contender's program
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_meter() {
+  cat <<'PYTHON'
+"""The meter: a contender works in an endless loop and calls `meter.tick(work)` after each piece of it.
+
+The first piece is the warm-up. After it the contender says that it is ready, and from then on measures one window each time
+the referee sends a line: it works until the window is long enough, reports work and seconds, and waits again."""
+
+import json
+import os
+import resource
+import sys
+import time
+from importlib import metadata
+
+sys.path[:0] = [os.environ["BENCHMARK_ROOT"]]
+replies = os.fdopen(os.dup(1), "w")  # what libraries print on standard output goes to the log instead
+os.dup2(2, 1)
+settings = json.loads(os.environ["BENCHMARK_SETTINGS"])
+variant = os.environ["BENCHMARK_VARIANT"]
+window = float(os.environ["BENCHMARK_SECONDS"])
+threads = int(os.environ["OMP_NUM_THREADS"])
+device = settings.get("device", "cpu")
+
+
+def versions():
+    packages = "torch jax jaxlib mujoco mujoco-mjx mujoco-warp warp-lang mujoco-torch brax gymnasium numpy"
+    packages += " stable-baselines3 skrl rsl-rl-lib rl-games"
+    found = {"python": sys.version.split()[0]}
+    for name in packages.split():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def synchronize():
+    """Wait for the GPU, so that a clock read means something."""
+    if "torch" in sys.modules and device == "cuda":
+        sys.modules["torch"].cuda.synchronize()
+
+
+def peak_memory_mib():
+    """Largest resident memory of this process, or of one that it started and that has ended; and PyTorch's largest on the GPU."""
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    memory = {"host": max(resource.getrusage(x).ru_maxrss for x in who) / 1024}
+    if "torch" in sys.modules and device == "cuda":
+        memory["gpu"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+    return memory
+
+
+class Meter:
+    def __init__(self):
+        self.facts = {}  # what else a row should hold: errors, sizes
+        self.started, self.clock = time.perf_counter(), None
+
+    def tick(self, work, seconds=None):
+        """`seconds`: what the work took, where the contender knows better than this clock."""
+        synchronize()
+        if self.clock is None:
+            now = time.perf_counter()
+            self.report(ready=True, warmup_seconds=now - self.started, versions=versions(), facts=self.facts)
+        else:
+            self.work += work
+            self.seconds = time.perf_counter() - self.clock if seconds is None else self.seconds + seconds
+            if self.seconds < window:
+                return
+            self.report(work=self.work, seconds=self.seconds, peak_memory_mib=peak_memory_mib())
+        if not sys.stdin.readline():
+            os._exit(0)  # the referee is done: no trainer's clean-up is needed
+        self.work, self.seconds, self.clock = 0, 0.0, time.perf_counter()
+
+    def report(self, **reply):
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+meter = Meter()
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sim: one model, the same integrator, timestep and solver iterations in every engine
+#
+# Random actions, held for one environment step; every robot starts anew after 200 environment steps, so that none lies idle.
+# vecsim is timed with observations, rewards and resets inside; the others step physics alone, in their favour.
+# The error is that of one step from states of MuJoCo C with contacts: |qvel - qvel of MuJoCo C| / (timestep * (1 + max |qacc|)),
+# the largest over the degrees of freedom, against a solver of MuJoCo C that runs to convergence.
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_states() {
+  cat <<'PYTHON'
+"""Prints the settings of a `sim` comparison, and saves start and test states of one task, by MuJoCo C."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+
+env_id, device, num_envs, iterations, path = sys.argv[1:]
+env = gymnasium.make(env_id).unwrapped
+xml = Path(env.fullpath)
+model = mujoco.MjModel.from_xml_path(str(xml))
+model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+converged = copy.copy(model)
+converged.opt.iterations, converged.opt.ls_iterations, converged.opt.tolerance = 100, 50, 1e-15
+
+rng, data = np.random.default_rng(1), mujoco.MjData(model)
+low, high = model.actuator_ctrlrange.T
+tests = {name: [] for name in ("qpos", "qvel", "warmstart", "ctrl", "next_qvel", "qacc")}
+while len(tests["qpos"]) < 256:
+    mujoco.mj_resetData(model, data)
+    data.qpos += rng.uniform(-0.1, 0.1, model.nq)
+    for step in range(100):
+        data.ctrl = rng.uniform(low, high)
+        mujoco.mj_step(model, data, env.frame_skip)
+        if step % 10 == 9:  # the answer of the converged solver to this very state
+            data.ctrl = rng.uniform(low, high)
+            exact = mujoco.MjData(converged)
+            exact.qpos, exact.qvel, exact.ctrl, exact.qacc_warmstart = data.qpos, data.qvel, data.ctrl, data.qacc_warmstart
+            rows = exact.qpos.copy(), exact.qvel.copy(), exact.qacc_warmstart.copy(), exact.ctrl.copy()
+            mujoco.mj_step(converged, exact)
+            for name, row in zip(tests, (*rows, exact.qvel.copy(), exact.qacc.copy())):
+                tests[name].append(row)
+start = model.qpos0 + rng.uniform(-0.1, 0.1, (int(num_envs), model.nq))
+np.savez(path, start=start, **tests)
+settings = dict(env_id=env_id, device=device, num_envs=int(num_envs), integrator="euler", timestep=model.opt.timestep)
+settings |= dict(solver="newton", iterations=int(iterations), ls_iterations=8, frame_skip=env.frame_skip)
+print(json.dumps(settings | dict(xml=str(xml), states=path)))
+PYTHON
+}
+
+program_sim_common() {
+  cat <<'PYTHON'
+import mujoco
+import numpy as np
+
+states = np.load(settings["states"])
+num_envs, frame_skip = settings["num_envs"], settings["frame_skip"]
+episode = 200  # environment steps before a robot starts anew
+
+
+def load_model(load=mujoco.MjModel.from_xml_path):
+    """The task's MJCF, with the settings that all engines share."""
+    model = load(settings["xml"])
+    model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+    model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    model.opt.iterations, model.opt.ls_iterations = settings["iterations"], settings["ls_iterations"]
+    return model
+
+
+def test_states():
+    """qpos, qvel, warmstart and ctrl of the test states, repeated or cut to num_envs rows: for engines that compile for a size."""
+    return [np.resize(states[name], (num_envs, states[name].shape[1])) for name in ("qpos", "qvel", "warmstart", "ctrl")]
+
+
+def note_errors(next_qvel):
+    """Error of one step from the first of the 256 test states, next_qvel: (rows, nv), as a fact of this contender's row."""
+    count = min(len(next_qvel), len(states["qvel"]))
+    scale = settings["timestep"] * (1.0 + np.abs(states["qacc"][:count]).max(1))
+    errors = np.abs(np.asarray(next_qvel, np.float64)[:count] - states["next_qvel"][:count]).max(1) / scale
+    quantiles = {"step_error_p50": 0.5, "step_error_p99": 0.99, "step_error_max": 1.0}
+    meter.facts |= {name: float(np.quantile(errors, q)) for name, q in quantiles.items()}
+PYTHON
+}
+
+program_sim_vecsim() {
+  cat <<'PYTHON'
+import torch
+
+import vecsim_torch
+
+env = vecsim_torch.make(
+    settings["env_id"], num_envs, device=device, seed=1, integrator="euler", iterations=settings["iterations"],
+    max_episode_steps=episode, random_initial_ages=True, compile=True,
+)  # fmt: skip
+rows = (torch.tensor(states[name].T, dtype=env.dtype, device=device) for name in ("qpos", "qvel", "warmstart", "ctrl"))
+qpos, qvel, warmstart, ctrl = rows
+with torch.no_grad():  # the eager functions, which the compiled ones equal to rounding
+    model = vecsim_torch.load_model(env.mj_model, dtype=env.dtype, device=env.device)
+    after, _ = vecsim_torch.step(model, vecsim_torch.State(qpos, qvel, warmstart), ctrl, "euler", settings["iterations"])
+note_errors(after.qvel.T.cpu())
+env.reset(seed=1)
+generator = torch.Generator(device).manual_seed(1)
+env.step(vecsim_torch.random_actions(env, generator))  # compiles
+os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler that counts kernels is chatty
+meter.facts["kernels_per_physics_step"] = vecsim_torch.count_kernels(env, vecsim_torch.random_actions(env, generator))
+while True:
+    for _ in range(5):
+        env.step(vecsim_torch.random_actions(env, generator))
+    meter.tick(5 * num_envs * frame_skip)
+PYTHON
+}
+
+program_sim_mujoco() {
+  cat <<'PYTHON'
+from mujoco import rollout
+
+model = load_model()
+rng, (low, high) = np.random.default_rng(1), model.actuator_ctrlrange.T
+full = mujoco.mjtState.mjSTATE_FULLPHYSICS
+size = mujoco.mj_stateSize(model, full)
+
+
+def full_states(qpos, qvel):
+    """(N, size) states as mujoco.rollout takes them."""
+    data, rows = mujoco.MjData(model), np.empty((len(qpos), size))
+    for row, data.qpos, data.qvel in zip(rows, qpos, qvel):
+        mujoco.mj_getState(model, data, row, full)
+    return rows
+
+
+with rollout.Rollout(nthread=threads) as pool:
+    data = [mujoco.MjData(model) for _ in range(threads)]
+    after, _ = pool.rollout(
+        model, data, full_states(states["qpos"], states["qvel"]), states["ctrl"][:, None], initial_warmstart=states["warmstart"]
+    )
+    note_errors(after[:, 0, 1 + model.nq : 1 + model.nq + model.nv])  # a state is time, qpos, qvel
+    start, length = full_states(states["start"], np.zeros((num_envs, model.nv))), 10
+    while True:
+        now = start
+        for _ in range(0, episode, length):
+            ctrl = rng.uniform(low, high, (num_envs, length, model.nu)).repeat(frame_skip, axis=1)
+            after, _ = pool.rollout(model, data, now, ctrl)
+            now = after[:, -1]
+            meter.tick(num_envs * length * frame_skip)
+PYTHON
+}
+
+program_sim_jax() {
+  cat <<'PYTHON'
+"""MJX (variant mjx) and Brax's generalized-coordinates engine (variant brax): one compiled program for an environment step."""
+
+# Without this XLA's thread pool now and then waits for itself in batched LAPACK calls (jaxlib 0.10.2).
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+if device == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+
+if variant == "mjx":
+    from mujoco import mjx
+
+    model = load_model()
+    mjx_model, blank = mjx.put_model(model), mjx.make_data(model)
+
+    def initial(qpos, qvel, warmstart):
+        return blank.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart)
+
+    def physics_step(data, ctrl):
+        return mjx.step(mjx_model, data.replace(ctrl=ctrl))
+
+    def velocity(data):
+        return data.qvel
+else:
+    from brax.generalized import pipeline
+    from brax.io import mjcf
+
+    model = load_model(mjcf.load_mjmodel)  # its own reader, which welds bodies without joints
+    system = mjcf.load_model(model)
+
+    def initial(qpos, qvel, warmstart):
+        return pipeline.init(system, qpos, qvel)
+
+    def physics_step(state, ctrl):
+        return pipeline.step(system, state, ctrl)
+
+    def velocity(state):
+        return state.qd
+
+
+low, high = jnp.asarray(model.actuator_ctrlrange.T)
+start_of = jax.jit(jax.vmap(initial))
+
+
+@jax.jit
+def advance(batch, ctrl, steps):
+    return jax.lax.fori_loop(0, steps, lambda _, batch: jax.vmap(physics_step)(batch, ctrl), batch)
+
+
+*tests, ctrl = (jnp.asarray(rows, jnp.float32) for rows in test_states())
+note_errors(velocity(advance(start_of(*tests), ctrl, 1)))
+rest = jnp.zeros((num_envs, model.nv))
+start = start_of(jnp.asarray(states["start"], jnp.float32), rest, rest)
+random_ctrl = jax.jit(lambda key: jax.random.uniform(key, (num_envs, model.nu), minval=low, maxval=high))
+key = jax.random.PRNGKey(1)
+while True:
+    now = start
+    for _ in range(episode):
+        key, key_now = jax.random.split(key)
+        now = jax.block_until_ready(advance(now, random_ctrl(key_now), frame_skip))
+        meter.tick(num_envs * frame_skip)
+PYTHON
+}
+
+program_sim_mujoco_torch() {
+  cat <<'PYTHON'
+"""mujoco-torch: torch.vmap over its step, compiled (variant compiled) or not (variant eager).
+
+Eager, its solver runs all its iterations: with PyTorch 2.13 the loop that stops early fails under vmap unless it is compiled."""
+
+import mujoco_torch
+import torch
+
+torch.manual_seed(1)
+model = load_model()
+mx = mujoco_torch.device_put(model, dtype=torch.float32).to(device)
+one = mujoco_torch.device_put(mujoco.MjData(model), dtype=torch.float32).to(device)
+low, high = torch.tensor(model.actuator_ctrlrange.T, dtype=torch.float32, device=device)
+step = torch.vmap(lambda data: mujoco_torch.step(mx, data, fixed_iterations=variant == "eager"))
+if variant == "compiled":
+    step = torch.compile(step, fullgraph=True)
+
+
+def batch_of(qpos, qvel, warmstart, ctrl):
+    batch = torch.stack([one] * len(qpos))
+    rows = (torch.tensor(x, dtype=torch.float32, device=device) for x in (qpos, qvel, warmstart, ctrl))
+    return batch.replace(**dict(zip(("qpos", "qvel", "qacc_warmstart", "ctrl"), rows)))
+
+
+with torch.no_grad():
+    note_errors(step(batch_of(*test_states())).qvel.cpu().numpy())
+    rest = np.zeros((num_envs, model.nv))
+    start = batch_of(states["start"], rest, rest, np.zeros((num_envs, model.nu)))
+    while True:
+        now = start
+        for _ in range(episode):
+            now = now.replace(ctrl=low + (high - low) * torch.rand(num_envs, model.nu, device=device))
+            for _ in range(frame_skip):
+                now = step(now)
+            meter.tick(num_envs * frame_skip)
+PYTHON
+}
+
+program_sim_mujoco_warp() {
+  cat <<'PYTHON'
+import mujoco_warp
+import warp
+
+warp.init()
+model = load_model()
+low, high = model.actuator_ctrlrange.T
+rng = np.random.default_rng(1)
+
+
+def simulation(qpos, qvel, warmstart):
+    """A model and its data, with these rows as state."""
+    data = mujoco_warp.make_data(model, nworld=len(qpos))
+    for name, rows in (("qpos", qpos), ("qvel", qvel), ("qacc_warmstart", warmstart)):
+        getattr(data, name).assign(rows.astype(np.float32))
+    mx = mujoco_warp.put_model(model)
+    mx.opt.warn_overflow = 0  # else it prints whenever a robot uses all its solver iterations
+    return mx, data
+
+
+with warp.ScopedDevice(device):
+    mx, data = simulation(states["qpos"], states["qvel"], states["warmstart"])
+    data.ctrl.assign(states["ctrl"].astype(np.float32))
+    mujoco_warp.step(mx, data)
+    note_errors(data.qvel.numpy())
+    rest = np.zeros((num_envs, model.nv))
+    mx, data = simulation(states["start"], rest, rest)
+    graph = None
+    if device == "cuda":  # as its documentation advises
+        mujoco_warp.step(mx, data)
+        with warp.ScopedCapture() as capture:
+            mujoco_warp.step(mx, data)
+        graph = capture.graph
+    while True:
+        for name, rows in (("qpos", states["start"]), ("qvel", rest), ("qacc_warmstart", rest)):
+            getattr(data, name).assign(rows.astype(np.float32))
+        for _ in range(episode):
+            data.ctrl.assign(rng.uniform(low, high, (num_envs, model.nu)).astype(np.float32))
+            for _ in range(frame_skip):
+                warp.capture_launch(graph) if graph else mujoco_warp.step(mx, data)
+            warp.synchronize()
+            meter.tick(num_envs * frame_skip)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learner: the PPO update alone
+#
+# One update is 65,536 samples (2,048 environments x 32 steps) x 5 epochs x 4 minibatches: separate ELU networks 256-128-64 for
+# actor and critic, 27 observations, 8 actions, observation statistics, learning rate from the KL divergence, gradients
+# clipped at 1. The unit is samples of the batch per second; each is visited 5 times. Every learner runs its own code:
+# advantages, shuffling, normalisation and logging included as it does them (rl_games: all but the advantages, in its favour).
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_learner_common() {
+  cat <<'PYTHON'
+import torch
+
+torch.manual_seed(1)
+torch.set_num_threads(threads)
+if device == "cuda":
+    torch.set_float32_matmul_precision("high")  # TF32, for every learner alike
+num_envs, obs_size, action_size, hidden = (settings[x] for x in ("num_envs", "obs_size", "action_size", "hidden"))
+PYTHON
+}
+
+program_learner_ours() {
+  cat <<'PYTHON'
+"""Targets, batch and update of ppo_gpu_torch.py, as its training loop calls them; variants eager, compiled, bf16."""
+
+import gymnasium
+import numpy as np
+
+import ppo_gpu_torch as ppo
+
+args = ppo.with_task_defaults(ppo.Args(
+    num_envs=num_envs, num_steps=num_steps, update_epochs=epochs, num_minibatches=minibatches, device=device,
+    actor_hidden=tuple(hidden), critic_hidden=tuple(hidden), compile=variant != "eager", bf16=variant == "bf16",
+))  # fmt: skip
+sizes = ppo.derive_sizes(args, world_size=1)
+target = torch.device(device)
+actions = gymnasium.spaces.Box(-np.ones(action_size, np.float32), np.ones(action_size, np.float32))
+agent = ppo.Agent(obs_size, None, actions, args).to(target)
+learning_rate = torch.tensor(args.learning_rate, device=target)
+optimizer = ppo.make_optimizer(agent, learning_rate)
+rollout = ppo.allocate_rollout(num_steps, num_envs, obs_size, None, action_size, target)
+policy, targets, accumulate, apply = ppo.build_functions(agent, optimizer, rollout, sizes, args)
+for tensor in (rollout.obs, rollout.final_critic_obs, rollout.reward):
+    tensor.normal_()
+rollout.terminated.bernoulli_(0.01)
+for t in range(num_steps):
+    rollout.mean[t], rollout.action[t], _ = policy(rollout.obs[t], torch.randn_like(rollout.action[t]))
+valid = ~rollout.invalid.flatten()
+while True:
+    value, advantage = targets()
+    order = torch.randperm(sizes.batch, device=target)
+    batch = ppo.make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
+    ppo.update(agent, batch, accumulate, apply, learning_rate, args.desired_kl, sizes.minibatch, args)
+    agent.obs_statistics.update(rollout.obs.flatten(0, 1), valid)
+    meter.tick(samples)
+PYTHON
+}
+
+program_learner_rsl_rl() {
+  cat <<'PYTHON'
+"""rsl_rl's PPO.compute_returns and PPO.update on a storage filled through PPO.act; variants eager, compiled, bf16."""
+
+from types import SimpleNamespace
+
+from rsl_rl.algorithms import PPO
+from tensordict import TensorDict
+
+
+def observe():
+    return TensorDict({"policy": torch.randn(num_envs, obs_size, device=device)}, batch_size=[num_envs], device=device)
+
+
+network = dict(class_name="MLPModel", hidden_dims=hidden, activation="elu", obs_normalization=True)
+config = dict(
+    algorithm=dict(
+        class_name="PPO", num_learning_epochs=epochs, num_mini_batches=minibatches, schedule="adaptive", desired_kl=0.01,
+        entropy_coef=0.0, max_grad_norm=1.0, use_clipped_value_loss=False, use_mixed_precision=variant == "bf16",
+    ),
+    actor=network | dict(distribution_cfg=dict(class_name="GaussianDistribution", init_std=1.0)),
+    critic=network,
+    obs_groups=dict(actor=["policy"], critic=["policy"]),
+    num_steps_per_env=num_steps,
+    multi_gpu=None,
+    torch_compile_mode=None if variant == "eager" else "default",
+)  # fmt: skip
+learner = PPO.construct_algorithm(observe(), SimpleNamespace(num_envs=num_envs, num_actions=action_size), config, device)
+learner.train_mode()
+with torch.inference_mode():
+    for _ in range(num_steps):
+        learner.act(observe())
+        done = torch.rand(num_envs, device=device) < 0.01
+        learner.process_env_step(observe(), torch.randn(num_envs, device=device), done, {})
+while True:
+    with torch.inference_mode():
+        learner.compute_returns(observe())
+    learner.update()
+    meter.tick(samples)
+PYTHON
+}
+
+program_ppo_batch() {
+  cat <<'PYTHON'
+num_steps, epochs, minibatches = (settings[x] for x in ("num_steps", "epochs", "minibatches"))
+samples = num_envs * num_steps
+PYTHON
+}
+
+program_skrl_models() {
+  cat <<'PYTHON'
+# Policy and value function of skrl, as its documentation builds them.
+import gymnasium
+import numpy as np
+import torch
+from skrl.models.torch import DeterministicMixin, GaussianMixin, Model
+from torch import nn
+
+
+def mlp(inputs, hidden, outputs):
+    sizes, layers = [inputs, *hidden], []
+    for i in range(len(hidden)):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ELU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+class Policy(GaussianMixin, Model):
+    def __init__(self, spaces, hidden):
+        Model.__init__(self, **spaces)
+        GaussianMixin.__init__(self)
+        self.net = mlp(self.num_observations, hidden, self.num_actions)
+        self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+
+    def compute(self, inputs, role):
+        return self.net(inputs["observations"]), {"log_std": self.log_std}
+
+
+class Value(DeterministicMixin, Model):
+    def __init__(self, spaces, hidden):
+        Model.__init__(self, **spaces)
+        DeterministicMixin.__init__(self)
+        self.net = mlp(self.num_observations, hidden, 1)
+
+    def compute(self, inputs, role):
+        return self.net(inputs["observations"]), {}
+
+
+def box(size, limit):
+    return gymnasium.spaces.Box(-limit, limit, (size,), np.float32)
+PYTHON
+}
+
+program_learner_skrl() {
+  cat <<'PYTHON'
+"""skrl's PPO.update on a memory filled through PPO.act and PPO.record_transition."""
+
+from skrl.agents.torch.ppo import PPO
+from skrl.memories.torch import RandomMemory
+from skrl.resources.preprocessors.torch import RunningStandardScaler
+from skrl.resources.schedulers.torch import KLAdaptiveLR
+
+spaces = dict(observation_space=box(obs_size, np.inf), action_space=box(action_size, 1.0), device=device)
+learner = PPO(
+    models={"policy": Policy(spaces, hidden).to(device), "value": Value(spaces, hidden).to(device)},
+    memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device=device),
+    **spaces,
+    cfg=dict(
+        rollouts=num_steps, learning_epochs=epochs, mini_batches=minibatches, grad_norm_clip=1.0, value_clip=0.0,
+        learning_rate=1e-3, learning_rate_scheduler=KLAdaptiveLR, learning_rate_scheduler_kwargs={"kl_threshold": 0.01},
+        observation_preprocessor=RunningStandardScaler,
+        observation_preprocessor_kwargs={"size": spaces["observation_space"], "device": device},
+        value_preprocessor=RunningStandardScaler, value_preprocessor_kwargs={"size": 1, "device": device},
+        experiment={"write_interval": 0, "checkpoint_interval": 0},
+    ),
+)  # fmt: skip
+learner.init()
+learner.enable_training_mode(True)
+obs = torch.randn(num_envs, obs_size, device=device)
+with torch.no_grad():
+    for _ in range(num_steps):
+        actions, _ = learner.act(obs, None, timestep=0, timesteps=1)
+        next_obs = torch.randn_like(obs)
+        ended = torch.rand(num_envs, 1, device=device) < 0.01
+        learner.record_transition(
+            observations=obs, states=None, actions=actions, rewards=torch.randn(num_envs, 1, device=device),
+            next_observations=next_obs, next_states=None, terminated=ended, truncated=torch.zeros_like(ended), infos={},
+            timestep=0, timesteps=1,
+        )  # fmt: skip
+        obs = next_obs
+learner.enable_models_training_mode(True)
+while True:
+    learner.update(timestep=0, timesteps=1)
+    meter.tick(samples)
+PYTHON
+}
+
+program_rl_games_agent() {
+  cat <<'PYTHON'
+"""rl_games' continuous PPO agent on a given vector environment; options as in its configurations for Ant."""
+
+import gymnasium
+import numpy as np
+import torch
+from rl_games.algos_torch.a2c_continuous import A2CAgent
+from rl_games.common.algo_observer import DefaultAlgoObserver
+from rl_games.common.ivecenv import IVecEnv
+from rl_games.common.tr_helpers import DefaultRewardsShaper
+
+
+def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden):
+    network = dict(
+        name="actor_critic", separate=True,
+        space=dict(continuous=dict(
+            mu_activation="None", sigma_activation="None", mu_init=dict(name="default"),
+            sigma_init=dict(name="const_initializer", val=0), fixed_sigma=True,
+        )),
+        mlp=dict(units=hidden, activation="elu", initializer=dict(name="default")),
+    )  # fmt: skip
+    config = dict(
+        name="benchmark", env_name="benchmark", env_info=vec_env.get_env_info(), vec_env=vec_env, device=device,
+        num_actors=num_actors, horizon_length=horizon, minibatch_size=minibatch, mini_epochs=epochs,
+        normalize_input=True, normalize_value=True, normalize_advantage=True, reward_shaper=DefaultRewardsShaper(),
+        gamma=0.99, tau=0.95, learning_rate=3e-4, lr_schedule="adaptive", kl_threshold=0.008, e_clip=0.2, clip_value=False,
+        critic_coef=2, entropy_coef=0.0, bounds_loss_coef=1e-4, truncate_grads=True, grad_norm=1.0,
+        features=dict(observer=DefaultAlgoObserver()), print_stats=False, save_best_after=10**9,
+    )  # fmt: skip
+    return A2CAgent("benchmark", dict(network=network, model=dict(name="continuous_a2c_logstd"), config=config))
+
+
+def describe_spaces(observation_space, action_space):
+    return dict(observation_space=observation_space, action_space=action_space, agents=1, value_size=1)
+PYTHON
+}
+
+program_learner_rl_games() {
+  cat <<'PYTHON'
+"""rl_games' train_epoch, its rollout replaced by one that it collected before."""
+
+
+class RandomNumbers(IVecEnv):
+    def get_env_info(self):
+        bound = np.full(obs_size, np.inf, np.float32)
+        limit = np.ones(action_size, np.float32)
+        return describe_spaces(gymnasium.spaces.Box(-bound, bound), gymnasium.spaces.Box(-limit, limit))
+
+    def reset(self):
+        return torch.randn(num_envs, obs_size, device=device)
+
+    def step(self, actions):
+        done = torch.rand(num_envs, device=device) < 0.01
+        return self.reset(), torch.randn(num_envs, device=device), done, {}
+
+
+agent = make_agent(RandomNumbers(), num_envs, num_steps, samples // minibatches, epochs, hidden)
+agent.init_tensors()
+agent.is_tensor_obses = True
+agent.obs = agent.env_reset()
+agent.set_eval()
+with torch.no_grad():
+    collected = agent.play_steps()
+# The update overwrites the means and deviations that it is given.
+agent.play_steps = lambda: collected | {name: collected[name].clone() for name in ("mus", "sigmas")}
+while True:
+    agent.train_epoch()
+    meter.tick(samples)
+PYTHON
+}
+
+# SAC: updates/s of the whole trainer but for the simulator, whose place random numbers take: 128 environments, 8 updates after
+# each of their steps, each on a batch of 4,096: policy and twin critics of two layers of 256, textbook SAC. Acting and storing are
+# inside, for both.
+
+program_random_numbers() {
+  cat <<'PYTHON'
+"""An environment with vecsim's contract that costs nothing, and calls the meter once the trainer has begun to learn."""
+
+import gymnasium
+import numpy as np
+
+
+class RandomNumbers:
+    single_critic_space = None
+
+    def __init__(self, first_steps, work):
+        bound, limit = np.full(obs_size, np.inf, np.float32), np.ones(action_size, np.float32)
+        self.single_observation_space = gymnasium.spaces.Box(-bound, bound)
+        self.single_action_space = gymnasium.spaces.Box(-limit, limit)
+        self.obs = torch.randn(num_envs, obs_size, device=device)
+        self.reward = torch.randn(num_envs, device=device)
+        self.never = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self.first_steps, self.work, self.taken = first_steps, work, 0
+
+    def reset(self, **options):
+        self.taken = 0
+        return self.obs, {}
+
+    def step(self, action):
+        self.taken += 1
+        if self.taken > self.first_steps:
+            meter.tick(self.work)
+        return self.obs, self.reward, self.never, self.never, {"final_obs": self.obs, "invalid": self.never}
+PYTHON
+}
+
+program_learner_sac_ours() {
+  cat <<'PYTHON'
+"""sac_gpu_torch.train as it stands, on an environment of random numbers; variants eager and compiled."""
+
+import tempfile
+
+import sac_gpu_torch as sac
+
+args = sac.Args(
+    preset="vanilla", num_envs=num_envs, batch_size=settings["batch_size"], updates_per_step=settings["updates_per_step"],
+    actor_hidden=tuple(hidden), critic_hidden=tuple(hidden), learning_starts=num_envs * settings["first_steps"], env_kwargs={},
+    replay_capacity=num_envs * settings["replay_steps"], total_timesteps=10**12, eval_episodes=0, device=device,
+    compile=variant == "compiled", run_dir=tempfile.mkdtemp(dir="."),
+)  # fmt: skip
+sac.train(args, lambda env_id, **options: RandomNumbers(settings["first_steps"] + 1, settings["updates_per_step"]))
+PYTHON
+}
+
+program_learner_sac_skrl() {
+  cat <<'PYTHON'
+"""skrl's SAC: act, record_transition and post_interaction, as its trainer calls them; models as in its documentation."""
+
+from skrl.agents.torch.sac import SAC
+from skrl.memories.torch import RandomMemory
+
+
+class SquashedPolicy(Policy):
+    def compute(self, inputs, role):
+        return torch.tanh(self.net(inputs["observations"])), {"log_std": self.log_std}
+
+
+class Critic(DeterministicMixin, Model):
+    def __init__(self, spaces, hidden):
+        Model.__init__(self, **spaces)
+        DeterministicMixin.__init__(self)
+        self.net = mlp(self.num_observations + self.num_actions, hidden, 1)
+
+    def compute(self, inputs, role):
+        return self.net(torch.cat([inputs["observations"], inputs["taken_actions"]], dim=1)), {}
+
+
+spaces = dict(observation_space=box(obs_size, np.inf), action_space=box(action_size, 1.0), device=device)
+critics = ("critic_1", "critic_2", "target_critic_1", "target_critic_2")
+updates = settings["updates_per_step"]
+agent = SAC(
+    models={"policy": SquashedPolicy(spaces, hidden)} | {name: Critic(spaces, hidden) for name in critics},
+    memory=RandomMemory(memory_size=settings["replay_steps"], num_envs=num_envs, device=device),
+    **spaces,
+    cfg=dict(
+        gradient_steps=updates, batch_size=settings["batch_size"], polyak=0.005, learn_entropy=True, grad_norm_clip=0.0,
+        learning_starts=settings["first_steps"], experiment={"write_interval": 0, "checkpoint_interval": 0},
+    ),
+)  # fmt: skip
+agent.init()
+agent.enable_training_mode(True)
+obs = torch.randn(num_envs, obs_size, device=device)
+reward = torch.randn(num_envs, 1, device=device)
+never = torch.zeros(num_envs, 1, dtype=torch.bool, device=device)
+timestep = 0
+while True:
+    with torch.no_grad():
+        actions, _ = agent.act(obs, None, timestep=timestep, timesteps=10**9)
+        agent.record_transition(
+            observations=obs, states=None, actions=actions, rewards=reward, next_observations=obs, next_states=None,
+            terminated=never, truncated=never, infos={}, timestep=timestep, timesteps=10**9,
+        )  # fmt: skip
+    agent.post_interaction(timestep=timestep, timesteps=10**9)
+    if timestep >= settings["first_steps"]:
+        meter.tick(updates)
+    timestep += 1
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train: environment steps/s of a whole training, from the second iteration on
+#
+# ppo_gpu_torch.py with its defaults, its log included, against PPO implementations on 8 Gymnasium environments, the way their
+# users run them on such a machine. A window is whole iterations, rollout and update.
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_train_ours() {
+  cat <<'PYTHON'
+"""ppo_gpu_torch.train as it stands; its environment counts the steps, and calls the meter where an iteration begins."""
+
+import tempfile
+
+import ppo_gpu_torch as ppo
+import vecsim_torch
+
+args = ppo.with_task_defaults(ppo.Args(
+    env_id=settings["env_id"], device=device, total_timesteps=10**12, log_every=150_000, eval_episodes=0,
+    num_envs=int(variant) if variant else None, run_dir=tempfile.mkdtemp(dir="."),
+))  # fmt: skip
+
+
+class CountedSteps:
+    """A vecsim environment whose steps are counted from its last reset on."""
+
+    def __init__(self, env):
+        self.env, self.taken = env, 0
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def reset(self, **options):
+        self.taken = 0
+        return self.env.reset(**options)
+
+    def step(self, action):
+        if self.taken and self.taken % args.num_steps == 0:
+            meter.tick(args.num_steps * args.num_envs)
+        self.taken += 1
+        return self.env.step(action)
+
+
+ppo.train(args, lambda env_id, **options: CountedSteps(vecsim_torch.make(env_id, **options)))
+PYTHON
+}
+
+program_gymnasium_envs() {
+  cat <<'PYTHON'
+"""8 Gymnasium environments that count their steps and call the meter where an iteration begins."""
+
+import gymnasium
+
+num_envs = settings["num_envs"]
+
+
+def make_one(*wrappers):
+    env = gymnasium.make(settings["env_id"], **settings["env_kwargs"])
+    for wrapper in wrappers:
+        env = wrapper(env)
+    return env
+
+
+class CountedSteps(gymnasium.vector.VectorWrapper):
+    def __init__(self, env, num_steps):
+        super().__init__(env)
+        self.num_steps, self.taken = num_steps, 0
+
+    def step(self, actions):
+        if self.taken and self.taken % self.num_steps == 0:
+            meter.tick(self.num_steps * self.num_envs)
+        self.taken += 1
+        return self.env.step(actions)
+
+
+def make_vector(num_steps, kind, *wrappers):
+    functions, options = [lambda: make_one(*wrappers)] * num_envs, dict(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+    if kind == "async":
+        return CountedSteps(gymnasium.vector.AsyncVectorEnv(functions, context="fork", **options), num_steps)
+    return CountedSteps(gymnasium.vector.SyncVectorEnv(functions, **options), num_steps)
+PYTHON
+}
+
+program_train_sb3() {
+  cat <<'PYTHON'
+"""Stable-Baselines3's PPO with its defaults: 2,048 steps, minibatches of 64, 10 epochs; variants dummy and subproc."""
+
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+
+class Ticks(BaseCallback):
+    def _on_step(self):
+        return True
+
+    def _on_rollout_start(self):
+        if self.num_timesteps:
+            meter.tick(self.model.n_steps * self.training_env.num_envs)
+
+
+if __name__ == "__main__":  # the processes of SubprocVecEnv may import this file
+    torch.set_num_threads(threads)
+    vector = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[variant]
+    env = make_vec_env(settings["env_id"], settings["num_envs"], env_kwargs=settings["env_kwargs"], vec_env_cls=vector)
+    PPO("MlpPolicy", env, device="cpu", seed=1).learn(10**12, callback=Ticks())  # the CPU is what it advises for an MLP
+PYTHON
+}
+
+program_train_cleanrl() {
+  cat <<'PYTHON'
+"""PPO for continuous actions in CleanRL's manner, with its published hyperparameters; variants sync and async."""
+
+import numpy as np
+import torch
+from gymnasium.wrappers import ClipAction, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
+from gymnasium.wrappers import TransformObservation, TransformReward
+from torch import nn
+
+num_steps, minibatches, epochs, clip = 2048, 32, 10, 0.2
+torch.manual_seed(1)
+torch.set_num_threads(threads)
+
+
+def clip_observation(env):
+    return TransformObservation(env, lambda obs: np.clip(obs, -10, 10), None)
+
+
+def clip_reward(env):
+    return TransformReward(env, lambda reward: float(np.clip(reward, -10, 10)))
+
+
+wrappers = RecordEpisodeStatistics, ClipAction, NormalizeObservation, clip_observation, NormalizeReward, clip_reward
+envs = make_vector(num_steps, variant, *wrappers)
+obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+
+def layer(inputs, outputs, gain=2**0.5):
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def network(outputs, gain):
+    return nn.Sequential(layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, outputs, gain)).to(device)
+
+
+actor, critic = network(action_size, 0.01), network(1, 1.0)
+log_std = nn.Parameter(torch.zeros(action_size, device=device))
+parameters = [*actor.parameters(), *critic.parameters(), log_std]
+optimizer = torch.optim.Adam(parameters, lr=3e-4, eps=1e-5)
+
+
+def tensor(array):
+    return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+
+def distribution(obs):
+    return torch.distributions.Normal(actor(obs), log_std.exp())
+
+
+obs_buffer = torch.zeros(num_steps, num_envs, obs_size, device=device)
+action_buffer = torch.zeros(num_steps, num_envs, action_size, device=device)
+log_probs, rewards, dones, values = torch.zeros(4, num_steps, num_envs, device=device)
+obs, done = tensor(envs.reset(seed=1)[0]), torch.zeros(num_envs, device=device)
+while True:
+    for t in range(num_steps):
+        obs_buffer[t], dones[t] = obs, done
+        with torch.no_grad():
+            policy = distribution(obs)
+            action = policy.sample()
+            action_buffer[t], log_probs[t], values[t] = action, policy.log_prob(action).sum(-1), critic(obs).squeeze(-1)
+        next_obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        obs, rewards[t], done = tensor(next_obs), tensor(reward), tensor(terminated | truncated)
+
+    with torch.no_grad():
+        advantages, following, next_value, next_done = torch.zeros_like(rewards), 0.0, critic(obs).squeeze(-1), done
+        for t in reversed(range(num_steps)):
+            delta = rewards[t] + 0.99 * next_value * (1 - next_done) - values[t]
+            advantages[t] = following = delta + 0.99 * 0.95 * (1 - next_done) * following
+            next_value, next_done = values[t], dones[t]
+        returns = advantages + values
+
+    rows = [x.flatten(0, 1) for x in (obs_buffer, action_buffer, log_probs, values, advantages, returns)]
+    batch_size = num_steps * num_envs
+    for _ in range(epochs):
+        for index in torch.randperm(batch_size, device=device).split(batch_size // minibatches):
+            b_obs, b_action, b_log_prob, b_value, advantage, b_return = (x[index] for x in rows)
+            policy = distribution(b_obs)
+            ratio = (policy.log_prob(b_action).sum(-1) - b_log_prob).exp()
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+            value = critic(b_obs).squeeze(-1)
+            clipped = b_value + (value - b_value).clamp(-clip, clip)
+            value_loss = 0.5 * torch.max((value - b_return) ** 2, (clipped - b_return) ** 2).mean()
+            optimizer.zero_grad()
+            (policy_loss + 0.5 * value_loss).backward()
+            nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
+PYTHON
+}
+
+program_train_skrl() {
+  cat <<'PYTHON'
+"""skrl's PPO and SequentialTrainer, options as in its Gymnasium examples."""
+
+from skrl.agents.torch.ppo import PPO
+from skrl.envs.wrappers.torch import wrap_env
+from skrl.memories.torch import RandomMemory
+from skrl.resources.preprocessors.torch import RunningStandardScaler
+from skrl.resources.schedulers.torch import KLAdaptiveLR
+from skrl.trainers.torch import SequentialTrainer
+
+torch.set_num_threads(threads)
+num_steps = 1024
+env = wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
+spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device="cpu")
+agent = PPO(
+    models={"policy": Policy(spaces, [64, 64]), "value": Value(spaces, [64, 64])},
+    memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device="cpu"),
+    **spaces,
+    cfg=dict(
+        rollouts=num_steps, learning_epochs=10, mini_batches=32, learning_rate=1e-3, learning_rate_scheduler=KLAdaptiveLR,
+        learning_rate_scheduler_kwargs={"kl_threshold": 0.008},
+        observation_preprocessor=RunningStandardScaler,
+        observation_preprocessor_kwargs={"size": env.observation_space, "device": "cpu"},
+        value_preprocessor=RunningStandardScaler, value_preprocessor_kwargs={"size": 1, "device": "cpu"},
+        experiment={"write_interval": 0, "checkpoint_interval": 0},
+    ),
+)  # fmt: skip
+SequentialTrainer(env=env, agents=agent, cfg={"timesteps": 10**9, "headless": True, "disable_progressbar": True}).train()
+PYTHON
+}
+
+program_train_rsl_rl() {
+  cat <<'PYTHON'
+"""rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, the epochs and minibatches of its own."""
+
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.runners import OnPolicyRunner
+from tensordict import TensorDict
+
+torch.set_num_threads(threads)
+num_steps = 1024
+
+
+class GymnasiumEnvs(VecEnv):
+    def __init__(self):
+        self.envs = make_vector(num_steps, "sync")
+        self.num_envs, self.num_actions = num_envs, self.envs.single_action_space.shape[0]
+        self.max_episode_length, self.episode_length_buf = 1000, torch.zeros(num_envs, dtype=torch.long)
+        self.device, self.cfg = "cpu", {}
+        self.obs = self.envs.reset(seed=1)[0]
+
+    def get_observations(self):
+        return TensorDict({"policy": torch.as_tensor(self.obs, dtype=torch.float32)}, batch_size=[num_envs])
+
+    def step(self, actions):
+        self.obs, reward, terminated, truncated, _ = self.envs.step(actions.numpy().clip(-1, 1))
+        extras = {"time_outs": torch.as_tensor(truncated)}
+        return self.get_observations(), torch.as_tensor(reward).float(), torch.as_tensor(terminated | truncated), extras
+
+
+network = dict(class_name="MLPModel", hidden_dims=[64, 64], activation="elu", obs_normalization=True)
+config = dict(
+    algorithm=dict(class_name="PPO", num_learning_epochs=5, num_mini_batches=4, schedule="adaptive", entropy_coef=0.0),
+    actor=network | dict(distribution_cfg=dict(class_name="GaussianDistribution", init_std=1.0)),
+    critic=network,
+    obs_groups=dict(actor=["policy"], critic=["policy"]),
+    num_steps_per_env=num_steps,
+    save_interval=10**9,
+    check_for_nan=False,
+)
+OnPolicyRunner(GymnasiumEnvs(), config, device="cpu").learn(10**9)
+PYTHON
+}
+
+program_train_rl_games() {
+  cat <<'PYTHON'
+"""rl_games' A2CAgent.train, horizon and minibatch as in its configuration for Ant on 64 environments."""
+
+torch.set_num_threads(threads)
+device = "cpu"
+num_steps = 512
+
+
+class GymnasiumEnvs(IVecEnv):
+    def __init__(self):
+        self.envs = make_vector(num_steps, "sync")
+
+    def get_env_info(self):
+        return describe_spaces(self.envs.single_observation_space, self.envs.single_action_space)
+
+    def reset(self):
+        return self.envs.reset(seed=1)[0].astype(np.float32)
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, _ = self.envs.step(actions)
+        return obs.astype(np.float32), reward.astype(np.float32), terminated | truncated, {"time_outs": truncated}
+
+
+make_agent(GymnasiumEnvs(), num_envs, num_steps, 2048, 4, [256, 128, 64]).train()
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scaling: training over 1..K processes, by torchrun (over environments: the program of `sim`)
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_scaling_processes() {
+  cat <<'PYTHON'
+"""A training of a minute by torchrun with `variant` processes, again and again; speed from the latter half of its log."""
+
+import pathlib
+import subprocess
+import tempfile
+
+processes = int(variant)
+environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // processes) if device == "cpu" else 4)}
+while True:
+    run_dir = pathlib.Path(tempfile.mkdtemp(dir="."))
+    trainer = os.path.join(os.environ["BENCHMARK_ROOT"], "ppo_gpu_torch.py")
+    flags = dict(env_id=settings["env_id"], device=device, num_envs=settings["num_envs"], eval_episodes=0, log_every=1, run_dir=run_dir)
+    flags |= dict(total_timesteps=settings["num_envs"] * 32 * settings["training_iterations"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", trainer]
+    flags = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    subprocess.run([*launcher, *flags], check=True, env=environment)
+    log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    half, last = log[len(log) // 2], log[-1]
+    meter.tick(last["env_steps"] - half["env_steps"], last["wall_seconds"] - half["wall_seconds"])
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The referee: starts the contenders of one comparison, lets them measure in turn, and keeps the rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_referee() {
+  cat <<'PYTHON'
+"""python referee.py COMPARISON.json: one comparison from start to finish, or from where it was interrupted.
+
+The comparison names mode, case, unit, settings, contenders {name, python, program, variant}, repeats, seconds, patience, cores,
+command, commit and the file of its rows. Exit status 0: the rows stand; 1: no contender could be measured, or the disk is full."""
+
+import json
+import os
+import platform
+import re
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def hardware(device):
+    """Processor and, where it is used, GPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    gpu = ""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0] + "; "
+    return f"{gpu}{cpu}, {os.cpu_count()} cores"
+
+
+class EnergyMeter:
+    """Joules of the processor packages (RAPL) and of the GPU (power by nvidia-smi, twice a second) while the block runs.
+
+    `joules` is None where the hardware does not tell. Other work on the same machine is counted too."""
+
+    def __init__(self, device):
+        self.device, self.joules, self.watts = device, None, []
+
+    @staticmethod
+    def packages():
+        """Microjoules so far, and the value at which the counter starts again, of each processor package."""
+        counters = []
+        for folder in Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"):
+            if folder.name.count(":") == 1 and os.access(folder / "energy_uj", os.R_OK):
+                numbers = ((folder / name).read_text() for name in ("energy_uj", "max_energy_range_uj"))
+                counters.append(tuple(int(x) for x in numbers))
+        return counters
+
+    def sample(self):
+        query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+        while not self.stopped.wait(0.5):
+            draws = subprocess.run(query, capture_output=True, text=True).stdout.split()
+            self.watts += [sum(float(x) for x in draws)] if draws and all(re.fullmatch(r"[\d.]+", x) for x in draws) else []
+
+    def __enter__(self):
+        self.before, self.started, self.stopped = self.packages(), time.perf_counter(), threading.Event()
+        self.sampler = threading.Thread(target=self.sample) if self.device == "cuda" else None
+        if self.sampler:
+            self.sampler.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        if self.sampler:
+            self.sampler.join()
+        seconds = time.perf_counter() - self.started
+        pairs = zip(self.before, self.packages())
+        parts = [((now - then) % wraps) * 1e-6 for (then, wraps), (now, _) in pairs]
+        if self.watts:
+            parts.append(statistics.mean(self.watts) * seconds)
+        if parts and (self.watts or self.device == "cpu"):
+            self.joules = sum(parts)
+
+
+class Contender:
+    def __init__(self, description, comparison):
+        self.name, self.description = description["name"], description
+        programs = Path(comparison["programs"])
+        self.log = Path(comparison["logs"]) / (re.sub(r"\W+", "-", f"{comparison['mode']}-{comparison['case']}-{self.name}") + ".log")
+        cores = comparison["cores"]
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if cores:
+            count = int(subprocess.run(["taskset", "-c", cores, "nproc"], capture_output=True, text=True, check=True).stdout)
+        self.cores = count
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+        environment |= dict(
+            OMP_NUM_THREADS=str(count), BENCHMARK_ROOT=comparison["root"], BENCHMARK_SETTINGS=json.dumps(comparison["settings"]),
+            BENCHMARK_VARIANT=description["variant"], BENCHMARK_SECONDS=str(comparison["seconds"]), PYTHONUNBUFFERED="1",
+        )  # fmt: skip
+        launch = ["taskset", "-c", cores] if cores else []
+        self.process = subprocess.Popen(
+            [*launch, description["python"], programs / f"{description['program']}.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("wb"), env=environment, cwd=comparison["scratch"],
+            start_new_session=True,
+        )  # fmt: skip
+
+    def reply(self, patience):
+        """The next line that the contender reports; RuntimeError with the reason if it ends or stays silent."""
+        readable, _, _ = select.select([self.process.stdout], [], [], patience)
+        if not readable:
+            raise RuntimeError(f"no answer within {patience:g} s (log: {self.log})")
+        line = self.process.stdout.readline()
+        if not line:
+            lines = self.log.read_text(errors="replace").strip().splitlines() or ["no message"]
+            errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception|error)\b", x)] or lines
+            raise RuntimeError(f"{errors[-1][:160]} (log: {self.log})")
+        return json.loads(line)
+
+    def measure(self, patience):
+        self.process.stdin.write(b"go\n")
+        self.process.stdin.flush()
+        return self.reply(patience)
+
+    def stop(self):
+        """End this contender and the processes that it started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(5)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+
+
+def save(path, record):
+    """Write beside, then rename: an interrupted run or a full disk leaves the older file whole."""
+    text, beside = json.dumps(record, indent=1) + "\n", path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        for row in record["rows"]:
+            print(json.dumps(row))  # on standard output, so that nothing measured is lost
+        raise SystemExit(f"error: {path} cannot be written ({error.strerror}); its rows were printed instead") from None
+
+
+def summarize(row):
+    values = row["values"]
+    return row | dict(median=statistics.median(values), minimum=min(values), maximum=max(values))
+
+
+def earlier_rounds(path, comparison):
+    """The rows of an unfinished run of the very same comparison, else none."""
+    if comparison["force"] or not path.exists():
+        return [], {}
+    record = json.loads(path.read_text())
+    same = all(record[name] == comparison[name] for name in ("settings", "commit", "seconds", "cores"))
+    # What cannot be resumed is measured afresh; a finished comparison never comes here.
+    return (record["rows"], record["failed"]) if same and record["hardware"] == comparison["hardware"] else ([], {})
+
+
+def finished(path, comparison):
+    if comparison["force"] or not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    return min((len(row["values"]) for row in record["rows"]), default=0) >= comparison["repeats"]
+
+
+def describe_plan(path, comparison):
+    """What --dry-run prints: one line for the comparison, with time and memory from earlier rows where there are any."""
+    known = {}
+    for file in Path(comparison["results"]).glob("*.json"):
+        rows = json.loads(file.read_text()).get("rows", [])
+        known |= {row["contender"]: row for row in rows if row.get("mode") == comparison["mode"]}
+    contenders = [c["name"] for c in comparison["contenders"]]
+    typical = dict(warmup_seconds=60.0, peak_memory_mib={"host": 1200.0})
+    rows = [known.get(name, typical) for name in contenders]
+    overrun = 1.5  # a window ends with the piece of work in which it runs out
+    seconds = sum(row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
+    memory = sum(row["peak_memory_mib"]["host"] for row in rows)
+    guessed = sum(name not in known for name in contenders)
+    print(f"{comparison['mode']} {comparison['case']}: {' | '.join(contenders)}")
+    print(f"  about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded); {guessed} of {len(contenders)} guessed")
+
+
+def main():
+    comparison = json.loads(Path(sys.argv[1]).read_text())
+    path = Path(comparison["path"])
+    label = f"{comparison['mode']} {comparison['case']}"
+    if finished(path, comparison):
+        say(f"{label}: finished, in {path} (--force measures again)")
+        return 0
+    if comparison["dry_run"]:
+        describe_plan(path, comparison)
+        return 0
+    comparison["hardware"] = hardware(comparison["settings"].get("device", "cpu"))
+    rows, failed = earlier_rounds(path, comparison)
+    failed |= comparison["skipped"]
+    rows = {row["contender"]: row for row in rows}
+    wanted = [c for c in comparison["contenders"] if not rows or c["name"] in rows]
+    contenders, patience = {}, comparison["patience"]
+    try:
+        for description in wanted:
+            contender = Contender(description, comparison)
+            contenders[contender.name] = contender
+            try:
+                ready = contender.reply(patience)
+            except RuntimeError as error:
+                failed[contender.name] = str(error)
+                say(f"  {contender.name}: left out: {error}")
+                contenders.pop(contender.name).stop()
+                rows.pop(contender.name, None)
+                continue
+            say(f"  {contender.name}: ready after {ready['warmup_seconds']:.0f} s")
+            rows.setdefault(contender.name, dict(
+                mode=comparison["mode"], case=comparison["case"], contender=contender.name, unit=comparison["unit"],
+                values=[], joules_per_unit=[], warmup_seconds=ready["warmup_seconds"], peak_memory_mib={},
+                command=comparison["command"], cores=contender.cores, versions=ready["versions"],
+                hardware=comparison["hardware"], commit=comparison["commit"],
+            ) | ready["facts"])  # fmt: skip
+        while rows and (done := min(len(row["values"]) for row in rows.values())) < comparison["repeats"]:
+            for name, contender in list(contenders.items()):
+                row = rows[name]
+                try:
+                    with EnergyMeter(comparison["settings"].get("device", "cpu")) as energy:
+                        reply = contender.measure(patience)
+                except (RuntimeError, BrokenPipeError) as error:
+                    failed[name] = f"stopped in round {done + 1}: {error}"
+                    say(f"  {name}: left out: {failed[name]}")
+                    contenders.pop(name).stop()
+                    rows.pop(name)
+                    continue
+                row["values"].append(reply["work"] / reply["seconds"])
+                if energy.joules is not None:
+                    row["joules_per_unit"].append(energy.joules / reply["work"])
+                row["peak_memory_mib"] = reply["peak_memory_mib"]
+                say(f"  round {done + 1}/{comparison['repeats']}  {name}: {row['values'][-1]:,.0f} {comparison['unit']}")
+            if not rows:
+                break  # what stood in the file stays
+            record = {k: comparison[k] for k in ("mode", "case", "unit", "settings", "seconds", "cores", "hardware", "commit", "command")}
+            save(path, record | dict(failed=failed, rows=[summarize(row) for row in rows.values()]))
+    finally:
+        for contender in contenders.values():
+            contender.stop()
+    if not rows:
+        say(f"error: {label}: no contender could be measured")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scores: time to a score in Gymnasium's own environments
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_scores() {
+  cat <<'PYTHON'
+"""One training by ppo_gpu_torch.py with evaluations on the way; writes results/ppo/<task>-seed<k>.json.
+
+An interrupted training goes on from its last checkpoint. Times are the trainer's own: compilation and evaluations apart."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+run_dir, path = Path(job["run_dir"]), Path(job["path"])
+name = f"{job['env_id']}, seed {job['seed']}"
+if path.exists() and not job["force"]:
+    print(f"scores {name}: finished, in {path} (--force trains again)", file=sys.stderr)
+    sys.exit(0)
+if job["dry_run"]:
+    print(f"scores {name}: {job['command']}\n  about {job['minutes']} minutes, 1.5 GiB (guessed)")
+    sys.exit(0)
+
+if job["force"] and (run_dir / "eval.json").exists():
+    shutil.rmtree(run_dir)  # a finished training; one that was interrupted goes on, forced or not
+if not (run_dir / "eval.json").exists():
+    command = shlex.split(job["command"])[1:]
+    resumed = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() else []
+    launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
+    trainer = [*launch, job["python"], *command, "--run-dir", str(run_dir), *resumed]
+    status = subprocess.run(trainer, cwd=job["root"]).returncode
+    if status:
+        sys.exit(f"error: scores {name}: the trainer stopped with status {status}; the same command goes on from {run_dir}")
+
+record = json.loads((run_dir / "eval.json").read_text())
+log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+curve = [[x["env_steps"], round(x["wall_seconds"], 1), round(x["gymnasium_return"], 1)] for x in log if "gymnasium_return" in x]
+reached = [seconds for _, seconds, score in curve if score >= job["threshold"]]
+record |= dict(
+    command=job["command"], hardware=job["hardware"], commit=job["commit"], threshold=job["threshold"],
+    seconds_to_threshold=reached[0] if reached else None, curve=curve,
+    versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")},
+)  # fmt: skip
+beside = path.with_suffix(".tmp")
+try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(beside, path)
+except OSError as error:
+    beside.unlink(missing_ok=True)
+    sys.exit(f"error: {path} cannot be written ({error.strerror}); the run is kept in {run_dir}")
+outcome = f"reached after {reached[0]:,.0f} s" if reached else "not reached"
+score = record["gymnasium"]["mean"]
+print(f"scores {name}: {score:,.0f} after {record['train_seconds']:,.0f} s; {job['threshold']:,} {outcome}", file=sys.stderr)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# table and cost: what README shows, from the files alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_table() {
+  cat <<'PYTHON'
+"""python table.py RESULTS MODES [DOLLARS_PER_HOUR]: markdown tables of the finished comparisons."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+results, modes = Path(sys.argv[1]), sys.argv[2].split(",")
+dollars = float(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] else None
+
+
+def print_table(header, rows):
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def speed(row):
+    return f"{row['median']:,.0f} ({row['minimum']:,.0f} to {row['maximum']:,.0f})"
+
+
+def memory(row):
+    return ", ".join(f"{value / 1024:.1f} GiB {where}" for where, value in row["peak_memory_mib"].items())
+
+
+def times(reference, row):
+    ratio = reference["median"] / row["median"]
+    return "1" if row is reference else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def number(row, name):
+    return f"{row[name]:.0e}" if name in row else "-"
+
+
+def kernels(row):
+    count = row.get("kernels_per_physics_step")
+    return "-" if count is None else f"{count:.1f}"
+
+
+def settings_line(record):
+    hidden = "env_id env_kwargs device states xml hidden".split()
+    words = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in hidden]
+    row = record["rows"][0]
+    cores = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}"
+    versions = ", ".join(f"{k} {v}" for k, v in sorted({i for r in record["rows"] for i in r["versions"].items()}))
+    print(f"\n{cores} of {record['hardware']}; {', '.join(words)}; {len(row['values'])} windows of {record['seconds']} s in turn.")
+    print(f"{versions}. Commit {record['commit']}, `{record['command']}`.")
+    for name, reason in record["failed"].items():
+        print(f"{name} is missing: {reason.split(' (log:')[0]}.")
+
+
+def comparison_table(record):
+    reference = record["rows"][0]
+    header = ["", record["unit"], f"{reference['contender']} is times as fast"]
+    if record["mode"] == "sim":
+        header += ["error of one step, median", "p99"]
+    rows = []
+    for row in record["rows"]:
+        cells = [row["contender"], speed(row), times(reference, row)]
+        if record["mode"] == "sim":
+            cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
+        rows.append([*cells, f"{row['warmup_seconds']:.0f} s", memory(row)])
+    print_table([*header, "preparation", "memory"], rows)
+
+
+def cost_table(record):
+    """Per joule where the hardware told, per dollar where the user gave a price."""
+    rows = []
+    for row in record["rows"]:
+        joules = sorted(row["joules_per_unit"])
+        watts = "-" if not joules else f"{joules[len(joules) // 2] * row['median']:,.0f}"
+        per_joule = "-" if not joules else f"{1 / joules[len(joules) // 2]:,.0f}"
+        per_dollar = "-" if dollars is None else f"{row['median'] * 3600 / dollars / 1e6:,.1f} M"
+        rows.append([row["contender"], f"{row['median']:,.0f}", watts, per_joule, per_dollar, memory(row)])
+    print_table(["", record["unit"], "watts", "steps per joule", "steps per dollar", "memory"], rows)
+    missing = [] if any(row["joules_per_unit"] for row in record["rows"]) else ["this machine tells no power"]
+    missing += ["no --dollars-per-hour was given"] if dollars is None else []
+    print("\n" + "; ".join([f"{dollars} dollars per hour"] if dollars else []) + "; ".join(missing))
+
+
+def scaling_tables(records):
+    """One line for each number of environments or processes: each is a comparison of its own."""
+    groups = {}
+    for record in records:
+        groups.setdefault(re.sub(r"-\d+-(envs|processes)", r"-\1", record["case"]), []).append(record)
+    for case, members in groups.items():
+        print(f"\n**scaling, {case}**\n")
+        rows = [r["rows"][0] for r in members]
+        rows.sort(key=lambda row: int(row["contender"].split()[0]))
+        print_table(
+            ["", rows[0]["unit"], "kernels per physics step", "preparation", "memory"],
+            [[row["contender"], speed(row), kernels(row), f"{row['warmup_seconds']:.0f} s", memory(row)] for row in rows],
+        )
+        settings_line(members[0])
+
+
+def score_table():
+    rows = []
+    for path in sorted(results.glob("*/*-seed*.json")):
+        run = json.loads(path.read_text())
+        if not run.get("gymnasium"):
+            continue
+        seconds = run.get("seconds_to_threshold")
+        reached = "-" if "threshold" not in run else f"{run['threshold']:,} " + (f"in {seconds:,.0f} s" if seconds is not None else "not reached")
+        score = run["gymnasium"]
+        cells = [run["env_id"], run["algorithm"].upper(), str(run["seed"]), f"{run['env_steps']:,}", f"{run['train_seconds']:,.0f} s"]
+        cells += [f"{score['mean']:,.0f} ± {score['std']:,.0f}, lowest {score['min']:,.0f}", reached, f"`{run.get('command', '')}`"]
+        rows.append(cells)
+    if rows:
+        print("\n**scores in Gymnasium's own environments**\n")
+        header = ["task", "algorithm", "seed", "environment steps", "training time", "score (20 episodes)", "threshold", "command"]
+        print_table(header, rows)
+
+
+records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
+for record in records:
+    if record["mode"] in modes and record["mode"] != "scaling":
+        print(f"\n**{record['mode']}, {record['case']}**\n")
+        comparison_table(record)
+        settings_line(record)
+    if record["mode"] == "train" and "cost" in modes:
+        print(f"\n**cost, {record['case']}**\n")
+        cost_table(record)
+if "scaling" in modes:
+    scaling_tables([record for record in records if record["mode"] == "scaling"])
+if "scores" in modes:
+    score_table()
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# plot
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_plot() {
+  cat <<'PYTHON'
+"""python plot.py RESULTS: curves.png, speed.png and scaling.png from the files in RESULTS."""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+results = Path(sys.argv[1])
+INK, FAINT, OURS, THEIRS = "#22262b", "#8a9099", "#1f6feb", "#b6bec9"
+COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "mjx": "#2b8a3e", "distill": "#7048e8"}
+rcParams.update({
+    "font.size": 10, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
+    "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlesize": 11,
+})  # fmt: skip
+
+
+def save(figure, name):
+    figure.savefig(results / name, dpi=150, facecolor="white")
+    print(results / name)
+
+
+def short(value, _=None):
+    """1,234,567 -> 1.23M"""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def grid(figure, lines, columns, count):
+    """`count` panels in a grid; those that are left over stay blank."""
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in panels[count:]:
+        axis.set_visible(False)
+    return panels[:count]
+
+
+def plot_curves():
+    """Score in Gymnasium's own environment over training time: one panel for each task, one line for each seed."""
+    runs = {}
+    for path in sorted(results.glob("*/*-seed*.json")):
+        run = json.loads(path.read_text())
+        if run.get("curve"):
+            runs.setdefault(run["env_id"], []).append(run)
+    if not runs:
+        return
+    columns = min(3, len(runs))
+    lines = -(-len(runs) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * lines + 0.5), layout="constrained")
+    panels = grid(figure, lines, columns, len(runs))
+    for axis, (env_id, members) in zip(panels, runs.items()):
+        longest = max(run["curve"][-1][1] for run in members)
+        unit, name = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
+        for line, algorithm in enumerate(sorted({run["algorithm"] for run in members}, reverse=True)):
+            colour, seeds = COLOURS.get(algorithm, INK), [run for run in members if run["algorithm"] == algorithm]
+            for run in seeds:
+                axis.plot([p[1] / unit for p in run["curve"]], [p[2] for p in run["curve"]], "-", color=colour, lw=1.6, alpha=0.75)
+                axis.plot(run["curve"][-1][1] / unit, run["curve"][-1][2], "o", color=colour, ms=4.5)
+            last = [run["curve"][-1][2] for run in seeds]
+            label = f"{algorithm.upper()}  {last[0]:,.0f}, one seed"
+            if len(last) > 1:
+                label = f"{algorithm.upper()}  median {statistics.median(last):,.0f}, worst {min(last):,.0f} of {len(last)} seeds"
+            axis.annotate(label, (0.98, 0.05 + 0.09 * line), xycoords="axes fraction", ha="right", color=colour, weight="bold", size=8.5)
+        threshold = next((run["threshold"] for run in members if "threshold" in run), None)
+        if threshold:
+            axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
+            axis.annotate(f"{threshold:,}", (0, threshold), (3, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", color=FAINT, size=8)  # fmt: skip
+        axis.set_title(env_id)
+        axis.set_xlabel(f"{name} of training")
+        axis.set_xlim(left=0)
+        lowest = min(p[2] for run in members for p in run["curve"])
+        axis.set_ylim(min(0.0, 1.1 * lowest), None)
+        axis.margins(y=0.1)
+        axis.yaxis.set_major_formatter(FuncFormatter(short))
+        axis.grid(axis="y", color="#eceff2")
+        axis.set_axisbelow(True)
+    hardware = "; ".join(sorted({run["hardware"].split(", shared")[0] for members in runs.values() for run in members}))
+    figure.suptitle("Deterministic score in gymnasium.make(task), one line for each seed", x=0.01, ha="left", size=11)
+    figure.supxlabel(hardware, size=8, color=FAINT)
+    save(figure, "curves.png")
+
+
+def compare(ratio):
+    """How many times as fast the reference is, in words that fit a bar."""
+    if ratio >= 10:
+        return f"{ratio:.0f}× slower"
+    if ratio >= 1.05:
+        return f"{ratio:.1f}× slower" if ratio >= 1.5 else f"{ratio:.2f}× slower"
+    return "level" if ratio > 0.95 else f"{1 / ratio:.2f}× faster"
+
+
+def plot_speed():
+    """Every comparison of sim, learner and train as bars, ours on top, the ratio at the end of each bar."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
+    records = [r for r in records if r["mode"] in ("sim", "learner", "train")]
+    full = [r for r in records if not r["case"].endswith("-quick")]
+    records = full or records
+    if not records:
+        return
+    records.sort(key=lambda r: ("sim", "learner", "train").index(r["mode"]))
+    columns = min(2, len(records))
+    lines = -(-len(records) // columns)
+    tallest = max(len(r["rows"]) for r in records)
+    figure = Figure(figsize=(6.6 * columns, (0.36 * tallest + 1.0) * lines + 0.4), layout="constrained")
+    panels = grid(figure, lines, columns, len(records))
+    titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
+    for axis, record in zip(panels, records):
+        rows, reference = record["rows"], record["rows"][0]
+        names = [row["contender"] for row in rows]
+        colours = [OURS if name.startswith(("ours", "vecsim")) else THEIRS for name in names]
+        axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
+        for place, row in enumerate(rows):
+            axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
+            text = short(row["median"]) + ("" if row is reference else "  " + compare(reference["median"] / row["median"]))
+            axis.annotate(text, (row["maximum"], place), (5, 0), textcoords="offset points", va="center", size=9)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.38 * max(row["maximum"] for row in rows))
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+        axis.spines["left"].set_visible(False)
+        title = "SAC" if "sac" in record["case"] else titles[record["mode"]]
+        axis.set_title(title + (f", {record['settings']['env_id']}" if "env_id" in record["settings"] else ""))
+        axis.set_xlabel(record["unit"] + ("; a first look (--quick)" if record["case"].endswith("-quick") else ""))
+    cores = records[0]["rows"][0]["cores"]
+    figure.supxlabel(f"{cores} core{'s' if cores > 1 else ''} of {records[0]['hardware']}; medians, with lowest and highest window", size=8, color=FAINT)
+    save(figure, "speed.png")
+
+
+def plot_scaling():
+    """Steps/s and memory over the number of environments or processes."""
+    groups = {}
+    for path in sorted(results.glob("benchmark/scaling-*.json")):
+        record = json.loads(path.read_text())
+        case = re.sub(r"-\d+-(envs|processes)", r"-\1", record["case"])
+        groups.setdefault(case, []).append((int(record["rows"][0]["contender"].split()[0]), record))
+    if not groups:
+        return
+    figure = Figure(figsize=(5.2 * len(groups), 3.6), layout="constrained")
+    for axis, (case, members) in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups.items()):
+        members.sort(key=lambda m: m[0])
+        counts, rows = [m[0] for m in members], [m[1]["rows"][0] for m in members]
+        axis.fill_between(counts, [r["minimum"] for r in rows], [r["maximum"] for r in rows], color=OURS, alpha=0.15, lw=0)
+        axis.plot(counts, [r["median"] for r in rows], "o-", color=OURS, ms=4)
+        best = max(rows, key=lambda r: r["median"])
+        axis.annotate(short(best["median"]), (counts[rows.index(best)], best["median"]), (0, 7), textcoords="offset points", ha="center", color=OURS, weight="bold")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(0, 1.2 * max(r["maximum"] for r in rows))
+        axis.set_xticks(counts, [f"{c:,}" for c in counts], rotation=45 if len(counts) > 6 else 0)
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(FuncFormatter(short))
+        axis.set_title(members[0][1]["settings"]["env_id"])
+        axis.set_ylabel(rows[0]["unit"])
+        axis.set_xlabel("environments" if "envs" in case else "processes")
+        axis.grid(axis="y", color="#eceff2")
+    figure.supxlabel(f"{rows[0]['cores']} cores of {members[0][1]['hardware']}", size=8, color=FAINT)
+    save(figure, "scaling.png")
+
+
+plot_curves()
+plot_speed()
+plot_scaling()
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modes
+# ----------------------------------------------------------------------------------------------------------------------
+
+write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
+  local name
+  mkdir -p "$1"
+  for name in states referee scores table plot; do "program_$name" >"$1/$name.py"; done
+  contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
+  contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
+  contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
+  contender_program "$1" "learner ppo_batch rl_games_agent" learner_rl_games
+  contender_program "$1" "learner random_numbers" learner_sac_ours
+  contender_program "$1" "learner skrl_models" learner_sac_skrl
+  contender_program "$1" "" train_ours train_sb3 scaling_processes
+  contender_program "$1" gymnasium_envs train_cleanrl train_rsl_rl
+  contender_program "$1" "gymnasium_envs skrl_models" train_skrl
+  contender_program "$1" "gymnasium_envs rl_games_agent" train_rl_games
+}
+
+contender_program() { # FOLDER "SHARED..." NAME...: the meter, the shared parts and the program itself, in one file
+  local folder=$1 shared=$2 name part
+  shift 2
+  for name in "$@"; do
+    {
+      program_meter
+      for part in $shared; do
+        case "$part" in sim | learner) part=${part}_common ;; esac
+        "program_$part"
+      done
+      "program_$name"
+    } >"$folder/$name.py"
+  done
+}
+
+json() { # NAME VALUE...: an object; a value that is JSON stays what it is, anything else is a string
+  "$project_python" - "$@" <<'PYTHON'
+import json, sys
+
+def value(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+words = sys.argv[1:]
+print(json.dumps({name: value(text) for name, text in zip(words[::2], words[1::2])}))
+PYTHON
+}
+
+measure() { # MODE CASE UNIT SETTINGS "NAME|PEER|PROGRAM|VARIANT"...: one comparison; the first contender is the reference
+  local mode=$1 case=$2 unit=$3 settings=$4 contender name peer program variant reason contenders="" skipped="" status=0
+  shift 4
+  for contender in "$@"; do
+    IFS='|' read -r name peer program variant <<<"$contender"
+    if [ -z "$dry_run" ] && ! reason=$(prepare_peer "$peer"); then
+      say "  $name: left out: $reason"
+      skipped+="$(json "$name" "$reason")"$'\n'
+      continue
+    fi
+    contenders+="$(json name "\"$name\"" python "$(interpreter_of "$peer")" program "$program" variant "\"$variant\"")"$'\n'
+  done
+  local file="$results/benchmark/$mode-$case${quick:+-quick}.json"
+  "$project_python" - "$work/comparison.json" "$contenders" "$skipped" "$(json mode "$mode" case "$case${quick:+-quick}" unit "$unit" \
+    settings "$settings" repeats "$repeats" seconds "$seconds" patience "$patience" cores "\"$cores\"" command "$command_line" \
+    commit "\"$commit\"" root "$root" programs "$work/programs" logs "$cache" scratch "$work" path "$file" \
+    results "$results/benchmark" force "${force:-0}" dry_run "${dry_run:-0}")" <<'PYTHON'
+import json, sys
+
+path, contenders, skipped, comparison = sys.argv[1:]
+comparison = json.loads(comparison) | dict(skipped={}, contenders=[json.loads(line) for line in contenders.splitlines()])
+for line in skipped.splitlines():
+    comparison["skipped"] |= json.loads(line)
+open(path, "w").write(json.dumps(comparison))
+PYTHON
+  [ -n "$dry_run" ] || say "$mode $case"
+  "$project_python" "$work/programs/referee.py" "$work/comparison.json" || status=$?
+  [ "$status" -le 1 ] || exit "$status" # interrupted
+  [ "$status" = 0 ] || failures=$((failures + 1))
+}
+
+env_kwargs_of() { # TASK -> options of ppo_gpu_torch.py's defaults, given to every contender, so that all see the same observation
+  case "$1" in
+    Ant-v5) echo '{"include_cfrc_ext_in_observation": false}' ;;
+    Humanoid-v5) echo '{"include_cinert_in_observation": false, "include_cvel_in_observation": false,
+      "include_qfrc_actuator_in_observation": false, "include_cfrc_ext_in_observation": false}' ;;
+    *) echo '{}' ;;
+  esac
+}
+
+simulator_settings() { # TASK ENVIRONMENTS -> settings of a `sim` comparison; saves its test states
+  "$project_python" "$work/programs/states.py" "$1" "$device" "$2" "$iterations" "$work/states-$1-$2.npz"
+}
+
+run_sim() {
+  local env_id settings compiled=""
+  [ -n "$quick" ] || compiled="mujoco-torch, compiled|mujoco_torch|sim_mujoco_torch|compiled" # compiles for long
+  for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo InvertedPendulum-v5 Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5)}; do
+    settings=$(simulator_settings "$env_id" "${num_envs:-$([ "$device" = cuda ] && echo 8192 || echo 1024)}") || give_up "no states of $env_id"
+    measure sim "$env_id-$place" "physics steps/s" "$settings" \
+      "vecsim|project|sim_vecsim|" "MuJoCo C|project|sim_mujoco|" "MJX|project|sim_jax|mjx" "Brax, generalized|brax|sim_jax|brax" \
+      "MuJoCo Warp|mujoco_warp|sim_mujoco_warp|" "mujoco-torch, eager|mujoco_torch|sim_mujoco_torch|eager" \
+      ${compiled:+"$compiled"}
+  done
+}
+
+run_learner() {
+  local settings
+  settings=$(json device "$device" num_envs 2048 num_steps 32 epochs 5 minibatches 4 obs_size 27 action_size 8 hidden "[256,128,64]")
+  measure learner "$place" "samples/s" "$settings" \
+    "ours, compiled|project|learner_ours|compiled" "ours, eager|project|learner_ours|eager" \
+    "rsl_rl, compiled|rsl_rl|learner_rsl_rl|compiled" "rsl_rl, eager|rsl_rl|learner_rsl_rl|eager" \
+    "skrl|skrl|learner_skrl|" "rl_games|rl_games|learner_rl_games|" \
+    "ours, bf16|project|learner_ours|bf16" "rsl_rl, bf16|rsl_rl|learner_rsl_rl|bf16"
+  [ -f "$root/sac_gpu_torch.py" ] || return 0
+  settings=$(json device "$device" num_envs 128 batch_size 4096 updates_per_step 8 first_steps 40 replay_steps 2000 \
+    obs_size 27 action_size 8 hidden "[256,256]")
+  measure learner "sac-$place" "updates/s" "$settings" \
+    "ours, compiled|project|learner_sac_ours|compiled" "ours, eager|project|learner_sac_ours|eager" "skrl|skrl|learner_sac_skrl|"
+}
+
+run_train() {
+  local env_id settings
+  for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo Ant-v5 HalfCheetah-v5)}; do
+    settings=$(json env_id "$env_id" device "$device" num_envs 8 env_kwargs "$(env_kwargs_of "$env_id")")
+    measure train "$env_id-$place" "environment steps/s" "$settings" \
+      "ours|project|train_ours|" "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
+      "CleanRL-style, SyncVectorEnv|project|train_cleanrl|sync" "CleanRL-style, AsyncVectorEnv|project|train_cleanrl|async" \
+      "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|"
+  done
+}
+
+run_scores() { # tasks, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags
+  local env_id seeds every threshold minutes flags seed command
+  while read -r env_id seeds every threshold minutes flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    for seed in ${seeds//,/ }; do
+      command="python ppo_gpu_torch.py --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
+      [ "$device" = cuda ] || command+=" --device cpu"
+      "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
+        command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
+        run_dir "$cache/scores/${commit// /-}/$env_id-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/ppo/$env_id-seed$seed.json" \
+        force "${force:-0}" dry_run "${dry_run:-0}")" || {
+        [ $? -le 1 ] || exit 130
+        failures=$((failures + 1))
+      }
+    done
+  done <<'TASKS'
+InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
+HalfCheetah-v5 1,2,3 1000000 6500 30
+Ant-v5 1,2,3 1000000 4400 40
+Hopper-v5 1,2,3 1000000 3400 20
+Walker2d-v5 1 1000000 5200 30
+Humanoid-v5 1 1000000 5000 90
+TASKS
+}
+
+run_scaling() {
+  local env_id count most settings
+  : "${max_envs:=$([ "$device" = cuda ] && echo 131072 || echo 16384)}"
+  : "${max_processes:=$units}"
+  for env_id in ${env_ids:-Ant-v5}; do
+    for ((count = 16; count <= max_envs; count *= 2)); do
+      [[ -n "$quick" && $count -gt 16 && $count -lt $max_envs ]] && continue # the two ends
+      settings=$(simulator_settings "$env_id" "$count") || give_up "no states of $env_id"
+      measure scaling "$env_id-$place-$count-envs" "physics steps/s" "$settings" "$count environments|project|sim_vecsim|"
+    done
+    for ((count = 1; count <= max_processes; count *= 2)); do
+      settings=$(json env_id "$env_id" device "$device" num_envs 1024 training_iterations "$([ -n "$quick" ] && echo 8 || echo 40)")
+      measure scaling "$env_id-$place-$count-processes" "environment steps/s" "$settings" "$count process$([ "$count" = 1 ] || echo es)|project|scaling_processes|$count"
+    done
+  done
+}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'say "interrupted: what is finished is in $results; the same command goes on from there"; exit 130' INT TERM
+failures=0
+write_programs "$work/programs"
+
+case "$mode" in
+  programs)
+    [ -n "$programs_folder" ] || refuse "programs needs a folder"
+    write_programs "$programs_folder"
+    exit 0
+    ;;
+  table)
+    "$project_python" "$work/programs/table.py" "$results" sim,learner,train,scaling,scores,cost "$dollars_per_hour"
+    exit 0
+    ;;
+  plot)
+    MPLBACKEND=agg "$project_python" "$work/programs/plot.py" "$results"
+    exit 0
+    ;;
+esac
+
+# What this machine is: its kind of device, and how many cores or GPUs there are to use.
+"$project_python" -c "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('gymnasium', 'mujoco', 'torch'))))" ||
+  give_up "$project_python has not this project's dependencies; activate its environment, or set PYTHON"
+mkdir -p "$cache"
+gpus=0
+if nvidia-smi -L >/dev/null 2>&1; then
+  gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+fi
+: "${device:=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)}"
+[ "$device" = cpu ] || [ "$gpus" -gt 0 ] || refuse "--device cuda: PyTorch sees no GPU here"
+[ -z "$cores" ] || taskset -c "$cores" true 2>/dev/null || refuse "--cores $cores: taskset knows no such cores here"
+if [ "$device" = cuda ]; then units=$gpus; elif [ -n "$cores" ]; then units=$(taskset -c "$cores" nproc); else units=$(nproc); fi
+place=$device$units
+hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $units of $(getconf _NPROCESSORS_ONLN) cores"
+[ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
+commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+[ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
+
+case "$mode" in
+  sim) run_sim ;;
+  learner) run_learner ;;
+  train) run_train ;;
+  scores) run_scores ;;
+  scaling) run_scaling ;;
+  cost) run_train ;;
+esac
+[ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour"
+[ "$failures" = 0 ] || give_up "$failures comparison(s) or training(s) failed; see above"

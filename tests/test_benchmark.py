@@ -1,0 +1,284 @@
+"""benchmark.sh: its programs are sound Python, its referee is fair and loses nothing, its tables follow from the files.
+
+The referee is tested with contenders that only count; what the real ones measure is seen by running benchmark.sh."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmark.sh"
+
+# One piece of work is one sleep; each window leaves its name in a shared file. `variant` is the number of the window that fails.
+COUNTING = """
+windows = 0
+while True:
+    time.sleep(0.01)
+    meter.tick(1)
+    with open(settings["trace"], "a") as trace:
+        trace.write(sys.argv[0].split("/")[-1][:-3] + " ")
+    windows += 1
+    if variant == str(windows):
+        raise RuntimeError("this contender breaks")
+"""
+
+
+def run(*words, **options):
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    assert run(SCRIPT, "programs", folder, env={"PATH": "/usr/bin:/bin", "HOME": str(folder)}).returncode == 0
+    meter = (folder / "train_ours.py").read_text().split("meter = Meter()\n")[0] + "meter = Meter()\n"
+    for name in ("first", "second"):
+        (folder / f"{name}.py").write_text(meter + COUNTING)
+    return folder
+
+
+@pytest.fixture
+def comparison(programs, tmp_path):
+    """Two counting contenders, three short windows each."""
+    contenders = [dict(name=name, python=sys.executable, program=name, variant="") for name in ("first", "second")]
+    return dict(
+        mode="train", case="toy", unit="steps/s", settings={"trace": str(tmp_path / "trace")}, contenders=contenders,
+        repeats=3, seconds=0.05, patience=60, cores="", command="./benchmark.sh train", commit="abc", skipped={},
+        root=str(ROOT), programs=str(programs), logs=str(tmp_path), scratch=str(tmp_path), force=0, dry_run=0,
+        results=str(tmp_path), path=str(tmp_path / "results" / "train-toy.json"),
+    )  # fmt: skip
+
+
+def referee(comparison, **options):
+    file = Path(comparison["scratch"]) / "comparison.json"
+    file.write_text(json.dumps(comparison))
+    return run(sys.executable, Path(comparison["programs"]) / "referee.py", file, **options)
+
+
+def rows_of(comparison):
+    return {row["contender"]: row for row in json.loads(Path(comparison["path"]).read_text())["rows"]}
+
+
+def test_syntax_and_programs(programs):
+    assert run("bash", "-n", SCRIPT).returncode == 0
+    checked = run(
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--config",
+        ROOT / "pyproject.toml",
+        "--extend-ignore",
+        "I001,F811",
+        programs,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["fly"], "unknown mode 'fly'"),
+        ([], "unknown mode ''"),
+        (["train", "--repeats", "2"], "--repeats must be at least 3"),
+        (["train", "--seconds", "soon"], "--seconds must be a whole number"),
+        (["train", "--device", "tpu"], "--device must be cpu or cuda"),
+        (["train", "--env-id"], "--env-id needs a value"),
+        (["train", "--slow"], "unknown option '--slow'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words, complaint):
+    answer = run(SCRIPT, *words)
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr.startswith("error: ") and complaint in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_rows_hold_what_a_reader_needs_and_windows_alternate(comparison):
+    assert referee(comparison).returncode == 0
+    rows = rows_of(comparison)
+    for row in rows.values():
+        assert len(row["values"]) == 3
+        assert row["minimum"] == min(row["values"]) <= row["median"] <= max(row["values"]) == row["maximum"]
+        assert 20 < row["median"] < 101  # pieces of at least 10 ms each
+        assert row["warmup_seconds"] > 0.01 and row["peak_memory_mib"]["host"] > 5
+        assert {"command", "hardware", "commit", "cores", "unit", "versions"} <= row.keys()
+    trace = Path(comparison["settings"]["trace"]).read_text().split()
+    changes = [name for i, name in enumerate(trace) if i == 0 or name != trace[i - 1]]
+    assert changes == ["first", "second"] * 3
+    assert not list(Path(comparison["path"]).parent.glob("*.tmp"))
+
+
+def test_what_is_finished_is_not_measured_again_unless_forced(comparison):
+    referee(comparison)
+    before = Path(comparison["path"]).read_text()
+    answer = referee(comparison)
+    assert answer.returncode == 0 and "finished" in answer.stderr
+    assert Path(comparison["path"]).read_text() == before
+    referee(comparison | dict(force=1))
+    assert Path(comparison["path"]).read_text() != before
+
+
+def test_more_repeats_keep_the_rounds_that_stand(comparison):
+    referee(comparison)
+    first = rows_of(comparison)["first"]["values"]
+    referee(comparison | dict(repeats=4))
+    assert rows_of(comparison)["first"]["values"][:3] == first
+    assert [len(row["values"]) for row in rows_of(comparison).values()] == [4, 4]
+
+
+def test_an_interrupted_run_goes_on_at_the_next_round(comparison):
+    file = Path(comparison["scratch"]) / "comparison.json"
+    file.write_text(json.dumps(comparison | dict(repeats=50, seconds=0.2)))
+    process = subprocess.Popen(
+        [sys.executable, Path(comparison["programs"]) / "referee.py", file], stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 60
+    while not Path(comparison["path"]).exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    rounds = len(rows_of(comparison)["first"]["values"])
+    kept = rows_of(comparison)["first"]["values"]
+    assert 1 <= rounds < 50
+    referee(comparison | dict(repeats=rounds + 1, seconds=0.2))
+    assert rows_of(comparison)["first"]["values"][:rounds] == kept
+    assert [len(row["values"]) for row in rows_of(comparison).values()] == [rounds + 1] * 2
+
+
+def test_rounds_of_another_commit_are_not_mixed(comparison):
+    referee(comparison)
+    first = rows_of(comparison)["first"]["values"]
+    referee(comparison | dict(repeats=4, commit="def"))
+    assert len(rows_of(comparison)["first"]["values"]) == 4 and rows_of(comparison)["first"]["values"][:3] != first
+
+
+def test_a_contender_that_breaks_costs_one_line(comparison):
+    comparison["contenders"][1]["variant"] = "2"
+    comparison["skipped"] = {"third": "does not install: no such package"}
+    answer = referee(comparison)
+    assert answer.returncode == 0
+    assert len([line for line in answer.stderr.splitlines() if "this contender breaks" in line]) == 1
+    record = json.loads(Path(comparison["path"]).read_text())
+    assert list(rows_of(comparison)) == ["first"] and len(record["rows"][0]["values"]) == 3
+    assert set(record["failed"]) == {"second", "third"}
+
+
+def test_a_contender_that_never_gets_ready_is_left_out(comparison, programs):
+    (programs / "silent.py").write_text("import time\ntime.sleep(600)\n")
+    comparison["contenders"][1]["program"] = "silent"
+    answer = referee(comparison | dict(patience=3))
+    assert answer.returncode == 0 and "second: left out: no answer within 3 s" in answer.stderr
+
+
+def test_a_full_disk_loses_nothing(comparison):
+    """A limit on the size of files stands in for the full disk."""
+    referee(comparison)
+    before = Path(comparison["path"]).read_text()
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    file = Path(comparison["scratch"]) / "comparison.json"
+    file.write_text(json.dumps(comparison | dict(force=1, settings={"trace": "/dev/null"})))
+    answer = run(sys.executable, Path(comparison["programs"]) / "referee.py", file, preexec_fn=small_files)
+    assert answer.returncode == 1
+    assert [line for line in answer.stderr.splitlines() if line.startswith("error: ")][0].endswith(
+        "its rows were printed instead"
+    )
+    assert "Traceback" not in answer.stderr
+    assert [json.loads(line)["contender"] for line in answer.stdout.splitlines()] == ["first", "second"]
+    assert Path(comparison["path"]).read_text() == before
+
+
+def sample_row(name, median, **more):
+    row = dict(
+        mode="sim", case="Ant-v5-cpu1", contender=name, unit="physics steps/s", values=[median] * 3, joules_per_unit=[]
+    )
+    row |= dict(
+        median=median, minimum=0.9 * median, maximum=1.1 * median, warmup_seconds=12.0, peak_memory_mib={"host": 512.0}
+    )
+    return (
+        row
+        | dict(command="./benchmark.sh sim", cores=1, versions={"torch": "2.13.0"}, hardware="a CPU", commit="abc")
+        | more
+    )
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [sample_row("vecsim", 100_000.0, step_error_p50=1e-7, step_error_p99=2e-5), sample_row("MJX", 8_000.0)]
+    record = dict(
+        mode="sim", case="Ant-v5-cpu1", unit="physics steps/s", settings={"env_id": "Ant-v5"}, seconds=10, cores=""
+    )
+    record |= dict(
+        hardware="a CPU",
+        commit="abc",
+        command="./benchmark.sh sim",
+        rows=rows,
+        failed={"Brax": "does not install (log: x)"},
+    )
+    training = record | dict(
+        mode="train", rows=[sample_row("ours", 20_000.0, joules_per_unit=[0.002] * 3), sample_row("SB3", 1_600.0)]
+    )
+    scaling = record | dict(
+        mode="scaling",
+        case="Ant-v5-cpu1-16-envs",
+        rows=[sample_row("16 environments", 9_000.0, kernels_per_physics_step=14.2)],
+    )
+    run = dict(
+        env_id="Ant-v5",
+        algorithm="ppo",
+        seed=1,
+        env_steps=2_000_000,
+        train_seconds=120.0,
+        threshold=3000,
+        seconds_to_threshold=60.0,
+    )
+    run |= dict(
+        gymnasium=dict(mean=4000.0, std=10.0, min=3990.0),
+        hardware="a CPU",
+        command="python ppo_gpu_torch.py",
+        commit="abc",
+    )
+    run |= dict(curve=[[1_000_000, 60.0, 3000.0], [2_000_000, 120.0, 4000.0]])
+    for name, content in (("sim", record), ("train", training), ("scaling", scaling)):
+        (tmp_path / "benchmark").mkdir(exist_ok=True)
+        (tmp_path / "benchmark" / f"{name}-{content['case']}.json").write_text(json.dumps(content))
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "Ant-v5-seed1.json").write_text(json.dumps(run))
+    return tmp_path
+
+
+def test_tables_follow_from_the_files(programs, results):
+    text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,cost", "2").stdout
+    assert "| vecsim | 100,000 (90,000 to 110,000) | 1 | 1e-07 | 2e-05 | 12 s | 0.5 GiB host |" in text
+    assert "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | 12 s | 0.5 GiB host |" in text
+    assert "Brax is missing: does not install." in text
+    assert (
+        "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in text
+    )  # 0.002 J and 1e-4 s of 2 dollars an hour each
+    assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in text
+    assert "| Ant-v5 | PPO | 1 | 2,000,000 | 120 s | 4,000 ± 10, lowest 3,990 | 3,000 in 60 s |" in text
+
+
+def test_pictures_are_drawn(programs, results):
+    answer = run(sys.executable, programs / "plot.py", results)
+    assert answer.returncode == 0, answer.stderr
+    for name in ("curves.png", "speed.png", "scaling.png"):
+        assert (results / name).stat().st_size > 10_000
+
+
+def test_a_dry_run_runs_nothing(tmp_path):
+    answer = run(
+        SCRIPT, "train", "--quick", "--dry-run", "--results", tmp_path, env={**os.environ, "PYTHON": sys.executable}
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "SB3, DummyVecEnv" in answer.stdout and "minutes" in answer.stdout and "GiB" in answer.stdout
+    assert not list(tmp_path.iterdir())
