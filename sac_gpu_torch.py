@@ -681,14 +681,17 @@ def hold_noise(
 
 @torch.no_grad()
 def follow_returns(
-    agent: Agent, returns: Tensor, reward: Tensor, ended: Tensor, invalid: Tensor, gamma: float
+    agent: Agent, returns: Tensor, reward: Tensor, terminated: Tensor, invalid: Tensor, gamma: float
 ) -> Tensor:
-    """Discounted sum (N,) of each robot's rewards so far; the statistics of its size are updated here and only here."""
+    """Discounted sum (N,) of each robot's rewards so far; the statistics of its size are updated here and only here.
+
+    A time limit does not end the sum, as it does not end the value: sums of cut episodes alone would be smaller than the values
+    that are bootstrapped beyond the cut, and these would not fit the atoms."""
     returns = gamma * returns + torch.where(invalid, 0.0, reward)
     agent.return_statistics.update(returns[:, None], ~invalid)
     largest = torch.max(agent.largest_return, returns.abs().max())
     agent.largest_return.copy_(max_over_processes(largest))
-    return torch.where(ended | invalid, 0.0, returns)
+    return torch.where(terminated | invalid, 0.0, returns)
 
 
 def n_step_returns(
@@ -740,7 +743,7 @@ def project_categorical(probability: Tensor, reward: Tensor, discount: Tensor, a
     """The distribution of reward + discount * Z over the atoms, for Z with this probability (B, K) on them.
 
     Each moved atom shares its probability between its two neighbours, which keeps the mean; what falls outside goes to the edge."""
-    low, spacing = atoms[0], atoms[1] - atoms[0]
+    low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)  # neighbours' difference has few exact digits
     moved = (reward[:, None] + discount[:, None] * atoms).clamp(atoms[0], atoms[-1])
     position = ((moved - low) / spacing).clamp(0.0, len(atoms) - 1.0)  # in atoms; clamped again against rounding
     below = position.floor()
@@ -1413,7 +1416,7 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             agent.critic_obs_statistics.update(critic_obs, ~invalid)
         if args.normalize_rewards:
             scaled = reward * args.reward_scale
-            returns = follow_returns(agent, returns, scaled, terminated | truncated, invalid, args.gamma)
+            returns = follow_returns(agent, returns, scaled, terminated, invalid, args.gamma)
         obs, critic_obs = next_obs, info["critic_obs"] if privileged else next_obs
 
         # Update: one large draw from the replay, split into the batches of all updates.
