@@ -774,12 +774,13 @@ def critic_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[
     """Loss of both critics on a batch, and CriticTerms, stacked (Haarnoja et al. 2018b, eq. 5 and 6).
 
     With n_step > 1 only the entropy of the last action is counted, as usual."""
-    size, batch_norm = len(batch.obs), args.network == "flash"
+    size = len(batch.obs)
     with torch.no_grad():
         next_action, next_log_prob = squashed_gaussian(*agent.policy(batch.next_obs, learning=False), noise)
-    critic_obs, action = batch.critic_obs, batch.action
-    next_critic_obs = batch.next_critic_obs
-    if batch_norm:  # moments over both halves, for both networks: the two distributions must not be normalised apart
+    critic_obs, action, next_critic_obs = batch.critic_obs, batch.action, batch.next_critic_obs
+    if (
+        args.network == "flash"
+    ):  # batch norm sees both halves at once: the two distributions must not be normalised apart
         critic_obs = next_critic_obs = torch.cat([batch.critic_obs, batch.next_critic_obs])
         action = next_action = torch.cat([batch.action, next_action])
     with agent.autocast(action):
@@ -865,6 +866,17 @@ def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam
     return optimizer
 
 
+def make_optimizers(
+    agent: Agent, learning_rate: Tensor, temperature_learning_rate: float
+) -> dict[str, torch.optim.Optimizer]:
+    """One each for the policy, the critics and the temperature, because they step at different times and rates."""
+    return dict(
+        actor=make_optimizer(agent.actor, learning_rate),
+        critics=make_optimizer(agent.critics, learning_rate),
+        temperature=make_optimizer(agent.temperature, torch.full_like(learning_rate, temperature_learning_rate)),
+    )
+
+
 def capture(function, inputs: tuple[Tensor, ...]):
     """A CUDA graph of `function`, which must not read the host: call it like the function; its outputs live until the next call.
 
@@ -896,7 +908,7 @@ class Functions(NamedTuple):
     critic_gradients: Callable  # (noise, *batch) -> CriticTerms
     critic_step: Callable
     policy_gradients: Callable  # (noise, *batch) -> PolicyTerms
-    policy_step: Callable
+    actor_step: Callable
 
 
 def build_functions(
@@ -925,11 +937,13 @@ def build_functions(
         loss.backward()
         return terms
 
-    steps = (
-        lambda: critic_step(agent, optimizers["critics"], args.tau, args.weight_projection),
-        lambda: actor_step(agent, optimizers, args.weight_projection),
-    )
-    functions = Functions(policy, critic_gradients, steps[0], policy_gradients, steps[1])
+    def step_critics() -> None:
+        critic_step(agent, optimizers["critics"], args.tau, args.weight_projection)
+
+    def step_actor() -> None:
+        actor_step(agent, optimizers, args.weight_projection)
+
+    functions = Functions(policy, critic_gradients, step_critics, policy_gradients, step_actor)
     rows = replay.action.new_zeros(sizes.batch, 1)
     obs, critic_obs, action = (rows.expand(-1, x.shape[-1]) for x in (replay.obs, replay.critic_obs, replay.action))
     scalars = rows[:, 0]
@@ -957,9 +971,9 @@ def update(
 ) -> tuple[Tensor, Tensor, int]:
     """All gradient steps after one vector step; returns CriticTerms and PolicyTerms, stacked and summed, and the policy's updates.
 
-    Processes average gradients, terms and the running means of batch norm (the networks' only buffers).
     batch holds the rows of all updates, noise is (updates, 2, B, actions), and first_update counts those of the run so far: the
-    policy takes its turn whenever a multiple of policy_frequency is crossed."""
+    policy takes its turn whenever a multiple of policy_frequency is crossed. Processes average gradients, terms and the running
+    means of batch norm, which are the networks' only buffers."""
     critic_terms = torch.zeros(len(CriticTerms._fields), device=noise.device)
     policy_terms, policy_updates = torch.zeros(len(PolicyTerms._fields), device=noise.device), 0
     for k, rows in enumerate(zip(*(x.chunk(args.updates_per_step) for x in batch), strict=True)):
@@ -972,7 +986,7 @@ def update(
             terms = functions.policy_gradients(noise[k, 1], *rows)
             gradients = [p.grad for p in (*agent.actor.parameters(), *agent.temperature.parameters())]
             average_over_processes([*gradients, *agent.actor.buffers(), terms])
-            functions.policy_step()
+            functions.actor_step()
             policy_terms += terms
             policy_updates += 1
     return critic_terms, policy_terms, policy_updates
@@ -1154,6 +1168,15 @@ def load_replay_state(replay: Replay, saved: dict) -> int:
     for ring, x in zip(distinct_tensors(replay), saved["rings"], strict=True):
         ring[: len(x)] = x.to(ring.device)
     return saved["written"]
+
+
+def describe_resumed_replay(inside: bool, written: int, sizes: Sizes, num_envs: int) -> str:
+    if inside:
+        return f"the checkpoint holds the replay, {min(written, sizes.slots) * num_envs:,} transitions"
+    return (
+        "the checkpoint holds no replay (--checkpoint-replay puts it there), so it starts empty: updates wait until it holds "
+        f"{sizes.first_slots * num_envs:,} transitions"
+    )
 
 
 class RunLog:
@@ -1343,18 +1366,13 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     privileged = critic_obs_size is not None
     agent = Agent(obs_size, critic_obs_size, env.single_action_space, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    temperature_rate = torch.tensor(args.temperature_learning_rate, device=device)
-    optimizers = dict(
-        actor=make_optimizer(agent.actor, learning_rate),
-        critics=make_optimizer(agent.critics, learning_rate),
-        temperature=make_optimizer(agent.temperature, temperature_rate),
-    )
-    replay_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
-    bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *replay_sizes, torch.device("meta"))))
-    description = check_replay_fits(bytes_per_slot, sizes.slots, args.num_envs, free_bytes(device), device)
+    optimizers = make_optimizers(agent, learning_rate, args.temperature_learning_rate)
+    row_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
+    bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *row_sizes, torch.device("meta"))))
+    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, args.num_envs, free_bytes(device), device)
     if rank == 0:
-        print(description)
-    replay = allocate_replay(sizes.slots, *replay_sizes, device)
+        print(replay_size)
+    replay = allocate_replay(sizes.slots, *row_sizes, device)
     functions = build_functions(agent, optimizers, replay, sizes, args)
     durations = zeta_distribution(args.noise_repeat_max).to(device)
     env.reset()
@@ -1377,10 +1395,7 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         updates = checkpoint["updates"]
         written = load_replay_state(replay, mine["replay"]) if checkpoint["replay_inside"] else 0
         if rank == 0:
-            refill = f"starts empty: updates wait until it holds {sizes.first_slots * args.num_envs:,} transitions"
-            held_inside = f"holds the replay, {min(written, sizes.slots) * args.num_envs:,} transitions"
-            without = f"holds no replay (--checkpoint-replay puts it there), so it {refill}"
-            print(f"the checkpoint {held_inside if checkpoint['replay_inside'] else without}")
+            print(describe_resumed_replay(checkpoint["replay_inside"], written, sizes, args.num_envs))
     compile_seconds = time.perf_counter() - preparation_started
     run_dir, log = Path(args.run_dir), None
     logged_step, logged_seconds = first_iteration * args.num_envs, train_seconds

@@ -268,9 +268,7 @@ def test_a_vector_step_on_a_gpu_never_waits_for_the_host(tmp_path):
     args = sac.with_task_defaults(probe_args(tmp_path, device="cuda", n_step=3, noise_repeat_max=16))
     agent = sac.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()
     sizes, cuda = sac.derive_sizes(args, 1), torch.device("cuda")
-    rate = torch.tensor(1e-3, device="cuda")
-    modules = dict(actor=agent.actor, critics=agent.critics, temperature=agent.temperature)
-    optimizers = {name: sac.make_optimizer(module, rate) for name, module in modules.items()}
+    optimizers = sac.make_optimizers(agent, torch.tensor(1e-3, device="cuda"), 1e-3)
     replay = sac.allocate_replay(sizes.slots, 64, 3, None, 1, False, cuda)
     functions = sac.build_functions(agent, optimizers, replay, sizes, args)
     generator, durations = torch.Generator("cuda"), sac.zeta_distribution(16).cuda()

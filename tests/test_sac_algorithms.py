@@ -523,18 +523,13 @@ def test_flash_critics_normalise_both_halves_together():
     assert losses[0] > 1e-6 and losses[1] == 0.0
 
 
-def optimizers_of(agent, rate=1e-2):
-    modules = dict(actor=agent.actor, critics=agent.critics, temperature=agent.temperature)
-    return {name: sac.make_optimizer(module, torch.tensor(rate)) for name, module in modules.items()}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_steps_move_everything_and_the_targets_follow_by_tau(kind):
     args = make_args(
         network=kind, weight_projection=kind != "mlp", tau=0.25, updates_per_step=4, policy_frequency=2, batch_size=8
     )
     agent = make_agent(args)
-    optimizers = optimizers_of(agent)
+    optimizers = sac.make_optimizers(agent, torch.tensor(1e-2), 1e-2)
     replay = sac.allocate_replay(1, 4, 3, None, 2, False, torch.device("cpu"))
     untouched = {key: value.clone() for key, value in agent.state_dict().items()}
     functions = sac.build_functions(agent, optimizers, replay, sac.derive_sizes(args, 1), args)
@@ -566,7 +561,7 @@ def test_gradient_steps_move_everything_and_the_targets_follow_by_tau(kind):
 def test_fixed_temperature_stays():
     args = make_args(learn_temperature=False, temperature_init=0.2)
     agent = make_agent(args)
-    optimizers = optimizers_of(agent)
+    optimizers = sac.make_optimizers(agent, torch.tensor(1e-2), 1e-2)
     batch, noise = random_batch()
     sac.policy_loss(agent, noise, batch, args)[0].backward()
     sac.actor_step(agent, optimizers, False)

@@ -32,9 +32,7 @@ def updates_on_fixed_data(rank: int, world_size: int) -> dict:
     sizes = sac.derive_sizes(args, world_size)
     torch.manual_seed(0)
     agent = sac.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
-    learning_rate = torch.tensor(args.learning_rate)
-    modules = dict(actor=agent.actor, critics=agent.critics, temperature=agent.temperature)
-    optimizers = {name: sac.make_optimizer(module, learning_rate) for name, module in modules.items()}
+    optimizers = sac.make_optimizers(agent, torch.tensor(args.learning_rate), args.temperature_learning_rate)
     replay = sac.allocate_replay(1, sizes.envs, 3, None, 2, False, torch.device("cpu"))
     functions = sac.build_functions(agent, optimizers, replay, sizes, args)
     mine = slice(rank * sizes.batch, (rank + 1) * sizes.batch)
