@@ -127,6 +127,16 @@ def test_projection_is_bellemare_and_others_algorithm_1_and_keeps_mass_and_mean(
     torch.testing.assert_close((projected @ atoms)[inside], mean[inside], rtol=1e-4, atol=1e-4)
 
 
+def test_a_fresh_categorical_critic_says_zero_and_is_narrow():
+    torch.manual_seed(0)
+    args = make_args(critic="categorical", value_limit=10.0)
+    agent = sac.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
+    outputs = agent.critics(torch.randn(20, 3), torch.randn(20, 2).tanh(), learning=True)
+    assert agent.value(outputs).abs().max() < 0.2
+    deviation = (outputs.softmax(-1) @ agent.atoms.square()).sqrt()
+    torch.testing.assert_close(deviation, torch.full_like(deviation, 2.0), rtol=0.1, atol=0)
+
+
 def test_min_takes_the_distribution_of_lower_value_and_mean_mixes_both():
     outputs = torch.tensor([[[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]], [[0.0, 9.0, 0.0], [0.0, 9.0, 0.0]]])
     reward, discount = torch.zeros(2), torch.ones(2)
@@ -615,7 +625,7 @@ def test_environments_and_batches_must_split_over_the_processes():
 
 def test_flags_win_over_presets_and_presets_over_tasks():
     args = sac.with_task_defaults(sac.Args(env_id="InvertedPendulum-v5", preset="vanilla", tau=0.5, device="cpu"))
-    assert (args.tau, args.critic, args.num_envs) == (0.5, "scalar", 64)  # flag, preset, task
+    assert (args.tau, args.critic, args.num_envs) == (0.5, "scalar", 32)  # flag, preset, task
     assert args.actor_hidden == (256, 256) and args.env_kwargs == {}  # preset over task, COMMON
     best = sac.with_task_defaults(sac.Args(env_id="InvertedPendulum-v5", device="cpu"))
     assert best.actor_hidden == (64, 64) and best.critic == "categorical"
