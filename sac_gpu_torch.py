@@ -25,7 +25,7 @@ Needs `vecsim_torch.py` beside it and nothing else of this project: copy the two
 
 Sources: SAC, Haarnoja et al. 2018b (arXiv:1812.05905), eq. 5 to 7, 18; categorical critic, Bellemare et al. 2017 (arXiv:1707.06887),
 algorithm 1; many environments and large batches, Seo et al. 2025 (FastTD3, arXiv:2505.22642; FastSAC); residual blocks, unit rows,
-reward scale and held noise, FlashSAC 2026 (arXiv:2604.04539); batch norm without a second set of statistics, Bhatt et al. 2024
+reward scale and held noise, FlashSAC 2026 (arXiv:2604.04539); batch norm of both halves of a batch at once, Bhatt et al. 2024
 (CrossQ, arXiv:1902.05605); time limits, Pardo et al. 2018 (arXiv:1712.00378); running moments, Chan et al. 1983.
 """
 
