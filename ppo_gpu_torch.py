@@ -573,11 +573,11 @@ def adapted_learning_rate(
     return (learning_rate * factor).clamp(lowest, highest)
 
 
-def make_optimizer(agent: Agent, learning_rate: Tensor) -> torch.optim.Adam:
+def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
     """Adam whose learning rate is a tensor on the device and whose moments exist from the start, at fixed addresses."""
     on_gpu = learning_rate.device.type == "cuda"
-    optimizer = torch.optim.Adam(agent.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
-    for parameter in agent.parameters():
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
+    for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # zero gradients: creates the moments, moves nothing
     for moments in optimizer.state.values():

@@ -1,0 +1,1567 @@
+"""Soft actor-critic for thousands of robots on one device: simulator, replay ring, critics and policy never leave it.
+
+    python sac_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is quick enough on a CPU
+    python sac_gpu_torch.py --env-id HalfCheetah-v5                         # a GPU where there is one, else the CPU
+    python sac_gpu_torch.py --env-id HalfCheetah-v5 --preset vanilla        # textbook SAC in the same setting
+    python sac_gpu_torch.py --env-id Ant-v5 --num-envs 1024 --batch-size 8192 --updates-per-step 2 --replay-capacity 10000000 --bf16
+    python sac_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 4000000
+    python sac_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
+    torchrun --nproc-per-node=2 sac_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
+
+A flag whose default reads None takes its value from PRESETS, then from its task in TASK_DEFAULTS, then from COMMON. Each trick beyond
+the textbook is one flag, so that an ablation is a loop over flags:
+
+    trick                          off (textbook)               on
+    categorical critic             --critic scalar              --critic categorical (needs scaled rewards or a --value-limit)
+    normalised layers              --network mlp                --network layer_norm, or flash (residual, batch norm)
+    unit weight rows               --weight-projection False    --weight-projection True (off by default)
+    scaled observations            --normalize-observations False   --normalize-observations True
+    scaled rewards                 --normalize-rewards False    --normalize-rewards True
+    longer returns                 --n-step 1                   --n-step 3 (1 by default)
+    held exploration noise         --noise-repeat-max 1         --noise-repeat-max 16
+    mean of the two critics        --critic-reduction min       --critic-reduction mean
+
+Needs `vecsim_torch.py` beside it and nothing else of this project: copy the two files and they are yours.
+
+Sources: SAC, Haarnoja et al. 2018b (arXiv:1812.05905), eq. 5 to 7, 18; categorical critic, Bellemare et al. 2017 (arXiv:1707.06887),
+algorithm 1; many environments and large batches, Seo et al. 2025 (FastTD3, arXiv:2505.22642; FastSAC); residual blocks, unit rows,
+reward scale and held noise, FlashSAC 2026 (arXiv:2604.04539); batch norm of both halves of a batch at once, Bhatt et al. 2024
+(CrossQ, arXiv:1902.05605); time limits, Pardo et al. 2018 (arXiv:1712.00378); running moments, Chan et al. 1983.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import vecsim_torch
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Args:
+    """A flag left at None takes the value of its preset or task, see the top. All counts are environment steps over all environments."""
+
+    env_id: str = "Ant-v5"
+    """task: any id that vecsim_torch.make knows"""
+    preset: Literal["best", "vanilla"] = "best"
+    """best: the newer tricks together, as in the table at the top; vanilla: textbook SAC; other flags still win over the preset"""
+    num_envs: int | None = None
+    """environments stepped in parallel, over all processes (>= 1)"""
+    total_timesteps: int | None = None
+    """environment steps of the whole run (>= 1; rounded up to whole vector steps)"""
+    seed: int = 1
+    """seed of weights, environments and noise (>= 0; process r of a distributed run draws from its own stream)"""
+    device: str = "auto"
+    """auto (CUDA where there is a GPU, else CPU), cpu, cuda or cuda:N"""
+    compile: bool = True
+    """compile physics, policy step and losses with torch.compile (a minute or so, reported apart)"""
+    cuda_graphs: bool = True
+    """capture the policy step and the gradient steps in CUDA graphs (no effect on a CPU)"""
+    bf16: bool = False
+    """run the networks, never the physics, under bfloat16 autocast"""
+    run_dir: str | None = None
+    """folder of this run (default: runs/<env_id>__sac__<seed>__<time>; the checkpoint's own folder with --resume)"""
+    resume: str | None = None
+    """checkpoint to continue from; flags not given keep the checkpoint's values"""
+    checkpoint_every: int | None = None
+    """environment steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
+    checkpoint_replay: bool = False
+    """put the replay into the checkpoint, so that a run resumes bit for bit; without it a resumed run starts with an empty replay"""
+    log_every: int | None = None
+    """environment steps between log lines (>= 1; default: total_timesteps / 200)"""
+    eval_episodes: int = 20
+    """episodes of an evaluation in gymnasium.make(env_id) (>= 0; 0 skips the evaluations)"""
+    eval_every: int | None = None
+    """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
+    play: str | None = None
+    """checkpoint to play deterministically instead of training; prints its score"""
+    capture_video: bool = False
+    """with --play: write one episode, rendered by Gymnasium, beside the checkpoint"""
+    track: bool = False
+    """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
+
+    # the environment
+    env_kwargs: dict[str, bool | int | float | str] | None = None
+    """task options, pairs of name and value, given alike to vecsim_torch.make and to gymnasium.make"""
+    integrator: Literal["euler", "implicitfast", "rk4"] | None = None
+    """integrator of the training physics (Gymnasium's own environments keep that of their MJCF)"""
+    iterations: int | None = None
+    """Newton iterations of the contact solver (>= 1)"""
+    random_initial_ages: bool = True
+    """start the first episodes at random ages, so that thousands of robots do not time out together"""
+    reward_scale: float | None = None
+    """factor on the rewards that the learner sees (> 0; logged returns are unscaled)"""
+    normalize_rewards: bool | None = None
+    """divide rewards by a running scale of the discounted return, so that returns fit +-value_limit"""
+
+    # the replay and the batch
+    replay_capacity: int | None = None
+    """transitions kept, over all processes (>= learning_starts; rounded up to whole vector steps); its memory is printed before it is taken"""
+    half_precision_replay: bool = False
+    """keep observations in float16: nearly half the memory, 3 decimal digits"""
+    learning_starts: int | None = None
+    """environment steps under uniformly random actions before the first update (>= 1); also what an empty replay is refilled to"""
+    batch_size: int | None = None
+    """transitions of one gradient step, over all processes (>= 1)"""
+    updates_per_step: int | None = None
+    """critic updates after each step of all environments (>= 1)"""
+    policy_frequency: int | None = None
+    """critic updates per update of policy and temperature (>= 1)"""
+
+    # the networks
+    network: Literal["mlp", "layer_norm", "flash"] | None = None
+    """mlp: ReLU; layer_norm: layer norm and SiLU after each layer; flash: FlashSAC's residual blocks with batch norm"""
+    actor_hidden: tuple[int, ...] | None = None
+    """hidden layer sizes of the policy; flash: one residual block per entry, all of one width"""
+    critic_hidden: tuple[int, ...] | None = None
+    """hidden layer sizes of each critic; flash: one residual block per entry, all of one width"""
+    weight_projection: bool | None = None
+    """scale each weight row of the hidden layers to norm 1 after every gradient step (not for mlp)"""
+    asymmetric_critic: bool = True
+    """let the critics see the task's privileged observation, where it has one, instead of the policy's"""
+    normalize_observations: bool | None = None
+    """scale observations by their running mean and deviation"""
+    log_std_min: float = -5.0
+    """lower bound of the policy's log standard deviation before squashing, in units of half the action range; reached smoothly"""
+    log_std_max: float = 2.0
+    """upper bound of the same (> log_std_min)"""
+
+    # the objective
+    critic: Literal["categorical", "scalar"] | None = None
+    """scalar: regress on the return; categorical: cross-entropy on its distribution over num_atoms values"""
+    num_atoms: int = 101
+    """values of the categorical distribution (>= 2)"""
+    value_limit: float = 5.0
+    """the values span +-value_limit, in scaled rewards; also what normalize_rewards scales returns to fit (> 0)"""
+    critic_reduction: Literal["min", "mean"] | None = None
+    """how the two critics become one, in the target and for the policy: the smaller value or the mean"""
+    gamma: float | None = None
+    """discount per environment step (0 to 1)"""
+    n_step: int | None = None
+    """rewards summed before the bootstrap (>= 1); an episode's end cuts the sum short"""
+    tau: float | None = None
+    """share of the online critics mixed into the target critics after each critic update (> 0, <= 1)"""
+    target_entropy: float | None = None
+    """entropy to hold, per action dimension, in units of half the action range (textbook: -1; -0.48 is a Gaussian of deviation 0.15)"""
+    temperature_init: float | None = None
+    """initial weight of the entropy (> 0)"""
+    learn_temperature: bool = True
+    """adapt the temperature so that the policy's entropy meets target_entropy; else it stays at temperature_init"""
+    noise_repeat_max: int | None = None
+    """longest time in steps that a robot keeps one draw of exploration noise; durations follow a zeta(2) law (>= 1; 1: fresh noise each step)"""
+
+    # the learning rates
+    learning_rate: float | None = None
+    """Adam's initial learning rate of policy and critics (> 0)"""
+    learning_rate_final: float | None = None
+    """the learning rate moves linearly to this value over the run (> 0)"""
+    temperature_learning_rate: float | None = None
+    """Adam's learning rate of the temperature's logarithm (> 0)"""
+
+
+# One row of values per task; a task without a row (or a value missing from its row) takes COMMON's; a preset's values go before both.
+COMMON = dict(
+    num_envs=128, total_timesteps=2_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0, normalize_rewards=True,
+    replay_capacity=1_000_000, learning_starts=10_000, batch_size=512, updates_per_step=4, policy_frequency=2,
+    network="layer_norm", actor_hidden=(256, 256), critic_hidden=(256, 256), weight_projection=False, normalize_observations=True,
+    critic="categorical", critic_reduction="mean", gamma=0.99, n_step=1, tau=0.05, target_entropy=-0.5, temperature_init=0.01,
+    noise_repeat_max=16, learning_rate=1e-3, learning_rate_final=3e-4, temperature_learning_rate=1e-3,
+)  # fmt: skip
+TASK_DEFAULTS = {
+    "InvertedPendulum-v5": dict(num_envs=32, total_timesteps=60_000, learning_starts=2_000, batch_size=256, updates_per_step=4,
+                                actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "Hopper-v5": dict(total_timesteps=2_000_000),
+    "Walker2d-v5": dict(total_timesteps=3_000_000),
+    "HalfCheetah-v5": dict(total_timesteps=2_000_000),
+    "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
+    "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
+        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+}  # fmt: skip
+PRESETS = {
+    "best": dict(),
+    "vanilla": dict(
+        normalize_rewards=False, normalize_observations=False, policy_frequency=1, network="mlp", actor_hidden=(256, 256),
+        critic_hidden=(256, 256), weight_projection=False, critic="scalar", critic_reduction="min", n_step=1, tau=0.005,
+        target_entropy=-1.0, temperature_init=1.0, noise_repeat_max=1, learning_rate=3e-4, learning_rate_final=3e-4,
+        temperature_learning_rate=3e-4),
+}  # fmt: skip
+
+
+def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS, presets: dict = PRESETS) -> Args:
+    """Fill in what was left at None: from the preset, the task's row, COMMON, then what follows from other flags."""
+    row = common | tasks.get(args.env_id, {}) | presets[args.preset]
+    args = dataclasses.replace(args, **{name: value for name, value in row.items() if getattr(args, name) is None})
+    name = f"{args.env_id.replace('/', '-')}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    derived = dict(
+        run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{name}",
+        checkpoint_every=max(1, args.total_timesteps // 10),
+        log_every=max(1, args.total_timesteps // 200),
+    )
+    return dataclasses.replace(args, **{name: value for name, value in derived.items() if getattr(args, name) is None})
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Derived sizes
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """What follows from the flags; computed here, printed once, nowhere else."""
+
+    envs: int  # environments of this process
+    batch: int  # transitions of this process in one gradient step
+    slots: int  # vector steps that the replay holds
+    first_slots: int  # vector steps that the replay must hold before an update
+    iterations: int  # vector steps of the whole run
+
+
+def derive_sizes(args: Args, world_size: int) -> Sizes:
+    """Check every flag before anything is allocated, then compute the sizes."""
+    counts = "num_envs total_timesteps iterations replay_capacity learning_starts batch_size updates_per_step"
+    counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every"
+    rates = "learning_rate learning_rate_final temperature_learning_rate"
+    rules = (  # flags, what is legal, and how to say it
+        (counts, lambda x: x >= 1, ">= 1"),
+        ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
+        ("seed eval_episodes", lambda x: x >= 0, ">= 0"),
+        (f"{rates} reward_scale value_limit temperature_init", lambda x: x > 0, "> 0"),
+        ("num_atoms", lambda x: x >= 2, ">= 2"),
+        ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
+        ("tau", lambda x: 0 < x <= 1, "> 0 and <= 1"),
+        ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
+        ("log_std_max", lambda x: x > args.log_std_min, f"> log_std_min = {args.log_std_min:g}"),
+        ("replay_capacity", lambda x: x >= args.learning_starts, f">= learning_starts = {args.learning_starts:,}"),
+    )  # fmt: skip
+    for names, legal, rule in rules:
+        for name in names.split():
+            if not legal(getattr(args, name)):
+                raise ValueError(f"{name} = {getattr(args, name)} must be {rule}")
+    for name in ("actor_hidden", "critic_hidden"):
+        hidden = getattr(args, name)
+        if args.network == "flash" and len(set(hidden)) != 1:
+            alike = (max(hidden, default=256),) * max(1, len(hidden))
+            raise ValueError(f"{name} = {hidden} must be blocks of one width for --network flash; use {alike}")
+    if args.weight_projection and args.network == "mlp":
+        raise ValueError("weight_projection needs normalised layers; use --network layer_norm or flash")
+    if args.eval_every is not None and not args.eval_episodes:
+        raise ValueError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
+    for name in ("num_envs", "batch_size"):
+        count = getattr(args, name)
+        if count % world_size:
+            below = count // world_size * world_size
+            choices = f"{below} or {below + world_size}" if below else f"{world_size}"
+            raise ValueError(f"{name} = {count:,} does not split over {world_size} processes; use {choices}")
+    slots = math.ceil(args.replay_capacity / args.num_envs)
+    if slots < args.n_step:
+        least = args.n_step * args.num_envs
+        raise ValueError(
+            f"replay_capacity = {args.replay_capacity:,} holds {slots} steps of {args.num_envs:,} environments, fewer than "
+            f"n_step = {args.n_step}; use --replay-capacity {least} or --n-step {slots}"
+        )
+    first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
+    iterations = math.ceil(args.total_timesteps / args.num_envs)
+    return Sizes(args.num_envs // world_size, args.batch_size // world_size, slots, first_slots, iterations)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Networks
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Running mean and variance of vectors, as buffers, so that every checkpoint holds them and evaluation freezes them."""
+
+    def __init__(self, size: int, enabled: bool, limit: float = math.inf):
+        super().__init__()
+        self.enabled, self.limit = enabled, limit
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor) -> None:
+        """Merge in the valid rows of x: (B, size), of all processes (Chan et al. 1983)."""
+        if not self.enabled:
+            return
+        count, mean, variance = weighted_moments(x, valid)
+        total = (self.count + count).clamp(min=1.0)
+        shift = mean - self.mean
+        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / total
+        self.mean += shift * count / total
+        self.variance.copy_(squares / total)
+        self.count.copy_(total)
+
+    def deviation(self) -> Tensor:
+        return (self.variance + 1e-6).sqrt().float()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        return ((x - self.mean.float()) / self.deviation()).clamp(-self.limit, self.limit)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.deviation() + self.mean.float() if self.enabled else x
+
+
+def linear_layer(inputs: int, outputs: int, gain: float, bias: bool = True) -> nn.Linear:
+    """Orthogonal weights, zero bias."""
+    linear = nn.Linear(inputs, outputs, bias)
+    nn.init.orthogonal_(linear.weight, gain)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+class PlainNetwork(nn.Module):
+    """ReLU layers; or, normalised, layers each followed by layer norm and SiLU. The head starts near zero."""
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int, normalized: bool):
+        super().__init__()
+        sizes, layers = [inputs, *hidden], []
+        for i in range(len(hidden)):
+            layers += [linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0), bias=not normalized)]
+            layers += [nn.LayerNorm(sizes[i + 1]), nn.SiLU()] if normalized else [nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        self.head = linear_layer(sizes[-1], outputs, gain=0.01)
+
+    def forward(self, x: Tensor, learning: bool) -> Tensor:
+        return self.head(self.hidden(x))  # the same whether learning or not
+
+
+class BatchNorm(nn.Module):
+    """Batch norm that is told by its caller whose moments to use: those of the batch when learning, else their running means."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    def forward(self, x: Tensor, learning: bool) -> Tensor:
+        return functional.batch_norm(
+            x, self.mean, self.variance, self.weight, self.bias, training=learning, momentum=0.01
+        )
+
+
+class ResidualBlock(nn.Module):
+    """FlashSAC's inverted bottleneck: x + f(x), where f widens by 4 and narrows again, each time with batch norm and ReLU."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.widen = linear_layer(size, 4 * size, math.sqrt(2.0), bias=False)
+        self.narrow = linear_layer(4 * size, size, math.sqrt(2.0), bias=False)
+        self.wide_norm, self.narrow_norm = BatchNorm(4 * size), BatchNorm(size)
+
+    def forward(self, x: Tensor, learning: bool) -> Tensor:
+        wide = self.wide_norm(self.widen(x), learning).relu()
+        return x + self.narrow_norm(self.narrow(wide), learning).relu()
+
+
+class FlashNetwork(nn.Module):
+    """Batch norm on the input, residual blocks, RMS norm before the head. The head starts near zero."""
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int):
+        super().__init__()
+        self.input_norm = BatchNorm(inputs)
+        self.embed = linear_layer(inputs, hidden[0], gain=1.0, bias=False)
+        self.blocks = nn.ModuleList(ResidualBlock(size) for size in hidden)
+        self.output_norm = nn.RMSNorm(hidden[0])
+        self.head = linear_layer(hidden[0], outputs, gain=0.01)
+
+    def forward(self, x: Tensor, learning: bool) -> Tensor:
+        x = self.embed(self.input_norm(x, learning))
+        for block in self.blocks:
+            x = block(x, learning)
+        return self.head(self.output_norm(x))
+
+
+def make_network(kind: str, inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Module:
+    if kind == "flash":
+        return FlashNetwork(inputs, hidden, outputs)
+    return PlainNetwork(inputs, hidden, outputs, normalized=kind == "layer_norm")
+
+
+def critic_observation_size(env: gymnasium.vector.VectorEnv, args: Args) -> int | None:
+    """None where the critics see what the policy sees."""
+    return env.single_critic_space.shape[0] if env.single_critic_space and args.asymmetric_critic else None
+
+
+class TwinCritics(nn.Module):
+    """Two action-value networks on the same input, with initial weights of their own."""
+
+    def __init__(self, kind: str, inputs: int, hidden: tuple[int, ...], outputs: int):
+        super().__init__()
+        self.first = make_network(kind, inputs, hidden, outputs)
+        self.second = make_network(kind, inputs, hidden, outputs)
+
+    def forward(self, critic_obs: Tensor, action: Tensor, learning: bool) -> Tensor:
+        x = torch.cat([critic_obs, action], -1)
+        return torch.stack([self.first(x, learning), self.second(x, learning)])  # (2, B, outputs)
+
+
+class Temperature(nn.Module):
+    """The weight of the entropy, positive because its logarithm is what is learned."""
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.log_value = nn.Parameter(torch.tensor(math.log(initial)))
+
+    def forward(self) -> Tensor:
+        return self.log_value.exp()
+
+
+class Agent(nn.Module):
+    """Squashed Gaussian policy, twin critics, their targets, the temperature. The policy acts in half ranges: +-1 spans the action space."""
+
+    def __init__(self, obs_size: int, critic_obs_size: int | None, action_space: gymnasium.spaces.Box, args: Args):
+        super().__init__()
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        bounded = low.isfinite() & high.isfinite()
+        self.register_buffer("action_centre", torch.where(bounded, (high + low) / 2, 0.0))
+        self.register_buffer("action_half_range", torch.where(bounded, (high - low) / 2, 1.0))
+        self.obs_statistics = RunningStatistics(obs_size, args.normalize_observations, limit=10.0)
+        self.critic_obs_statistics = self.obs_statistics
+        if critic_obs_size is not None:  # the task has privileged observations for the critics
+            self.critic_obs_statistics = RunningStatistics(critic_obs_size, args.normalize_observations, limit=10.0)
+        self.return_statistics = RunningStatistics(1, args.normalize_rewards)
+        self.register_buffer("largest_return", torch.zeros(()))  # in size, of the discounted returns so far
+        outputs = args.num_atoms if args.critic == "categorical" else 1
+        critic_inputs = (critic_obs_size or obs_size) + len(low)
+        self.actor = make_network(args.network, obs_size, args.actor_hidden, 2 * len(low))
+        self.critics = TwinCritics(args.network, critic_inputs, args.critic_hidden, outputs)
+        atoms = torch.linspace(-args.value_limit, args.value_limit, args.num_atoms)
+        self.register_buffer("atoms", atoms if args.critic == "categorical" else None, persistent=False)
+        if self.atoms is not None:
+            # A Gaussian of deviation value_limit / 5 at first. A uniform distribution would stay wide for as long as the discount
+            # takes to shrink it, and until then lose probability at one edge, which pulls every value towards 0.
+            for critic in (self.critics.first, self.critics.second):
+                critic.head.bias.data.copy_(-0.5 * (5.0 * atoms / args.value_limit).square())
+        if args.weight_projection:
+            project_weights(self.actor)
+            project_weights(self.critics)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.temperature = Temperature(args.temperature_init).requires_grad_(args.learn_temperature)
+        self.value_limit, self.reduction = args.value_limit, args.critic_reduction
+        self.log_std_min, self.log_std_max = args.log_std_min, args.log_std_max
+        self.bf16 = args.bf16
+
+    def autocast(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+    def policy(self, normalized_obs: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
+        """Mean and log deviation (B, actions) of the Gaussian before squashing."""
+        with self.autocast(normalized_obs):
+            mean, spread = self.actor(normalized_obs, learning).float().chunk(2, -1)
+        middle, reach = (self.log_std_max + self.log_std_min) / 2, (self.log_std_max - self.log_std_min) / 2
+        return mean, middle + reach * spread.tanh()
+
+    def value(self, outputs: Tensor) -> Tensor:
+        """(..., outputs) to (...): the expected value where the critic is categorical."""
+        return outputs.squeeze(-1) if self.atoms is None else outputs.softmax(-1) @ self.atoms
+
+    def combined_value(self, outputs: Tensor) -> Tensor:
+        """(2, B, outputs) to (B,)."""
+        first, second = self.value(outputs)
+        return torch.min(first, second) if self.reduction == "min" else (first + second) / 2
+
+    def reward_divisor(self) -> Tensor:
+        """Deviation of the discounted return, or more where the largest would not fit +-value_limit; 1 where rewards stay as they are."""
+        if not self.return_statistics.enabled:
+            return torch.ones_like(self.largest_return)
+        return torch.max(self.return_statistics.deviation().squeeze(0), self.largest_return / self.value_limit)
+
+    def to_env(self, action: Tensor) -> Tensor:
+        return self.action_centre + self.action_half_range * action
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """The deterministic action, in the environment's units."""
+        mean, _ = self.policy(self.obs_statistics.normalize(obs), learning=False)
+        return self.to_env(mean.tanh())
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Replay
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class Replay(NamedTuple):
+    """A ring of vector steps, (S, N, ...) on the device: S slots, N environments of this process. Step number t lies in slot t % S.
+
+    What a step led to is stored beside it (final_obs), not read from the next slot: after an episode's end the next slot holds
+    the first observation of another episode, and behind the newest slot lies the oldest."""
+
+    obs: Tensor  # (S, N, obs)
+    critic_obs: Tensor  # (S, N, critic obs); the same tensor as obs where the critics see nothing else
+    final_obs: Tensor  # (S, N, obs): what the step led to, before any auto-reset
+    final_critic_obs: Tensor  # (S, N, critic obs); the same tensor as final_obs where the critics see nothing else
+    action: Tensor  # (S, N, actions), half ranges
+    reward: Tensor  # (S, N), unscaled
+    terminated: Tensor  # (S, N) bool
+    truncated: Tensor  # (S, N) bool
+    invalid: Tensor  # (S, N) bool: quarantined, masked everywhere
+
+
+def allocate_replay(
+    slots: int, envs: int, obs: int, critic_obs: int | None, actions: int, half_precision: bool, device: torch.device
+) -> Replay:
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(slots, envs, *shape, dtype=dtype, device=device)
+
+    observed = torch.float16 if half_precision else torch.float32
+    seen, final = zeros(obs, dtype=observed), zeros(obs, dtype=observed)
+    privileged, final_privileged = seen, final
+    if critic_obs is not None:
+        privileged, final_privileged = zeros(critic_obs, dtype=observed), zeros(critic_obs, dtype=observed)
+    flags = [zeros(dtype=torch.bool) for _ in range(3)]
+    return Replay(seen, privileged, final, final_privileged, zeros(actions), zeros(), *flags)
+
+
+def distinct_tensors(replay: Replay) -> list[Tensor]:
+    """Each tensor once: critic_obs may be obs itself."""
+    return list({id(x): x for x in replay}.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that one process may still take on the device; on a CPU the machine's, shared by its processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1])
+    else:  # no way to ask what is free: all there is
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_replay_fits(bytes_per_slot: int, slots: int, num_envs: int, free: int, device: torch.device) -> str:
+    """How large the replay will be, in words; ValueError with the largest that fits nine tenths of the free memory."""
+    needed, largest = slots * bytes_per_slot, int(0.9 * free) // bytes_per_slot
+    if slots > largest:
+        choice = f"use at most --replay-capacity {largest * num_envs}" if largest else "use fewer environments"
+        raise ValueError(
+            f"replay_capacity = {slots * num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process, and 90% of what is free "
+            f"on {device} is {0.9 * free / 2**30:.2f} GiB; {choice}, or --half-precision-replay"
+        )
+    return (
+        f"replay: {slots:,} steps x {num_envs:,} environments = {slots * num_envs:,} transitions; "
+        f"{needed / 2**20:,.1f} MiB on {device} in each process"
+    )
+
+
+def store(replay: Replay, step: int, *columns: Tensor) -> None:
+    """Write step number `step`, over the oldest one where the ring is full; columns in the order of Replay's fields.
+
+    Observations beyond the range of float16 are stored as its largest number."""
+    slot = step % len(replay.reward)
+    for ring, column in zip(replay, columns, strict=True):
+        if ring.dtype == torch.float16:
+            column = column.clamp(-65504.0, 65504.0)
+        ring[slot] = column
+
+
+def draw_transitions(
+    written: int, slots: int, envs: int, n_step: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Slot and environment (count,) of transitions drawn uniformly, with replacement, when `written` steps were stored so far.
+
+    A transition can be drawn as soon as the n_step - 1 steps that follow it are stored too: so no window of n_step steps reaches
+    past the newest step into the oldest."""
+    stored = min(written, slots)
+    starts = stored - n_step + 1
+    draw = torch.randint(starts * envs, (count,), generator=generator, device=generator.device)
+    oldest = written - stored
+    return (oldest + draw // envs) % slots, draw % envs
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Algorithm: pure functions
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The transitions of one gradient step, B of them in a row."""
+
+    obs: Tensor  # (B, obs), normalised
+    critic_obs: Tensor  # (B, critic obs), normalised
+    action: Tensor  # (B, actions), half ranges
+    reward: Tensor  # (B,): discounted sum of up to n_step rewards, scaled
+    discount: Tensor  # (B,): of the value that follows; 0 after a real end
+    next_obs: Tensor  # (B, obs), normalised: where the last of those steps led, before any auto-reset
+    next_critic_obs: Tensor  # (B, critic obs), normalised
+    weight: Tensor  # (B,): 0 for a quarantined transition, else 1
+
+
+class CriticTerms(NamedTuple):
+    """Means over a batch, in the order in which critic_loss stacks them."""
+
+    critic_loss: Tensor
+    value: Tensor  # of the first critic, in scaled rewards
+    target_clipped: Tensor  # share of categorical targets whose mean lies outside +-value_limit
+
+
+class PolicyTerms(NamedTuple):
+    """Means over a batch, in the order in which policy_loss stacks them."""
+
+    policy_loss: Tensor
+    entropy: Tensor
+    temperature: Tensor
+
+
+def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (), mean (k,) and variance (k,) of the valid rows of x: (B, k), over all processes, in float64."""
+    rows = torch.where(valid[:, None], x, 0.0).double()
+    sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
+    mean, mean_square = (sums[1:] / sums[0].clamp(min=1.0)).chunk(2)
+    return sums[0], mean, (mean_square - mean.square()).clamp(min=0.0)
+
+
+def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log density (B,) of diagonal Gaussians."""
+    z = (action - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
+
+
+def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Action tanh(u), u ~ N(mean, std), and its log density (B,) on (-1, 1): that of u less sum log(d tanh(u) / du).
+
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)) does not cancel where tanh saturates."""
+    u = mean + log_std.exp() * noise
+    log_slope = 2.0 * (math.log(2.0) - u - functional.softplus(-2.0 * u))
+    return u.tanh(), gaussian_log_prob(u, mean, log_std) - log_slope.sum(-1)
+
+
+@torch.no_grad()
+def policy_step(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Sampled action (N, actions) in half ranges, and in the environment's units."""
+    mean, log_std = agent.policy(agent.obs_statistics.normalize(obs), learning=False)
+    action = (mean + log_std.exp() * noise).tanh()
+    return action, agent.to_env(action)
+
+
+def zeta_distribution(longest: int) -> Tensor:
+    """Cumulative probability (longest,) of 1, 2, ... steps: proportional to 1 / n^2, cut off at the longest."""
+    weight = torch.arange(1, longest + 1, dtype=torch.float64) ** -2.0
+    return (weight.cumsum(0) / weight.sum()).float()
+
+
+def hold_noise(
+    held: Tensor, remaining: Tensor, fresh: Tensor, uniform: Tensor, durations: Tensor
+) -> tuple[Tensor, Tensor]:
+    """This step's noise (N, actions), and how many more steps (N,) it lasts: robots whose time is up take the fresh draw.
+
+    Noise that lasts explores further than noise that averages out. A uniform number is looked up in the durations' distribution."""
+    over = remaining == 0
+    duration = torch.searchsorted(durations, uniform, right=True).clamp(max=len(durations) - 1) + 1
+    return torch.where(over[:, None], fresh, held), torch.where(over, duration, remaining) - 1
+
+
+@torch.no_grad()
+def follow_returns(
+    agent: Agent, returns: Tensor, reward: Tensor, terminated: Tensor, invalid: Tensor, gamma: float
+) -> Tensor:
+    """Discounted sum (N,) of each robot's rewards so far; the statistics of its size are updated here and only here.
+
+    A time limit does not end the sum, as it does not end the value: sums of cut episodes alone would be smaller than the values
+    that are bootstrapped beyond the cut, and these would not fit the atoms."""
+    returns = gamma * returns + torch.where(invalid, 0.0, reward)
+    agent.return_statistics.update(returns[:, None], ~invalid)
+    largest = torch.max(agent.largest_return, returns.abs().max())
+    agent.largest_return.copy_(max_over_processes(largest))
+    return torch.where(terminated | invalid, 0.0, returns)
+
+
+def n_step_returns(
+    reward: Tensor, terminated: Tensor, truncated: Tensor, invalid: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, discount of the bootstrap, and index of the last step used, all (B,), of windows of n consecutive steps (B, n).
+
+    The sum stops after a step that ended its episode, and before a quarantined one. The value that follows is that of the last
+    used step's final_obs. Where that step ran on or hit the time limit (truncated) it counts with gamma to the number of steps
+    used, because the robot would have gone on; after a real end (terminated, which wins over truncated) it counts 0."""
+    ended = terminated | truncated
+    reached = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1).cumsum(1) == 0  # no end before this step
+    used = reached & (invalid.cumsum(1) == 0)
+    steps = torch.arange(reward.shape[1], device=reward.device)
+    total = torch.where(used, reward * gamma**steps, 0.0).sum(1)
+    length = used.sum(1)
+    last = (length - 1).clamp(min=0)  # of a window that starts quarantined: masked by its weight
+    bootstrapped = ~terminated.gather(1, last[:, None]).squeeze(1)
+    return total, bootstrapped * torch.full_like(total, gamma) ** length, last
+
+
+@torch.no_grad()
+def gather_batch(agent: Agent, replay: Replay, slot: Tensor, env: Tensor, args: Args) -> Batch:
+    """The drawn transitions as rows, scaled by the statistics of now."""
+    slots = len(replay.reward)
+    window = (slot[:, None] + torch.arange(args.n_step, device=slot.device)) % slots
+    reward, *ends = (x[window, env[:, None]] for x in (replay.reward, *replay[-3:]))
+    total, discount, last = n_step_returns(reward, *ends, args.gamma)
+    valid = ~replay.invalid[slot, env]
+    last_slot = (slot + last) % slots
+
+    def normalized_pair(before: Tensor, after: Tensor, statistics: RunningStatistics) -> tuple[Tensor, Tensor]:
+        seen, final = before[slot, env].float(), after[last_slot, env].float()
+        # A quarantined transition may lead to NaN, which a weight of 0 does not remove.
+        final = torch.where(valid[:, None], final, seen)
+        return statistics.normalize(seen), statistics.normalize(final)
+
+    obs, next_obs = normalized_pair(replay.obs, replay.final_obs, agent.obs_statistics)
+    critic_obs, next_critic_obs = obs, next_obs
+    if replay.critic_obs is not replay.obs:
+        pair = replay.critic_obs, replay.final_critic_obs
+        critic_obs, next_critic_obs = normalized_pair(*pair, agent.critic_obs_statistics)
+    total = total * (args.reward_scale / agent.reward_divisor())
+    action = replay.action[slot, env]
+    return Batch(obs, critic_obs, action, total, discount, next_obs, next_critic_obs, valid.float())
+
+
+def project_categorical(probability: Tensor, reward: Tensor, discount: Tensor, atoms: Tensor) -> Tensor:
+    """The distribution of reward + discount * Z over the atoms, for Z with this probability (B, K) on them.
+
+    Each moved atom shares its probability between its two neighbours, which keeps the mean; what falls outside goes to the edge."""
+    low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)  # neighbours' difference has few exact digits
+    moved = (reward[:, None] + discount[:, None] * atoms).clamp(atoms[0], atoms[-1])
+    position = ((moved - low) / spacing).clamp(0.0, len(atoms) - 1.0)  # in atoms; clamped again against rounding
+    below = position.floor()
+    share_above = position - below
+    below = below.long()
+    above = (below + 1).clamp(max=len(atoms) - 1)
+    projected = torch.zeros_like(probability)
+    projected = projected.scatter_add(1, below, probability * (1.0 - share_above))
+    return projected.scatter_add(1, above, probability * share_above)
+
+
+def critic_target(agent: Agent, outputs: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    """What both critics regress on, from the outputs (2, B, K) of the target critics: (B, K) probabilities, or (B, 1) values.
+
+    reward already holds the entropy bonus of the action that follows."""
+    if agent.atoms is None:
+        return (reward + discount * agent.combined_value(outputs))[:, None]
+    first, second = outputs.softmax(-1)
+    if agent.reduction == "mean":
+        probability = (first + second) / 2
+    else:
+        first_value, second_value = agent.value(outputs)
+        probability = torch.where((first_value < second_value)[:, None], first, second)
+    return project_categorical(probability, reward, discount, agent.atoms)
+
+
+def critic_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss of both critics on a batch, and CriticTerms, stacked (Haarnoja et al. 2018b, eq. 5 and 6).
+
+    With n_step > 1 only the entropy of the last action is counted, as usual."""
+    size = len(batch.obs)
+    with torch.no_grad():
+        next_action, next_log_prob = squashed_gaussian(*agent.policy(batch.next_obs, learning=False), noise)
+    critic_obs, action, next_critic_obs = batch.critic_obs, batch.action, batch.next_critic_obs
+    if (
+        args.network == "flash"
+    ):  # batch norm sees both halves at once: the two distributions must not be normalised apart
+        critic_obs = next_critic_obs = torch.cat([batch.critic_obs, batch.next_critic_obs])
+        action = next_action = torch.cat([batch.action, next_action])
+    with agent.autocast(action):
+        outputs = agent.critics(critic_obs, action, learning=True).float()[:, :size]
+        with torch.no_grad():
+            next_outputs = agent.target_critics(next_critic_obs, next_action, learning=True).float()[:, -size:]
+    with torch.no_grad():
+        soft_reward = batch.reward - batch.discount * agent.temperature() * next_log_prob
+        target = critic_target(agent, next_outputs, soft_reward, batch.discount)
+        expected = soft_reward + batch.discount * agent.combined_value(next_outputs)
+    if agent.atoms is None:
+        losses = 0.5 * (outputs - target).square().sum(-1)  # (2, B)
+    else:
+        losses = -(target * outputs.log_softmax(-1)).sum(-1)
+    losses = losses.sum(0)
+    with torch.no_grad():
+        clipped = (expected.abs() > args.value_limit).float() if agent.atoms is not None else torch.zeros_like(losses)
+        terms = torch.stack(CriticTerms(losses, agent.value(outputs[0]), clipped))
+        terms = (terms * batch.weight).mean(1)
+    return (losses * batch.weight).mean(), terms
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """Haarnoja et al. 2018b, eq. 18: its gradient raises the temperature where the entropy -log_prob is below the target."""
+    return -temperature * (log_prob.detach() + target_entropy)
+
+
+def policy_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss of the policy and of the temperature on a batch, and PolicyTerms, stacked (Haarnoja et al. 2018b, eq. 7 and 18).
+
+    The critics are read through detached parameters, so that no gradient is computed for them."""
+    action, log_prob = squashed_gaussian(*agent.policy(batch.obs, learning=True), noise)
+    frozen = {name: parameter.detach() for name, parameter in agent.critics.named_parameters()}
+    with agent.autocast(action):
+        outputs = torch.func.functional_call(agent.critics, frozen, (batch.critic_obs, action, False)).float()
+    temperature = agent.temperature()
+    losses = temperature.detach() * log_prob - agent.combined_value(outputs)
+    loss = losses + temperature_loss(temperature, log_prob, args.target_entropy * action.shape[-1])
+    with torch.no_grad():
+        terms = torch.stack(PolicyTerms(losses, -log_prob, temperature.expand_as(losses)))
+        terms = (terms * batch.weight).mean(1)
+    return (loss * batch.weight).mean(), terms
+
+
+@torch.no_grad()
+def project_weights(module: nn.Module) -> None:
+    """Scale each weight row of the hidden layers to norm 1.
+
+    What follows them is normalised, so it is their direction that matters; but the larger the weights, the less a step turns them."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not name.endswith("head"):
+            layer.weight.div_(layer.weight.norm(dim=1, keepdim=True))
+
+
+@torch.no_grad()
+def critic_step(agent: Agent, optimizer: torch.optim.Optimizer, tau: float, weight_projection: bool) -> None:
+    """One Adam step of the critics; then the target critics follow."""
+    optimizer.step()
+    if weight_projection:
+        project_weights(agent.critics)
+    for target, online in zip(agent.target_critics.parameters(), agent.critics.parameters(), strict=True):
+        target.lerp_(online, tau)
+
+
+@torch.no_grad()
+def actor_step(agent: Agent, optimizers: dict[str, torch.optim.Optimizer], weight_projection: bool) -> None:
+    """One Adam step of the policy and of the temperature."""
+    optimizers["actor"].step()
+    optimizers["temperature"].step()
+    if weight_projection:
+        project_weights(agent.actor)
+
+
+def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
+    """Adam whose learning rate is a tensor on the device and whose moments exist from the start, at fixed addresses."""
+    on_gpu = learning_rate.device.type == "cuda"
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # zero gradients: creates the moments, moves nothing
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
+    return optimizer
+
+
+def make_optimizers(
+    agent: Agent, learning_rate: Tensor, temperature_learning_rate: float
+) -> dict[str, torch.optim.Optimizer]:
+    """One each for the policy, the critics and the temperature, because they step at different times and rates."""
+    return dict(
+        actor=make_optimizer(agent.actor, learning_rate),
+        critics=make_optimizer(agent.critics, learning_rate),
+        temperature=make_optimizer(agent.temperature, torch.full_like(learning_rate, temperature_learning_rate)),
+    )
+
+
+def capture(function, inputs: tuple[Tensor, ...]):
+    """A CUDA graph of `function`, which must not read the host: call it like the function; its outputs live until the next call.
+
+    The warm-up calls run the function for real; the caller restores what they change."""
+    static_inputs = tuple(x.clone() for x in inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(*static_inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(*static_inputs)
+
+    def replay(*inputs: Tensor):
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+class Functions(NamedTuple):
+    """What does the work, as functions of tensors alone."""
+
+    policy: Callable  # (obs, noise) -> action in half ranges, action in the environment's units
+    critic_gradients: Callable  # (noise, *batch) -> CriticTerms
+    critic_step: Callable
+    policy_gradients: Callable  # (noise, *batch) -> PolicyTerms
+    actor_step: Callable
+
+
+def build_functions(
+    agent: Agent, optimizers: dict[str, torch.optim.Optimizer], replay: Replay, sizes: Sizes, args: Args
+) -> Functions:
+    """The five functions that do the work: eager, compiled and, on a GPU, captured; leaves agent and optimisers as they were."""
+    step_function, critic_function, policy_function = policy_step, critic_loss, policy_loss
+    if args.compile:
+        step_function, critic_function, policy_function = (
+            torch.compile(f, dynamic=False) for f in (policy_step, critic_loss, policy_loss)
+        )
+
+    def policy(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return step_function(agent, obs, noise)
+
+    def critic_gradients(noise: Tensor, *batch: Tensor) -> Tensor:
+        agent.critics.zero_grad(set_to_none=False)
+        loss, terms = critic_function(agent, noise, Batch(*batch), args)
+        loss.backward()
+        return terms
+
+    def policy_gradients(noise: Tensor, *batch: Tensor) -> Tensor:
+        agent.actor.zero_grad(set_to_none=False)
+        agent.temperature.zero_grad(set_to_none=False)
+        loss, terms = policy_function(agent, noise, Batch(*batch), args)
+        loss.backward()
+        return terms
+
+    def step_critics() -> None:
+        critic_step(agent, optimizers["critics"], args.tau, args.weight_projection)
+
+    def step_actor() -> None:
+        actor_step(agent, optimizers, args.weight_projection)
+
+    functions = Functions(policy, critic_gradients, step_critics, policy_gradients, step_actor)
+    rows = replay.action.new_zeros(sizes.batch, 1)
+    obs, critic_obs, action = (rows.expand(-1, x.shape[-1]) for x in (replay.obs, replay.critic_obs, replay.action))
+    scalars = rows[:, 0]
+    example = (action, obs, critic_obs, action, scalars, scalars, obs, critic_obs, scalars)
+    example = tuple(x.clone() for x in example)
+    acting = torch.zeros_like(replay.obs[0], dtype=torch.float32), torch.zeros_like(replay.action[0])
+    state = [*agent.state_dict().values()]
+    state += [x for optimizer in optimizers.values() for moments in optimizer.state.values() for x in moments.values()]
+    before = [x.clone() for x in state]
+    if args.cuda_graphs and rows.device.type == "cuda":
+        try:
+            inputs = acting, example, (), example, ()
+            functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
+        except RuntimeError as error:
+            print(f"no CUDA graphs, because capture failed: {error}", file=sys.stderr)
+    else:  # compile now, so that compilation is timed apart from training
+        functions.policy(*acting), functions.critic_gradients(*example), functions.policy_gradients(*example)
+    for x, saved in zip(state, before, strict=True):
+        x.copy_(saved)
+    return functions
+
+
+def update(
+    agent: Agent, functions: Functions, batch: Batch, noise: Tensor, first_update: int, args: Args
+) -> tuple[Tensor, Tensor, int]:
+    """All gradient steps after one vector step; returns CriticTerms and PolicyTerms, stacked and summed, and the policy's updates.
+
+    batch holds the rows of all updates, noise is (updates, 2, B, actions), and first_update counts those of the run so far: the
+    policy takes its turn whenever a multiple of policy_frequency is crossed. Processes average gradients, terms and the running
+    means of batch norm, which are the networks' only buffers."""
+    critic_terms = torch.zeros(len(CriticTerms._fields), device=noise.device)
+    policy_terms, policy_updates = torch.zeros(len(PolicyTerms._fields), device=noise.device), 0
+    for k, rows in enumerate(zip(*(x.chunk(args.updates_per_step) for x in batch), strict=True)):
+        terms = functions.critic_gradients(noise[k, 0], *rows)
+        average_over_processes([*(p.grad for p in agent.critics.parameters()), *agent.critics.buffers(), terms])
+        functions.critic_step()
+        critic_terms += terms
+        done = first_update + k
+        if (done + 1) // args.policy_frequency > done // args.policy_frequency:
+            terms = functions.policy_gradients(noise[k, 1], *rows)
+            gradients = [p.grad for p in (*agent.actor.parameters(), *agent.temperature.parameters())]
+            average_over_processes([*gradients, *agent.actor.buffers(), terms])
+            functions.actor_step()
+            policy_terms += terms
+            policy_updates += 1
+    return critic_terms, policy_terms, policy_updates
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Processes, checkpoint, log and evaluation
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; under torchrun each process takes the GPU of its own local rank."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if not match:
+        raise ValueError(f"device = {name} must be auto, cpu, cuda or cuda:N")
+    if not available:
+        raise ValueError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
+    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+    if index >= available:
+        raise ValueError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
+    return torch.device("cuda", index)
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started (0 and 1 without it)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world_size
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
+
+
+def max_over_processes(x: Tensor) -> Tensor:
+    """Largest of a tensor over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x, distributed.ReduceOp.MAX)
+    return x
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Mean of each tensor over all processes, in place, by one all-reduce of one flat vector."""
+    if not distributed.is_initialized():
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
+
+
+def gather_from_processes(state: dict) -> list[dict]:
+    """The state of every process, in the order of ranks."""
+    states = [state]
+    if distributed.is_initialized():
+        states = [None] * distributed.get_world_size()
+        distributed.all_gather_object(states, state)
+    return states
+
+
+def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
+    """Means over the episodes of all processes; None where no episode ended or the task has no success."""
+    episodes = statistics["episodes"]
+    names = ("episode_return", "episode_length", "success")
+    sums = [statistics[name] * episodes if episodes else 0.0 for name in names]
+    sums = torch.tensor([*sums, episodes, statistics["invalid"]], dtype=torch.float64, device=device)
+    *sums, episodes, invalid = sum_over_processes(sums).tolist()  # host sync
+    means = {name: x / episodes if episodes and math.isfinite(x) else None for name, x in zip(names, sums, strict=True)}
+    return means | {"episodes": int(episodes), "invalid": int(invalid)}
+
+
+def stream_seed(seed: int, rank: int, stream: int) -> int:
+    """Independent seeds for each process and each use, however close the users' seeds are."""
+    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
+
+
+def on_cpu(tree):
+    """The same tree of dicts and lists with every tensor copied to the CPU."""
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(on_cpu(value) for value in tree)
+    return tree.detach().cpu().clone() if isinstance(tree, Tensor) else tree
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write beside, then rename: an interrupted run never leaves half a file."""
+    torch.save(on_cpu(checkpoint), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(path: str, algorithm: str) -> dict:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {path} does not exist") from None
+    except Exception as error:  # torch.load raises many types on a damaged file
+        reason = str(error).split("\n")[0][:100]
+        raise ValueError(
+            f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
+        ) from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
+        raise ValueError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
+    return checkpoint
+
+
+def check_same_task(checkpoint: dict, args: Args) -> None:
+    names = "env_id env_kwargs network actor_hidden critic_hidden weight_projection asymmetric_critic critic num_atoms"
+    for name in (*names.split(), "value_limit", "normalize_observations", "normalize_rewards"):
+        then, now = checkpoint["args"][name], getattr(args, name)
+        if now != then:
+            raise ValueError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
+
+
+def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
+    """Refuse to continue under flags that do not fit the state."""
+    check_same_task(checkpoint, args)
+    then = checkpoint["args"]
+    if args.num_envs != then["num_envs"]:
+        raise ValueError(
+            f"the checkpoint holds {then['num_envs']:,} environments, not {args.num_envs:,}; leave --num-envs away"
+        )
+    if args.total_timesteps <= checkpoint["env_steps"]:
+        raise ValueError(
+            f"the checkpoint has {checkpoint['env_steps']:,} steps already; give a larger --total-timesteps"
+        )
+    if len(checkpoint["processes"]) != world_size:
+        raise ValueError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
+    if checkpoint["device"] != device.type:
+        raise ValueError(
+            f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
+        )
+
+
+def training_state(agent: Agent, optimizers: dict[str, torch.optim.Optimizer], learning_rate: Tensor) -> dict:
+    moments = {name: list(optimizer.state.values()) for name, optimizer in optimizers.items()}
+    return dict(agent=agent.state_dict(), moments=moments, learning_rate=learning_rate)
+
+
+def load_training_state(
+    checkpoint: dict, agent: Agent, optimizers: dict[str, torch.optim.Optimizer], learning_rate: Tensor
+) -> None:
+    """Copy in place, so that captured graphs keep their addresses."""
+    agent.load_state_dict(checkpoint["agent"])
+    learning_rate.copy_(checkpoint["learning_rate"])
+    for name, optimizer in optimizers.items():
+        for moments, saved in zip(optimizer.state.values(), checkpoint["moments"][name], strict=True):
+            for key, x in moments.items():
+                x.copy_(saved[key])
+
+
+def replay_state(replay: Replay, written: int) -> dict:
+    """Only the slots that hold something."""
+    stored = min(written, len(replay.reward))
+    return dict(written=written, slots=len(replay.reward), rings=[x[:stored] for x in distinct_tensors(replay)])
+
+
+def load_replay_state(replay: Replay, saved: dict) -> int:
+    """Copy in place; returns the number of steps stored so far."""
+    slots, dtype = len(replay.reward), replay.obs.dtype
+    if saved["slots"] != slots:
+        raise ValueError(
+            f"the checkpoint's replay has {saved['slots']:,} steps, not {slots:,}; leave --replay-capacity away"
+        )
+    if saved["rings"][0].dtype != dtype:
+        raise ValueError(
+            f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
+        )
+    for ring, x in zip(distinct_tensors(replay), saved["rings"], strict=True):
+        ring[: len(x)] = x.to(ring.device)
+    return saved["written"]
+
+
+def describe_resumed_replay(inside: bool, written: int, sizes: Sizes, num_envs: int) -> str:
+    if inside:
+        return f"the checkpoint holds the replay, {min(written, sizes.slots) * num_envs:,} transitions"
+    return (
+        "the checkpoint holds no replay (--checkpoint-replay puts it there), so it starts empty: updates wait until it holds "
+        f"{sizes.first_slots * num_envs:,} transitions"
+    )
+
+
+class RunLog:
+    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run; the writing process alone has one."""
+
+    def __init__(self, run_dir: Path, args: Args, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # a second of import that --help and --play need not wait for
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        self.path = run_dir / "metrics.jsonl"
+        old = self.path.read_text().splitlines() if first_step and self.path.exists() else []
+        # What an interrupted run logged after its checkpoint is run, and logged, again.
+        kept = [line for line in old if json.loads(line)["env_steps"] <= first_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.tensorboard = SummaryWriter(run_dir)
+        patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
+        )
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=dataclasses.asdict(args))
+
+    def write(self, record: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, record["env_steps"])
+        if self.wandb:
+            self.wandb.log(record, step=record["env_steps"])
+        self.bar.update(record["env_steps"] - self.bar.n)
+        shown = "none ended" if record["episode_return"] is None else f"{record['episode_return']:.1f}"
+        self.bar.set_postfix_str(f"return {shown}")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def plot_curve(run_dir: Path, title: str) -> None:
+    """curve.png: return of the training episodes, and scores in Gymnasium where there are any, over steps and over time."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    clocks = (("env_steps", "million environment steps", 1e6), ("wall_seconds", "minutes of training", 60.0))
+    for axis, (name, unit, scale) in zip(axes, clocks, strict=True):
+        for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
+            points = [(r[name] / scale, r[metric]) for r in records if r.get(metric) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=metric)
+        axis.set_xlabel(unit)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(run_dir / "curve.png", dpi=120)
+
+
+def summarize(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    return dict(
+        mean=float(returns.mean()),
+        std=float(returns.std()),
+        min=float(returns.min()),
+        episodes=len(returns),
+        mean_length=float(lengths.mean()),
+    )
+
+
+def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
+    """Return and length of the first episode of each environment, under the deterministic policy and frozen statistics.
+
+    step(action) -> obs, reward, ended, invalid; an environment quarantined in its first episode is left out."""
+    returns = torch.zeros(len(obs), dtype=torch.float64, device=obs.device)
+    lengths, failed = torch.zeros_like(returns), torch.zeros_like(returns, dtype=torch.bool)
+    running = ~failed
+    while running.any():  # host sync
+        obs, reward, ended, invalid = step(agent.act(obs))
+        returns += torch.where(running & ~invalid, reward, 0.0)
+        lengths += running
+        failed |= running & invalid
+        running &= ~(ended | invalid)
+    if failed.all():
+        raise RuntimeError("every environment of the evaluation was quarantined: the policy breaks the simulator")
+    return summarize(returns[~failed].cpu().numpy(), lengths[~failed].cpu().numpy())
+
+
+def describe(score: dict[str, float] | None) -> str:
+    if score is None:
+        return "no score"
+    mean, std, lowest, episodes, length = score.values()
+    return f"{mean:.1f} +- {std:.1f} (lowest {lowest:.1f}, {episodes} episodes of {length:.0f} steps)"
+
+
+def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) -> dict[str, float]:
+    obs, _ = env.reset(seed=seed)
+
+    def step(action: Tensor):
+        obs, reward, terminated, truncated, info = env.step(action)
+        return obs, reward, terminated | truncated, info["invalid"]
+
+    return first_episodes(step, obs, agent)
+
+
+def evaluate_gymnasium(agent: Agent, args: Args) -> dict[str, float] | None:
+    """The score in Gymnasium's own environment, policy on the CPU; None where Gymnasium has no such task."""
+    if args.env_id not in gymnasium.registry:
+        return None
+    agent = copy.deepcopy(agent).cpu()
+    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **args.env_kwargs)] * args.eval_episodes)
+    obs, _ = envs.reset(seed=args.seed)
+
+    def step(action: Tensor):
+        obs, reward, terminated, truncated, _ = envs.step(action.numpy())
+        return (
+            torch.as_tensor(obs).float(),
+            torch.as_tensor(reward),
+            torch.as_tensor(terminated | truncated),
+            torch.zeros(len(obs), dtype=torch.bool),
+        )
+
+    score = first_episodes(step, torch.as_tensor(obs).float(), agent)
+    envs.close()
+    return score
+
+
+def film(agent: Agent, args: Args, folder: Path) -> Path:
+    """One deterministic episode of Gymnasium's own environment as play.mp4 (play.gif without imageio-ffmpeg)."""
+    import imageio.v2 as imageio
+
+    if "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # headless; osmesa where EGL is missing
+    # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
+    env = gymnasium.make(args.env_id, render_mode="rgb_array", camera_name="track", **args.env_kwargs)
+    obs, _ = env.reset(seed=args.seed)
+    frames, ended = [], False
+    while not ended:
+        frames.append(env.render())
+        obs, _, terminated, truncated, _ = env.step(agent.act(torch.as_tensor(obs).float()[None])[0].numpy())
+        ended = terminated or truncated
+    env.close()
+    path = folder / ("play.mp4" if importlib.util.find_spec("imageio_ffmpeg") else "play.gif")
+    if path.suffix == ".mp4":
+        imageio.mimwrite(path, frames, fps=env.metadata["render_fps"], macro_block_size=8)
+    else:
+        imageio.mimwrite(path, frames[::2], duration=2000 / env.metadata["render_fps"], loop=0)
+    return path
+
+
+def versions() -> dict[str, str]:
+    return dict(
+        python=sys.version.split()[0],
+        torch=str(torch.__version__),
+        gymnasium=gymnasium.__version__,
+        numpy=np.__version__,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, make_env=vecsim_torch.make) -> dict:
+    """Train, write the run folder, evaluate; returns the last log record and the evaluation."""
+    # Set-up: every flag is checked before anything is allocated.
+    args = with_task_defaults(args)
+    device = pick_device(args.device)
+    rank, world_size = start_processes(device)
+    sizes = derive_sizes(args, world_size)
+    checkpoint = load_checkpoint(args.resume, "sac") if args.resume else None
+    if checkpoint:
+        check_resumable(checkpoint, args, device, world_size)
+    preparation_started = time.perf_counter()
+    torch.manual_seed(args.seed)  # the initial weights, the same in every process
+    torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
+    generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
+    env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(args.seed, rank, stream=1))
+    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.iterations, **args.env_kwargs)
+    env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
+    obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    critic_obs_size = critic_observation_size(env, args)
+    privileged = critic_obs_size is not None
+    agent = Agent(obs_size, critic_obs_size, env.single_action_space, args).to(device)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    optimizers = make_optimizers(agent, learning_rate, args.temperature_learning_rate)
+    row_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
+    bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *row_sizes, torch.device("meta"))))
+    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, args.num_envs, free_bytes(device), device)
+    if rank == 0:
+        print(replay_size)
+    replay = allocate_replay(sizes.slots, *row_sizes, device)
+    functions = build_functions(agent, optimizers, replay, sizes, args)
+    durations = zeta_distribution(args.noise_repeat_max).to(device)
+    env.reset()
+    env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
+    obs, info = env.reset(seed=env_options["seed"])
+    critic_obs = info["critic_obs"] if privileged else obs
+    held = torch.zeros(sizes.envs, action_size, device=device)
+    remaining = torch.zeros(sizes.envs, dtype=torch.long, device=device)
+    returns = torch.zeros(sizes.envs, device=device)
+    first_iteration, train_seconds, updates, written = 0, 0.0, 0, 0
+    if checkpoint:
+        load_training_state(checkpoint, agent, optimizers, learning_rate)
+        mine = checkpoint["processes"][rank]
+        env.load_state_dict(mine["env"])
+        generator.set_state(mine["generator"])
+        obs, critic_obs, held, remaining, returns = (
+            mine[name].to(device) for name in ("obs", "critic_obs", "held", "remaining", "returns")
+        )
+        first_iteration, train_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
+        updates = checkpoint["updates"]
+        written = load_replay_state(replay, mine["replay"]) if checkpoint["replay_inside"] else 0
+        if rank == 0:
+            print(describe_resumed_replay(checkpoint["replay_inside"], written, sizes, args.num_envs))
+    compile_seconds = time.perf_counter() - preparation_started
+    run_dir, log = Path(args.run_dir), None
+    logged_step, logged_seconds = first_iteration * args.num_envs, train_seconds
+    if rank == 0:  # the one writer
+        log = RunLog(run_dir, args, logged_step)
+        tqdm.write(
+            f"{args.env_id} on {device} into {run_dir}, prepared in {compile_seconds:.1f} s\n"
+            f"{args.num_envs:,} environments, {sizes.iterations:,} steps of each; after each, {args.updates_per_step} updates "
+            f"on batches of {args.batch_size:,}, the policy every {args.policy_frequency}; {world_size} process(es)"
+        )
+    critic_terms = torch.zeros(len(CriticTerms._fields), device=device)
+    policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
+    logged_updates, policy_updates, record, clock = updates, 0, {}, time.perf_counter()
+
+    for iteration in range(first_iteration, sizes.iterations):
+        # Act: uniformly at random at first, then the policy with its exploration noise.
+        fresh = torch.randn(sizes.envs, action_size, generator=generator, device=device)
+        uniform = torch.rand(sizes.envs, generator=generator, device=device)
+        held, remaining = hold_noise(held, remaining, fresh, uniform, durations)
+        if iteration * args.num_envs < args.learning_starts:
+            action = 2.0 * torch.rand(sizes.envs, action_size, generator=generator, device=device) - 1.0
+            env_action = agent.to_env(action)
+        else:
+            action, env_action = functions.policy(obs, held)
+        next_obs, reward, terminated, truncated, info = env.step(env_action)
+        invalid, final_obs = info["invalid"], info["final_obs"]
+        final_critic_obs = info["final_critic_obs"] if privileged else final_obs
+        ends = terminated, truncated, invalid
+        store(replay, written, obs, critic_obs, final_obs, final_critic_obs, action, reward, *ends)
+        written += 1
+        agent.obs_statistics.update(obs, ~invalid)
+        if privileged:
+            agent.critic_obs_statistics.update(critic_obs, ~invalid)
+        if args.normalize_rewards:
+            scaled = reward * args.reward_scale
+            returns = follow_returns(agent, returns, scaled, terminated, invalid, args.gamma)
+        obs, critic_obs = next_obs, info["critic_obs"] if privileged else next_obs
+
+        # Update: one large draw from the replay, split into the batches of all updates.
+        if written >= sizes.first_slots:
+            progress = iteration / sizes.iterations
+            learning_rate.fill_(args.learning_rate + progress * (args.learning_rate_final - args.learning_rate))
+            rows = args.updates_per_step * sizes.batch
+            drawn = draw_transitions(written, sizes.slots, sizes.envs, args.n_step, rows, generator)
+            batch = gather_batch(agent, replay, *drawn, args)
+            shape = args.updates_per_step, 2, sizes.batch, action_size
+            noise = torch.randn(shape, generator=generator, device=device)
+            sums = update(agent, functions, batch, noise, updates, args)
+            critic_terms += sums[0]
+            policy_terms += sums[1]
+            policy_updates += sums[2]
+            updates += args.updates_per_step
+
+        # Log, evaluate, save: whenever a multiple of the interval was crossed.
+        env_steps = (iteration + 1) * args.num_envs
+        last = iteration + 1 == sizes.iterations
+        log_now, evaluate_now, save_now = (
+            every is not None and (last or env_steps // every > (env_steps - args.num_envs) // every)
+            for every in (args.log_every, args.eval_every, args.checkpoint_every)
+        )
+        if not (log_now or evaluate_now or save_now):
+            continue
+        means = critic_terms / max(1, updates - logged_updates), policy_terms / max(1, policy_updates)
+        numbers = torch.stack([*means[0], *means[1], learning_rate, agent.reward_divisor()]).tolist()  # host sync
+        names = (*CriticTerms._fields, *PolicyTerms._fields, "learning_rate", "reward_divisor")
+        episodes = merge_episode_statistics(env.pop_statistics(), device)  # host sync
+        train_seconds += time.perf_counter() - clock
+        speed = (env_steps - logged_step) / (train_seconds - logged_seconds)
+        record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
+        record |= dict(updates=updates, replay_transitions=min(written, sizes.slots) * args.num_envs)
+        record |= dict(zip(names, numbers, strict=True))
+        if not all(math.isfinite(x) for x in numbers):
+            raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
+        if updates == logged_updates:  # nothing was learned yet
+            record |= dict.fromkeys(CriticTerms._fields + PolicyTerms._fields)
+        if log and evaluate_now and (score := evaluate_gymnasium(agent, args)):
+            record["gymnasium_return"] = score["mean"]
+        if log:
+            log.write(record)
+        if save_now:
+            mine = dict(env=env.state_dict(), generator=generator.get_state(), obs=obs, critic_obs=critic_obs)
+            mine |= dict(held=held, remaining=remaining, returns=returns)
+            mine |= dict(replay=replay_state(replay, written) if args.checkpoint_replay else None)
+            state = dict(algorithm="sac", env_id=args.env_id, args=dataclasses.asdict(args), device=device.type)
+            state |= dict(iteration=iteration + 1, env_steps=env_steps, updates=updates, train_seconds=train_seconds)
+            state |= dict(versions=versions(), replay_inside=args.checkpoint_replay)
+            state |= dict(processes=gather_from_processes(on_cpu(mine)))
+            if log:
+                save_checkpoint(run_dir / "checkpoint.pt", state | training_state(agent, optimizers, learning_rate))
+        critic_terms.zero_(), policy_terms.zero_()
+        logged_step, logged_seconds, logged_updates, policy_updates = env_steps, train_seconds, updates, 0
+        clock = time.perf_counter()
+
+    # Final evaluation, by the one writer.
+    env.close()
+    if not log:
+        return record
+    log.close()
+    plot_curve(run_dir, f"{args.env_id}, SAC, seed {args.seed}")
+    evaluation = dict(env_id=args.env_id, algorithm="sac", seed=args.seed, env_steps=logged_step)
+    evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
+    if args.eval_episodes:
+        evaluation["vecsim"] = evaluate_vecsim(agent, make_env(args.env_id, **env_options), args.seed)
+        evaluation["gymnasium"] = evaluate_gymnasium(agent, args)
+    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
+    for name in ("vecsim", "gymnasium"):
+        print(f"{name}: {describe(evaluation[name])}")
+    return record | evaluation
+
+
+def play(args: Args, make_env=vecsim_torch.make) -> dict:
+    """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
+    checkpoint = load_checkpoint(args.play, "sac")
+    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=max(1, args.eval_episodes)))
+    check_same_task(checkpoint, args)
+    env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
+    sizes = env.single_observation_space.shape[0], critic_observation_size(env, args)
+    agent = Agent(*sizes, env.single_action_space, args)
+    agent.load_state_dict(checkpoint["agent"])
+    args = dataclasses.replace(args, eval_episodes=args.num_envs)
+    score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+    print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
+    if args.capture_video:
+        print(f"video: {film(agent, args, Path(args.play).parent)}")
+    return score
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The flags; with --resume or --play, flags not given keep the values of the checkpoint."""
+
+    def parse(default: Args) -> Args:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            raise ValueError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
+
+    args = parse(Args())
+    if args.resume and args.play:
+        raise ValueError("--resume continues training and --play plays: give one of them")
+    path = args.resume or args.play
+    if path is None:
+        return args
+    saved = load_checkpoint(path, "sac")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False)
+    return parse(Args(**saved))
+
+
+def main() -> int:
+    try:
+        args = parse_args(sys.argv[1:])
+        play(args) if args.play else train(args)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    except ValueError as error:  # bad input; anything else is a defect and shows its traceback
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
