@@ -189,7 +189,7 @@ class Args:
     """adaptive schedule: desired_kl moves linearly to this value over the run (> 0)"""
     learning_rate_min: float = 1e-5
     """adaptive schedule: lower bound (> 0)"""
-    learning_rate_max: float = 5e-3
+    learning_rate_max: float | None = None
     """adaptive schedule: upper bound (>= learning_rate_min)"""
 
 
@@ -198,15 +198,17 @@ COMMON = dict(
     num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0,
     num_steps=32, update_epochs=4, num_minibatches=16, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
     log_std_init=0.0, log_std_min=-2.3, gamma=0.99, gae_lambda=0.95, entropy_coef=0.0, bounds_coef=1e-4,
-    learning_rate=1e-3, desired_kl=0.01, desired_kl_final=0.01,
+    learning_rate=1e-3, learning_rate_max=5e-3, desired_kl=0.01, desired_kl_final=0.01,
 )  # fmt: skip
 TASK_DEFAULTS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_steps=16, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
-    "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995),
+    "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
     "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995),
     "HalfCheetah-v5": dict(total_timesteps=30_000_000),
-    "Ant-v5": dict(total_timesteps=30_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
+    "Ant-v5": dict(
+        total_timesteps=30_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
+        log_std_init=-0.7, log_std_min=-1.7, desired_kl=0.015, desired_kl_final=0.009),
     "Humanoid-v5": dict(total_timesteps=30_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
