@@ -407,7 +407,9 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     tendon_acts = any(field.any() for field in tendon_forces)
     simple_joints = np.isin(m.jnt_type, (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE))
     joint_transmission = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+    integrator = mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
     rules = {
+        f"integrator {integrator}": INTEGRATORS.get(int(m.opt.integrator)) is None,
         "equality constraints": m.neq > 0,
         "tendons with stiffness, damping, armature, friction loss or limits": m.ntendon > 0 and tendon_acts,
         "explicit contact pairs (<pair>)": m.npair > 0,
@@ -498,26 +500,438 @@ def geom_name(m: mujoco.MjModel, g: int) -> str:
     return f"{m.geom(g).name or g!r} ({kind})"
 
 
-def solver_parameters(rows: list[tuple], timestep: float, tensor: Any) -> SolverParameters:
-    """SolverParameters of rows (solref, solimp, margin). Standard and direct solref as in mj_makeImpedance."""
-    columns = np.zeros((8, len(rows)))
-    for k, (solref, solimp, margin) in enumerate(rows):
-        dmin, dmax = np.clip(solimp[:2], MINIMP, MAXIMP)
-        width, midpoint, power = max(0, solimp[2]), np.clip(solimp[3], MINIMP, MAXIMP), max(1, solimp[4])
-        if (solref[0] > 0) != (solref[1] > 0):
-            raise ValueError(f"unsupported model feature: solref {tuple(solref)} mixes standard and direct format")
-        if solref[0] > 0:
-            time_constant, ratio = max(solref[0], 2 * timestep), solref[1]
-            stiffness = 1 / max(MINVAL, (dmax * time_constant * ratio) ** 2)
-            damping = 2 / max(MINVAL, dmax * time_constant)
+class Placement(NamedTuple):
+    """Where the tables go: numpy arrays and lists become tensors of this type on this device."""
+
+    dtype: torch.dtype
+    device: str | torch.device
+
+    def tensor(self, x: Any) -> Tensor:
+        return torch.tensor(np.asarray(x, dtype=np.float64), dtype=self.dtype, device=self.device)
+
+    def index(self, x: Any) -> Tensor:
+        return torch.tensor(np.asarray(x, dtype=np.int64), dtype=torch.long, device=self.device)
+
+    def groups(self, group_of_row: Any, count: int) -> Groups:
+        """Which rows belong to each of `count` groups."""
+        rows = [[k for k, group in enumerate(group_of_row) if group == g] for g in range(count)]
+        width = max(map(len, rows))
+        return Groups(
+            self.index([row + [0] * (width - len(row)) for row in rows]).reshape(count, width),
+            self.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(count, width, 1),
+        )
+
+    def solver(self, rows: list[tuple], timestep: float) -> SolverParameters:
+        """Of rows (solref, solimp, margin). Standard and direct solref as in mj_makeImpedance."""
+        columns = np.zeros((8, len(rows)))
+        for k, (solref, solimp, margin) in enumerate(rows):
+            dmin, dmax = np.clip(solimp[:2], MINIMP, MAXIMP)
+            width, midpoint, power = max(0, solimp[2]), np.clip(solimp[3], MINIMP, MAXIMP), max(1, solimp[4])
+            if (solref[0] > 0) != (solref[1] > 0):
+                raise ValueError(f"unsupported model feature: solref {tuple(solref)} mixes standard and direct format")
+            if solref[0] > 0:
+                time_constant, ratio = max(solref[0], 2 * timestep), solref[1]
+                stiffness = 1 / max(MINVAL, (dmax * time_constant * ratio) ** 2)
+                damping = 2 / max(MINVAL, dmax * time_constant)
+            else:
+                stiffness, damping = -solref[0] / dmax**2, -solref[1] / dmax
+            if width <= MINVAL:
+                dmin = dmax = 0.5 * (dmin + dmax)
+                width = 1.0
+            columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
+        quadratic = bool(np.all(columns[6] == 2))
+        return SolverParameters(*(self.tensor(column[:, None]) for column in columns), quadratic)
+
+
+def rotation_matrix(quat: np.ndarray) -> np.ndarray:
+    out = np.zeros(9)
+    mujoco.mju_quat2Mat(out, quat)
+    return out.reshape(3, 3)
+
+
+def skew(v: np.ndarray) -> np.ndarray:
+    """The matrix that maps x to the cross product of v and x."""
+    return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
+
+
+class Tree(NamedTuple):
+    """The joints of an mjModel as links. A pose is (position, rotation matrix)."""
+
+    joint: list[int]  # (nl) mjModel's joint of each link
+    parent: list[int]  # (nl) parent link, -1 for the world
+    offset: list[tuple[np.ndarray, np.ndarray]]  # (nl) pose in the parent link's frame before the joint moves
+    body_link: list[int]  # (nbody) -1 for the world and what is welded to it
+    body_frame: list[tuple[np.ndarray, np.ndarray]]  # (nbody) pose in the frame of its link
+    dofs: list[tuple[int, ...]]  # (nl)
+    dof_link: list[int]  # (nv)
+    moves: np.ndarray  # (nl + 1, nv) bool: dof d moves link l; the last row is the world
+    scalars: list[int]  # links with a hinge or a slide
+    balls: list[int]
+    frees: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.joint)
+
+
+def build_tree(m: mujoco.MjModel) -> Tree:
+    """Links of one joint each: a body with several joints is a chain of links, its frame that of the last."""
+    kind = mujoco.mjtJoint
+    joint: list[int] = []
+    parent: list[int] = []
+    offset: list[tuple[np.ndarray, np.ndarray]] = []
+    body_link, body_frame = [-1], [(np.zeros(3), np.eye(3))]
+    for b in range(1, m.nbody):
+        base, turn = body_frame[m.body_parentid[b]]
+        frame = (base + turn @ m.body_pos[b], turn @ rotation_matrix(m.body_quat[b]))
+        link = body_link[m.body_parentid[b]]
+        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
+            joint.append(j)
+            parent.append(link)
+            offset.append(frame)
+            link, frame = len(joint) - 1, (np.zeros(3), np.eye(3))
+        body_link.append(link)
+        body_frame.append(frame)
+    if not joint:
+        raise ValueError("unsupported model: it has no joints")
+    dof_count = {kind.mjJNT_HINGE: 1, kind.mjJNT_SLIDE: 1, kind.mjJNT_BALL: 3, kind.mjJNT_FREE: 6}
+    kinds = [kind(int(m.jnt_type[j])) for j in joint]
+    dofs = [
+        tuple(range(int(m.jnt_dofadr[j]), int(m.jnt_dofadr[j]) + dof_count[k]))
+        for j, k in zip(joint, kinds, strict=True)
+    ]
+    dof_link = [link for link, own in enumerate(dofs) for _ in own]
+    above = np.eye(len(joint), dtype=bool)  # above[l, k]: link k is l or carries it
+    for link, up in enumerate(parent):
+        if up >= 0:
+            above[link] |= above[up]
+    moves = np.vstack((above[:, dof_link], np.zeros((1, m.nv), dtype=bool)))
+    of_kind = [
+        [link for link, k in enumerate(kinds) if k in chosen]
+        for chosen in ((kind.mjJNT_HINGE, kind.mjJNT_SLIDE), (kind.mjJNT_BALL,), (kind.mjJNT_FREE,))
+    ]
+    return Tree(joint, parent, offset, body_link, body_frame, dofs, dof_link, moves, *of_kind)
+
+
+def tree_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: the order of links and dofs, and which entries of a matrix over dofs can be non-zero."""
+    depth: list[int] = []
+    for up in tree.parent:
+        depth.append(0 if up < 0 else depth[up] + 1)
+    by_depth = [[link for link in range(tree.size) if depth[link] == d] for d in range(max(depth) + 1)]
+    order = tree.scalars + tree.balls + tree.frees
+    turns = np.ones(m.nv)
+    for link in tree.frees:
+        turns[list(tree.dofs[link][:3])] = 0
+    qpos_dof = np.zeros(m.nq)
+    for link in tree.scalars + tree.frees:
+        translations = tree.dofs[link][:3]
+        address = m.jnt_qposadr[tree.joint[link]]
+        qpos_dof[address : address + len(translations)] = translations
+    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if tree.moves[tree.dof_link[i], j]]
+    unpack = np.full((m.nv, m.nv), len(entries))
+    for e, (i, j) in enumerate(entries):
+        unpack[i, j] = unpack[j, i] = e
+    return dict(
+        parent=tuple(tree.parent),
+        dofs=tuple(tree.dofs),
+        link_levels=tuple(
+            (
+                to.index([order.index(link) for link in level]),
+                to.index([0 if d == 0 else by_depth[d - 1].index(tree.parent[link]) for link in level]),
+            )
+            for d, level in enumerate(by_depth)
+        ),
+        link_order_index=to.index(np.argsort([link for level in by_depth for link in level])),
+        dof_link_index=to.index(tree.dof_link),
+        dof_order_index=to.index(np.argsort([dof for link in order for dof in tree.dofs[link]])),
+        turns=to.tensor(turns)[:, None, None],
+        qpos_dof_index=to.index(qpos_dof),
+        entries=tuple(entries),
+        entry_row_index=to.index([i for i, _ in entries]),
+        entry_column_index=to.index([j for _, j in entries]),
+        entry_diagonal=to.tensor([i == j for i, j in entries])[:, None],
+        unpack_index=to.index(unpack),
+    )
+
+
+def joint_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: how each joint moves its link. A hinge turns by offset @ Rodrigues(axis, angle) about its
+    anchor, the point that both frames share."""
+    joints = [tree.joint[link] for link in tree.scalars]
+    rotation, position = np.zeros((3, len(joints), 3, 3)), np.zeros((4, len(joints), 3))
+    for k, (link, j) in enumerate(zip(tree.scalars, joints, strict=True)):
+        position[0, k], rotation[0, k] = tree.offset[link]
+        axis, anchor, turn = m.jnt_axis[j], m.jnt_pos[j], rotation[0, k]
+        if m.jnt_type[j] == mujoco.mjtJoint.mjJNT_HINGE:
+            rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
+            position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
         else:
-            stiffness, damping = -solref[0] / dmax**2, -solref[1] / dmax
-        if width <= MINVAL:
-            dmin = dmax = 0.5 * (dmin + dmax)
-            width = 1.0
-        columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
-    quadratic = bool(np.all(columns[6] == 2))
-    return SolverParameters(*(tensor(column[:, None]) for column in columns), quadratic)
+            position[3, k] = turn @ axis
+    ball_joints = [tree.joint[link] for link in tree.balls]
+    ball_offsets = [tree.offset[link] for link in tree.balls]
+    ball_centres = [base + turn @ m.jnt_pos[j] for (base, turn), j in zip(ball_offsets, ball_joints, strict=True)]
+
+    def addresses(links: list[int], skip: int = 0) -> list[tuple[int, int]]:
+        return [(int(m.jnt_qposadr[j]) + skip, int(m.jnt_dofadr[j]) + skip) for j in (tree.joint[k] for k in links)]
+
+    return dict(
+        scalar_qpos_index=to.index(m.jnt_qposadr[joints]),
+        scalar_link_index=to.index(tree.scalars),
+        scalar_reference=to.tensor(m.qpos0[m.jnt_qposadr[joints]])[:, None],
+        scalar_rotation=to.tensor(rotation)[..., None],
+        scalar_position=to.tensor(position)[..., None],
+        scalar_axis=to.tensor(m.jnt_axis[joints])[..., None],
+        scalar_anchor=to.tensor(m.jnt_pos[joints])[..., None],
+        scalar_hinge=to.tensor(m.jnt_type[joints] == mujoco.mjtJoint.mjJNT_HINGE)[:, None, None],
+        stiffness=to.tensor(m.jnt_stiffness[joints])[:, None],
+        spring_reference=to.tensor(m.qpos_spring[m.jnt_qposadr[joints]])[:, None],
+        dof_springs=to.groups(m.jnt_dofadr[joints], m.nv),
+        balls=tuple((k, *both) for k, both in zip(tree.balls, addresses(tree.balls), strict=True)),
+        frees=tuple((k, *both) for k, both in zip(tree.frees, addresses(tree.frees), strict=True)),
+        quaternions=tuple(addresses(tree.balls) + addresses(tree.frees, skip=3)),
+        ball_rotation=to.tensor([turn for _, turn in ball_offsets]).reshape(-1, 3, 3, 1),
+        ball_position=to.tensor(ball_centres).reshape(-1, 3, 1),
+        ball_anchor=to.tensor(m.jnt_pos[ball_joints])[..., None],
+    )
+
+
+def inertia_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: inertia of the bodies in their link's frame, then of the links about their own centre."""
+    body_com, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3))
+    mass, moment, about_frame = np.zeros(tree.size), np.zeros((tree.size, 3)), np.zeros((tree.size, 3, 3))
+    for b in range(1, m.nbody):
+        base, turn = tree.body_frame[b]
+        body_com[b] = base + turn @ m.body_ipos[b]
+        axes = turn @ rotation_matrix(m.body_iquat[b])
+        body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
+        link = tree.body_link[b]
+        if link >= 0:
+            mass[link] += m.body_mass[b]
+            moment[link] += m.body_mass[b] * body_com[b]
+            about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
+    com = moment / np.maximum(mass, MINVAL)[:, None]
+    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(tree.size)])
+    return dict(
+        mass=to.tensor(mass)[:, None],
+        com=to.tensor(com)[..., None],
+        inertia=to.tensor(inertia)[..., None],
+        armature=to.tensor(m.dof_armature)[:, None],
+        damping=to.tensor(m.dof_damping)[:, None],
+        damped=bool(m.dof_damping.any()),
+        nbody=m.nbody,
+        body_link_index=to.index([tree.size if link < 0 else link for link in tree.body_link]),
+        body_mass=to.tensor(m.body_mass)[:, None],
+        body_com=to.tensor(body_com)[..., None],
+        body_inertia=to.tensor(body_inertia)[..., None],
+    )
+
+
+def actuator_tables(m: mujoco.MjModel, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: actuators on hinges and slides."""
+    joints = m.actuator_trnid[:, 0]
+    affine = (m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE)[:, None]
+
+    def bounds(limited: np.ndarray, ranges: np.ndarray) -> tuple[Tensor, Tensor]:
+        on = limited.astype(bool)
+        low, high = np.where(on, ranges[:, 0], -np.inf), np.where(on, ranges[:, 1], np.inf)
+        return to.tensor(low[:, None]), to.tensor(high[:, None])
+
+    ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
+    force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
+    joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
+    return dict(
+        actuator_dof_index=to.index(m.jnt_dofadr[joints]),
+        actuator_qpos_index=to.index(m.jnt_qposadr[joints]),
+        actuator_gear=to.tensor(m.actuator_gear[:, :1]),
+        actuator_gain=to.tensor(m.actuator_gainprm[:, :1]),
+        actuator_bias=to.tensor(np.where(affine, m.actuator_biasprm[:, :3], 0).T[..., None]),
+        actuator_velocity_bias=bool(np.any(affine[:, 0] & (m.actuator_biasprm[:, 2] != 0))),
+        ctrl_low=ctrl_low,
+        ctrl_high=ctrl_high,
+        force_low=force_low,
+        force_high=force_high,
+        dof_force_low=joint_low[m.dof_jntid],
+        dof_force_high=joint_high[m.dof_jntid],
+        dof_actuators=to.groups(m.jnt_dofadr[joints], m.nv),
+    )
+
+
+def limit_tables(m: mujoco.MjModel, tree: Tree, to: Placement, timestep: float) -> dict[str, Any]:
+    """Fields of `Model`: limits of hinges and slides, lower rows then upper rows, and of balls."""
+
+    def solver_rows(joints: list[int]) -> list[tuple]:
+        return [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in joints]
+
+    joints = [j for j in (tree.joint[link] for link in tree.scalars) if m.jnt_limited[j]]
+    dofs = [int(m.jnt_dofadr[j]) for j in joints] * 2
+    ball_limits = [k for k, link in enumerate(tree.balls) if m.jnt_limited[tree.joint[link]]]
+    ball_joints = [tree.joint[tree.balls[k]] for k in ball_limits]
+    return dict(
+        limit_qpos_index=to.index([m.jnt_qposadr[j] for j in joints] * 2),
+        limit_dof_index=to.index(dofs),
+        limit_sign=to.tensor([1.0] * len(joints) + [-1.0] * len(joints))[:, None],
+        limit_bound=to.tensor([m.jnt_range[j, side] for side in (0, 1) for j in joints])[:, None],
+        limit_solver=to.solver(solver_rows(joints) * 2, timestep),
+        limit_invweight=to.tensor(m.dof_invweight0[dofs])[:, None],
+        dof_limits=to.groups(dofs, m.nv),
+        ball_limits=tuple(ball_limits),
+        ball_limit_angle=to.tensor([m.jnt_range[j].max() for j in ball_joints])[:, None],
+        ball_limit_solver=to.solver(solver_rows(ball_joints), timestep),
+        ball_limit_invweight=to.tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_joints])[:, None],
+    )
+
+
+class ContactPoint(NamedTuple):
+    """A point that can touch a plane; vectors in its link's frame, the plane in the world's."""
+
+    link: int
+    body: int
+    geom: int
+    centre: np.ndarray
+    radius: float
+    axis: np.ndarray
+    corner: np.ndarray
+    normal: np.ndarray
+    height: float
+    tangent: np.ndarray
+    friction: float
+    solver: tuple
+    invweight: float
+    frictionless: bool
+
+
+class GeomPair(NamedTuple):
+    """Two spheres or capsules that can touch each other; vectors in their links' frames."""
+
+    links: tuple[int, int]
+    bodies: tuple[int, int]
+    geoms: tuple[int, int]
+    centre: list[np.ndarray]
+    axis: list[np.ndarray]
+    radius: list[float]
+    friction: float
+    solver: tuple
+    invweight: float
+    frictionless: bool
+
+
+def find_contacts(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> tuple[list[ContactPoint], list[GeomPair]]:
+    """Candidate contacts: points against planes, in the order of their links, and pairs of geoms."""
+    kind = mujoco.mjtGeom
+    points, pairs = [], []
+    for geoms in collision_pairs(m):
+        bodies = tuple(int(m.geom_bodyid[g]) for g in geoms)
+        links = tuple(tree.size if tree.body_link[b] < 0 else tree.body_link[b] for b in bodies)
+        if links == (tree.size, tree.size):
+            continue
+        t1, t2 = (kind(int(m.geom_type[g])) for g in geoms)
+        round_second = t2 in (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)
+        on_plane = t1 == kind.mjGEOM_PLANE and (round_second or t2 == kind.mjGEOM_BOX)
+        if not on_plane and not (round_second and t1 in (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)):
+            raise ValueError(
+                f"unsupported model feature: collision of geom {geom_name(m, geoms[0])} with {geom_name(m, geoms[1])}; "
+                "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
+            )
+        if on_plane and links[0] < tree.size:
+            raise ValueError(f"unsupported model feature: moving plane, geom {geom_name(m, geoms[0])}")
+        poses = []
+        for g, b in zip(geoms, bodies, strict=True):
+            base, turn = tree.body_frame[b]
+            poses.append((base + turn @ m.geom_pos[g], turn @ rotation_matrix(m.geom_quat[g])))
+        if on_plane:
+            points += plane_points(m, links[1], bodies[1], geoms, poses)
+        elif self_collision or tree.size in links:  # obstacles in the world always collide
+            condim, friction, *solver, invweight = mix_contact(m, *geoms)
+            half = [
+                axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == kind.mjGEOM_CAPSULE)
+                for g, (_, axes) in zip(geoms, poses, strict=True)
+            ]
+            centres, radii = [centre for centre, _ in poses], [m.geom_size[g, 0] for g in geoms]
+            pairs.append(
+                GeomPair(links, bodies, geoms, centres, half, radii, friction, tuple(solver), invweight, condim == 1)
+            )
+    points.sort(key=lambda point: point.link)
+    return points, pairs
+
+
+def plane_points(
+    m: mujoco.MjModel, link: int, body: int, geoms: tuple[int, int], poses: list[tuple[np.ndarray, np.ndarray]]
+) -> list[ContactPoint]:
+    """The points of geom 2 that can touch plane 1: a sphere's centre, a capsule's two ends, a box's eight corners."""
+    condim, friction, *solver, invweight = mix_contact(m, *geoms)
+    (centre1, axes1), (centre2, axes2) = poses
+    normal, size, shape = axes1[:, 2], m.geom_size[geoms[1]], m.geom_type[geoms[1]]
+    tangent = np.array([0.0, 1, 0]) if abs(normal[1]) < 0.5 else np.array([0.0, 0, 1])
+    tangent -= normal * (normal @ tangent)
+    tangent /= np.linalg.norm(tangent)
+    axis, radius, ends = np.zeros(3), size[0], [np.zeros(3)]
+    if shape == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        axis = axes2[:, 2]
+        ends = [axis * size[1], -axis * size[1]]
+    box = shape == mujoco.mjtGeom.mjGEOM_BOX
+    if box:
+        radius = 0.0
+        ends = [axes2 @ (size * [1 if i & bit else -1 for bit in (1, 2, 4)]) for i in range(8)]
+    return [
+        ContactPoint(
+            link, body, geoms[1], centre2 + end, radius, axis, end if box else np.zeros(3), normal, normal @ centre1,
+            tangent, friction, tuple(solver), invweight, condim == 1,
+        )
+        for end in ends
+    ]  # fmt: skip
+
+
+def column(rows: list, name: str, *shape: int) -> np.ndarray:
+    """One field of all rows, (len(rows), *shape)."""
+    return np.array([getattr(row, name) for row in rows], dtype=np.float64).reshape(len(rows), *shape)
+
+
+def point_tables(m: mujoco.MjModel, points: list[ContactPoint], size: int, to: Placement, h: float) -> dict[str, Any]:
+    """Fields of `Model`: contact points with planes, of `size` links at timestep h."""
+    return dict(
+        contact_link_index=to.index([point.link for point in points]),
+        contact_ranges=tuple(
+            (sum(point.link < k for point in points), sum(point.link <= k for point in points)) for k in range(size)
+        ),
+        body_contacts=to.tensor([[point.body == b for point in points] for b in range(1, m.nbody)])[..., None, None],
+        contact_geom=tuple(point.geom for point in points),
+        contact_point=to.tensor(column(points, "centre", 3, 1)),
+        contact_radius=to.tensor(column(points, "radius", 1)),
+        contact_axis=to.tensor(column(points, "axis", 3, 1)),
+        contact_corner=to.tensor(column(points, "corner", 3, 1)),
+        boxes=any(point.corner.any() for point in points),
+        impratio=float(m.opt.impratio),
+        plane_normal=to.tensor(column(points, "normal", 3, 1)),
+        plane_height=to.tensor(column(points, "height", 1)),
+        plane_tangent=to.tensor(column(points, "tangent", 3, 1)),
+        friction=to.tensor(column(points, "friction", 1)),
+        contact_solver=to.solver([point.solver for point in points], h),
+        contact_invweight=to.tensor(column(points, "invweight", 1)),
+        contact_frictionless=to.tensor(column(points, "frictionless", 1)),
+    )
+
+
+def pair_tables(m: mujoco.MjModel, pairs: list[GeomPair], tree: Tree, to: Placement, h: float) -> dict[str, Any]:
+    """Fields of `Model`: contacts between geoms."""
+    sign = np.array([1.0 * tree.moves[b] - 1.0 * tree.moves[a] for a, b in (pair.links for pair in pairs)])
+    body_sign = [[(b == second) * 1.0 - (b == first) for b in range(m.nbody)] for first, second in
+                 (pair.bodies for pair in pairs)]  # fmt: skip
+    return dict(
+        pair_links=tuple(pair.links for pair in pairs),
+        pair_geoms=tuple(pair.geoms for pair in pairs),
+        pair_link_index=to.index(column(pairs, "links", 2).T),
+        pair_centre=to.tensor(column(pairs, "centre", 2, 3, 1).swapaxes(0, 1)),
+        pair_axis=to.tensor(column(pairs, "axis", 2, 3, 1).swapaxes(0, 1)),
+        pair_radius=to.tensor(column(pairs, "radius", 2, 1).swapaxes(0, 1)),
+        pair_sign=to.tensor(sign.reshape(len(pairs), m.nv, 1)),
+        pair_friction=to.tensor(column(pairs, "friction", 1)),
+        pair_solver=to.solver([pair.solver for pair in pairs], h),
+        pair_invweight=to.tensor(column(pairs, "invweight", 1)),
+        pair_frictionless=to.tensor(column(pairs, "frictionless", 1)),
+        pair_body_sign=to.tensor(body_sign).reshape(len(pairs), m.nbody, 1),
+        pair_edges=1 if all(pair.frictionless for pair in pairs) else 4,
+    )
 
 
 def load_model(
@@ -538,329 +952,32 @@ def load_model(
     refuse_unsupported(m)
     if pair_slots < 1:
         raise ValueError(f"pair_slots must be at least 1, not {pair_slots}; to drop pairs use self_collision=False")
-    if INTEGRATORS.get(int(m.opt.integrator)) is None:
-        name = mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
-        raise ValueError(f"unsupported model feature: integrator {name}; use euler, implicitfast or rk4")
     if timestep is not None and not 0 < timestep < math.inf:
         raise ValueError(f"timestep must be positive and finite, not {timestep} s")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     h = float(m.opt.timestep if timestep is None else timestep)
-
-    def tensor(x: Any) -> Tensor:
-        return torch.tensor(np.asarray(x, dtype=np.float64), dtype=dtype, device=device)
-
-    def index(x: Any) -> Tensor:
-        return torch.tensor(np.asarray(x, dtype=np.int64), dtype=torch.long, device=device)
-
-    def matrix(quat: np.ndarray) -> np.ndarray:
-        out = np.zeros(9)
-        mujoco.mju_quat2Mat(out, quat)
-        return out.reshape(3, 3)
-
-    def skew(v: np.ndarray) -> np.ndarray:
-        return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
-
-    # Links. A body's frame is (position, rotation) in the frame of its link; a body with joints is its last link.
-    hinge, slide, ball, free = (
-        int(getattr(mujoco.mjtJoint, f"mjJNT_{kind}")) for kind in ("HINGE", "SLIDE", "BALL", "FREE")
-    )
-    joints: list[int] = []  # joint of each link
-    parent: list[int] = []
-    offset: list[tuple[np.ndarray, np.ndarray]] = []  # (position, rotation) in the parent link's frame
-    body_link = [-1]
-    body_frame = [(np.zeros(3), np.eye(3))]
-    for b in range(1, m.nbody):
-        up = m.body_parentid[b]
-        base, turn = body_frame[up]
-        frame = (base + turn @ m.body_pos[b], turn @ matrix(m.body_quat[b]))
-        link = body_link[up]
-        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
-            joints.append(j)
-            parent.append(link)
-            offset.append(frame)
-            link, frame = len(joints) - 1, (np.zeros(3), np.eye(3))
-        body_link.append(link)
-        body_frame.append(frame)
-    nl = len(joints)
-    if nl == 0:
-        raise ValueError("unsupported model: it has no joints")
-    kinds = [m.jnt_type[j] for j in joints]
-    depth: list[int] = []
-    for link in range(nl):
-        depth.append(0 if parent[link] < 0 else depth[parent[link]] + 1)
-    dof_count = {hinge: 1, slide: 1, ball: 3, free: 6}
-    dofs = [tuple(range(m.jnt_dofadr[j], m.jnt_dofadr[j] + dof_count[m.jnt_type[j]])) for j in joints]
-    dof_link = [link for link in range(nl) for _ in dofs[link]]
-    turns = np.ones(m.nv)
-    for link in range(nl):
-        if kinds[link] == free:
-            turns[list(dofs[link][:3])] = 0
-    ancestors = np.eye(nl, dtype=bool)
-    for link in range(nl):
-        if parent[link] >= 0:
-            ancestors[link] |= ancestors[parent[link]]
-    moves = np.zeros((nl + 1, m.nv), dtype=bool)  # moves[l, d]: dof d moves link l; the last row is the world
-    moves[:nl] = ancestors[:, dof_link]
-
-    # Joints: hinge rotation is offset @ Rodrigues(axis, angle); the anchor is the point both frames share.
-    scalars = [link for link in range(nl) if kinds[link] in (hinge, slide)]
-    balls = [link for link in range(nl) if kinds[link] == ball]
-    frees = [link for link in range(nl) if kinds[link] == free]
-    rotation, position = np.zeros((3, len(scalars), 3, 3)), np.zeros((4, len(scalars), 3))
-    for k, link in enumerate(scalars):
-        j, (base, turn) = joints[link], offset[link]
-        axis, anchor = m.jnt_axis[j], m.jnt_pos[j]
-        rotation[0, k] = turn
-        position[0, k] = base
-        if kinds[link] == hinge:
-            rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
-            position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
-        else:
-            position[3, k] = turn @ axis
-    order = scalars + balls + frees
-    by_depth = [[link for link in range(nl) if depth[link] == d] for d in range(max(depth) + 1)]
-    qpos_dof = np.zeros(m.nq)
-    for link, j in enumerate(joints):
-        if kinds[link] != ball:
-            count = 3 if kinds[link] == free else 1
-            qpos_dof[m.jnt_qposadr[j] : m.jnt_qposadr[j] + count] = dofs[link][:count]
-    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if moves[dof_link[i], j]]
-    unpack = np.full((m.nv, m.nv), len(entries))
-    for e, (i, j) in enumerate(entries):
-        unpack[i, j] = unpack[j, i] = e
-
-    # Inertia of the bodies in their link's frame, then of the links about their own centre of mass.
-    body_com = np.zeros((m.nbody, 3))
-    body_inertia = np.zeros((m.nbody, 3, 3))
-    mass, moment, about_frame = np.zeros(nl), np.zeros((nl, 3)), np.zeros((nl, 3, 3))
-    for b in range(1, m.nbody):
-        base, turn = body_frame[b]
-        body_com[b] = base + turn @ m.body_ipos[b]
-        axes = turn @ matrix(m.body_iquat[b])
-        body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
-        link = body_link[b]
-        if link >= 0:
-            mass[link] += m.body_mass[b]
-            moment[link] += m.body_mass[b] * body_com[b]
-            about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
-    com = moment / np.maximum(mass, MINVAL)[:, None]
-    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(nl)])
-
-    # Joint limits.
-    limited = [link for link in scalars if m.jnt_limited[joints[link]]]
-    limit_joints = [joints[link] for link in limited]
-    limit_rows = [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in limit_joints]
-    limit_dofs = [int(m.jnt_dofadr[j]) for j in limit_joints] * 2
-    ball_limits = [k for k, link in enumerate(balls) if m.jnt_limited[joints[link]]]
-    ball_limit_joints = [joints[balls[k]] for k in ball_limits]
-
-    # Contact points with planes, and pairs of spheres and capsules.
-    plane, sphere, capsule, box = (
-        int(getattr(mujoco.mjtGeom, f"mjGEOM_{kind}")) for kind in ("PLANE", "SPHERE", "CAPSULE", "BOX")
-    )
-    points, pairs = [], []
-    for g1, g2 in collision_pairs(m):
-        t1, t2 = m.geom_type[g1], m.geom_type[g2]
-        b1, b2 = int(m.geom_bodyid[g1]), int(m.geom_bodyid[g2])
-        if body_link[b1] < 0 and body_link[b2] < 0:
-            continue
-        known = (t1 == plane and t2 in (sphere, capsule, box)) or (t1 in (sphere, capsule) and t2 in (sphere, capsule))
-        if not known:
-            raise ValueError(
-                f"unsupported model feature: collision of geom {geom_name(m, g1)} with {geom_name(m, g2)}; "
-                "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
-            )
-        condim, friction, solref, solimp, margin, invweight = mix_contact(m, g1, g2)
-        frames = []
-        for g, b in ((g1, b1), (g2, b2)):
-            base, turn = body_frame[b]
-            frames.append((base + turn @ m.geom_pos[g], turn @ matrix(m.geom_quat[g])))
-        (centre1, axes1), (centre2, axes2) = frames
-        solver = (solref, solimp, margin)
-        if t1 == plane:
-            if body_link[b1] >= 0:
-                raise ValueError(f"unsupported model feature: moving plane, geom {geom_name(m, g1)}")
-            normal, size = axes1[:, 2], m.geom_size[g2]
-            tangent = np.array([0.0, 1, 0]) if abs(normal[1]) < 0.5 else np.array([0.0, 0, 1])
-            tangent -= normal * (normal @ tangent)
-            tangent /= np.linalg.norm(tangent)
-            axis, radius = np.zeros(3), size[0]
-            corners = [np.zeros(3)]
-            if t2 == capsule:
-                axis = axes2[:, 2]
-                corners = [axis * size[1], -axis * size[1]]
-            elif t2 == box:
-                radius = 0.0
-                corners = [axes2 @ (size * [1 if i & bit else -1 for bit in (1, 2, 4)]) for i in range(8)]
-            for corner in corners:
-                arm = corner if t2 == box else np.zeros(3)
-                points.append(
-                    (body_link[b2], b2, g2, centre2 + corner, radius, axis, arm, normal, normal @ centre1, tangent,
-                     friction, solver, invweight, condim == 1)
-                )  # fmt: skip
-        elif self_collision or min(body_link[b1], body_link[b2]) < 0:  # obstacles in the world always collide
-            links = tuple(nl if body_link[b] < 0 else body_link[b] for b in (b1, b2))
-            half = [
-                axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == capsule) for axes, g in ((axes1, g1), (axes2, g2))
-            ]
-            radii = (m.geom_size[g1, 0], m.geom_size[g2, 0])
-            pairs.append(
-                (links, (b1, b2), (g1, g2), (centre1, centre2), half, radii, friction, solver, invweight, condim == 1)
-            )
-
-    def column(rows: list[tuple], k: int, *shape: int) -> np.ndarray:
-        return np.array([row[k] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
-
-    def by_dof(dof_of_row: Any) -> Groups:
-        rows = [[k for k, d in enumerate(dof_of_row) if d == dof] for dof in range(m.nv)]
-        width = max(map(len, rows))
-        return Groups(
-            index([row + [0] * (width - len(row)) for row in rows]).reshape(m.nv, width),
-            tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(m.nv, width, 1),
-        )
-
-    points.sort(key=lambda row: row[0])
-    sign = np.array([1.0 * moves[b] - 1.0 * moves[a] for (a, b), *_ in pairs]).reshape(len(pairs), m.nv)
-
-    # Actuators.
-    actuator_joints = m.actuator_trnid[:, 0]
-    infinity = np.inf
-    affine = (m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE)[:, None]
-
-    def bounds(limited: np.ndarray, ranges: np.ndarray) -> tuple[Tensor, Tensor]:
-        on = limited.astype(bool)
-        return (
-            tensor(np.where(on, ranges[:, 0], -infinity)[:, None]),
-            tensor(np.where(on, ranges[:, 1], infinity)[:, None]),
-        )
-
-    ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
-    force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
-    joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
-
+    to, tree = Placement(dtype, device), build_tree(m)
+    points, pairs = find_contacts(m, tree, self_collision)
     return Model(
         nq=m.nq,
         nv=m.nv,
         nu=m.nu,
-        nl=nl,
+        nl=tree.size,
         timestep=h,
-        stage_times=tuple(tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
+        stage_times=tuple(to.tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
         integrator=INTEGRATORS[int(m.opt.integrator)],
-        parent=tuple(parent),
-        dofs=tuple(tuple(map(int, own)) for own in dofs),
-        link_levels=tuple(
-            (
-                index([order.index(link) for link in level]),
-                index([0 if d == 0 else by_depth[d - 1].index(parent[link]) for link in level]),
-            )
-            for d, level in enumerate(by_depth)
-        ),
-        link_order_index=index(np.argsort([link for level in by_depth for link in level])),
-        dof_link_index=index(dof_link),
-        dof_order_index=index(np.argsort([dof for link in order for dof in dofs[link]])),
-        qpos_dof_index=index(qpos_dof),
-        entries=tuple(entries),
-        entry_row_index=index([i for i, _ in entries]),
-        entry_column_index=index([j for _, j in entries]),
-        entry_diagonal=tensor([i == j for i, j in entries])[:, None],
-        unpack_index=index(unpack),
-        turns=tensor(turns)[:, None, None],
-        scalar_qpos_index=index([m.jnt_qposadr[joints[link]] for link in scalars]),
-        scalar_link_index=index(scalars),
-        scalar_reference=tensor([m.qpos0[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
-        scalar_rotation=tensor(rotation)[..., None],
-        scalar_position=tensor(position)[..., None],
-        scalar_axis=tensor([m.jnt_axis[joints[link]] for link in scalars]).reshape(-1, 3, 1),
-        scalar_anchor=tensor([m.jnt_pos[joints[link]] for link in scalars]).reshape(-1, 3, 1),
-        scalar_hinge=tensor([kinds[link] == hinge for link in scalars]).reshape(-1, 1, 1),
-        stiffness=tensor([m.jnt_stiffness[joints[link]] for link in scalars])[:, None],
-        spring_reference=tensor([m.qpos_spring[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
-        dof_springs=by_dof([m.jnt_dofadr[joints[link]] for link in scalars]),
-        balls=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in balls),
-        frees=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in frees),
-        quaternions=tuple(
-            (int(m.jnt_qposadr[joints[k]]) + skip, int(m.jnt_dofadr[joints[k]]) + skip)
-            for k, skip in [(k, 0) for k in balls] + [(k, 3) for k in frees]
-        ),
-        ball_rotation=tensor([offset[k][1] for k in balls]).reshape(-1, 3, 3, 1),
-        ball_position=tensor([offset[k][0] + offset[k][1] @ m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
-        ball_anchor=tensor([m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
-        mass=tensor(mass)[:, None],
-        com=tensor(com)[..., None],
-        inertia=tensor(inertia)[..., None],
-        armature=tensor(m.dof_armature)[:, None],
-        damping=tensor(m.dof_damping)[:, None],
-        damped=bool(m.dof_damping.any()),
-        gravity=tensor(m.opt.gravity)[:, None],
-        unit_motion=tensor(np.eye(6))[..., None],
-        actuator_dof_index=index(m.jnt_dofadr[actuator_joints]),
-        actuator_qpos_index=index(m.jnt_qposadr[actuator_joints]),
-        actuator_gear=tensor(m.actuator_gear[:, :1]),
-        actuator_gain=tensor(m.actuator_gainprm[:, :1]),
-        actuator_bias=tensor(np.where(affine, m.actuator_biasprm[:, :3], 0).T[..., None]),
-        actuator_velocity_bias=bool(np.any(affine[:, 0] & (m.actuator_biasprm[:, 2] != 0))),
-        ctrl_low=ctrl_low,
-        ctrl_high=ctrl_high,
-        force_low=force_low,
-        force_high=force_high,
-        dof_force_low=joint_low[m.dof_jntid],
-        dof_force_high=joint_high[m.dof_jntid],
-        dof_actuators=by_dof(m.jnt_dofadr[actuator_joints]),
-        limit_qpos_index=index([m.jnt_qposadr[j] for j in limit_joints] * 2),
-        limit_dof_index=index(limit_dofs),
-        limit_sign=tensor([1.0] * len(limited) + [-1.0] * len(limited))[:, None],
-        limit_bound=tensor([m.jnt_range[j, side] for side in (0, 1) for j in limit_joints])[:, None],
-        limit_solver=solver_parameters(limit_rows * 2, h, tensor),
-        limit_invweight=tensor(m.dof_invweight0[limit_dofs])[:, None],
-        dof_limits=by_dof(limit_dofs),
-        ball_limits=tuple(ball_limits),
-        ball_limit_angle=tensor([m.jnt_range[j].max() for j in ball_limit_joints])[:, None],
-        ball_limit_solver=solver_parameters(
-            [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in ball_limit_joints], h, tensor
-        ),
-        ball_limit_invweight=tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_limit_joints])[:, None],
-        contact_link_index=index([row[0] for row in points]),
-        contact_ranges=tuple(
-            (sum(row[0] < k for row in points), sum(row[0] <= k for row in points)) for k in range(nl)
-        ),
-        body_contacts=tensor([[row[1] == b for row in points] for b in range(1, m.nbody)])[..., None, None],
-        contact_geom=tuple(row[2] for row in points),
-        contact_point=tensor(column(points, 3, 3, 1)),
-        contact_radius=tensor(column(points, 4, 1)),
-        contact_axis=tensor(column(points, 5, 3, 1)),
-        contact_corner=tensor(column(points, 6, 3, 1)),
-        impratio=float(m.opt.impratio),
-        boxes=any(row[6].any() for row in points),
-        plane_normal=tensor(column(points, 7, 3, 1)),
-        plane_height=tensor(column(points, 8, 1)),
-        plane_tangent=tensor(column(points, 9, 3, 1)),
-        friction=tensor(column(points, 10, 1)),
-        contact_solver=solver_parameters([row[11] for row in points], h, tensor),
-        contact_invweight=tensor(column(points, 12, 1)),
-        contact_frictionless=tensor(column(points, 13, 1)),
+        gravity=to.tensor(m.opt.gravity)[:, None],
+        unit_motion=to.tensor(np.eye(6))[..., None],
+        qpos0=to.tensor(m.qpos0)[:, None],
         pair_slots=min(pair_slots, len(pairs)),
-        pair_links=tuple(row[0] for row in pairs),
-        pair_geoms=tuple(row[2] for row in pairs),
-        pair_link_index=index(column(pairs, 0, 2).T),
-        pair_centre=tensor(column(pairs, 3, 2, 3, 1).swapaxes(0, 1)),
-        pair_axis=tensor(column(pairs, 4, 2, 3, 1).swapaxes(0, 1)),
-        pair_radius=tensor(column(pairs, 5, 2, 1).swapaxes(0, 1)),
-        pair_sign=tensor(sign)[..., None],
-        pair_friction=tensor(column(pairs, 6, 1)),
-        pair_solver=solver_parameters([row[7] for row in pairs], h, tensor),
-        pair_invweight=tensor(column(pairs, 8, 1)),
-        pair_frictionless=tensor(column(pairs, 9, 1)),
-        pair_body_sign=tensor(
-            [[(b == pair[1][1]) * 1.0 - (b == pair[1][0]) for b in range(m.nbody)] for pair in pairs]
-        ).reshape(len(pairs), m.nbody, 1),
-        pair_edges=1 if all(row[9] for row in pairs) else 4,
-        nbody=m.nbody,
-        body_link_index=index([nl if link < 0 else link for link in body_link]),
-        body_mass=tensor(m.body_mass)[:, None],
-        body_com=tensor(body_com)[..., None],
-        body_inertia=tensor(body_inertia)[..., None],
-        qpos0=tensor(m.qpos0)[:, None],
+        **tree_tables(m, tree, to),
+        **joint_tables(m, tree, to),
+        **inertia_tables(m, tree, to),
+        **actuator_tables(m, to),
+        **limit_tables(m, tree, to, h),
+        **point_tables(m, points, tree.size, to, h),
+        **pair_tables(m, pairs, tree, to, h),
     )
 
 
