@@ -245,9 +245,7 @@ def resolve(args: Args) -> Args:
     require(args.env_id in TASK_DEFAULTS, f"env_id {args.env_id!r} is unknown; use one of {', '.join(TASK_DEFAULTS)}")
     row = COMMON | TASK_DEFAULTS[args.env_id]
     args = dataclasses.replace(args, **{name: value for name, value in row.items() if getattr(args, name) is None})
-    args.env_kwargs = {
-        name: {"true": True, "false": False}.get(str(value).lower(), value) for name, value in args.env_kwargs.items()
-    }
+    args.env_kwargs = {name: {"true": True, "false": False}.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
     args.checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
     args.log_every = args.log_every or max(1, args.total_timesteps // 200)
     name = f"{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -266,26 +264,14 @@ def resolve(args: Args) -> Args:
         require(0 <= getattr(args, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(args, name)}")
     require(args.learning_rate_min <= args.learning_rate_max,
             f"learning_rate_max {args.learning_rate_max} is below learning_rate_min {args.learning_rate_min}")  # fmt: skip
-    require(
-        all(size >= 1 for size in (*args.actor_hidden, *args.critic_hidden)), "hidden layer sizes must be at least 1"
-    )
+    require(all(size >= 1 for size in (*args.actor_hidden, *args.critic_hidden)), "hidden layer sizes must be at least 1")
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
-        below, above = (
-            next(k for k in range(args.num_minibatches, limit, step) if batch % k == 0)
-            for limit, step in ((0, -1), (batch + 1, 1))
-        )
-        raise InputError(
-            f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches; use {below} or {above}"
-        )
+        below, above = (next(k for k in range(args.num_minibatches, limit, step) if batch % k == 0) for limit, step in ((0, -1), (batch + 1, 1)))
+        raise InputError(f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches; use {below} or {above}")
     require(args.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, not {args.device!r}")
-    require(
-        args.impl == "jax" or args.self_collision, "impl=warp runs MuJoCo's own collision filter: add --self-collision"
-    )
-    require(
-        args.impl == "jax" or args.integrator != "mjcf",
-        "impl=warp needs an integrator by name: euler, implicitfast or rk4",
-    )
+    require(args.impl == "jax" or args.self_collision, "impl=warp runs MuJoCo's own collision filter: add --self-collision")
+    require(args.impl == "jax" or args.integrator != "mjcf", "impl=warp needs an integrator by name: euler, implicitfast or rk4")
     for path in (args.resume, args.play):
         require(path is None or Path(path).is_file(), f"there is no checkpoint {path}")
     parse_sweep(args.sweep)
@@ -293,7 +279,7 @@ def resolve(args: Args) -> Args:
 
 
 def parse_sweep(sweep: str | None) -> tuple[str | None, list[float]]:
-    """ "learning_rate=1e-4,3e-4" -> ("learning_rate", [1e-4, 3e-4])."""
+    """"learning_rate=1e-4,3e-4" -> ("learning_rate", [1e-4, 3e-4])."""
     if sweep is None:
         return None, [0.0]
     name, _, values = sweep.partition("=")
@@ -563,9 +549,7 @@ def simulate(task: Task, state: RobotState, action: jax.Array) -> mjx.Data:
 
     def body(data, _):
         later = physics_step(task, data)
-        return jax.tree.map(
-            lambda new, old: new.astype(old.dtype), later, data
-        ), None  # in float64 MJX widens some integers
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), later, data), None  # in float64 MJX widens some integers
 
     data = task.blank.replace(**data_fields(state), ctrl=action)
     return jax.lax.scan(body, data, None, length=task.frame_skip)[0]
@@ -638,9 +622,7 @@ def first_slot(env: Environment, random_initial_ages: bool, key: jax.Array) -> S
     return Slot(state, obs, age, jnp.array(0), jnp.zeros((), obs.dtype))
 
 
-def autoreset_step(
-    env: Environment, slot: Slot, action: jax.Array, mean: jax.Array, key: jax.Array
-) -> tuple[Slot, Transition]:
+def autoreset_step(env: Environment, slot: Slot, action: jax.Array, mean: jax.Array, key: jax.Array) -> tuple[Slot, Transition]:
     """Step one environment and, where its episode ended, start the next from a state drawn here and now.
 
     An environment that is not finite or has run away is quarantined: it is reset, and its transition is marked invalid, which no
@@ -834,9 +816,7 @@ def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Tran
     spec = PartitionSpec("envs")
     unchecked = {"check_vma" if "check_vma" in inspect.signature(shard_map).parameters else "check_rep": False}
     step = jax.vmap(functools.partial(autoreset_step, setup.env))
-    step = shard_map(
-        step, mesh=setup.mesh, in_specs=spec, out_specs=spec, **unchecked
-    )  # no robot talks to another device
+    step = shard_map(step, mesh=setup.mesh, in_specs=spec, out_specs=spec, **unchecked)  # no robot talks to another device
 
     def rollout_step(slots: Slot, key: jax.Array) -> tuple[Slot, Transition]:
         key_noise, key_reset = jax.random.split(key)
@@ -847,18 +827,14 @@ def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Tran
     return jax.lax.scan(rollout_step, state.slots, jax.random.split(key, setup.args.num_steps))
 
 
-def make_batch(
-    setup: Setup, hyper: Hyperparameters, state: AgentState, rollout: Transition, key: jax.Array
-) -> tuple[Batch, Statistics]:
+def make_batch(setup: Setup, hyper: Hyperparameters, state: AgentState, rollout: Transition, key: jax.Array) -> tuple[Batch, Statistics]:
     """Values, advantages and targets, normalised once and shuffled once: every epoch walks over the same minibatches.
 
     Also the return statistics, updated here and only here, before the targets are scaled with them."""
     args = setup.args
     value, next_value = values_of(setup, state, rollout.obs), values_of(setup, state, rollout.final_obs)
     ends = rollout.terminated, rollout.truncated, rollout.invalid
-    advantage = advantages_gae(
-        rollout.reward * hyper.reward_scale, value, next_value, *ends, hyper.gamma, hyper.gae_lambda
-    )
+    advantage = advantages_gae(rollout.reward * hyper.reward_scale, value, next_value, *ends, hyper.gamma, hyper.gae_lambda)
     rollout, value, advantage = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rollout, value, advantage))
 
     valid, returns = ~rollout.invalid, advantage + value
@@ -877,9 +853,7 @@ def make_batch(
     return jax.tree.map(lambda x: x[order], batch), statistics  # (minibatches, B, ...)
 
 
-def ppo_loss(
-    setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batch, old_log_std: jax.Array
-) -> tuple[jax.Array, dict]:
+def ppo_loss(setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batch, old_log_std: jax.Array) -> tuple[jax.Array, dict]:
     """Clipped surrogate (Schulman et al. 2017, eq. 7) + value error + bounds penalty - entropy, and their means.
 
     There is no weight on the value loss: policy and value function share no parameter and are clipped apart, and Adam does not
@@ -898,16 +872,9 @@ def ppo_loss(
     entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
     kl = gaussian_kl(batch.mean, old_log_std, mean, log_std)
     clip_fraction = jnp.abs(ratio - 1) > hyper.clip_coef
-    terms = dict(
-        policy_loss=policy_loss, value_loss=value_loss, bounds_loss=bounds_loss, kl=kl, clip_fraction=clip_fraction
-    )
+    terms = dict(policy_loss=policy_loss, value_loss=value_loss, bounds_loss=bounds_loss, kl=kl, clip_fraction=clip_fraction)
     terms = {name: (term * batch.weight).mean() for name, term in terms.items()}
-    loss = (
-        terms["policy_loss"]
-        + terms["value_loss"]
-        + hyper.bounds_coef * terms["bounds_loss"]
-        - hyper.entropy_coef * entropy
-    )
+    loss = terms["policy_loss"] + terms["value_loss"] + hyper.bounds_coef * terms["bounds_loss"] - hyper.entropy_coef * entropy
     return loss, terms | {"entropy": entropy}
 
 
@@ -923,13 +890,9 @@ def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentSt
     return jnp.clip(state.learning_rate * factor, hyper.learning_rate_min, hyper.learning_rate_max)
 
 
-def update_minibatch(
-    setup: Setup, hyper: Hyperparameters, old_log_std: jax.Array, state: AgentState, batch: Batch
-) -> tuple[AgentState, dict]:
+def update_minibatch(setup: Setup, hyper: Hyperparameters, old_log_std: jax.Array, state: AgentState, batch: Batch) -> tuple[AgentState, dict]:
     """One gradient step: clip the policy's and the value function's gradient apart, Adam, floor of the exploration noise."""
-    (_, terms), gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)(
-        setup, hyper, state.parameters, batch, old_log_std
-    )
+    (_, terms), gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)(setup, hyper, state.parameters, batch, old_log_std)
     for name, gradient in gradients.items():
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
         scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
@@ -984,9 +947,7 @@ def advance(setup: Setup, hyper: Hyperparameters, state: AgentState, iterations:
 # ------------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_in_mjx(
-    setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def evaluate_in_mjx(setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return and length, (eval_episodes,) each, of one agent."""
     step = jax.vmap(functools.partial(autoreset_step, setup.env))
 
@@ -999,22 +960,13 @@ def evaluate_in_mjx(
         return (slots, running & ~ended, total, length), None
 
     key, key_slots = jax.random.split(key)
-    slots = jax.vmap(functools.partial(first_slot, setup.env, False))(
-        jax.random.split(key_slots, setup.args.eval_episodes)
-    )
-    carry = (
-        slots,
-        jnp.ones(setup.args.eval_episodes, bool),
-        jnp.zeros_like(slots.episode_return),
-        jnp.zeros_like(slots.length),
-    )
+    slots = jax.vmap(functools.partial(first_slot, setup.env, False))(jax.random.split(key_slots, setup.args.eval_episodes))
+    carry = slots, jnp.ones(setup.args.eval_episodes, bool), jnp.zeros_like(slots.episode_return), jnp.zeros_like(slots.length)
     (_, _, total, length), _ = jax.lax.scan(body, carry, jax.random.split(key, setup.env.max_episode_steps))
     return total, length
 
 
-def evaluate_in_gymnasium(
-    setup: Setup, parameters: dict, statistics: Statistics, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def evaluate_in_gymnasium(setup: Setup, parameters: dict, statistics: Statistics, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The same in gymnasium.make(env_id): MuJoCo C, the MJCF's own integrator and solver."""
     args, env = setup.args, setup.env
     envs = [gymnasium.make(args.env_id, **args.env_kwargs) for _ in range(args.eval_episodes)]
@@ -1086,14 +1038,9 @@ def load_state(path: str, like: AgentState) -> AgentState:
     """The arrays of a checkpoint, in the structure of `like`."""
     with np.load(path, allow_pickle=False) as file:
         names = [jax.tree_util.keystr(name) for name, _ in jax.tree_util.tree_leaves_with_path(like)]
-        require(
-            set(names) == set(file.files) - {"header"}, f"{path} holds another kind of agent than these flags describe"
-        )
+        require(set(names) == set(file.files) - {"header"}, f"{path} holds another kind of agent than these flags describe")
         for name, leaf in zip(names, jax.tree.leaves(like)):
-            require(
-                file[name].shape == leaf.shape,
-                f"{path}: {name} has shape {file[name].shape}, these flags need {leaf.shape}",
-            )
+            require(file[name].shape == leaf.shape, f"{path}: {name} has shape {file[name].shape}, these flags need {leaf.shape}")
         return jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])
 
 
@@ -1103,14 +1050,10 @@ class Log:
     def __init__(self, run_dir: Path, args: Args, first_step: int):
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text(
-            "".join(line for line in lines if json.loads(line)["env_steps"] <= first_step)
-        )  # the rest is run again
+        path.write_text("".join(line for line in lines if json.loads(line)["env_steps"] <= first_step))  # the rest is run again
         self.file = open(path, "a")
         self.events = EventFileWriter(str(run_dir))
-        self.bar = tqdm(
-            total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, dynamic_ncols=True)
         self.wandb = None
         if args.track:
             import wandb
@@ -1145,9 +1088,7 @@ def crossed(env_steps: int, last: int, every: int | None) -> bool:
 
 def next_stop(done: int, end: int, steps_per_iteration: int, intervals: tuple[int | None, ...]) -> int:
     """The first iteration after `done` at which a multiple of one of the intervals, in environment steps, is crossed."""
-    crossings = [
-        -(-(done * steps_per_iteration // every + 1) * every // steps_per_iteration) for every in intervals if every
-    ]
+    crossings = [-(-(done * steps_per_iteration // every + 1) * every // steps_per_iteration) for every in intervals if every]
     return min(end, *crossings)
 
 
@@ -1202,9 +1143,7 @@ def write_sweep(run_dir: Path, name: str, agents: list[dict]):
         table.writeheader()
         table.writerows({name: value} | row for value, row in zip(values, rows))
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.scatter(
-        [agent["value"] for agent in agents], [agent["score"] for agent in agents], alpha=0.6, label="one agent"
-    )
+    axes.scatter([agent["value"] for agent in agents], [agent["score"] for agent in agents], alpha=0.6, label="one agent")
     axes.plot(values, [row["median"] for row in rows], label="median")
     axes.set(xlabel=name, ylabel="final score", xscale="log" if min(values) > 0 else "linear")
     axes.legend()
@@ -1242,9 +1181,7 @@ def configure(args: Args):
         # XLA's CPU thread pool waits for itself and hangs when batched LAPACK calls of MJX run in it (seen with 8 agents, jaxlib 0.10.2).
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     if "xla_force_host_platform_device_count" in os.environ["XLA_FLAGS"]:
-        os.environ.setdefault(
-            "NPROC", "16"
-        )  # pool threads: devices that wait for each other must not starve each other
+        os.environ.setdefault("NPROC", "16")  # pool threads: devices that wait for each other must not starve each other
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(args.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -1266,9 +1203,7 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     run_dir = Path(args.run_dir)
     if leads:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(
-            json.dumps(dataclasses.asdict(args) | {"versions": versions(), "hardware": hardware()}, indent=2)
-        )
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args) | {"versions": versions(), "hardware": hardware()}, indent=2))
         print(f"{run_dir}: {len(seeds)} agent(s), {setup.mesh.size} device(s), {setup.iterations:,} iterations of {args.num_envs:,} x "
               f"{args.num_steps} = {steps_per_iteration:,} steps, minibatches of {steps_per_iteration // args.num_minibatches:,}")  # fmt: skip
 
@@ -1291,26 +1226,19 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     # Train: the program runs until the next thing that the host has to do
     log = Log(run_dir, args, counters["env_steps"]) if leads else None
     gather = jax.jit(lambda state: state, out_shardings=whole)
-    done, intervals = (
-        counters["env_steps"] // steps_per_iteration,
-        (args.log_every, args.eval_every, args.checkpoint_every),
-    )
+    done, intervals = counters["env_steps"] // steps_per_iteration, (args.log_every, args.eval_every, args.checkpoint_every)
     while done < setup.iterations:
         before, done = done, next_stop(done, setup.iterations, steps_per_iteration, intervals)
         begin = time.perf_counter()
         state, sums = jax.block_until_ready(run(hyper, state, np.int32(done - before)))  # host sync
         seconds, steps = time.perf_counter() - begin, (done - before) * steps_per_iteration
         counters |= dict(env_steps=done * steps_per_iteration, train_seconds=counters["train_seconds"] + seconds)
-        _, evaluate_now, save_now = (
-            done == setup.iterations or crossed(counters["env_steps"], steps, every) for every in intervals
-        )
+        _, evaluate_now, save_now = (done == setup.iterations or crossed(counters["env_steps"], steps, every) for every in intervals)
         row = metrics_row(sums, done - before, counters, len(seeds) * steps / seconds)
         snapshot = gather(state) if evaluate_now or save_now else None  # all hosts take part
         if leads and evaluate_now and args.eval_every and not own_env:
             scores = [score["mean"] for score in gymnasium_scores(setup, snapshot, seeds)]
-            row |= dict(gymnasium_return=float(np.mean(scores))) | (
-                {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
-            )
+            row |= dict(gymnasium_return=float(np.mean(scores))) | ({"agent_gymnasium_return": scores} if len(scores) > 1 else {})
         if leads:
             log.write(row)
         if leads and save_now:
@@ -1360,9 +1288,7 @@ def report(setup: Setup, args: Args, run_dir: Path, state: AgentState, counters:
     if args.sweep and agents:
         write_sweep(run_dir, args.sweep.partition("=")[0], agents)
     (run_dir / "eval.json").write_text(json.dumps(result, indent=2))
-    print(
-        f"trained {counters['env_steps']:,} steps in {counters['train_seconds']:.1f} s, compiled in {counters['compile_seconds']:.1f} s"
-    )
+    print(f"trained {counters['env_steps']:,} steps in {counters['train_seconds']:.1f} s, compiled in {counters['compile_seconds']:.1f} s")
     for agent in agents:
         print_agent(agent)
     if len(agents) > 1:
@@ -1371,14 +1297,8 @@ def report(setup: Setup, args: Args, run_dir: Path, state: AgentState, counters:
 
 
 def print_agent(agent: dict):
-    scores = (
-        f"{name} {agent[name]['mean']:.1f} +- {agent[name]['std']:.1f} (worst {agent[name]['min']:.1f})"
-        for name in ("mjx", "gymnasium")
-        if agent[name]
-    )
-    print(
-        f"seed {agent['seed']}" + (f", value {agent['value']:g}" if "value" in agent else "") + ": " + ", ".join(scores)
-    )
+    scores = (f"{name} {agent[name]['mean']:.1f} +- {agent[name]['std']:.1f} (worst {agent[name]['min']:.1f})" for name in ("mjx", "gymnasium") if agent[name])
+    print(f"seed {agent['seed']}" + (f", value {agent['value']:g}" if "value" in agent else "") + ": " + ", ".join(scores))
 
 
 def play(args: Args) -> list[dict]:
@@ -1386,19 +1306,13 @@ def play(args: Args) -> list[dict]:
     args = dataclasses.replace(args, eval_episodes=max(1, args.eval_episodes))
     configure(args)
     setup = make_setup(make_environment(make_task(args)), args)
-    state = load_state(
-        args.play, jax.eval_shape(jax.vmap(functools.partial(initialise, setup)), *hyperparameters(args))
-    )
+    state = load_state(args.play, jax.eval_shape(jax.vmap(functools.partial(initialise, setup)), *hyperparameters(args)))
     agents = evaluate(setup, args, state, own_env=False)
     for agent in agents:
         print_agent(agent)
     if args.capture_video:
         best = max(range(len(agents)), key=lambda i: agents[i]["score"])
-        film(
-            setup,
-            *jax.tree.map(lambda x: x[best], (state.parameters, state.obs_statistics)),
-            Path(args.play).with_suffix(".mp4"),
-        )
+        film(setup, *jax.tree.map(lambda x: x[best], (state.parameters, state.obs_statistics)), Path(args.play).with_suffix(".mp4"))
     return agents
 
 
@@ -1408,15 +1322,10 @@ def film(setup: Setup, parameters: dict, statistics: Statistics, path: Path):
 
     env = gymnasium.make(setup.args.env_id, render_mode="rgb_array", **setup.args.env_kwargs)
     act = jax.jit(functools.partial(policy_mean, setup))
-    centre, half_range = (
-        (setup.env.action_high + setup.env.action_low) / 2,
-        (setup.env.action_high - setup.env.action_low) / 2,
-    )
+    centre, half_range = (setup.env.action_high + setup.env.action_low) / 2, (setup.env.action_high - setup.env.action_low) / 2
     obs, ended, frames = env.reset(seed=0)[0], False, []
     while not ended:
-        action = centre + half_range * np.asarray(
-            act(parameters, statistics, obs[None].astype(statistics.mean.dtype))[0]
-        )
+        action = centre + half_range * np.asarray(act(parameters, statistics, obs[None].astype(statistics.mean.dtype))[0])
         obs, _, terminated, truncated, _ = env.step(action)
         ended = terminated or truncated
         frames.append(env.render())
@@ -1443,9 +1352,7 @@ def timed(program: Callable, *inputs: Any) -> tuple[Any, float, float]:
 def acceleration_errors(task: Task, states: RobotState, ctrl: np.ndarray) -> tuple[np.ndarray, float]:
     """Of each state, the largest error of qacc relative to its largest entry (at least 1), against a converged MuJoCo C; and the
     physics steps/s of MuJoCo C on one core, with the solver settings of `task`."""
-    mine = jax.jit(jax.vmap(lambda s, u: forward(task, task.blank.replace(**data_fields(s), ctrl=u)).qacc))(
-        states, ctrl
-    )
+    mine = jax.jit(jax.vmap(lambda s, u: forward(task, task.blank.replace(**data_fields(s), ctrl=u)).qacc))(states, ctrl)
     converged = copy.copy(task.mj_model)
     converged.opt.iterations, converged.opt.ls_iterations, converged.opt.tolerance = 100, 50, 0.0
     data, reference = mujoco.MjData(converged), []
@@ -1474,9 +1381,7 @@ def benchmark(args: Args) -> dict:
     def random_steps(slots: Slot, key: jax.Array) -> Slot:
         def body(slots, key):
             action = draw(key)
-            return jax.vmap(functools.partial(autoreset_step, env))(
-                slots, action, action, jax.random.split(key, args.num_envs)
-            )[0], None
+            return jax.vmap(functools.partial(autoreset_step, env))(slots, action, action, jax.random.split(key, args.num_envs))[0], None
 
         return jax.lax.scan(body, slots, jax.random.split(key, length))[0]
 

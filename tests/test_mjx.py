@@ -7,9 +7,7 @@ import os
 import tempfile
 
 CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-)  # the tests compile more than they compute
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # the tests compile more than they compute
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
 import dataclasses
@@ -105,9 +103,7 @@ def worst(mine, reference):
 def test_one_physics_step_is_mujocos(env_id, integrator):
     task = ppo.make_task(converged_args(env_id, integrator=integrator))
     states = random_states(task.mj_model, 200)
-    for mine, reference in zip(
-        batched(one_step(task), task, states), in_mujoco(mujoco.mj_step, task.mj_model, states, ["qpos", "qvel"])
-    ):
+    for mine, reference in zip(batched(one_step(task), task, states), in_mujoco(mujoco.mj_step, task.mj_model, states, ["qpos", "qvel"])):
         assert worst(mine, reference) < 1e-9
 
 
@@ -133,9 +129,7 @@ def test_a_task_step_is_gymnasiums(env_id):
         qpos[::8, 2] += 0.7  # some that have left the ground,
     else:
         qpos[::8, 1] -= 0.7  # sunk into it, or tilted
-    reads_contacts = ppo.reads_contact_wrenches(
-        task.options
-    )  # Gymnasium's set_state leaves these stale; a step refreshes them
+    reads_contacts = ppo.reads_contact_wrenches(task.options)  # Gymnasium's set_state leaves these stale; a step refreshes them
 
     def one(qpos, qvel, action):
         state, obs = ppo.state_at(task, qpos, qvel)

@@ -4,9 +4,7 @@ import os
 import tempfile
 
 CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-)  # the tests compile more than they compute
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # the tests compile more than they compute
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
 import dataclasses
@@ -28,9 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import ppo_mjx_jax as ppo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(
-    num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE
-)
+SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE)
 
 
 # Hand-computed cases
@@ -277,8 +273,8 @@ def test_every_flag_is_read():
 
 def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
     twin = pytest.importorskip("ppo_gpu_torch")
-    assert ppo.COMMON == twin.COMMON
     only_vecsim = {"Quadruped-Flat", "Quadruped-Rough"}
+    assert ppo.COMMON == twin.COMMON
     assert ppo.TASK_DEFAULTS == {name: row for name, row in twin.TASK_DEFAULTS.items() if name not in only_vecsim}
     mine, theirs = ({field.name: field.default for field in dataclasses.fields(module.Args)} for module in (ppo, twin))
     own = {"env_id": "InvertedPendulum-v5"}  # a CPU takes minutes to compile Ant in MJX
