@@ -1298,8 +1298,10 @@ def terrain_contacts(
     """Contact point (nc, 3, N) from the origin, normal (nc, 3, N), distance (nc, N), unit tangents (2, nc, 3, N).
 
     Every sphere and every end of a capsule touches the field's tangent plane under its centre: one contact each, exact
-    on slopes. MuJoCo's own height field is triangles with up to four contacts a geom, and feels an edge beside a
-    sphere before its centre is there; tests/test_vecsim_quadruped.py measures the difference.
+    on slopes. MuJoCo's own height field is made of triangles, collides whole capsules, and feels an edge beside a sphere
+    before its centre is there. For a foot pressed 5 mm into the ground (tests/test_vecsim_quadruped.py, half-way
+    difficulty), distances differ by over 1 mm at 1% of the places on slopes, 33% on rough ground (7 mm at most), 5% on
+    stairs (20 mm at most) and 3% among blocks (25 mm at most): where the other model meets the riser first.
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
     centre = at + apply(turn, model.contact_point)
@@ -2489,6 +2491,7 @@ class QuadrupedFlat(Task):
     air_time_weight: float = 1.0
     collision_weight: float = -1.0
     joint_limit_weight: float = -10.0
+    penalty_scale: float = 0.02  # of the reward, see `total`: a penalty of 1 per second costs a factor of e
 
     randomization = Randomize(
         mass=0.1, centre_of_mass=0.03, friction=(0.4, 1.25), damping=0.5, armature=0.2, motor_strength=0.1,
@@ -2629,8 +2632,10 @@ class QuadrupedFlat(Task):
         return rewards | {"velocity_error": error, "yaw_error": yaw_error}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """Never negative, so that falling early never pays."""
-        return super().total(terms).clamp(min=0)
+        """What is gained times exp(what is lost / penalty_scale): never negative, so that falling early never pays, and
+        never flat, as a sum cut off at zero would be where a beginner stumbles (Ji et al. 2022, arXiv:2202.05481)."""
+        rewards = torch.stack([x for name, x in terms.items() if name.startswith("reward_")])
+        return rewards.clamp(min=0).sum(0) * torch.exp(rewards.clamp(max=0).sum(0) / self.penalty_scale)
 
     def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         return (sensed["trunk_force"] < 1.0) & (-sensed["gravity"][2] > math.cos(self.healthy_tilt))
@@ -2681,6 +2686,10 @@ class QuadrupedRough(QuadrupedFlat):
     averaged = (*QuadrupedFlat.averaged, "terrain_level")
 
     def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
+        if self.terrain_level >= self.terrain_rows >= 1:
+            raise ValueError(
+                f"terrain_level must be under terrain_rows = {self.terrain_rows}, not {self.terrain_level}"
+            )
         model = super().furnish(model, m)
         terrain = build_terrain(self.terrain_rows, self.terrain_columns, self.terrain_seed)
         to = {"dtype": model.qpos0.dtype, "device": model.qpos0.device}
@@ -3529,7 +3538,8 @@ def check_device(device: str | torch.device) -> torch.device:
 def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     """A `VecSim`.
 
-    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5 or Humanoid-v5
+    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5, Humanoid-v5, Quadruped-Flat
+                        or Quadruped-Rough
     num_envs            N
     device              "cpu", "cuda", "cuda:1"
     seed                of every random number the environment draws
