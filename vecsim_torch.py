@@ -1961,8 +1961,9 @@ class Perturb:
     def check(self) -> None:
         """ValueError for a value that makes no sense."""
         for name, value in vars(self).items():
-            if not isinstance(value, (int, float)):
-                raise ValueError(f"perturb.{name} = {value!r} must be a number")
+            kinds, rule = ((bool,), "True or False") if name == "sparse_reward" else ((int, float), "a number")
+            if not isinstance(value, kinds):
+                raise ValueError(f"perturb.{name} = {value!r} must be {rule}")
             positive = name.endswith("_scale") or name == "push_interval"
             if not (0 < value < math.inf if positive else 0 <= value < math.inf):
                 nearest = 1.0 if positive else 0.0

@@ -394,6 +394,7 @@ def test_ways_to_say_the_same():
         ({"perturb": {"mass_scale": 0.0}}, "perturb.mass_scale = 0.0 must be finite and positive; nearest is 1"),
         ({"perturb": {"action_delay_ms": -1}}, "perturb.action_delay_ms = -1 must be finite and at least 0; nearest is 0"),
         ({"perturb": {"push": "hard"}}, "perturb.push = 'hard' must be a number"),
+        ({"perturb": {"sparse_reward": 2}}, "perturb.sparse_reward = 2 must be True or False"),
         ({"perturb": True}, "perturb must be a dict or a Perturb, not True"),
         ({"randomize": 3}, "randomize must be a dict or a Randomize, not 3"),
         ({"randomize.position_gain": 0.1}, "position_gain has nothing to vary in Hopper-v5; it has mass"),
