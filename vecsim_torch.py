@@ -8,6 +8,9 @@
     obs, info = env.reset(seed=1)
     obs, reward, terminated, truncated, info = env.step(action)     # tensors on the device, environment axis first
 
+    vecsim_torch.make("Quadruped-Rough", randomize=True)                                 # every robot is another, every episode
+    vecsim_torch.make("Hopper-v5", randomize={"mass": (0.8, 1.2)}, perturb={"action_delay_ms": 120})
+
 The idea: write the physics of one robot and let every number be a whole batch. All tensors inside the simulator carry
 the environment axis LAST: `qpos` is (nq, N) and `qpos[3]` is coordinate 3 of all N robots. Memory is contiguous along
 N, so each line below is one wide vector operation on a CPU and one coalesced kernel on a GPU, and no line mentions the
@@ -18,7 +21,7 @@ dynamics, the same soft-constraint problem and the same integrators. The problem
 must reach MuJoCo's acceleration, and the tests hold it to that.
 
 Read in this order: spatial algebra, model, kinematics, smooth dynamics, constraints, Newton solver, integrators (that
-is `step`), tasks, environment, benchmark.
+is `step`), randomisation, tasks, the quadruped and its terrain, environment, benchmark.
 
 Glossary
     N               number of environments, always the last axis inside the simulator
@@ -33,6 +36,7 @@ Glossary
                     point that coincides with the first link (Featherstone 2008, chapter 2)
     cdof            (nv, 6, N) motion of the whole subtree per unit of one degree of freedom
     inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`, see `apply_symmetric` for the order
+    terrain         heights on a grid, bilinear in between, in place of the ground plane
     packed          (nnz, N) the entries of a symmetric (nv, nv) matrix that the tree can make non-zero
     contact normal  points from the plane, or the first geom, into the second; distance is negative in penetration
 
@@ -45,6 +49,7 @@ Parity with MuJoCo C 4.0 in float64, unmodified Gymnasium models, worst of 500 r
     half_cheetah         7e-14             3e-16                 4e-12                    6.4e3
     ant                  6e-14             5e-16                 1e-12                    9.5e2
     humanoid             2e-13             5e-16                 2e-14                    21
+    quadruped            8e-15             (150 states; with any parameter randomised, 8e-15 or better)
 
 In float32 with the default 4 Newton iterations, p99 under random actions is 3e-7 to 1.2e-5 (results/vecsim). On one core
 of an Intel Xeon an environment step of Ant, Hopper, Walker2d or HalfCheetah runs at 1.06 to 1.27 times MuJoCo C's rate.
@@ -56,6 +61,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -297,6 +303,8 @@ class Model:
     contact_ranges: tuple[tuple[int, int], ...]  # (nl) first and past-the-end contact of each link
     body_contacts: Tensor  # (nbody - 1, nc, 1, 1) 1 where the contact is the body's
     contact_geom: tuple[int, ...]  # (nc)
+    contact_names: tuple[str, ...]  # (nc) of the geoms, empty where the MJCF gives none
+    terrain: Terrain | None  # a height field in place of the planes
     contact_point: Tensor  # (nc, 3, 1) m, centre of the sphere in the link's frame
     contact_radius: Tensor  # (nc, 1) m
     contact_axis: Tensor  # (nc, 3, 1) capsule axis in the link's frame, zero for others
@@ -332,6 +340,9 @@ class Model:
     body_com: Tensor  # (nbody, 3, 1) m, in the link's frame
     body_inertia: Tensor  # (nbody, 3, 3, 1) kg m^2 about the body's centre of mass, link axes
     qpos0: Tensor  # (nq, 1)
+    # what randomisation needs to know
+    trunk: int  # the first link that has mass
+    push_motion: Tensor  # (nv, 2, 1) dof velocities of a horizontal push of 1 m/s along the world's x and y
 
     def replace(self, **changes: Tensor | bool | float) -> Model:
         """The same robot with other parameters, each (..., 1) or (..., N).
@@ -358,6 +369,17 @@ class Model:
             return value
 
         return dataclasses.replace(self, **{f.name: cut(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+class Terrain(NamedTuple):
+    """A height field over the horizontal plane: tiles, difficulty in rows along x, type in columns along y."""
+
+    heights: Tensor  # (points along x, points along y) m, bilinear in between, level beyond the edge
+    cell: float  # m from one point to the next
+    corner: tuple[float, float]  # m, x and y of the first point
+    origins: Tensor  # (rows * columns, 3) m, centres of the tiles
+    tiles: tuple[int, int]  # rows, columns
+    tile: float  # m, side of a tile
 
 
 class Groups(NamedTuple):
@@ -407,7 +429,9 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     tendon_acts = any(field.any() for field in tendon_forces)
     simple_joints = np.isin(m.jnt_type, (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE))
     joint_transmission = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+    integrator = mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
     rules = {
+        f"integrator {integrator}": INTEGRATORS.get(int(m.opt.integrator)) is None,
         "equality constraints": m.neq > 0,
         "tendons with stiffness, damping, armature, friction loss or limits": m.ntendon > 0 and tendon_acts,
         "explicit contact pairs (<pair>)": m.npair > 0,
@@ -498,26 +522,447 @@ def geom_name(m: mujoco.MjModel, g: int) -> str:
     return f"{m.geom(g).name or g!r} ({kind})"
 
 
-def solver_parameters(rows: list[tuple], timestep: float, tensor: Any) -> SolverParameters:
-    """SolverParameters of rows (solref, solimp, margin). Standard and direct solref as in mj_makeImpedance."""
-    columns = np.zeros((8, len(rows)))
-    for k, (solref, solimp, margin) in enumerate(rows):
-        dmin, dmax = np.clip(solimp[:2], MINIMP, MAXIMP)
-        width, midpoint, power = max(0, solimp[2]), np.clip(solimp[3], MINIMP, MAXIMP), max(1, solimp[4])
-        if (solref[0] > 0) != (solref[1] > 0):
-            raise ValueError(f"unsupported model feature: solref {tuple(solref)} mixes standard and direct format")
-        if solref[0] > 0:
-            time_constant, ratio = max(solref[0], 2 * timestep), solref[1]
-            stiffness = 1 / max(MINVAL, (dmax * time_constant * ratio) ** 2)
-            damping = 2 / max(MINVAL, dmax * time_constant)
+class Placement(NamedTuple):
+    """Where the tables go: numpy arrays and lists become tensors of this type on this device."""
+
+    dtype: torch.dtype
+    device: str | torch.device
+
+    def tensor(self, x: Any) -> Tensor:
+        return torch.tensor(np.asarray(x, dtype=np.float64), dtype=self.dtype, device=self.device)
+
+    def index(self, x: Any) -> Tensor:
+        return torch.tensor(np.asarray(x, dtype=np.int64), dtype=torch.long, device=self.device)
+
+    def groups(self, group_of_row: Any, count: int) -> Groups:
+        """Which rows belong to each of `count` groups."""
+        rows = [[k for k, group in enumerate(group_of_row) if group == g] for g in range(count)]
+        width = max(map(len, rows))
+        return Groups(
+            self.index([row + [0] * (width - len(row)) for row in rows]).reshape(count, width),
+            self.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(count, width, 1),
+        )
+
+    def solver(self, rows: list[tuple], timestep: float) -> SolverParameters:
+        """Of rows (solref, solimp, margin). Standard and direct solref as in mj_makeImpedance."""
+        columns = np.zeros((8, len(rows)))
+        for k, (solref, solimp, margin) in enumerate(rows):
+            dmin, dmax = np.clip(solimp[:2], MINIMP, MAXIMP)
+            width, midpoint, power = max(0, solimp[2]), np.clip(solimp[3], MINIMP, MAXIMP), max(1, solimp[4])
+            if (solref[0] > 0) != (solref[1] > 0):
+                raise ValueError(f"unsupported model feature: solref {tuple(solref)} mixes standard and direct format")
+            if solref[0] > 0:
+                time_constant, ratio = max(solref[0], 2 * timestep), solref[1]
+                stiffness = 1 / max(MINVAL, (dmax * time_constant * ratio) ** 2)
+                damping = 2 / max(MINVAL, dmax * time_constant)
+            else:
+                stiffness, damping = -solref[0] / dmax**2, -solref[1] / dmax
+            if width <= MINVAL:
+                dmin = dmax = 0.5 * (dmin + dmax)
+                width = 1.0
+            columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
+        quadratic = bool(np.all(columns[6] == 2))
+        return SolverParameters(*(self.tensor(column[:, None]) for column in columns), quadratic)
+
+
+def rotation_matrix(quat: np.ndarray) -> np.ndarray:
+    out = np.zeros(9)
+    mujoco.mju_quat2Mat(out, quat)
+    return out.reshape(3, 3)
+
+
+def skew(v: np.ndarray) -> np.ndarray:
+    """The matrix that maps x to the cross product of v and x."""
+    return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
+
+
+class Tree(NamedTuple):
+    """The joints of an mjModel as links. A pose is (position, rotation matrix)."""
+
+    joint: list[int]  # (nl) mjModel's joint of each link
+    parent: list[int]  # (nl) parent link, -1 for the world
+    offset: list[tuple[np.ndarray, np.ndarray]]  # (nl) pose in the parent link's frame before the joint moves
+    body_link: list[int]  # (nbody) -1 for the world and what is welded to it
+    body_frame: list[tuple[np.ndarray, np.ndarray]]  # (nbody) pose in the frame of its link
+    dofs: list[tuple[int, ...]]  # (nl)
+    dof_link: list[int]  # (nv)
+    moves: np.ndarray  # (nl + 1, nv) bool: dof d moves link l; the last row is the world
+    scalars: list[int]  # links with a hinge or a slide
+    balls: list[int]
+    frees: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.joint)
+
+
+def build_tree(m: mujoco.MjModel) -> Tree:
+    """Links of one joint each: a body with several joints is a chain of links, its frame that of the last."""
+    kind = mujoco.mjtJoint
+    joint: list[int] = []
+    parent: list[int] = []
+    offset: list[tuple[np.ndarray, np.ndarray]] = []
+    body_link, body_frame = [-1], [(np.zeros(3), np.eye(3))]
+    for b in range(1, m.nbody):
+        base, turn = body_frame[m.body_parentid[b]]
+        frame = (base + turn @ m.body_pos[b], turn @ rotation_matrix(m.body_quat[b]))
+        link = body_link[m.body_parentid[b]]
+        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
+            joint.append(j)
+            parent.append(link)
+            offset.append(frame)
+            link, frame = len(joint) - 1, (np.zeros(3), np.eye(3))
+        body_link.append(link)
+        body_frame.append(frame)
+    if not joint:
+        raise ValueError("unsupported model: it has no joints")
+    dof_count = {kind.mjJNT_HINGE: 1, kind.mjJNT_SLIDE: 1, kind.mjJNT_BALL: 3, kind.mjJNT_FREE: 6}
+    kinds = [kind(int(m.jnt_type[j])) for j in joint]
+    dofs = [
+        tuple(range(int(m.jnt_dofadr[j]), int(m.jnt_dofadr[j]) + dof_count[k]))
+        for j, k in zip(joint, kinds, strict=True)
+    ]
+    dof_link = [link for link, own in enumerate(dofs) for _ in own]
+    above = np.eye(len(joint), dtype=bool)  # above[l, k]: link k is l or carries it
+    for link, up in enumerate(parent):
+        if up >= 0:
+            above[link] |= above[up]
+    moves = np.vstack((above[:, dof_link], np.zeros((1, m.nv), dtype=bool)))
+    of_kind = [
+        [link for link, k in enumerate(kinds) if k in chosen]
+        for chosen in ((kind.mjJNT_HINGE, kind.mjJNT_SLIDE), (kind.mjJNT_BALL,), (kind.mjJNT_FREE,))
+    ]
+    return Tree(joint, parent, offset, body_link, body_frame, dofs, dof_link, moves, *of_kind)
+
+
+def tree_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: the order of links and dofs, and which entries of a matrix over dofs can be non-zero."""
+    depth: list[int] = []
+    for up in tree.parent:
+        depth.append(0 if up < 0 else depth[up] + 1)
+    by_depth = [[link for link in range(tree.size) if depth[link] == d] for d in range(max(depth) + 1)]
+    order = tree.scalars + tree.balls + tree.frees
+    turns = np.ones(m.nv)
+    for link in tree.frees:
+        turns[list(tree.dofs[link][:3])] = 0
+    qpos_dof = np.zeros(m.nq)
+    for link in tree.scalars + tree.frees:
+        translations = tree.dofs[link][:3]
+        address = m.jnt_qposadr[tree.joint[link]]
+        qpos_dof[address : address + len(translations)] = translations
+    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if tree.moves[tree.dof_link[i], j]]
+    unpack = np.full((m.nv, m.nv), len(entries))
+    for e, (i, j) in enumerate(entries):
+        unpack[i, j] = unpack[j, i] = e
+    return dict(
+        parent=tuple(tree.parent),
+        dofs=tuple(tree.dofs),
+        link_levels=tuple(
+            (
+                to.index([order.index(link) for link in level]),
+                to.index([0 if d == 0 else by_depth[d - 1].index(tree.parent[link]) for link in level]),
+            )
+            for d, level in enumerate(by_depth)
+        ),
+        link_order_index=to.index(np.argsort([link for level in by_depth for link in level])),
+        dof_link_index=to.index(tree.dof_link),
+        dof_order_index=to.index(np.argsort([dof for link in order for dof in tree.dofs[link]])),
+        turns=to.tensor(turns)[:, None, None],
+        qpos_dof_index=to.index(qpos_dof),
+        entries=tuple(entries),
+        entry_row_index=to.index([i for i, _ in entries]),
+        entry_column_index=to.index([j for _, j in entries]),
+        entry_diagonal=to.tensor([i == j for i, j in entries])[:, None],
+        unpack_index=to.index(unpack),
+    )
+
+
+def joint_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: how each joint moves its link. A hinge turns by offset @ Rodrigues(axis, angle) about its
+    anchor, the point that both frames share."""
+    joints = [tree.joint[link] for link in tree.scalars]
+    rotation, position = np.zeros((3, len(joints), 3, 3)), np.zeros((4, len(joints), 3))
+    for k, (link, j) in enumerate(zip(tree.scalars, joints, strict=True)):
+        position[0, k], rotation[0, k] = tree.offset[link]
+        axis, anchor, turn = m.jnt_axis[j], m.jnt_pos[j], rotation[0, k]
+        if m.jnt_type[j] == mujoco.mjtJoint.mjJNT_HINGE:
+            rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
+            position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
         else:
-            stiffness, damping = -solref[0] / dmax**2, -solref[1] / dmax
-        if width <= MINVAL:
-            dmin = dmax = 0.5 * (dmin + dmax)
-            width = 1.0
-        columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
-    quadratic = bool(np.all(columns[6] == 2))
-    return SolverParameters(*(tensor(column[:, None]) for column in columns), quadratic)
+            position[3, k] = turn @ axis
+    push_motion = np.zeros((m.nv, 2))
+    for link, j in enumerate(tree.joint):
+        if m.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE:
+            push_motion[list(tree.dofs[link][:2])] = np.eye(2)
+        elif m.jnt_type[j] == mujoco.mjtJoint.mjJNT_SLIDE and tree.parent[link] < 0:
+            push_motion[tree.dofs[link][0]] = (tree.offset[link][1] @ m.jnt_axis[j])[:2]
+    ball_joints = [tree.joint[link] for link in tree.balls]
+    ball_offsets = [tree.offset[link] for link in tree.balls]
+    ball_centres = [base + turn @ m.jnt_pos[j] for (base, turn), j in zip(ball_offsets, ball_joints, strict=True)]
+
+    def addresses(links: list[int], skip: int = 0) -> list[tuple[int, int]]:
+        return [(int(m.jnt_qposadr[j]) + skip, int(m.jnt_dofadr[j]) + skip) for j in (tree.joint[k] for k in links)]
+
+    return dict(
+        scalar_qpos_index=to.index(m.jnt_qposadr[joints]),
+        scalar_link_index=to.index(tree.scalars),
+        scalar_reference=to.tensor(m.qpos0[m.jnt_qposadr[joints]])[:, None],
+        scalar_rotation=to.tensor(rotation)[..., None],
+        scalar_position=to.tensor(position)[..., None],
+        scalar_axis=to.tensor(m.jnt_axis[joints])[..., None],
+        scalar_anchor=to.tensor(m.jnt_pos[joints])[..., None],
+        scalar_hinge=to.tensor(m.jnt_type[joints] == mujoco.mjtJoint.mjJNT_HINGE)[:, None, None],
+        stiffness=to.tensor(m.jnt_stiffness[joints])[:, None],
+        spring_reference=to.tensor(m.qpos_spring[m.jnt_qposadr[joints]])[:, None],
+        dof_springs=to.groups(m.jnt_dofadr[joints], m.nv),
+        balls=tuple((k, *both) for k, both in zip(tree.balls, addresses(tree.balls), strict=True)),
+        frees=tuple((k, *both) for k, both in zip(tree.frees, addresses(tree.frees), strict=True)),
+        quaternions=tuple(addresses(tree.balls) + addresses(tree.frees, skip=3)),
+        ball_rotation=to.tensor([turn for _, turn in ball_offsets]).reshape(-1, 3, 3, 1),
+        ball_position=to.tensor(ball_centres).reshape(-1, 3, 1),
+        ball_anchor=to.tensor(m.jnt_pos[ball_joints])[..., None],
+        push_motion=to.tensor(push_motion)[..., None],
+    )
+
+
+def inertia_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: inertia of the bodies in their link's frame, then of the links about their own centre."""
+    body_com, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3))
+    mass, moment, about_frame = np.zeros(tree.size), np.zeros((tree.size, 3)), np.zeros((tree.size, 3, 3))
+    for b in range(1, m.nbody):
+        base, turn = tree.body_frame[b]
+        body_com[b] = base + turn @ m.body_ipos[b]
+        axes = turn @ rotation_matrix(m.body_iquat[b])
+        body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
+        link = tree.body_link[b]
+        if link >= 0:
+            mass[link] += m.body_mass[b]
+            moment[link] += m.body_mass[b] * body_com[b]
+            about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
+    com = moment / np.maximum(mass, MINVAL)[:, None]
+    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(tree.size)])
+    return dict(
+        mass=to.tensor(mass)[:, None],
+        com=to.tensor(com)[..., None],
+        inertia=to.tensor(inertia)[..., None],
+        armature=to.tensor(m.dof_armature)[:, None],
+        damping=to.tensor(m.dof_damping)[:, None],
+        damped=bool(m.dof_damping.any()),
+        nbody=m.nbody,
+        body_link_index=to.index([tree.size if link < 0 else link for link in tree.body_link]),
+        body_mass=to.tensor(m.body_mass)[:, None],
+        body_com=to.tensor(body_com)[..., None],
+        body_inertia=to.tensor(body_inertia)[..., None],
+        trunk=int(np.argmax(mass > 0)),
+    )
+
+
+def actuator_tables(m: mujoco.MjModel, to: Placement) -> dict[str, Any]:
+    """Fields of `Model`: actuators on hinges and slides."""
+    joints = m.actuator_trnid[:, 0]
+    affine = (m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE)[:, None]
+
+    def bounds(limited: np.ndarray, ranges: np.ndarray) -> tuple[Tensor, Tensor]:
+        on = limited.astype(bool)
+        low, high = np.where(on, ranges[:, 0], -np.inf), np.where(on, ranges[:, 1], np.inf)
+        return to.tensor(low[:, None]), to.tensor(high[:, None])
+
+    ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
+    force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
+    joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
+    return dict(
+        actuator_dof_index=to.index(m.jnt_dofadr[joints]),
+        actuator_qpos_index=to.index(m.jnt_qposadr[joints]),
+        actuator_gear=to.tensor(m.actuator_gear[:, :1]),
+        actuator_gain=to.tensor(m.actuator_gainprm[:, :1]),
+        actuator_bias=to.tensor(np.where(affine, m.actuator_biasprm[:, :3], 0).T[..., None]),
+        actuator_velocity_bias=bool(np.any(affine[:, 0] & (m.actuator_biasprm[:, 2] != 0))),
+        ctrl_low=ctrl_low,
+        ctrl_high=ctrl_high,
+        force_low=force_low,
+        force_high=force_high,
+        dof_force_low=joint_low[m.dof_jntid],
+        dof_force_high=joint_high[m.dof_jntid],
+        dof_actuators=to.groups(m.jnt_dofadr[joints], m.nv),
+    )
+
+
+def limit_tables(m: mujoco.MjModel, tree: Tree, to: Placement, timestep: float) -> dict[str, Any]:
+    """Fields of `Model`: limits of hinges and slides, lower rows then upper rows, and of balls."""
+
+    def solver_rows(joints: list[int]) -> list[tuple]:
+        return [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in joints]
+
+    joints = [j for j in (tree.joint[link] for link in tree.scalars) if m.jnt_limited[j]]
+    dofs = [int(m.jnt_dofadr[j]) for j in joints] * 2
+    ball_limits = [k for k, link in enumerate(tree.balls) if m.jnt_limited[tree.joint[link]]]
+    ball_joints = [tree.joint[tree.balls[k]] for k in ball_limits]
+    return dict(
+        limit_qpos_index=to.index([m.jnt_qposadr[j] for j in joints] * 2),
+        limit_dof_index=to.index(dofs),
+        limit_sign=to.tensor([1.0] * len(joints) + [-1.0] * len(joints))[:, None],
+        limit_bound=to.tensor([m.jnt_range[j, side] for side in (0, 1) for j in joints])[:, None],
+        limit_solver=to.solver(solver_rows(joints) * 2, timestep),
+        limit_invweight=to.tensor(m.dof_invweight0[dofs])[:, None],
+        dof_limits=to.groups(dofs, m.nv),
+        ball_limits=tuple(ball_limits),
+        ball_limit_angle=to.tensor([m.jnt_range[j].max() for j in ball_joints])[:, None],
+        ball_limit_solver=to.solver(solver_rows(ball_joints), timestep),
+        ball_limit_invweight=to.tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_joints])[:, None],
+    )
+
+
+class ContactPoint(NamedTuple):
+    """A point that can touch a plane; vectors in its link's frame, the plane in the world's."""
+
+    link: int
+    body: int
+    geom: int
+    centre: np.ndarray
+    radius: float
+    axis: np.ndarray
+    corner: np.ndarray
+    normal: np.ndarray
+    height: float
+    tangent: np.ndarray
+    friction: float
+    solver: tuple
+    invweight: float
+    frictionless: bool
+
+
+class GeomPair(NamedTuple):
+    """Two spheres or capsules that can touch each other; vectors in their links' frames."""
+
+    links: tuple[int, int]
+    bodies: tuple[int, int]
+    geoms: tuple[int, int]
+    centre: list[np.ndarray]
+    axis: list[np.ndarray]
+    radius: list[float]
+    friction: float
+    solver: tuple
+    invweight: float
+    frictionless: bool
+
+
+def find_contacts(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> tuple[list[ContactPoint], list[GeomPair]]:
+    """Candidate contacts: points against planes, in the order of their links, and pairs of geoms."""
+    kind = mujoco.mjtGeom
+    points, pairs = [], []
+    for geoms in collision_pairs(m):
+        bodies = tuple(int(m.geom_bodyid[g]) for g in geoms)
+        links = tuple(tree.size if tree.body_link[b] < 0 else tree.body_link[b] for b in bodies)
+        if links == (tree.size, tree.size):
+            continue
+        t1, t2 = (kind(int(m.geom_type[g])) for g in geoms)
+        round_second = t2 in (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)
+        on_plane = t1 == kind.mjGEOM_PLANE and (round_second or t2 == kind.mjGEOM_BOX)
+        if not on_plane and not (round_second and t1 in (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)):
+            raise ValueError(
+                f"unsupported model feature: collision of geom {geom_name(m, geoms[0])} with {geom_name(m, geoms[1])}; "
+                "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
+            )
+        if on_plane and links[0] < tree.size:
+            raise ValueError(f"unsupported model feature: moving plane, geom {geom_name(m, geoms[0])}")
+        poses = []
+        for g, b in zip(geoms, bodies, strict=True):
+            base, turn = tree.body_frame[b]
+            poses.append((base + turn @ m.geom_pos[g], turn @ rotation_matrix(m.geom_quat[g])))
+        if on_plane:
+            points += plane_points(m, links[1], bodies[1], geoms, poses)
+        elif self_collision or tree.size in links:  # obstacles in the world always collide
+            condim, friction, *solver, invweight = mix_contact(m, *geoms)
+            half = [
+                axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == kind.mjGEOM_CAPSULE)
+                for g, (_, axes) in zip(geoms, poses, strict=True)
+            ]
+            centres, radii = [centre for centre, _ in poses], [m.geom_size[g, 0] for g in geoms]
+            pairs.append(
+                GeomPair(links, bodies, geoms, centres, half, radii, friction, tuple(solver), invweight, condim == 1)
+            )
+    points.sort(key=lambda point: point.link)
+    return points, pairs
+
+
+def plane_points(
+    m: mujoco.MjModel, link: int, body: int, geoms: tuple[int, int], poses: list[tuple[np.ndarray, np.ndarray]]
+) -> list[ContactPoint]:
+    """The points of geom 2 that can touch plane 1: a sphere's centre, a capsule's two ends, a box's eight corners."""
+    condim, friction, *solver, invweight = mix_contact(m, *geoms)
+    (centre1, axes1), (centre2, axes2) = poses
+    normal, size, shape = axes1[:, 2], m.geom_size[geoms[1]], m.geom_type[geoms[1]]
+    tangent = np.array([0.0, 1, 0]) if abs(normal[1]) < 0.5 else np.array([0.0, 0, 1])
+    tangent -= normal * (normal @ tangent)
+    tangent /= np.linalg.norm(tangent)
+    axis, radius, ends = np.zeros(3), size[0], [np.zeros(3)]
+    if shape == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        axis = axes2[:, 2]
+        ends = [axis * size[1], -axis * size[1]]
+    box = shape == mujoco.mjtGeom.mjGEOM_BOX
+    if box:
+        radius = 0.0
+        ends = [axes2 @ (size * [1 if i & bit else -1 for bit in (1, 2, 4)]) for i in range(8)]
+    return [
+        ContactPoint(
+            link, body, geoms[1], centre2 + end, radius, axis, end if box else np.zeros(3), normal, normal @ centre1,
+            tangent, friction, tuple(solver), invweight, condim == 1,
+        )
+        for end in ends
+    ]  # fmt: skip
+
+
+def column(rows: list, name: str, *shape: int) -> np.ndarray:
+    """One field of all rows, (len(rows), *shape)."""
+    return np.array([getattr(row, name) for row in rows], dtype=np.float64).reshape(len(rows), *shape)
+
+
+def point_tables(m: mujoco.MjModel, points: list[ContactPoint], size: int, to: Placement, h: float) -> dict[str, Any]:
+    """Fields of `Model`: contact points with planes, of `size` links at timestep h."""
+    return dict(
+        contact_link_index=to.index([point.link for point in points]),
+        contact_ranges=tuple(
+            (sum(point.link < k for point in points), sum(point.link <= k for point in points)) for k in range(size)
+        ),
+        body_contacts=to.tensor([[point.body == b for point in points] for b in range(1, m.nbody)])[..., None, None],
+        contact_geom=tuple(point.geom for point in points),
+        contact_names=tuple(m.geom(point.geom).name for point in points),
+        contact_point=to.tensor(column(points, "centre", 3, 1)),
+        contact_radius=to.tensor(column(points, "radius", 1)),
+        contact_axis=to.tensor(column(points, "axis", 3, 1)),
+        contact_corner=to.tensor(column(points, "corner", 3, 1)),
+        boxes=any(point.corner.any() for point in points),
+        impratio=float(m.opt.impratio),
+        plane_normal=to.tensor(column(points, "normal", 3, 1)),
+        plane_height=to.tensor(column(points, "height", 1)),
+        plane_tangent=to.tensor(column(points, "tangent", 3, 1)),
+        friction=to.tensor(column(points, "friction", 1)),
+        contact_solver=to.solver([point.solver for point in points], h),
+        contact_invweight=to.tensor(column(points, "invweight", 1)),
+        contact_frictionless=to.tensor(column(points, "frictionless", 1)),
+    )
+
+
+def pair_tables(m: mujoco.MjModel, pairs: list[GeomPair], tree: Tree, to: Placement, h: float) -> dict[str, Any]:
+    """Fields of `Model`: contacts between geoms."""
+    sign = np.array([1.0 * tree.moves[b] - 1.0 * tree.moves[a] for a, b in (pair.links for pair in pairs)])
+    body_sign = [[(b == second) * 1.0 - (b == first) for b in range(m.nbody)] for first, second in
+                 (pair.bodies for pair in pairs)]  # fmt: skip
+    return dict(
+        pair_links=tuple(pair.links for pair in pairs),
+        pair_geoms=tuple(pair.geoms for pair in pairs),
+        pair_link_index=to.index(column(pairs, "links", 2).T),
+        pair_centre=to.tensor(column(pairs, "centre", 2, 3, 1).swapaxes(0, 1)),
+        pair_axis=to.tensor(column(pairs, "axis", 2, 3, 1).swapaxes(0, 1)),
+        pair_radius=to.tensor(column(pairs, "radius", 2, 1).swapaxes(0, 1)),
+        pair_sign=to.tensor(sign.reshape(len(pairs), m.nv, 1)),
+        pair_friction=to.tensor(column(pairs, "friction", 1)),
+        pair_solver=to.solver([pair.solver for pair in pairs], h),
+        pair_invweight=to.tensor(column(pairs, "invweight", 1)),
+        pair_frictionless=to.tensor(column(pairs, "frictionless", 1)),
+        pair_body_sign=to.tensor(body_sign).reshape(len(pairs), m.nbody, 1),
+        pair_edges=1 if all(pair.frictionless for pair in pairs) else 4,
+    )
 
 
 def load_model(
@@ -538,329 +983,33 @@ def load_model(
     refuse_unsupported(m)
     if pair_slots < 1:
         raise ValueError(f"pair_slots must be at least 1, not {pair_slots}; to drop pairs use self_collision=False")
-    if INTEGRATORS.get(int(m.opt.integrator)) is None:
-        name = mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
-        raise ValueError(f"unsupported model feature: integrator {name}; use euler, implicitfast or rk4")
     if timestep is not None and not 0 < timestep < math.inf:
         raise ValueError(f"timestep must be positive and finite, not {timestep} s")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     h = float(m.opt.timestep if timestep is None else timestep)
-
-    def tensor(x: Any) -> Tensor:
-        return torch.tensor(np.asarray(x, dtype=np.float64), dtype=dtype, device=device)
-
-    def index(x: Any) -> Tensor:
-        return torch.tensor(np.asarray(x, dtype=np.int64), dtype=torch.long, device=device)
-
-    def matrix(quat: np.ndarray) -> np.ndarray:
-        out = np.zeros(9)
-        mujoco.mju_quat2Mat(out, quat)
-        return out.reshape(3, 3)
-
-    def skew(v: np.ndarray) -> np.ndarray:
-        return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
-
-    # Links. A body's frame is (position, rotation) in the frame of its link; a body with joints is its last link.
-    hinge, slide, ball, free = (
-        int(getattr(mujoco.mjtJoint, f"mjJNT_{kind}")) for kind in ("HINGE", "SLIDE", "BALL", "FREE")
-    )
-    joints: list[int] = []  # joint of each link
-    parent: list[int] = []
-    offset: list[tuple[np.ndarray, np.ndarray]] = []  # (position, rotation) in the parent link's frame
-    body_link = [-1]
-    body_frame = [(np.zeros(3), np.eye(3))]
-    for b in range(1, m.nbody):
-        up = m.body_parentid[b]
-        base, turn = body_frame[up]
-        frame = (base + turn @ m.body_pos[b], turn @ matrix(m.body_quat[b]))
-        link = body_link[up]
-        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
-            joints.append(j)
-            parent.append(link)
-            offset.append(frame)
-            link, frame = len(joints) - 1, (np.zeros(3), np.eye(3))
-        body_link.append(link)
-        body_frame.append(frame)
-    nl = len(joints)
-    if nl == 0:
-        raise ValueError("unsupported model: it has no joints")
-    kinds = [m.jnt_type[j] for j in joints]
-    depth: list[int] = []
-    for link in range(nl):
-        depth.append(0 if parent[link] < 0 else depth[parent[link]] + 1)
-    dof_count = {hinge: 1, slide: 1, ball: 3, free: 6}
-    dofs = [tuple(range(m.jnt_dofadr[j], m.jnt_dofadr[j] + dof_count[m.jnt_type[j]])) for j in joints]
-    dof_link = [link for link in range(nl) for _ in dofs[link]]
-    turns = np.ones(m.nv)
-    for link in range(nl):
-        if kinds[link] == free:
-            turns[list(dofs[link][:3])] = 0
-    ancestors = np.eye(nl, dtype=bool)
-    for link in range(nl):
-        if parent[link] >= 0:
-            ancestors[link] |= ancestors[parent[link]]
-    moves = np.zeros((nl + 1, m.nv), dtype=bool)  # moves[l, d]: dof d moves link l; the last row is the world
-    moves[:nl] = ancestors[:, dof_link]
-
-    # Joints: hinge rotation is offset @ Rodrigues(axis, angle); the anchor is the point both frames share.
-    scalars = [link for link in range(nl) if kinds[link] in (hinge, slide)]
-    balls = [link for link in range(nl) if kinds[link] == ball]
-    frees = [link for link in range(nl) if kinds[link] == free]
-    rotation, position = np.zeros((3, len(scalars), 3, 3)), np.zeros((4, len(scalars), 3))
-    for k, link in enumerate(scalars):
-        j, (base, turn) = joints[link], offset[link]
-        axis, anchor = m.jnt_axis[j], m.jnt_pos[j]
-        rotation[0, k] = turn
-        position[0, k] = base
-        if kinds[link] == hinge:
-            rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
-            position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
-        else:
-            position[3, k] = turn @ axis
-    order = scalars + balls + frees
-    by_depth = [[link for link in range(nl) if depth[link] == d] for d in range(max(depth) + 1)]
-    qpos_dof = np.zeros(m.nq)
-    for link, j in enumerate(joints):
-        if kinds[link] != ball:
-            count = 3 if kinds[link] == free else 1
-            qpos_dof[m.jnt_qposadr[j] : m.jnt_qposadr[j] + count] = dofs[link][:count]
-    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if moves[dof_link[i], j]]
-    unpack = np.full((m.nv, m.nv), len(entries))
-    for e, (i, j) in enumerate(entries):
-        unpack[i, j] = unpack[j, i] = e
-
-    # Inertia of the bodies in their link's frame, then of the links about their own centre of mass.
-    body_com = np.zeros((m.nbody, 3))
-    body_inertia = np.zeros((m.nbody, 3, 3))
-    mass, moment, about_frame = np.zeros(nl), np.zeros((nl, 3)), np.zeros((nl, 3, 3))
-    for b in range(1, m.nbody):
-        base, turn = body_frame[b]
-        body_com[b] = base + turn @ m.body_ipos[b]
-        axes = turn @ matrix(m.body_iquat[b])
-        body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
-        link = body_link[b]
-        if link >= 0:
-            mass[link] += m.body_mass[b]
-            moment[link] += m.body_mass[b] * body_com[b]
-            about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
-    com = moment / np.maximum(mass, MINVAL)[:, None]
-    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(nl)])
-
-    # Joint limits.
-    limited = [link for link in scalars if m.jnt_limited[joints[link]]]
-    limit_joints = [joints[link] for link in limited]
-    limit_rows = [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in limit_joints]
-    limit_dofs = [int(m.jnt_dofadr[j]) for j in limit_joints] * 2
-    ball_limits = [k for k, link in enumerate(balls) if m.jnt_limited[joints[link]]]
-    ball_limit_joints = [joints[balls[k]] for k in ball_limits]
-
-    # Contact points with planes, and pairs of spheres and capsules.
-    plane, sphere, capsule, box = (
-        int(getattr(mujoco.mjtGeom, f"mjGEOM_{kind}")) for kind in ("PLANE", "SPHERE", "CAPSULE", "BOX")
-    )
-    points, pairs = [], []
-    for g1, g2 in collision_pairs(m):
-        t1, t2 = m.geom_type[g1], m.geom_type[g2]
-        b1, b2 = int(m.geom_bodyid[g1]), int(m.geom_bodyid[g2])
-        if body_link[b1] < 0 and body_link[b2] < 0:
-            continue
-        known = (t1 == plane and t2 in (sphere, capsule, box)) or (t1 in (sphere, capsule) and t2 in (sphere, capsule))
-        if not known:
-            raise ValueError(
-                f"unsupported model feature: collision of geom {geom_name(m, g1)} with {geom_name(m, g2)}; "
-                "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
-            )
-        condim, friction, solref, solimp, margin, invweight = mix_contact(m, g1, g2)
-        frames = []
-        for g, b in ((g1, b1), (g2, b2)):
-            base, turn = body_frame[b]
-            frames.append((base + turn @ m.geom_pos[g], turn @ matrix(m.geom_quat[g])))
-        (centre1, axes1), (centre2, axes2) = frames
-        solver = (solref, solimp, margin)
-        if t1 == plane:
-            if body_link[b1] >= 0:
-                raise ValueError(f"unsupported model feature: moving plane, geom {geom_name(m, g1)}")
-            normal, size = axes1[:, 2], m.geom_size[g2]
-            tangent = np.array([0.0, 1, 0]) if abs(normal[1]) < 0.5 else np.array([0.0, 0, 1])
-            tangent -= normal * (normal @ tangent)
-            tangent /= np.linalg.norm(tangent)
-            axis, radius = np.zeros(3), size[0]
-            corners = [np.zeros(3)]
-            if t2 == capsule:
-                axis = axes2[:, 2]
-                corners = [axis * size[1], -axis * size[1]]
-            elif t2 == box:
-                radius = 0.0
-                corners = [axes2 @ (size * [1 if i & bit else -1 for bit in (1, 2, 4)]) for i in range(8)]
-            for corner in corners:
-                arm = corner if t2 == box else np.zeros(3)
-                points.append(
-                    (body_link[b2], b2, g2, centre2 + corner, radius, axis, arm, normal, normal @ centre1, tangent,
-                     friction, solver, invweight, condim == 1)
-                )  # fmt: skip
-        elif self_collision or min(body_link[b1], body_link[b2]) < 0:  # obstacles in the world always collide
-            links = tuple(nl if body_link[b] < 0 else body_link[b] for b in (b1, b2))
-            half = [
-                axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == capsule) for axes, g in ((axes1, g1), (axes2, g2))
-            ]
-            radii = (m.geom_size[g1, 0], m.geom_size[g2, 0])
-            pairs.append(
-                (links, (b1, b2), (g1, g2), (centre1, centre2), half, radii, friction, solver, invweight, condim == 1)
-            )
-
-    def column(rows: list[tuple], k: int, *shape: int) -> np.ndarray:
-        return np.array([row[k] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
-
-    def by_dof(dof_of_row: Any) -> Groups:
-        rows = [[k for k, d in enumerate(dof_of_row) if d == dof] for dof in range(m.nv)]
-        width = max(map(len, rows))
-        return Groups(
-            index([row + [0] * (width - len(row)) for row in rows]).reshape(m.nv, width),
-            tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(m.nv, width, 1),
-        )
-
-    points.sort(key=lambda row: row[0])
-    sign = np.array([1.0 * moves[b] - 1.0 * moves[a] for (a, b), *_ in pairs]).reshape(len(pairs), m.nv)
-
-    # Actuators.
-    actuator_joints = m.actuator_trnid[:, 0]
-    infinity = np.inf
-    affine = (m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE)[:, None]
-
-    def bounds(limited: np.ndarray, ranges: np.ndarray) -> tuple[Tensor, Tensor]:
-        on = limited.astype(bool)
-        return (
-            tensor(np.where(on, ranges[:, 0], -infinity)[:, None]),
-            tensor(np.where(on, ranges[:, 1], infinity)[:, None]),
-        )
-
-    ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
-    force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
-    joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
-
+    to, tree = Placement(dtype, device), build_tree(m)
+    points, pairs = find_contacts(m, tree, self_collision)
     return Model(
         nq=m.nq,
         nv=m.nv,
         nu=m.nu,
-        nl=nl,
+        nl=tree.size,
         timestep=h,
-        stage_times=tuple(tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
+        stage_times=tuple(to.tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
         integrator=INTEGRATORS[int(m.opt.integrator)],
-        parent=tuple(parent),
-        dofs=tuple(tuple(map(int, own)) for own in dofs),
-        link_levels=tuple(
-            (
-                index([order.index(link) for link in level]),
-                index([0 if d == 0 else by_depth[d - 1].index(parent[link]) for link in level]),
-            )
-            for d, level in enumerate(by_depth)
-        ),
-        link_order_index=index(np.argsort([link for level in by_depth for link in level])),
-        dof_link_index=index(dof_link),
-        dof_order_index=index(np.argsort([dof for link in order for dof in dofs[link]])),
-        qpos_dof_index=index(qpos_dof),
-        entries=tuple(entries),
-        entry_row_index=index([i for i, _ in entries]),
-        entry_column_index=index([j for _, j in entries]),
-        entry_diagonal=tensor([i == j for i, j in entries])[:, None],
-        unpack_index=index(unpack),
-        turns=tensor(turns)[:, None, None],
-        scalar_qpos_index=index([m.jnt_qposadr[joints[link]] for link in scalars]),
-        scalar_link_index=index(scalars),
-        scalar_reference=tensor([m.qpos0[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
-        scalar_rotation=tensor(rotation)[..., None],
-        scalar_position=tensor(position)[..., None],
-        scalar_axis=tensor([m.jnt_axis[joints[link]] for link in scalars]).reshape(-1, 3, 1),
-        scalar_anchor=tensor([m.jnt_pos[joints[link]] for link in scalars]).reshape(-1, 3, 1),
-        scalar_hinge=tensor([kinds[link] == hinge for link in scalars]).reshape(-1, 1, 1),
-        stiffness=tensor([m.jnt_stiffness[joints[link]] for link in scalars])[:, None],
-        spring_reference=tensor([m.qpos_spring[m.jnt_qposadr[joints[link]]] for link in scalars])[:, None],
-        dof_springs=by_dof([m.jnt_dofadr[joints[link]] for link in scalars]),
-        balls=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in balls),
-        frees=tuple((k, int(m.jnt_qposadr[joints[k]]), int(m.jnt_dofadr[joints[k]])) for k in frees),
-        quaternions=tuple(
-            (int(m.jnt_qposadr[joints[k]]) + skip, int(m.jnt_dofadr[joints[k]]) + skip)
-            for k, skip in [(k, 0) for k in balls] + [(k, 3) for k in frees]
-        ),
-        ball_rotation=tensor([offset[k][1] for k in balls]).reshape(-1, 3, 3, 1),
-        ball_position=tensor([offset[k][0] + offset[k][1] @ m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
-        ball_anchor=tensor([m.jnt_pos[joints[k]] for k in balls]).reshape(-1, 3, 1),
-        mass=tensor(mass)[:, None],
-        com=tensor(com)[..., None],
-        inertia=tensor(inertia)[..., None],
-        armature=tensor(m.dof_armature)[:, None],
-        damping=tensor(m.dof_damping)[:, None],
-        damped=bool(m.dof_damping.any()),
-        gravity=tensor(m.opt.gravity)[:, None],
-        unit_motion=tensor(np.eye(6))[..., None],
-        actuator_dof_index=index(m.jnt_dofadr[actuator_joints]),
-        actuator_qpos_index=index(m.jnt_qposadr[actuator_joints]),
-        actuator_gear=tensor(m.actuator_gear[:, :1]),
-        actuator_gain=tensor(m.actuator_gainprm[:, :1]),
-        actuator_bias=tensor(np.where(affine, m.actuator_biasprm[:, :3], 0).T[..., None]),
-        actuator_velocity_bias=bool(np.any(affine[:, 0] & (m.actuator_biasprm[:, 2] != 0))),
-        ctrl_low=ctrl_low,
-        ctrl_high=ctrl_high,
-        force_low=force_low,
-        force_high=force_high,
-        dof_force_low=joint_low[m.dof_jntid],
-        dof_force_high=joint_high[m.dof_jntid],
-        dof_actuators=by_dof(m.jnt_dofadr[actuator_joints]),
-        limit_qpos_index=index([m.jnt_qposadr[j] for j in limit_joints] * 2),
-        limit_dof_index=index(limit_dofs),
-        limit_sign=tensor([1.0] * len(limited) + [-1.0] * len(limited))[:, None],
-        limit_bound=tensor([m.jnt_range[j, side] for side in (0, 1) for j in limit_joints])[:, None],
-        limit_solver=solver_parameters(limit_rows * 2, h, tensor),
-        limit_invweight=tensor(m.dof_invweight0[limit_dofs])[:, None],
-        dof_limits=by_dof(limit_dofs),
-        ball_limits=tuple(ball_limits),
-        ball_limit_angle=tensor([m.jnt_range[j].max() for j in ball_limit_joints])[:, None],
-        ball_limit_solver=solver_parameters(
-            [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in ball_limit_joints], h, tensor
-        ),
-        ball_limit_invweight=tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_limit_joints])[:, None],
-        contact_link_index=index([row[0] for row in points]),
-        contact_ranges=tuple(
-            (sum(row[0] < k for row in points), sum(row[0] <= k for row in points)) for k in range(nl)
-        ),
-        body_contacts=tensor([[row[1] == b for row in points] for b in range(1, m.nbody)])[..., None, None],
-        contact_geom=tuple(row[2] for row in points),
-        contact_point=tensor(column(points, 3, 3, 1)),
-        contact_radius=tensor(column(points, 4, 1)),
-        contact_axis=tensor(column(points, 5, 3, 1)),
-        contact_corner=tensor(column(points, 6, 3, 1)),
-        impratio=float(m.opt.impratio),
-        boxes=any(row[6].any() for row in points),
-        plane_normal=tensor(column(points, 7, 3, 1)),
-        plane_height=tensor(column(points, 8, 1)),
-        plane_tangent=tensor(column(points, 9, 3, 1)),
-        friction=tensor(column(points, 10, 1)),
-        contact_solver=solver_parameters([row[11] for row in points], h, tensor),
-        contact_invweight=tensor(column(points, 12, 1)),
-        contact_frictionless=tensor(column(points, 13, 1)),
+        gravity=to.tensor(m.opt.gravity)[:, None],
+        unit_motion=to.tensor(np.eye(6))[..., None],
+        qpos0=to.tensor(m.qpos0)[:, None],
         pair_slots=min(pair_slots, len(pairs)),
-        pair_links=tuple(row[0] for row in pairs),
-        pair_geoms=tuple(row[2] for row in pairs),
-        pair_link_index=index(column(pairs, 0, 2).T),
-        pair_centre=tensor(column(pairs, 3, 2, 3, 1).swapaxes(0, 1)),
-        pair_axis=tensor(column(pairs, 4, 2, 3, 1).swapaxes(0, 1)),
-        pair_radius=tensor(column(pairs, 5, 2, 1).swapaxes(0, 1)),
-        pair_sign=tensor(sign)[..., None],
-        pair_friction=tensor(column(pairs, 6, 1)),
-        pair_solver=solver_parameters([row[7] for row in pairs], h, tensor),
-        pair_invweight=tensor(column(pairs, 8, 1)),
-        pair_frictionless=tensor(column(pairs, 9, 1)),
-        pair_body_sign=tensor(
-            [[(b == pair[1][1]) * 1.0 - (b == pair[1][0]) for b in range(m.nbody)] for pair in pairs]
-        ).reshape(len(pairs), m.nbody, 1),
-        pair_edges=1 if all(row[9] for row in pairs) else 4,
-        nbody=m.nbody,
-        body_link_index=index([nl if link < 0 else link for link in body_link]),
-        body_mass=tensor(m.body_mass)[:, None],
-        body_com=tensor(body_com)[..., None],
-        body_inertia=tensor(body_inertia)[..., None],
-        qpos0=tensor(m.qpos0)[:, None],
+        terrain=None,
+        **tree_tables(m, tree, to),
+        **joint_tables(m, tree, to),
+        **inertia_tables(m, tree, to),
+        **actuator_tables(m, to),
+        **limit_tables(m, tree, to, h),
+        **point_tables(m, points, tree.size, to, h),
+        **pair_tables(m, pairs, tree, to, h),
     )
 
 
@@ -1063,6 +1212,7 @@ class Constraints(NamedTuple):
     """Rows J x - aref >= 0 with weight D = 1/R, zero where inactive. A contact has four rows, n +- mu t1, n +- mu t2."""
 
     point: Tensor  # (nc, 3, N) m, from the origin
+    normal: Tensor  # (nc, 3, 1), or N on a height field
     distance: Tensor  # (nc, N) m
     tangent: Tensor  # (2, nc, 3, N) times the friction coefficient
     contact_weight: Tensor  # (nc, N)
@@ -1131,6 +1281,51 @@ def plane_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> 
     return point, distance, torch.stack((first, cross(model.plane_normal.expand_as(first), first)))
 
 
+def sample_terrain(terrain: Terrain, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Height (m) and its slopes along x and y at points of any shape: bilinear, clamped at the edge."""
+    rows, columns = terrain.heights.shape
+    u = ((x - terrain.corner[0]) / terrain.cell).clamp(0, rows - 1)
+    v = ((y - terrain.corner[1]) / terrain.cell).clamp(0, columns - 1)
+    i, j = u.long().clamp(0, rows - 2), v.long().clamp(0, columns - 2)  # the second clamp is for NaN
+    u, v = u - i, v - j
+    heights, first = terrain.heights.view(-1), i * columns + j
+    h00, h01, h10, h11 = (heights[first + shift] for shift in (0, 1, columns, columns + 1))
+    along_low, along_high = h10 - h00, h11 - h01
+    height = h00 + u * along_low + v * (h01 - h00 + u * (along_high - along_low))
+    slope_x = along_low + v * (along_high - along_low)
+    slope_y = h01 - h00 + u * (along_high - along_low)
+    return height, slope_x / terrain.cell, slope_y / terrain.cell
+
+
+def terrain_contacts(
+    model: Model, terrain: Terrain, xpos: Tensor, xmat: Tensor, origin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contact point (nc, 3, N) from the origin, normal (nc, 3, N), distance (nc, N), unit tangents (2, nc, 3, N).
+
+    Every sphere and every end of a capsule touches the field's tangent plane under its centre: one contact each, exact
+    on slopes. MuJoCo's own height field is made of triangles, collides whole capsules, and feels an edge beside a sphere
+    before its centre is there. For a foot pressed 5 mm into the ground (tests/test_vecsim_quadruped.py, half-way
+    difficulty), distances differ by over 1 mm at 1% of the places on slopes, 33% on rough ground (7 mm at most), 5% on
+    stairs (20 mm at most) and 3% among blocks (25 mm at most): where the other model meets the riser first.
+    """
+    at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
+    centre = at + apply(turn, model.contact_point)
+    height, slope_x, slope_y = sample_terrain(terrain, centre[:, 0], centre[:, 1])
+    upright = torch.rsqrt(1 + slope_x * slope_x + slope_y * slope_y)
+    normal = torch.stack((-slope_x * upright, -slope_y * upright, upright), 1)
+    distance = (centre[:, 2] - height) * upright - model.contact_radius
+    point = centre - (model.contact_radius + 0.5 * distance).unsqueeze(1) * normal - origin
+    zero, one = torch.zeros_like(upright), torch.ones_like(upright)
+    steep = normal[:, 1].abs() >= 0.5
+    guess = torch.stack((zero, torch.where(steep, zero, one), torch.where(steep, one, zero)), 1)
+    fallback = guess - dot(guess, normal).unsqueeze(1) * normal
+    fallback = fallback * torch.rsqrt(dot(fallback, fallback)).unsqueeze(1)
+    axis = apply(turn, model.contact_axis)
+    along = axis - dot(axis, normal).unsqueeze(1) * normal
+    first = normalized(along, fallback, 1e-6 if xpos.dtype == torch.float32 else MINVAL)
+    return point, normal, distance, torch.stack((first, cross(normal, first)))
+
+
 def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, ...]:
     """The K deepest of the P candidate pairs: index (K, N), point (K, 3, N), distance (K, N), frame (K, 3, 3, N).
 
@@ -1182,11 +1377,15 @@ def make_constraints(
 ) -> Constraints:
     """All rows of the constraint problem at this state. aref = -B J qvel - K d (distance - margin)."""
     n = qpos.shape[-1]
-    point, distance, tangent = plane_contacts(model, xpos, xmat, origin)
+    if model.terrain is None:
+        normal = model.plane_normal
+        point, distance, tangent = plane_contacts(model, xpos, xmat, origin)
+    else:
+        point, normal, distance, tangent = terrain_contacts(model, model.terrain, xpos, xmat, origin)
     tangent = tangent * model.friction.unsqueeze(1)
     invweight = pyramid_invweight(model, model.friction, model.contact_invweight, model.contact_frictionless)
     contact_weight, position = row_terms(model.contact_solver, invweight, distance)
-    velocity = contact_velocity(model, point, tangent, cvel)
+    velocity = contact_velocity(model, point, normal, tangent, cvel)
     contact_reference = position.unsqueeze(1) - model.contact_solver.damping.unsqueeze(1) * velocity
 
     distance_to_limit = model.limit_sign * (qpos[model.limit_qpos_index] - model.limit_bound)
@@ -1205,6 +1404,7 @@ def make_constraints(
         jacobians.append(rows), weights.append(weight), references.append(reference)
     return Constraints(
         point,
+        normal,
         distance,
         tangent,
         contact_weight,
@@ -1267,24 +1467,30 @@ def ball_limit_rows(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, T
     return rows, weight, position - solver.damping * (rows * qvel).sum(1)
 
 
-def contact_velocity(model: Model, point: Tensor, tangent: Tensor, motion: Tensor) -> Tensor:
+def contact_velocity(model: Model, point: Tensor, normal: Tensor, tangent: Tensor, motion: Tensor) -> Tensor:
     """J x of the plane contacts (nc, 4, N) from link motions (nl, 6, N): velocity of the point along each edge."""
     carrier = motion[model.contact_link_index]
     at = carrier[:, 3:] + cross(carrier[:, :3], point)
-    along, first, second = dot(at, model.plane_normal), dot(at, tangent[0]), dot(at, tangent[1])
+    along, first, second = dot(at, normal), dot(at, tangent[0]), dot(at, tangent[1])
     return torch.stack((along + first, along - first, along + second, along - second), 1)
 
 
-def contact_force(model: Model, c: Constraints, edge_force: Tensor) -> Tensor:
+def contact_force(c: Constraints, edge_force: Tensor) -> Tensor:
     """Force (nc, 3, N) in world axes of the four edge forces (nc, 4, N)."""
     a, b, d, e = edge_force.unsqueeze(2).unbind(1)
-    return model.plane_normal * (a + b + d + e) + c.tangent[0] * (a - b) + c.tangent[1] * (d - e)
+    return c.normal * (a + b + d + e) + c.tangent[0] * (a - b) + c.tangent[1] * (d - e)
 
 
-def contact_stiffness(model: Model, c: Constraints, weight: Tensor) -> Tensor:
+def normal_forces(dynamics: Dynamics) -> Tensor:
+    """(nc, N) N: how hard each contact point presses on the ground."""
+    c, it = dynamics.smooth.constraints, dynamics.solution
+    return -(active_weights(c, it)[0] * it.contact).sum(1)
+
+
+def contact_stiffness(c: Constraints, weight: Tensor) -> Tensor:
     """6x6 matrices (nc, 21, N): sum over the edges e of weight * e e^T, acting at the contact point."""
     a, b, d, e = weight.unbind(1)
-    n, (p, q) = model.plane_normal.unbind(1), (c.tangent[0].unbind(1), c.tangent[1].unbind(1))
+    n, (p, q) = c.normal.unbind(1), (c.tangent[0].unbind(1), c.tangent[1].unbind(1))
     normal, first, second, along_first, along_second = a + b + d + e, a + b, d + e, a - b, d - e
 
     def entry(i: int, j: int) -> Tensor:
@@ -1323,7 +1529,7 @@ def candidate(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
     return Iterate(
         x,
         motion,
-        contact_velocity(model, c.point, c.tangent, motion) - c.contact_reference,
+        contact_velocity(model, c.point, c.normal, c.tangent, motion) - c.contact_reference,
         model.limit_sign * x[model.limit_dof_index] - c.limit_reference,
         (c.row_jacobian * x).sum(1) - c.row_reference,
     )
@@ -1356,7 +1562,7 @@ def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
     c = smooth.constraints
     contact, limit, row = active_weights(c, it)
-    force = contact_force(model, c, contact * it.contact)
+    force = contact_force(c, contact * it.contact)
     total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force_at(c.point, force))
     total = total + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
     return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
@@ -1370,9 +1576,9 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     """
     c = smooth.constraints
     contact, limit, row = active_weights(c, it)
-    force = contact_force(model, c, contact * it.contact)
+    force = contact_force(c, contact * it.contact)
     diagonal = model.armature + add_up(model.dof_limits, limit)
-    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(model, c, contact))
+    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(c, contact))
     wrench = apply_symmetric(smooth.inertia, it.motion)
     gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.point, force))
     gradient = gradient + model.armature * it.qacc - smooth.qfrc_smooth
@@ -1400,7 +1606,7 @@ def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) 
     return Iterate(
         qacc,
         motion,
-        contact_velocity(model, c.point, c.tangent, motion),
+        contact_velocity(model, c.point, c.normal, c.tangent, motion),
         model.limit_sign * qacc[model.limit_dof_index],
         (c.row_jacobian * qacc).sum(1),
     )
@@ -1659,7 +1865,7 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
     c = smooth.constraints
     contact, _, row = active_weights(c, it)
     arm = smooth.origin - com
-    force = -contact_force(model, c, contact * it.contact)
+    force = -contact_force(c, contact * it.contact)
     wrench = force_at(c.point + arm, force)
     total = (model.body_contacts * wrench).sum(1)
     if model.pair_slots:
@@ -1677,6 +1883,219 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Randomisation, drawn by every environment at every reset, and perturbation, the same for all of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+Range = tuple[float, float]
+FACTORS = (
+    "mass", "friction", "damping", "armature", "motor_strength", "position_gain", "velocity_gain", "gravity",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Randomize:
+    """Ranges (low, high), drawn from uniformly. None leaves a parameter as the MJCF has it.
+
+    A single number x is short for (1 - x, 1 + x) of a factor, (-x, x) of an offset, (0, x) of a push and (x, x) of an
+    interval. A heavier link is a denser link: its inertia scales with its mass. What MuJoCo derives from masses when it
+    compiles a model (body_invweight0 and dof_invweight0, which soften contacts and limits) stays as it was compiled, as
+    when one writes to mjModel's fields without mj_setConst. For a quadruped on the ground with masses 20% off, that
+    leaves out 0.1% of qacc in the median and 2.4% at most (tests/test_vecsim_randomize.py).
+    """
+
+    mass: float | Range | None = None  # factor, one per link, of its mass and inertia
+    centre_of_mass: float | Range | None = None  # m, offset along each axis of the first link that has mass
+    friction: float | Range | None = None  # factor, one per robot, of all contacts
+    damping: float | Range | None = None  # factor, one per dof
+    armature: float | Range | None = None  # factor, one per dof
+    motor_strength: float | Range | None = None  # factor, one per actuator, of its force and its force limits
+    position_gain: float | Range | None = None  # factor, one per position servo
+    velocity_gain: float | Range | None = None  # factor, one per position servo
+    gravity: float | Range | None = None  # factor
+    initial_position: float | Range | None = None  # rad or m, offset of each hinge and slide at a reset
+    initial_velocity: float | Range | None = None  # rad/s or m/s, offset of each dof at a reset
+    push: float | Range | None = None  # m/s, added to the robot's velocity in a random horizontal direction
+    push_interval: float | Range = (5.0, 10.0)  # s, from one push to the next
+
+    def ranges(self) -> dict[str, Range]:
+        """(low, high) of each parameter that varies. ValueError for a range that makes no sense."""
+        out = {}
+        for name, value in vars(self).items():
+            if value is None or (name == "push_interval" and self.push is None):
+                continue
+            centre = 1.0 if name in FACTORS else 0.0
+            if isinstance(value, (int, float)):
+                spread = {"push": (0.0, value), "push_interval": (value, value)}
+                value = spread.get(name, (centre - value, centre + value))
+            if not isinstance(value, (tuple, list)) or len(value) != 2:
+                raise ValueError(f"randomize.{name} = {value!r} must be a number or a range (low, high)")
+            low, high = (float(x) for x in value)
+            lowest = 1e-3 if name in (*FACTORS, "push_interval") else 0.0 if name == "push" else -math.inf
+            if not lowest <= low <= high < math.inf or low == -math.inf:
+                nearest = max(low, lowest), max(low, high, lowest)
+                raise ValueError(
+                    f"randomize.{name} = {(low, high)} must be a finite range (low, high), low at least {lowest:g}; "
+                    f"nearest is {nearest}"
+                )
+            out[name] = (low, high)
+        return out
+
+
+@dataclass(frozen=True)
+class Perturb:
+    """One fixed departure from the nominal setting, the same in all environments: how robust is a policy?
+
+    The scales change the compiled model, by the rules of `Randomize`, and compose with it. A push here replaces one there.
+    """
+
+    observation_noise: float = 0.0  # uniform noise of +- this, times the task's scale of each observation group
+    action_delay_ms: float = 0.0  # actions reach the robot this much later, to the nearest physics timestep
+    friction_scale: float = 1.0
+    mass_scale: float = 1.0
+    gravity_scale: float = 1.0
+    timestep_scale: float = 1.0  # of the physics; a control step lasts as many of them as before
+    push: float = 0.0  # m/s, added to the robot's velocity in a random horizontal direction
+    push_interval: float = 5.0  # s
+    sparse_reward: bool = False  # an episode's return is paid at its end, nothing before
+
+    def check(self) -> None:
+        """ValueError for a value that makes no sense."""
+        for name, value in vars(self).items():
+            kinds, rule = ((bool,), "True or False") if name == "sparse_reward" else ((int, float), "a number")
+            if not isinstance(value, kinds):
+                raise ValueError(f"perturb.{name} = {value!r} must be {rule}")
+            positive = name.endswith("_scale") or name == "push_interval"
+            if not (0 < value < math.inf if positive else 0 <= value < math.inf):
+                nearest = 1.0 if positive else 0.0
+                rule = "positive" if positive else "at least 0"
+                raise ValueError(f"perturb.{name} = {value} must be finite and {rule}; nearest is {nearest:g}")
+
+
+def option_group(kind: type, given: Any, fields: dict[str, Any], default: Any) -> Any:
+    """A `Randomize` or `Perturb` from None, True (the task's default), a dict or an instance, then single `fields`."""
+    name = kind.__name__.lower()
+    given = {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
+    if given is True and default is not None:
+        start = default
+    elif given is None or isinstance(given, dict):
+        start, fields = kind(), (given or {}) | fields
+    elif isinstance(given, kind):
+        start = given
+    else:
+        raise ValueError(f"{name} must be a dict or a {kind.__name__}, not {given!r}")
+    legal = [field.name for field in dataclasses.fields(kind)]
+    for field in fields:
+        if field not in legal:
+            nearest = difflib.get_close_matches(field, legal, 1, cutoff=0.0)[0]
+            raise ValueError(f"unknown field {field!r} of {name}; nearest is {nearest!r}; it takes {', '.join(legal)}")
+    return dataclasses.replace(start, **fields)
+
+
+def single_fields(options: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Fields given one by one, as "randomize.mass", by group; and the other options."""
+    single: dict[str, dict[str, Any]] = {"randomize": {}, "perturb": {}}
+    others = {}
+    for name, value in options.items():
+        group, _, field = name.partition(".")
+        single.get(group, others)[field if group in single else name] = value
+    return single, others
+
+
+def perturbed(m: mujoco.MjModel, perturb: Perturb) -> mujoco.MjModel:
+    """A copy of `m` with the scales of `perturb`."""
+    m = copy.deepcopy(m)
+    m.body_mass *= perturb.mass_scale
+    m.body_inertia *= perturb.mass_scale
+    m.geom_friction[:, 0] *= perturb.friction_scale
+    m.opt.gravity *= perturb.gravity_scale
+    m.opt.timestep *= perturb.timestep_scale
+    return m
+
+
+def varied_rows(model: Model) -> dict[str, int]:
+    """Numbers that each parameter of `Randomize` takes, of those that this model has."""
+    servo = model.actuator_bias[1].any()
+    nl, nv, nu = model.nl, model.nv, model.nu
+    rows = {  # name: numbers, and what there must be
+        "mass": (nl, model.mass),
+        "centre_of_mass": (3, model.mass),
+        "friction": (1, torch.cat((model.friction, model.pair_friction))),
+        "damping": (nv, model.damping),
+        "armature": (nv, model.armature),
+        "motor_strength": (nu, model.actuator_gain),
+        "position_gain": (nu, model.actuator_bias[1]),
+        "velocity_gain": (nu, model.actuator_bias[2] * servo),
+        "gravity": (1, model.gravity),
+        "initial_position": (len(model.scalar_qpos_index), model.scalar_axis),
+        "initial_velocity": (nv, model.mass),
+        "push": (3, model.push_motion),
+        "push_interval": (0, model.push_motion),
+    }
+    return {name: count for name, (count, needed) in rows.items() if needed.any()}
+
+
+OF_THE_ROBOT = (*FACTORS, "centre_of_mass")  # parameters that hold for an episode
+
+
+def split_rows(rows: Tensor, counts: dict[str, int]) -> dict[str, Tensor]:
+    """Named parts, one below the other, of `rows` (sum of counts, N)."""
+    return dict(zip(counts, rows.split(list(counts.values())), strict=True))
+
+
+def between_ends(bounds: Range, uniform: Tensor) -> Tensor:
+    """`uniform` in [0, 1) mapped to [low, high)."""
+    return bounds[0] + (bounds[1] - bounds[0]) * uniform
+
+
+def drawn_parameters(settings: Settings, uniform: Tensor) -> dict[str, Tensor]:
+    """The randomised parameters by name, (rows, N) each, that numbers in [0, 1), the rows of settings.parameters, mean."""
+    drawn = split_rows(uniform, settings.parameters)
+    return {name: between_ends(settings.ranges[name], row) for name, row in drawn.items()}
+
+
+def randomized_fields(model: Model, settings: Settings, uniform: Tensor) -> dict[str, Tensor]:
+    """Fields of `Model` that differ between robots, (..., N), from numbers in [0, 1), the rows of settings.parameters."""
+    values = drawn_parameters(settings, uniform)
+    fields: dict[str, Tensor] = {}
+    if "mass" in values:
+        factor = values["mass"]
+        of_body = torch.cat((factor, torch.ones_like(factor[:1])))[model.body_link_index]  # the world's stays
+        fields |= {"mass": model.mass * factor, "inertia": model.inertia * factor[:, None, None]}
+        fields |= {
+            "body_mass": model.body_mass * of_body,
+            "body_inertia": model.body_inertia * of_body[:, None, None],
+        }
+    if "centre_of_mass" in values:
+        shift = values["centre_of_mass"]
+        trunk = torch.arange(model.nl, device=shift.device)[:, None, None] == model.trunk
+        fields["com"] = model.com + trunk * shift
+        fields["body_com"] = model.body_com + (model.body_link_index == model.trunk)[:, None, None] * shift
+    if "friction" in values:
+        fields["friction"] = model.friction * values["friction"]
+        fields["pair_friction"] = model.pair_friction * values["friction"]
+    for name in ("damping", "armature", "gravity"):
+        if name in values:
+            fields[name] = getattr(model, name) * values[name]
+    gain, (offset, position, velocity) = model.actuator_gain, model.actuator_bias.unbind(0)
+    if "position_gain" in values:
+        gain = torch.where(position != 0, gain * values["position_gain"], gain)
+        position = position * values["position_gain"]
+    if "velocity_gain" in values:
+        velocity = velocity * values["velocity_gain"]
+    if "motor_strength" in values:
+        strength = values["motor_strength"]
+        gain, offset, position, velocity = (x * strength for x in (gain, offset, position, velocity))
+        fields |= {"force_low": model.force_low * strength, "force_high": model.force_high * strength}
+    if {"position_gain", "velocity_gain", "motor_strength"} & values.keys():
+        n = uniform.shape[1]
+        fields |= {
+            "actuator_gain": gain,
+            "actuator_bias": torch.stack([x.expand(-1, n) for x in (offset, position, velocity)]),
+        }
+    return fields
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tasks: Gymnasium's own, option by option (gymnasium/envs/mujoco/*_v5.py)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1691,6 +2110,8 @@ class Measured(NamedTuple):
     qpos: Tensor
     qvel: Tensor
     dynamics: Dynamics | None
+    memory: dict[str, Tensor]  # what the task carries from step to step
+    push: Tensor  # `Carry.push`
 
 
 @dataclass(frozen=True)
@@ -1701,6 +2122,20 @@ class Task:
     frame_skip: int
     reset_noise_scale: float
     normal_velocity_noise: bool = dataclasses.field(default=False, init=False)
+
+    # what `randomize=True` stands for; parameters that a model lacks are left out
+    randomization = Randomize(
+        mass=0.1, centre_of_mass=0.01, friction=0.3, damping=0.2, armature=0.2, motor_strength=0.1, gravity=0.05
+    )
+    noise_scale = {}  # scale of `perturb`'s observation noise, by group; 1 where nothing is said
+
+    def source(self) -> str | Path:
+        """MJCF, a path or the text itself."""
+        return Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.xml_file
+
+    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
+        """The model with what MJCF does not say."""
+        return model
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
         """Measurements: "position" (k, N) m, whose change over a step is the velocity in the reward, and others."""
@@ -1716,9 +2151,44 @@ class Task:
         """Reward terms under Gymnasium's `info` names; those that start with "reward_" are summed."""
         raise NotImplementedError
 
-    def healthy(self, p: Measured) -> Tensor:
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The reward (N,) of the terms."""
+        return sum(value for name, value in terms.items() if name.startswith("reward_"))
+
+    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         """(N,) bool: the episode goes on."""
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
+
+    # Only tasks that act on more than the state before them need what follows.
+
+    memory = {}  # rows of each quantity that the task carries from step to step
+    random_rows = 0  # random numbers in [0, 1) that `begin` and `remember` use
+    averaged = ()  # names in `reward`'s answer whose means `VecSim.pop_statistics` reports
+    maps_actions = False  # whether `control` does anything
+
+    def control(self, model: Model, action: Tensor) -> Tensor:
+        """ctrl (nu, N) of an action."""
+        return action
+
+    def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
+        """Lowest and highest action, (nu,) each."""
+        return model.ctrl_low[:, 0], model.ctrl_high[:, 0]
+
+    def begin(
+        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """qpos and memory of fresh episodes; `ended`, `limit`: see `begin_episode`."""
+        return qpos, {}
+
+    def remember(
+        self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """The memory after a step, from that before it in p.memory."""
+        return {}
+
+    def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named groups of what only a critic or a teacher sees, each (rows, N)."""
+        return {}
 
     @property
     def terminates(self) -> bool:
@@ -1738,9 +2208,9 @@ class InvertedPendulum(Task):
         return {"qpos": p.qpos, "qvel": p.qvel}
 
     def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
-        return {"reward_survive": self.healthy(p).to(p.qpos.dtype)}
+        return {"reward_survive": self.healthy(p, sensed).to(p.qpos.dtype)}
 
-    def healthy(self, p: Measured) -> Tensor:
+    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         return p.qpos[1].abs() <= 0.2
 
 
@@ -1768,13 +2238,13 @@ class Hopper(Task):
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
-            "reward_survive": self.healthy_reward * self.healthy(p),
+            "reward_survive": self.healthy_reward * self.healthy(p, sensed),
             "x_position": p.qpos[0],
             "x_velocity": velocity[0],
             "z_distance_from_origin": p.qpos[1] - model.qpos0[1],
         }
 
-    def healthy(self, p: Measured) -> Tensor:
+    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         low, high = self.healthy_state_range
         inside = torch.cat((p.qpos[2:], p.qvel))
         return (
@@ -1854,7 +2324,7 @@ class Ant(Task):
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
             "reward_contact": -self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum((0, 1)),
-            "reward_survive": self.healthy_reward * self.healthy(p),
+            "reward_survive": self.healthy_reward * self.healthy(p, sensed),
             "x_position": p.qpos[0],
             "y_position": p.qpos[1],
             "x_velocity": velocity[0],
@@ -1862,7 +2332,7 @@ class Ant(Task):
             "distance_from_origin": torch.hypot(p.qpos[0], p.qpos[1]),
         }
 
-    def healthy(self, p: Measured) -> Tensor:
+    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         low, high = self.healthy_z_range
         return (low <= p.qpos[2]) & (p.qpos[2] <= high)
 
@@ -1917,7 +2387,7 @@ class Humanoid(Task):
     def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
         contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
         return {
-            "reward_survive": self.healthy_reward * self.healthy(p),
+            "reward_survive": self.healthy_reward * self.healthy(p, sensed),
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
             "reward_contact": -contact_cost.clamp(*self.contact_cost_range),
@@ -1928,13 +2398,452 @@ class Humanoid(Task):
             "distance_from_origin": torch.hypot(p.qpos[0], p.qpos[1]),
         }
 
-    def healthy(self, p: Measured) -> Tensor:
+    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         return between(p.qpos[2], self.healthy_z_range)
 
 
 def between(value: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Strictly inside."""
     return (bounds[0] < value) & (value < bounds[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A quadruped that follows velocity commands: Unitree's Go1 in spheres and capsules, on flat ground or on a height field
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def quadruped_mjcf() -> str:
+    """MJCF of a Go1: the maker's masses, inertias, link lengths, joint ranges and torque limits.
+
+    (github.com/unitreerobotics/unitree_ros, robots/go1_description; as mujoco_menagerie/unitree_go1 has them.) Servos
+    of 35 N m/rad and 0.5 N m s/rad. Joint damping stands in for the gears' friction, 0.2 N m in Menagerie, which vecsim
+    does not compute. The robot touches the ground, not itself.
+    """
+    legs, actuators = "", ""
+    for leg, front, left in (("FR", 1, -1), ("FL", 1, 1), ("RR", -1, -1), ("RL", -1, 1)):
+        legs += f"""
+      <body name="{leg}_hip" pos="{0.1881 * front} {0.04675 * left} 0">
+        <inertial pos="{-0.0049166 * front} {-0.00762615 * left} -8.865e-05" mass="0.68" fullinertia="0.00039938
+          0.00073342 0.00046842 {-1.459e-05 * front * left} {1.2461e-06 * front} {1.5752e-06 * left}"/>
+        <joint name="{leg}_hip" axis="1 0 0" range="-0.863 0.863"/>
+        <body name="{leg}_thigh" pos="0 {0.08 * left} 0">
+          <inertial pos="-0.00304722 {-0.019315 * left} -0.0305004" mass="1.009" fullinertia="0.0045988
+            0.0046892 0.00081745 {6.1374e-05 * left} -0.00022753 {0.00061081 * left}"/>
+          <joint name="{leg}_thigh" axis="0 1 0" range="-0.686 4.501"/>
+          <geom name="{leg}_thigh" size="0.02" fromto="0 0 0 -0.01 0 -0.2"/>
+          <body name="{leg}_calf" pos="0 0 -0.213">
+            <inertial pos="0.00429862 0.000976676 -0.146197" mass="0.195862" fullinertia="0.0014845
+              0.0014976 3.6068e-05 -6.1862e-07 -1.772e-05 -3.5663e-06"/>
+            <joint name="{leg}_calf" axis="0 1 0" range="-2.818 -0.888"/>
+            <geom name="{leg}_calf" size="0.013" fromto="0.01 0 -0.06 0.01 0 -0.15"/>
+            <geom name="{leg}_foot" type="sphere" size="0.023" pos="0 0 -0.213"/>
+          </body>
+        </body>
+      </body>"""
+        for joint, torque in (("hip", 23.7), ("thigh", 23.7), ("calf", 35.55)):
+            name = f"{leg}_{joint}"
+            actuators += f'<position name="{name}" joint="{name}" forcerange="{-torque} {torque}"/>\n    '
+    return f"""<mujoco model="quadruped">
+  <compiler angle="radian" autolimits="true"/>
+  <option timestep="0.005" integrator="implicitfast"/>
+  <default>
+    <geom type="capsule" contype="0" conaffinity="1" friction="1 0.005 0.0001" rgba="0.4 0.4 0.45 1"/>
+    <joint damping="0.1" armature="0.01"/>
+    <position kp="35" kv="0.5" inheritrange="1"/>
+  </default>
+  <worldbody>
+    <light pos="0 0 5" directional="true"/>
+    <geom name="floor" type="plane" size="0 0 0.05" contype="1" conaffinity="0"/>
+    <body name="trunk" pos="0 0 0.29">
+      <camera name="track" mode="trackcom" pos="0 -1.6 0.7" xyaxes="1 0 0 0 0.4 1"/>
+      <inertial pos="0.0223 0.002 -0.0005" mass="5.204"
+        fullinertia="0.016813 0.06301 0.071655 -0.00022968 -0.00029455 -4.1873e-05"/>
+      <freejoint/>
+      <geom name="trunk_right" size="0.057" fromto="-0.125 -0.04 0 0.125 -0.04 0"/>
+      <geom name="trunk_left" size="0.057" fromto="-0.125 0.04 0 0.125 0.04 0"/>
+      <geom name="trunk_head" size="0.04" fromto="0.25 -0.04 0 0.25 0.04 0"/>{legs}
+    </body>
+  </worldbody>
+  <actuator>
+    {actuators}</actuator>
+  <keyframe>
+    <key name="home" qpos="0 0 0.29 1 0 0 0 {"0 0.9 -1.8 " * 4}" ctrl="{"0 0.9 -1.8 " * 4}"/>
+  </keyframe>
+</mujoco>"""
+
+
+@dataclass(frozen=True)
+class QuadrupedFlat(Task):
+    """Follow commands of forward, sideways and turning speed on flat ground (Rudin et al. 2022, arXiv:2109.11978).
+
+    Actions are offsets of the servos' targets from the home pose, in units of `action_scale`; the joints' ranges clip
+    them. `obs` holds what a real robot senses, `critic_obs` beside it what only a simulator knows. Reward weights are
+    per second. Actor groups have noise only under `perturb`; critic groups never.
+    """
+
+    xml_file: str = dataclasses.field(default="", init=False)
+    frame_skip: int = 4
+    reset_noise_scale: float = 0.1
+    action_scale: float = 0.5  # rad
+    command_forward: Range = (-1.0, 1.0)  # m/s
+    command_sideways: Range = (-1.0, 1.0)  # m/s
+    command_yaw: Range = (-1.0, 1.0)  # rad/s
+    heading_command: bool = (
+        False  # command a direction, drawn anew with the speeds; the turning speed steers towards it
+    )
+    standing_share: float = 0.1  # of the commands are zero
+    resample_seconds: float = 10.0
+    velocity_in_observation: bool = False  # the base's linear velocity, which no robot senses directly
+    terminate_when_unhealthy: bool = True
+    healthy_tilt: float = 1.2  # rad from upright
+    track_velocity_weight: float = 1.0
+    track_yaw_weight: float = 0.5
+    vertical_velocity_weight: float = -2.0
+    roll_pitch_weight: float = -0.05
+    orientation_weight: float = -1.0
+    torque_weight: float = -2e-4
+    joint_acceleration_weight: float = -2.5e-7
+    action_rate_weight: float = -0.01
+    air_time_weight: float = 1.0
+    collision_weight: float = -1.0
+    joint_limit_weight: float = -10.0
+    penalty_scale: float = 0.02  # of the reward, see `total`: a penalty of 1 per second costs a factor of e
+
+    randomization = Randomize(
+        mass=0.1, centre_of_mass=0.03, friction=(0.4, 1.25), damping=0.5, armature=0.2, motor_strength=0.1,
+        position_gain=0.1, velocity_gain=0.1, gravity=0.02, initial_velocity=0.3, push=1.0,
+    )  # fmt: skip
+    noise_scale = {
+        "velocity": 0.1, "angular_velocity": 0.2, "gravity": 0.05, "command": 0.0, "joint_position": 0.01,
+        "joint_velocity": 1.5, "last_action": 0.0, "heights": 0.1,
+    }  # fmt: skip
+    memory = {"command": 3, "heading": 1, "command_age": 1, "last_action": 12, "joint_velocity": 12, "air_time": 4,
+              "contact": 4}  # fmt: skip
+    random_rows = 7  # four of a command, then x, y and yaw of a start
+    maps_actions = True
+    averaged = (
+        "velocity_error", "yaw_error", "reward_track_velocity", "reward_track_yaw", "reward_vertical_velocity",
+        "reward_roll_pitch", "reward_orientation", "reward_torque", "reward_joint_acceleration", "reward_action_rate",
+        "reward_air_time", "reward_collision", "reward_joint_limit",
+    )  # fmt: skip
+
+    def source(self) -> str:
+        return quadruped_mjcf()
+
+    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
+        home = torch.as_tensor(m.key_qpos[0], dtype=model.qpos0.dtype, device=model.qpos0.device)
+        return dataclasses.replace(model, qpos0=home[:, None])
+
+    def control(self, model: Model, action: Tensor) -> Tensor:
+        return model.qpos0[7:] + self.action_scale * action
+
+    def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(model.ctrl_low[:, 0])
+        return -one, one
+
+    def begin(
+        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """At the origin with any heading, joints about the home pose."""
+        zero = torch.zeros_like(noise[:1])
+        return self.placed(model, qpos, noise, zero, zero)
+
+    def placed(
+        self, model: Model, qpos: Tensor, noise: Tensor, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """qpos and memory of robots that start at (x, y), (1, N) m each, a little above the ground."""
+        ground = torch.zeros_like(x) if model.terrain is None else sample_terrain(model.terrain, x, y)[0]
+        half_yaw = math.pi * noise[6:7]
+        zero = torch.zeros_like(half_yaw)
+        yaw = torch.cat((torch.cos(half_yaw), zero, zero, torch.sin(half_yaw)))
+        quat = quat_multiply(yaw, qpos[3:7] * torch.rsqrt(dot(qpos[3:7], qpos[3:7])))
+        qpos = torch.cat((x, y, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
+        memory = {name: zero.expand(rows, -1) for name, rows in self.memory.items()}
+        memory |= dict(zip(("command", "heading"), self.draw_command(noise), strict=True))
+        return qpos, memory
+
+    def draw_command(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Speeds (3, N) and a direction (1, N); speeds too small to be worth a step, and some others, are zero."""
+        ranges = (self.command_forward, self.command_sideways, self.command_yaw)
+        speeds = torch.stack([between_ends(bounds, row) for bounds, row in zip(ranges, noise[:3], strict=True)])
+        walk = (torch.hypot(speeds[0], speeds[1]) > 0.2) * speeds.new_ones(())
+        moving = (noise[3] >= self.standing_share) * speeds.new_ones(())
+        speeds = torch.stack((speeds[0] * walk * moving, speeds[1] * walk * moving, speeds[2] * moving))
+        return speeds, 2 * math.pi * noise[2:3] - math.pi
+
+    def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
+        turn = quat_to_matrix(p.qpos[3:7])
+        force = torch.zeros_like(p.qpos[:1]).expand(len(model.contact_names), -1)
+        torque = torch.zeros_like(p.qpos[7:])
+        if p.dynamics is not None:
+            force, torque = normal_forces(p.dynamics), p.dynamics.smooth.qfrc_actuator[6:]
+
+        def pressed(part: str) -> Tensor:
+            return torch.stack([row for row, name in zip(force, model.contact_names, strict=True) if part in name])
+
+        sensed = {
+            "position": p.qpos[:3],
+            "velocity": apply(turn.transpose(0, 1), p.qvel[:3]),
+            "gravity": -turn[2],
+            "yaw": torch.atan2(turn[1, 0], turn[0, 0]),
+            "torque": torque,
+            "foot_force": pressed("foot"),
+            "leg_contact": (torch.cat((pressed("thigh"), pressed("calf"))) > 0.1).to(force.dtype),
+            "trunk_force": pressed("trunk").amax(0),
+        }
+        if model.terrain is not None:
+            sensed["heights"] = height_scan(model.terrain, p.qpos[:3], sensed["yaw"])
+        return sensed
+
+    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        groups = {"velocity": sensed["velocity"]} if self.velocity_in_observation else {}
+        return groups | {
+            "angular_velocity": p.qvel[3:6],
+            "gravity": sensed["gravity"],
+            "command": p.memory["command"],
+            "joint_position": p.qpos[7:] - model.qpos0[7:],
+            "joint_velocity": p.qvel[6:],
+            "last_action": p.memory["last_action"],
+        }
+
+    def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        n = p.qpos.shape[1]
+        push = p.push[1:] if len(p.push) else torch.zeros_like(p.qpos[:2])
+        groups = {
+            "velocity": sensed["velocity"],
+            **self.observe(model, p, sensed),
+            "foot_contact": (sensed["foot_force"] > 1.0).to(p.qpos.dtype),
+            "leg_contact": sensed["leg_contact"],
+            "friction": model.friction[:1].expand(-1, n),
+            "mass": model.mass.expand(-1, n),
+            "centre_of_mass": model.com[model.trunk].expand(-1, n),
+            "position_gain": model.actuator_gain.expand(-1, n),
+            "push": push,
+        }
+        return groups | ({"heights": sensed["heights"]} if "heights" in sensed else {})
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        seconds = self.frame_skip * model.timestep
+        command, memory, joints = p.memory["command"], p.memory, p.qpos[7:]
+        error = torch.hypot(command[0] - sensed["velocity"][0], command[1] - sensed["velocity"][1])
+        yaw_error = (command[2] - p.qvel[5]).abs()
+        contact = (sensed["foot_force"] > 1.0) | (memory["contact"] > 0)
+        landed = contact & (memory["air_time"] > 0)
+        air_time = ((memory["air_time"] + seconds - 0.5) * landed).sum(0) * (torch.hypot(command[0], command[1]) > 0.1)
+        centre, half = (model.ctrl_high + model.ctrl_low) / 2, (model.ctrl_high - model.ctrl_low) / 2
+        terms = {
+            "track_velocity": torch.exp(-error.square() / 0.25),
+            "track_yaw": torch.exp(-yaw_error.square() / 0.25),
+            "vertical_velocity": sensed["velocity"][2].square(),
+            "roll_pitch": p.qvel[3:5].square().sum(0),
+            "orientation": sensed["gravity"][:2].square().sum(0),
+            "torque": sensed["torque"].square().sum(0),
+            "joint_acceleration": ((p.qvel[6:] - memory["joint_velocity"]) / seconds).square().sum(0),
+            "action_rate": (action - memory["last_action"]).square().sum(0),
+            "air_time": air_time,
+            "collision": sensed["leg_contact"].sum(0),
+            "joint_limit": ((joints - centre).abs() - 0.9 * half).clamp(min=0).sum(0),
+        }
+        rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * seconds * x for name, x in terms.items()}
+        return rewards | {"velocity_error": error, "yaw_error": yaw_error}
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """What is gained times exp(what is lost / penalty_scale): never negative, so that falling early never pays, and
+        never flat, as a sum cut off at zero would be where a beginner stumbles (Ji et al. 2022, arXiv:2202.05481)."""
+        rewards = torch.stack([x for name, x in terms.items() if name.startswith("reward_")])
+        return rewards.clamp(min=0).sum(0) * torch.exp(rewards.clamp(max=0).sum(0) / self.penalty_scale)
+
+    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+        return (sensed["trunk_force"] < 1.0) & (-sensed["gravity"][2] > math.cos(self.healthy_tilt))
+
+    def remember(
+        self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        seconds = self.frame_skip * model.timestep
+        age = p.memory["command_age"] + seconds
+        due = age > self.resample_seconds - 0.5 * seconds
+        fresh_command, fresh_heading = self.draw_command(noise)
+        command = torch.where(due, fresh_command, p.memory["command"])
+        heading = torch.where(due, fresh_heading, p.memory["heading"])
+        if self.heading_command:
+            off = heading[0] - sensed["yaw"]
+            turn = (0.5 * torch.atan2(torch.sin(off), torch.cos(off))).clamp(*self.command_yaw)
+            turn = turn * (torch.hypot(command[0], command[1]) > 0)
+            command = torch.stack((command[0], command[1], turn))
+        touching = (sensed["foot_force"] > 1.0).to(age.dtype)
+        contact = torch.maximum(touching, p.memory["contact"])  # of this step or the last: forces flicker
+        return p.memory | {
+            "command": command,
+            "heading": heading,
+            "command_age": torch.where(due, 0.0, age),
+            "last_action": action,
+            "joint_velocity": p.qvel[6:],
+            "air_time": torch.where(contact > 0, 0.0, p.memory["air_time"] + seconds),
+            "contact": touching,
+        }
+
+
+@dataclass(frozen=True)
+class QuadrupedRough(QuadrupedFlat):
+    """The same on slopes, rough ground, stairs and blocks, harder from row to row; a robot that walks out of its tile
+    moves up a row, one that gets nowhere moves down. Heights about the robot are privileged unless asked for."""
+
+    heading_command: bool = True  # a circling robot leaves no tile
+    heights_in_observation: bool = False
+    terrain_rows: int = 10  # levels of difficulty
+    terrain_columns: int = 20  # of terrain types, see `build_terrain`; a robot keeps its column
+    terrain_seed: int = 0
+    curriculum: bool = True  # False draws the level of every episode
+    first_levels: int = 5  # the first episodes start on one of so many lowest levels
+    terrain_level: int = -1  # a fixed level for all episodes, in place of either
+
+    memory = QuadrupedFlat.memory | {"level": 1, "column": 1, "start": 2}
+    random_rows = QuadrupedFlat.random_rows + 2
+    averaged = (*QuadrupedFlat.averaged, "terrain_level")
+
+    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
+        if self.terrain_level >= self.terrain_rows >= 1:
+            raise ValueError(
+                f"terrain_level must be under terrain_rows = {self.terrain_rows}, not {self.terrain_level}"
+            )
+        model = super().furnish(model, m)
+        terrain = build_terrain(self.terrain_rows, self.terrain_columns, self.terrain_seed)
+        to = {"dtype": model.qpos0.dtype, "device": model.qpos0.device}
+        heights, origins = (torch.as_tensor(x, **to) for x in (terrain.heights, terrain.origins))
+        return dataclasses.replace(model, terrain=terrain._replace(heights=heights, origins=origins))
+
+    def begin(
+        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Within a metre of the middle of a tile."""
+        terrain, anywhere = model.terrain, noise[7]
+        rows, columns = terrain.tiles
+        if ended is None:
+            column = torch.floor(noise[8] * columns)
+            level = torch.floor(anywhere * min(self.first_levels, rows))
+        else:
+            column, walked = ended.memory["column"][0], ended.qpos[:2] - ended.memory["start"]
+            command = ended.memory["command"]
+            level = next_level(
+                ended.memory["level"][0], torch.hypot(*walked), torch.hypot(command[0], command[1]),
+                limit * self.frame_skip * model.timestep, terrain, anywhere,
+            )  # fmt: skip
+        if not self.curriculum:
+            level = torch.floor(anywhere * rows)
+        if self.terrain_level >= 0:
+            level = torch.full_like(level, self.terrain_level)
+        origin = terrain.origins[(level * columns + column).long()].T
+        start = origin[:2] + 2 * noise[4:6] - 1
+        qpos, memory = self.placed(model, qpos, noise, start[:1], start[1:])
+        return qpos, memory | {"level": level.unsqueeze(0), "column": column.unsqueeze(0), "start": start}
+
+    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+        groups = super().observe(model, p, sensed)
+        return groups | ({"heights": sensed["heights"]} if self.heights_in_observation else {})
+
+    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        terms = super().reward(model, p, sensed, action, velocity)
+        return terms | {"terrain_level": p.memory["level"][0], "terrain_column": p.memory["column"][0]}
+
+
+def next_level(
+    level: Tensor, walked: Tensor, commanded: Tensor, seconds: Tensor, terrain: Terrain, uniform: Tensor
+) -> Tensor:
+    """Row of the next episode, all (N,): up for who left the tile, down for who walked under half of the commanded way.
+
+    level; walked: m from the start; commanded: m/s at the end; seconds: the time limit; uniform: in [0, 1). Past the
+    last row any row follows, so that none is forgotten (Rudin et al. 2022, section 3.1).
+    """
+    rows = terrain.tiles[0]
+    up = walked > terrain.tile / 2
+    down = ~up & (walked < 0.5 * commanded * seconds)
+    level = torch.where(up, level + 1, torch.where(down, level - 1, level))
+    return torch.where(level >= rows, torch.floor(uniform * rows), level.clamp(min=0))
+
+
+def height_scan(terrain: Terrain, position: Tensor, yaw: Tensor) -> Tensor:
+    """(187, N) m: the trunk's height over 17 x 11 points about it, 0.1 m apart, less the standing height, within +-1."""
+    forward = torch.arange(-8, 9, device=yaw.device, dtype=yaw.dtype)[:, None, None] * 0.1
+    sideways = torch.arange(-5, 6, device=yaw.device, dtype=yaw.dtype)[None, :, None] * 0.1
+    x = position[0] + torch.cos(yaw) * forward - torch.sin(yaw) * sideways
+    y = position[1] + torch.sin(yaw) * forward + torch.cos(yaw) * sideways
+    ground = sample_terrain(terrain, x, y)[0].flatten(0, 1)
+    return (position[2] - 0.3 - ground).clamp(-1, 1)
+
+
+TERRAIN_TYPES = ("slope", "rough slope", "stairs up", "stairs down", "blocks")
+TERRAIN_SHARES = (0.1, 0.1, 0.35, 0.25, 0.2)
+
+
+def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: float = 0.1) -> Terrain:
+    """Tiles of all types, in numpy: difficulty row / rows, column k of the type that the shares give it."""
+    for name, count in (("terrain_rows", rows), ("terrain_columns", columns)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+    points, border = round(tile / cell), round(2 / cell)
+    heights = np.zeros((rows * points + 2 * border + 1, columns * points + 2 * border + 1))
+    origins = np.zeros((rows * columns, 3))
+    kinds = np.searchsorted(np.cumsum(TERRAIN_SHARES), (np.arange(columns) + 0.5) / columns)
+    for row in range(rows):
+        for column in range(columns):
+            rng = np.random.default_rng((seed, row, column))
+            kind = TERRAIN_TYPES[kinds[column]]
+            part = tile_heights(kind, row / rows, column % 2 == 0, points, cell, rng)
+            i, j = border + row * points, border + column * points
+            heights[i : i + points + 1, j : j + points + 1] = part
+            origins[row * columns + column] = (row + 0.5) * tile, (column + 0.5) * tile, part[points // 2, points // 2]
+    return Terrain(heights, cell, (-border * cell, -border * cell), origins, (rows, columns), tile)
+
+
+def tile_heights(
+    kind: str, difficulty: float, inward: bool, points: int, cell: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(points + 1, points + 1) m, zero at the edge, level within 1 m of the middle but for the roughness.
+
+    Slopes to 0.4, roughness of 5 cm, steps of 5 to 23 cm every 31 cm, blocks of 5 to 25 cm. Stairs up lead out of a
+    pit, stairs down from a mound; `inward` makes slopes climb to the edge.
+    """
+    along = np.abs(np.arange(points + 1) - points / 2) * cell
+    ring = np.maximum(along[:, None], along[None, :])  # m from the middle, in the shape of the tile
+    half = points * cell / 2
+    if "slope" in kind:
+        heights = 0.4 * difficulty * (half - np.maximum(ring, 1.0)) * (-1 if inward else 1)
+        if kind == "rough slope":
+            coarse = np.round(rng.uniform(-0.05, 0.05, (points // 2 + 1, points // 2 + 1)) / 0.005) * 0.005
+            coarse[[0, -1], :] = coarse[:, [0, -1]] = 0  # every 0.2 m, linear in between
+            fine = np.arange(points + 1) / 2
+            low, high, part = fine.astype(int), np.ceil(fine).astype(int), (fine % 1)[:, None]
+            lines = (1 - part) * coarse[low] + part * coarse[high]
+            heights = heights + (1 - part.T) * lines[:, low] + part.T * lines[:, high]
+    elif "stairs" in kind:
+        steps = np.ceil((half - np.maximum(ring, 1.0)) / 0.31)
+        heights = (0.05 + 0.18 * difficulty) * steps * (-1 if kind == "stairs up" else 1)
+    else:
+        heights = np.zeros_like(ring)
+        tallest = 0.05 + 0.2 * difficulty
+        for _ in range(20):
+            width, depth = rng.integers(round(1 / cell), round(2 / cell), 2)
+            i, j = rng.integers(1, points - width), rng.integers(1, points - depth)
+            heights[i : i + width, j : j + depth] = tallest * rng.choice((-1.0, -0.5, 0.5, 1.0))
+        heights[ring <= 1.0] = 0
+    return heights
+
+
+def height_field_model(terrain: Terrain) -> mujoco.MjModel:
+    """The quadruped on the same field as MuJoCo's own <hfield>, for pictures and comparison."""
+    heights = np.asarray(terrain.heights.tolist())  # host sync
+    rows, columns = heights.shape
+    low, span = heights.min(), max(np.ptp(heights), 1e-6)
+    half = [(count - 1) * terrain.cell / 2 for count in (rows, columns)]
+    field = f'<asset><hfield name="field" nrow="{columns}" ncol="{rows}" size="{half[0]} {half[1]} {span} 1"/></asset>'
+    place = f'pos="{terrain.corner[0] + half[0]} {terrain.corner[1] + half[1]} {low}"'
+    floor = f'<geom name="floor" type="hfield" hfield="field" {place} contype="1" conaffinity="0"'
+    text = quadruped_mjcf().replace(
+        '<geom name="floor" type="plane" size="0 0 0.05" contype="1" conaffinity="0"', floor
+    )
+    m = mujoco.MjModel.from_xml_string(text.replace("<worldbody>", field + "<worldbody>"))
+    m.hfield_data[:] = ((heights - low) / span).T.ravel()  # MuJoCo's rows run along y
+    return m
 
 
 TASKS: dict[str, type[Task]] = {
@@ -1944,6 +2853,8 @@ TASKS: dict[str, type[Task]] = {
     "HalfCheetah-v5": HalfCheetah,
     "Ant-v5": Ant,
     "Humanoid-v5": Humanoid,
+    "Quadruped-Flat": QuadrupedFlat,
+    "Quadruped-Rough": QuadrupedRough,
 }
 
 
@@ -1959,6 +2870,12 @@ class Settings:
     integrator: str
     iterations: int
     max_episode_steps: int
+    ranges: dict[str, Range]  # `Randomize`
+    perturb: Perturb
+    parameters: dict[str, int]  # rows of each randomised parameter of a robot
+    noise: dict[str, int]  # rows of the random numbers of a step, by use
+    push: tuple[Range, Range] | None  # speed in m/s, interval in s
+    delay: int  # physics steps from an action to its effect
 
 
 class Carry(NamedTuple):
@@ -1971,6 +2888,10 @@ class Carry(NamedTuple):
     age: Tensor  # (N,) steps towards the episode limit
     episode_length: Tensor  # (N,) steps since the reset
     episode_return: Tensor  # (N,)
+    parameters: Tensor  # (k, N) in [0, 1): where in their ranges this episode's randomised parameters are
+    push: Tensor  # (3, N) s to the next push, and the push of the last step, m/s along the world's x and y; or no rows
+    delayed: Tensor  # (k nu, N) past actions that have not taken full effect, the newest first
+    memory: Tensor  # (m, N) what the task carries
 
 
 class Transition(NamedTuple):
@@ -1978,6 +2899,8 @@ class Transition(NamedTuple):
 
     obs: Tensor  # (obs, N) after auto-reset
     final_obs: Tensor  # (obs, N) before auto-reset
+    critic_obs: Tensor  # (critic obs, N) after auto-reset; no rows where the task has none
+    final_critic_obs: Tensor  # (critic obs, N) before auto-reset
     reward: Tensor  # (N,)
     terminated: Tensor  # (N,) bool
     truncated: Tensor  # (N,) bool
@@ -1997,14 +2920,98 @@ def reset_state(task: Task, model: Model, noise: Tensor) -> tuple[Tensor, Tensor
     return model.qpos0 + uniform[: model.nq], qvel
 
 
-def observation(groups: dict[str, Tensor]) -> Tensor:
-    """(obs, N): the groups one after the other."""
-    return torch.cat(list(groups.values()))
+def stack_rows(groups: dict[str, Tensor], like: Tensor) -> Tensor:
+    """(rows, N): the groups one below the other; no rows, of `like`'s N, where there are no groups."""
+    return torch.cat(list(groups.values())) if groups else like[:0]
+
+
+def observations(
+    task: Task,
+    model: Model,
+    settings: Settings,
+    measured: Measured,
+    sensed: dict[str, Tensor],
+    noise: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What the policy sees (obs, N), noise included, and what only the critic sees (critic obs, N)."""
+    groups = task.observe(model, measured, sensed)
+    obs = torch.cat(list(groups.values()))
+    if settings.noise["observation"]:
+        scale = torch.cat([task.noise_scale.get(name, 1.0) * torch.ones_like(rows) for name, rows in groups.items()])
+        obs = obs + settings.perturb.observation_noise * scale * (2 * noise["observation"] - 1)
+    return obs, stack_rows(task.privileged(model, measured, sensed), obs)
+
+
+def begin_episode(
+    task: Task,
+    model: Model,
+    settings: Settings,
+    noise: dict[str, Tensor],
+    ended: Measured | None,
+    limit: Tensor | int,
+) -> tuple[Carry, Measured, dict[str, Tensor]]:
+    """Fresh episodes: what they carry, what the task measures and what it senses.
+
+    ended, limit: the last state of the episode before this one and the steps it could have had; None at the very first.
+    """
+    qpos, qvel = reset_state(task, model, noise["state"])
+    if "initial_position" in settings.ranges:
+        offset = between_ends(settings.ranges["initial_position"], noise["initial_position"])
+        qpos = qpos.index_add(0, model.scalar_qpos_index, offset)
+    if "initial_velocity" in settings.ranges:
+        qvel = qvel + between_ends(settings.ranges["initial_velocity"], noise["initial_velocity"])
+    qpos, memory = task.begin(model, qpos, noise["task"], ended, limit)
+    zero, push = torch.zeros_like(qpos[0]), noise["push"]
+    if settings.push:
+        push = torch.stack((between_ends(settings.push[1], push[0]), zero, zero))
+    measured = Measured(qpos, qvel, None, memory, push)
+    sensed = task.sense(model, measured)
+    steps = torch.zeros_like(zero, dtype=torch.long)
+    delayed = zero.expand(delay_line(task, settings) * model.nu, -1)
+    carry = Carry(
+        qpos, qvel, torch.zeros_like(qvel), sensed["position"], steps, steps, zero, noise["parameters"], push, delayed,
+        stack_rows(memory, qpos),
+    )  # fmt: skip
+    return carry, measured, sensed
+
+
+def delay_line(task: Task, settings: Settings) -> int:
+    """Past actions to keep."""
+    return math.ceil(settings.delay / task.frame_skip)
+
+
+def prepare(
+    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Push the robots that are due, and delay the actions: `push` and `delayed` of `Carry`, qvel, and ctrl (nu, N) of
+    each physics step of this control step.
+
+    Physics step j of a control step sees the action whose time has come: the one given ceil((delay - j) / frame_skip)
+    control steps ago. An episode's line starts with zeros.
+    """
+    push, qvel, delayed = carry.push, carry.qvel, carry.delayed
+    if settings.push:
+        speed, interval = settings.push
+        random = split_rows(noise, settings.noise)["push"]
+        due = push[0] <= 0
+        length, angle = between_ends(speed, random[1]), 2 * math.pi * random[2]
+        kick = torch.stack((length * torch.cos(angle), length * torch.sin(angle)))
+        left = torch.where(due, between_ends(interval, random[0]), push[0]) - task.frame_skip * model.timestep
+        kick = torch.where(due, kick, 0.0)
+        push = torch.cat((left.unsqueeze(0), kick))
+        qvel = qvel + (model.push_motion * kick).sum(1)
+    actions = [action, *delayed.split(model.nu)] if settings.delay else [action]
+    given = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
+    ctrl = [task.control(model, past) for past in actions]
+    if settings.delay:
+        delayed = torch.cat(actions[:-1])
+    return push, delayed, qvel, tuple(ctrl[k] for k in given)
 
 
 def settle(
     task: Task,
     model: Model,
+    next_model: Model | None,
     settings: Settings,
     carry: Carry,
     state: State,
@@ -2014,45 +3021,53 @@ def settle(
 ) -> tuple[Carry, Transition]:
     """Reward, termination and auto-reset after the physics of an environment step.
 
-    carry: before the step; state, dynamics: after it; action (nu, N); noise (nq + nv, N) for `reset_state`. A robot
-    whose simulation diverged (not finite, or beyond RUNAWAY) is reset alone and reported as invalid and truncated:
-    reward 0, `final_obs` its fresh observation.
+    next_model: the robots of the episodes that may begin now, where they differ from `model`; carry: before the step;
+    state, dynamics: after it; action (nu, N); noise: the rows of `settings.noise`. A robot whose simulation diverged
+    (not finite, or beyond RUNAWAY) is reset alone and reported as invalid and truncated: reward 0, `final_obs` its
+    fresh observation.
     """
+    next_model = model if next_model is None else next_model
     moving = torch.cat(state)
     invalid = ~(moving[: model.nq + model.nv].abs() < RUNAWAY).all(0) | ~torch.isfinite(moving[-model.nv :]).all(0)
 
-    after = Measured(state.qpos, state.qvel, dynamics)
+    random = split_rows(noise, settings.noise)
+    memory = split_rows(carry.memory, task.memory)
+    after = Measured(state.qpos, state.qvel, dynamics, memory, carry.push)
     sensed = task.sense(model, after)
     velocity = (sensed["position"] - carry.position) / (task.frame_skip * model.timestep)
     terms = task.reward(model, after, sensed, action, velocity)
-    reward = sum(value for name, value in terms.items() if name.startswith("reward_"))
+    reward = task.total(terms)
     invalid = invalid | ~torch.isfinite(reward)
     age, length = carry.age + 1, carry.episode_length + 1
-    terminated = ~task.healthy(after) if task.terminates else torch.zeros_like(invalid)
+    terminated = ~task.healthy(after, sensed) if task.terminates else torch.zeros_like(invalid)
     truncated = (age >= settings.max_episode_steps) & ~terminated
 
-    fresh_qpos, fresh_qvel = reset_state(task, model, noise)
-    fresh = Measured(fresh_qpos, fresh_qvel, None)
-    fresh_sensed = task.sense(model, fresh)
-    fresh_obs = observation(task.observe(model, fresh, fresh_sensed))
-    final_obs = torch.where(invalid, fresh_obs, observation(task.observe(model, after, sensed)))
+    limit = settings.max_episode_steps - (carry.age - carry.episode_length)  # steps this episode could have had
+    fresh, fresh_measured, fresh_sensed = begin_episode(task, next_model, settings, random, after, limit)
+    after = after._replace(memory=task.remember(model, after, sensed, action, random["task"]))
+    fresh_obs, fresh_critic_obs = observations(task, next_model, settings, fresh_measured, fresh_sensed, random)
+    final_obs, final_critic_obs = observations(task, model, settings, after, sensed, random)
+    final_obs = torch.where(invalid, fresh_obs, final_obs)
+    final_critic_obs = torch.where(invalid, fresh_critic_obs, final_critic_obs)
     reward = torch.where(invalid, 0.0, reward)
     terminated, truncated = terminated & ~invalid, truncated | invalid
     ended = terminated | truncated
 
     episode_return = carry.episode_return + reward
-    carry = Carry(
-        torch.where(ended, fresh_qpos, state.qpos),
-        torch.where(ended, fresh_qvel, state.qvel),
-        torch.where(ended, 0.0, state.warmstart),
-        torch.where(ended, fresh_sensed["position"], sensed["position"]),
-        torch.where(ended, 0, age),
-        torch.where(ended, 0, length),
-        torch.where(ended, 0.0, episode_return),
-    )
+    if settings.perturb.sparse_reward:
+        reward = torch.where(ended & ~invalid, episode_return, 0.0)
+    goes_on = Carry(
+        state.qpos, state.qvel, state.warmstart, sensed["position"], age, length, episode_return,
+        carry.parameters, carry.push, carry.delayed, stack_rows(after.memory, state.qpos),
+    )  # fmt: skip
+    carry = Carry(*(torch.where(ended, new, old) for new, old in zip(fresh, goes_on, strict=True)))
     obs = torch.where(ended, fresh_obs, final_obs)
+    critic_obs = torch.where(ended, fresh_critic_obs, final_critic_obs)
     terms = {name: torch.where(invalid, 0.0, value.to(obs.dtype)) for name, value in terms.items()}
-    return carry, Transition(obs, final_obs, reward, terminated, truncated, invalid, episode_return, length, terms)
+    return carry, Transition(
+        obs, final_obs, critic_obs, final_critic_obs, reward, terminated, truncated, invalid, episode_return, length,
+        terms,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2064,17 +3079,29 @@ def settle(
 class EnvironmentRegions(Regions):
     """The physics' regions and the rest of an environment step."""
 
+    randomized_fields: Callable = randomized_fields
+    prepare: Callable = prepare
     settle: Callable = settle
 
 
 def environment_step(
     task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor, run: EnvironmentRegions
 ) -> tuple[Carry, Transition]:
-    """frame_skip physics steps under action (nu, N), then `settle`."""
-    state = State(carry.qpos, carry.qvel, carry.warmstart)
-    for _ in range(task.frame_skip):
-        state, dynamics = step(model, state, action, settings.integrator, settings.iterations, run)
-    return run.settle(task, model, settings, carry, state, dynamics, action, noise)
+    """frame_skip physics steps under action (nu, N), then `settle`. Stages that do nothing are left out."""
+    next_model = None
+    if settings.parameters:
+        nominal, fresh = model, split_rows(noise, settings.noise)["parameters"]
+        model, next_model = (
+            dataclasses.replace(nominal, **run.randomized_fields(nominal, settings, uniform))
+            for uniform in (carry.parameters, fresh)
+        )
+    state, ctrl = State(carry.qpos, carry.qvel, carry.warmstart), (action,) * task.frame_skip
+    if settings.push or settings.delay or task.maps_actions:
+        push, delayed, qvel, ctrl = run.prepare(task, model, settings, carry, action, noise)
+        carry, state = carry._replace(push=push, delayed=delayed), state._replace(qvel=qvel)
+    for held in ctrl:
+        state, dynamics = step(model, state, held, settings.integrator, settings.iterations, run)
+    return run.settle(task, model, next_model, settings, carry, state, dynamics, action, noise)
 
 
 def compile_regions(device: torch.device) -> EnvironmentRegions:
@@ -2129,6 +3156,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         random_initial_ages: bool = False,
         compile: bool = False,
         chunk: int | None = None,
+        randomize: Randomize | dict[str, Any] | bool | None = None,
+        perturb: Perturb | dict[str, Any] | None = None,
         **task_options: Any,
     ):
         """Arguments: `make`."""
@@ -2136,6 +3165,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         task_class = TASKS.get(env_id)
         if task_class is None:
             raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
+        single, task_options = single_fields(task_options)
         options = [field.name for field in dataclasses.fields(task_class) if field.init]
         for name in task_options:
             if name not in options:
@@ -2153,13 +3183,36 @@ class VecSim(gymnasium.vector.VectorEnv):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}")
 
+        perturb = option_group(Perturb, perturb, single["perturb"], None)
+        perturb.check()
+
         self.env_id, self.num_envs, self.dtype = env_id, num_envs, dtype
-        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
-        self.mj_model = compile_mjcf(assets / self.task.xml_file)
-        self.model = load_model(
+        self.mj_model = perturbed(compile_mjcf(self.task.source()), perturb)
+        model = load_model(
             self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
         )
-        self.settings = Settings(integrator or self.model.integrator, iterations, max_episode_steps)
+        self.model = self.task.furnish(model, self.mj_model)
+        varied = varied_rows(self.model)
+        default = Randomize(**{name: x for name, x in vars(self.task.randomization).items() if name in varied})
+        ranges = option_group(Randomize, randomize, single["randomize"], default).ranges()
+        push = (ranges["push"], ranges["push_interval"]) if "push" in ranges else None
+        if perturb.push:
+            push = (perturb.push, perturb.push), (perturb.push_interval, perturb.push_interval)
+        for name in [*ranges] + ["push"] * bool(perturb.push):
+            if name not in varied:
+                raise ValueError(f"{name} has nothing to vary in {env_id}; it has {', '.join(varied)}")
+        self.settings = Settings(
+            integrator=integrator or self.model.integrator,
+            iterations=iterations,
+            max_episode_steps=max_episode_steps,
+            ranges=ranges,
+            perturb=perturb,
+            parameters={name: varied[name] for name in OF_THE_ROBOT if name in ranges},
+            noise={},
+            push=push,
+            delay=round(perturb.action_delay_ms / 1000 / self.model.timestep),
+        )
+        self._count_noise(observation=0)
         self.random_initial_ages = random_initial_ages
         self._generator = torch.Generator(self.device)
         self._generator.manual_seed(seed)
@@ -2178,44 +3231,69 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-        fresh = self._fresh(self._noise())
-        low, high = self.model.ctrl_low[:, 0].cpu().numpy(), self.model.ctrl_high[:, 0].cpu().numpy()
-        groups = fresh[1]
-        bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
-        self.observation_slices = {
-            name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)
-        }
-        self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (int(bounds[-1]),), np.float32)
-        self.single_action_space = gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        _, measured, sensed = self._begin(self._noise())
+        self.observation_slices, self.single_observation_space = spaces_of(
+            self.task.observe(self.model, measured, sensed)
+        )
+        self.critic_slices, self.single_critic_space = spaces_of(self.task.privileged(self.model, measured, sensed))
+        if perturb.observation_noise:
+            self._count_noise(observation=self.single_observation_space.shape[0])
+        low, high = self.task.action_range(self.model)
+        self.single_action_space = gymnasium.spaces.Box(low.float().cpu().numpy(), high.float().cpu().numpy())
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.single_critic_space: gymnasium.spaces.Box | None = None
         control_step = self.task.frame_skip * self.model.timestep
         self.metadata = {
             "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
             "render_fps": round(1 / control_step),
         }
-        self._statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.device)
+        sums = len(STATISTICS) + (1 + len(self.task.averaged) if self.task.averaged else 0)
+        self._statistics = torch.zeros(sums, dtype=torch.float64, device=self.device)
         self._offender = torch.zeros(self.model.nq + self.model.nv + self.model.nu, dtype=dtype, device=self.device)
 
     # -- reset and step ------------------------------------------------------------------------------------------------
 
+    def _count_noise(self, observation: int) -> None:
+        """Rows of the random numbers of a step, by use: `state` as `reset_state` wants them, the rest in [0, 1)."""
+        model, ranges = self.model, self.settings.ranges
+        rows = {
+            "state": model.nq + model.nv,
+            "parameters": sum(self.settings.parameters.values()),
+            "initial_position": len(model.scalar_qpos_index) if "initial_position" in ranges else 0,
+            "initial_velocity": model.nv if "initial_velocity" in ranges else 0,
+            "push": 3 if self.settings.push else 0,
+            "task": self.task.random_rows,
+            "observation": observation,
+        }
+        self.settings = dataclasses.replace(self.settings, noise=rows)
+
     def _noise(self) -> Tensor:
-        """Random numbers (nq + nv, N) for one round of resets, independent of chunking."""
+        """The random numbers (rows of settings.noise, N) of one step, independent of chunking."""
         model, n = self.model, self.num_envs
         draw = {"device": self.device, "dtype": self.dtype, "generator": self._generator}
         velocity = torch.randn if self.task.normal_velocity_noise else torch.rand
-        return torch.cat((torch.rand(model.nq, n, **draw), velocity(model.nv, n, **draw)))
+        rows = [torch.rand(model.nq, n, **draw), velocity(model.nv, n, **draw)]
+        others = sum(self.settings.noise.values()) - model.nq - model.nv
+        return torch.cat([*rows, torch.rand(others, n, **draw)] if others else rows)
 
-    def _fresh(self, noise: Tensor) -> tuple[Carry, dict[str, Tensor]]:
-        """Carry and observation groups of environments that all start an episode."""
-        qpos, qvel = reset_state(self.task, self.model, noise)
-        measured = Measured(qpos, qvel, None)
-        sensed = self.task.sense(self.model, measured)
-        steps = torch.zeros(noise.shape[1], dtype=torch.long, device=self.device)
-        position = sensed["position"].clone()
-        carry = Carry(qpos, qvel, torch.zeros_like(qvel), position, steps, steps.clone(), torch.zeros_like(qpos[0]))
-        return carry, self.task.observe(self.model, measured, sensed)
+    def _begin(self, noise: Tensor) -> tuple[Carry, Measured, dict[str, Tensor]]:
+        """`begin_episode` in every environment."""
+        random = split_rows(noise, self.settings.noise)
+        return begin_episode(self.task, self._robots(random["parameters"]), self.settings, random, None, 0)
+
+    def _robots(self, parameters: Tensor) -> Model:
+        """The model with the randomised parameters that `parameters` (k, N) in [0, 1) stand for."""
+        if not self.settings.parameters:
+            return self.model
+        return dataclasses.replace(self.model, **randomized_fields(self.model, self.settings, parameters))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The randomised parameters of this episode by name, (rows, N) each, as `Randomize` lists them."""
+        return drawn_parameters(self.settings, self._get_carry().parameters)
+
+    def robots(self) -> Model:
+        """The model of every robot as it is now: randomised parameters are (..., N)."""
+        return self._robots(self._get_carry().parameters)
 
     @torch.no_grad()
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -2227,7 +3305,11 @@ class VecSim(gymnasium.vector.VectorEnv):
             raise ValueError(f"reset takes no options, not {sorted(options)}")
         if seed is not None:
             self._generator.manual_seed(seed)
-        carry, groups = self._fresh(self._noise())
+        noise = self._noise()
+        carry, measured, sensed = self._begin(noise)
+        random = split_rows(noise, self.settings.noise)
+        model = self._robots(random["parameters"])
+        obs, critic_obs = observations(self.task, model, self.settings, measured, sensed, random)
         if self.random_initial_ages:
             age = torch.randint(
                 self.settings.max_episode_steps, (self.num_envs,), device=self.device, generator=self._generator
@@ -2235,7 +3317,11 @@ class VecSim(gymnasium.vector.VectorEnv):
             carry = carry._replace(age=age)
         self._set_carry(carry)
         self._statistics.zero_()
-        return observation(groups).T.contiguous(), {}
+        return obs.T.contiguous(), self._critic_info(critic_obs=critic_obs)
+
+    def _critic_info(self, **groups: Tensor) -> dict[str, Tensor]:
+        """info of the privileged observations, where the task has them."""
+        return {} if self.single_critic_space is None else {name: x.T.contiguous() for name, x in groups.items()}
 
     def _set_carry(self, carry: Carry) -> None:
         parts = [Carry(*(x[..., s].contiguous() for x in carry)) for s in self._slices]
@@ -2303,7 +3389,11 @@ class VecSim(gymnasium.vector.VectorEnv):
             )
         )
         sums = torch.where(counted, sums, 0.0).sum(1, dtype=torch.float64)
-        self._statistics += torch.cat((sums, merged.invalid.sum(dtype=torch.float64)[None]))
+        sums = [sums, merged.invalid.sum(dtype=torch.float64)[None]]
+        if self.task.averaged:
+            terms = torch.stack([merged.terms[name] for name in self.task.averaged])  # zero where invalid
+            sums += [(~merged.invalid).sum(dtype=torch.float64)[None], terms.sum(1, dtype=torch.float64)]
+        self._statistics += torch.cat(sums)
         return merged
 
     @torch.no_grad()
@@ -2326,6 +3416,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         else:
             t = self._advance(actions.T.contiguous())
         info = {"final_obs": t.final_obs.T.contiguous(), "invalid": t.invalid, **t.terms}
+        info |= self._critic_info(critic_obs=t.critic_obs, final_critic_obs=t.final_critic_obs)
         return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
 
     def _replay(self, actions: Tensor) -> Transition:
@@ -2361,13 +3452,18 @@ class VecSim(gymnasium.vector.VectorEnv):
     def pop_statistics(self) -> dict[str, float]:
         """Means over all episodes that ended since the last call, and counts; NaN means where none ended.
 
-        episodes, episode_return, episode_length, success (share that reached the time limit), invalid (quarantined).
+        episodes, episode_return, episode_length, success (share that reached the time limit), invalid (quarantined); and
+        what the task averages, over all steps rather than episodes.
         """
         values = self._statistics.tolist()  # host sync
         self._statistics.zero_()
         episodes = values[0]
         means = [value / episodes if episodes else math.nan for value in values[1:4]]
-        return dict(zip(STATISTICS, (episodes, *means, values[4]), strict=True))
+        statistics = dict(zip(STATISTICS, (episodes, *means, values[4]), strict=True))
+        steps, *sums = values[5:] or [0]
+        return statistics | {
+            name: value / steps if steps else math.nan for name, value in zip(self.task.averaged, sums, strict=True)
+        }
 
     def state(self) -> State:
         """Copies of qpos (nq, N), qvel (nv, N) and the warm start."""
@@ -2381,14 +3477,17 @@ class VecSim(gymnasium.vector.VectorEnv):
             if x.shape != (rows, self.num_envs):
                 raise ValueError(f"{name} must have shape {(rows, self.num_envs)}, not {tuple(x.shape)}")
         carry = self._get_carry()
-        measured = Measured(qpos.to(self.device, self.dtype), qvel.to(self.device, self.dtype), None)
-        sensed = self.task.sense(self.model, measured)
+        memory = split_rows(carry.memory, self.task.memory)
+        qpos, qvel = (x.to(self.device, self.dtype) for x in (qpos, qvel))
+        measured = Measured(qpos, qvel, None, memory, carry.push)
+        model = self.robots()
+        sensed = self.task.sense(model, measured)
         carry = carry._replace(
             qpos=measured.qpos, qvel=measured.qvel, warmstart=torch.zeros_like(measured.qvel),
             position=sensed["position"],
         )  # fmt: skip
         self._set_carry(carry)
-        return observation(self.task.observe(self.model, measured, sensed)).T.contiguous()
+        return torch.cat(list(self.task.observe(model, measured, sensed).values())).T.contiguous()
 
     def offender(self) -> dict[str, np.ndarray]:
         """qpos, qvel and action before the step in which an environment was last quarantined (zeros if none was)."""
@@ -2427,6 +3526,13 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._offender.copy_(state["offender"])
 
 
+def spaces_of(groups: dict[str, Tensor]) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
+    """The rows of each group in an observation, and the space of one; None without groups."""
+    bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
+    slices = {name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)}
+    return slices, gymnasium.spaces.Box(-np.inf, np.inf, (int(bounds[-1]),), np.float32) if groups else None
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """torch.device, or ValueError where this machine has no such device."""
     try:
@@ -2445,7 +3551,8 @@ def check_device(device: str | torch.device) -> torch.device:
 def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     """A `VecSim`.
 
-    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5 or Humanoid-v5
+    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5, Humanoid-v5, Quadruped-Flat
+                        or Quadruped-Rough
     num_envs            N
     device              "cpu", "cuda", "cuda:1"
     seed                of every random number the environment draws
@@ -2458,7 +3565,10 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     random_initial_ages the first episodes start at random ages
     compile             compile the step; on CUDA also capture it as one graph
     chunk               environments stepped together; default all on a GPU, what fits the cache on a CPU
-    **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...)
+    randomize           True for the task's own ranges, or a `Randomize`, or a dict of its fields: {"friction": (0.5, 1.25)}
+    perturb             a `Perturb`, or a dict of its fields: {"action_delay_ms": 120}
+    **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...), and single fields
+                        of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can give
     """
     return VecSim(env_id, num_envs, **options)
 
@@ -2536,11 +3646,14 @@ def acceleration_errors(
     """Relative error of qacc (samples,), max over dofs, per number of Newton iterations.
 
     Against converged MuJoCo C at the environments' present states, warm-started as the environment is. Evaluated by the
-    eager functions, which the compiled ones equal to rounding (tested).
+    eager functions, which the compiled ones equal to rounding (tested). Robots on a height field are set on level ground.
     """
     m = converged(env.mj_model)
-    data = mujoco.MjData(m)
-    state, ctrl = State(*(x[:, :samples] for x in env.state())), actions[:samples].T
+    data, model = mujoco.MjData(m), dataclasses.replace(env.model, terrain=None)
+    state, ctrl = State(*(x[:, :samples] for x in env.state())), env.task.control(env.model, actions[:samples].T)
+    if env.model.terrain is not None:
+        ground = sample_terrain(env.model.terrain, state.qpos[0], state.qpos[1])[0]
+        state = state._replace(qpos=torch.cat((state.qpos[:2], state.qpos[2:3] - ground, state.qpos[3:])))
     exact = []
     for columns in zip(*(x.double().cpu().numpy().T for x in (*state, ctrl)), strict=True):
         data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] = columns
@@ -2550,7 +3663,7 @@ def acceleration_errors(
     errors = {}
     for count in iterations:
         with torch.no_grad():
-            qacc = forward(env.model, state, ctrl, count).solution.qacc.double().cpu().numpy().T
+            qacc = forward(model, state, ctrl, count).solution.qacc.double().cpu().numpy().T
         errors[count] = np.abs(qacc - exact).max(1) / (1 + np.abs(exact).max(1))
     return errors
 

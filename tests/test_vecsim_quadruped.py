@@ -1,0 +1,546 @@
+"""The quadruped of vecsim_torch.py: its physics against MuJoCo C, its rewards and rules by hand, its terrain both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+from test_vecsim_env import random_actions, rollout, same
+from test_vecsim_physics import batch, c_forward, c_step, converged, error, visit
+
+import vecsim_torch as vecsim
+
+FAST = {"iterations": 2}
+SMALL = {"terrain_rows": 3, "terrain_columns": 5}  # one column of each type
+
+
+def make(env_id="Quadruped-Flat", n=4, **options):
+    small = SMALL if env_id == "Quadruped-Rough" else {}
+    return vecsim.make(env_id, n, **(small | FAST | options))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The robot
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quadruped():
+    m = converged(mujoco.MjModel.from_xml_string(vecsim.quadruped_mjcf()))
+    states = visit(m, 150, seed=1, stride=4, touching=True)
+    return m, states, vecsim.load_model(m, dtype=torch.float64), *batch(states)
+
+
+def test_physics_equals_mujoco(quadruped):
+    """As the six models of Gymnasium: accelerations, mass matrix, forces."""
+    m, states, model, state, ctrl = quadruped
+    reference = c_forward(m, states, ("qacc", "qfrc_bias", "qfrc_actuator", "qfrc_constraint"))
+    dynamics = vecsim.forward(model, state, ctrl, 20)
+    smooth, worst = dynamics.smooth, error(dynamics.solution.qacc, reference.qacc)
+    print(f"\nqacc quadruped: {worst:.1e}")
+    assert worst <= 1e-9
+    padded = torch.cat((smooth.mass_matrix, torch.zeros_like(smooth.mass_matrix[:1])))
+    assert error(padded[model.unpack_index], reference.mass_matrix) <= 1e-12
+    assert error(smooth.qfrc_bias, reference.qfrc_bias) <= 1e-12
+    assert error(smooth.qfrc_actuator, reference.qfrc_actuator) <= 1e-12
+    assert error(vecsim.constraint_force(model, smooth, dynamics.solution), reference.qfrc_constraint) <= 1e-9
+    assert max(map(len, reference.contacts)) >= 8  # lying down, too
+
+
+@pytest.mark.parametrize("integrator", ["euler", "implicitfast"])
+def test_one_step_equals_mujoco(quadruped, integrator):
+    m, states, model, state, ctrl = quadruped
+    qpos, qvel = c_step(m, states, integrator)
+    after, _ = vecsim.step(model, state, ctrl, integrator, 16)
+    assert error(after.qpos, qpos) <= 1e-10
+    assert error(after.qvel, qvel) <= 1e-9
+
+
+def test_public_figures(quadruped):
+    """Unitree's data sheet: 12 kg class, links of 0.213 m, 23.7 and 35.55 N m; ranges of its description files."""
+    m = quadruped[0]
+    assert m.nu == 12 and m.nq == 19
+    assert math.isclose(m.body_mass.sum(), 5.204 + 4 * (0.68 + 1.009 + 0.195862))
+    assert np.allclose(m.actuator_forcerange[:, 1], [23.7, 23.7, 35.55] * 4)
+    assert np.allclose(m.jnt_range[1:4], [[-0.863, 0.863], [-0.686, 4.501], [-2.818, -0.888]])
+    assert np.allclose(m.body("RL_calf").pos, [0, 0, -0.213]) and np.allclose(
+        m.body("FR_hip").pos, [0.1881, -0.04675, 0]
+    )
+    inertia = np.array(
+        [m.body(f"{leg}_{part}").inertia for leg in ("FR", "FL", "RR", "RL") for part in ("hip", "thigh")]
+    )
+    assert np.allclose(inertia.reshape(4, 2, 3), inertia.reshape(4, 2, 3)[0], rtol=1e-9)  # mirrored, not changed
+    env = make()
+    assert env.settings.integrator == "implicitfast" and env.metadata["render_fps"] == 50
+    assert env.task.frame_skip * env.model.timestep == pytest.approx(0.02) and env.model.timestep == 0.005
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A control step against MuJoCo: servo targets, observation, every reward term
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def mujoco_control_step(m, qpos, qvel, warmstart, target):
+    """Four physics steps in C; the last evaluation of forces stays in mjData, as in vecsim's."""
+    d = mujoco.MjData(m)
+    d.qpos[:], d.qvel[:], d.qacc_warmstart[:], d.ctrl[:] = qpos, qvel, warmstart, target
+    mujoco.mj_step(m, d, 4)
+    pressed, force = {}, np.zeros(6)
+    for k, c in enumerate(d.contact):
+        mujoco.mj_contactForce(m, d, k, force)
+        name = m.geom(c.geom[1]).name
+        pressed.setdefault(name, []).append(force[0])
+    return d, pressed
+
+
+def test_control_step_equals_mujoco():
+    env = make(n=24, dtype=torch.float64, iterations=12, seed=5)
+    env.reset()
+    m, weights = converged(env.mj_model), env.task
+    for t in range(6):
+        env.step(random_actions(env, t))
+    before, memory = env.state(), vecsim.split_rows(env._get_carry().memory, env.task.memory)
+    action = random_actions(env, 99)
+    _, reward, terminated, _, info = env.step(action)
+    obs = {name: info["final_obs"][:, rows] for name, rows in env.observation_slices.items()}
+    critic = {name: info["final_critic_obs"][:, rows] for name, rows in env.critic_slices.items()}
+    home, seconds = m.key_qpos[0][7:], 0.02
+    for k in range(24):
+        d, pressed = mujoco_control_step(
+            m, *(x[:, k].numpy() for x in before), np.clip(home + 0.5 * action[k].numpy(), *m.actuator_ctrlrange.T)
+        )
+        feet = np.array([sum(pressed.get(f"{leg}_foot", [0])) for leg in ("FR", "FL", "RR", "RL")])
+        old = {name: x[:, k].numpy() for name, x in memory.items()}
+        local = np.zeros(6)
+        qpos, qvel, turn = d.qpos.copy(), d.qvel.copy(), np.zeros(9)
+        torque = d.qfrc_actuator[6:].copy()
+        mujoco.mju_quat2Mat(turn, qpos[3:7])
+        turn = turn.reshape(3, 3)
+        mujoco.mj_forward(m, d)
+        mujoco.mj_objectVelocity(m, d, mujoco.mjtObj.mjOBJ_XBODY, 1, local, 1)
+        assert np.allclose(obs["angular_velocity"][k], local[:3], atol=1e-7)
+        assert np.allclose(critic["velocity"][k], local[3:], atol=1e-7)
+        assert np.allclose(obs["gravity"][k], turn.T @ [0, 0, -1], atol=1e-9)
+        assert np.allclose(obs["joint_position"][k], qpos[7:] - home, atol=1e-8)
+        assert np.allclose(obs["joint_velocity"][k], qvel[6:], atol=1e-6)
+        assert torch.equal(obs["last_action"][k], action[k])
+        assert np.array_equal(critic["foot_contact"][k].numpy() > 0, feet > 1)
+        command, contact = old["command"], (feet > 1) | (old["contact"] > 0)
+        velocity_error, yaw_error = np.hypot(*(command[:2] - local[3:5])), abs(command[2] - local[2])
+        low, high = m.actuator_ctrlrange.T
+        beyond = np.abs(qpos[7:] - (low + high) / 2) - 0.9 * (high - low) / 2
+        legs = [f for name, fs in pressed.items() for f in fs if "thigh" in name or "calf" in name]
+        expected = {
+            "track_velocity": 1.0 * np.exp(-(velocity_error**2) / 0.25),
+            "track_yaw": 0.5 * np.exp(-(yaw_error**2) / 0.25),
+            "vertical_velocity": -2.0 * local[5] ** 2,
+            "roll_pitch": -0.05 * (local[:2] ** 2).sum(),
+            "orientation": weights.orientation_weight * (turn[2, :2] ** 2).sum(),
+            "torque": -2e-4 * (torque**2).sum(),
+            "joint_acceleration": -2.5e-7 * (((qvel[6:] - old["joint_velocity"]) / seconds) ** 2).sum(),
+            "action_rate": -0.01 * ((action[k].numpy() - old["last_action"]) ** 2).sum(),
+            "air_time": ((old["air_time"] + seconds - 0.5) * contact * (old["air_time"] > 0)).sum()
+            * (np.hypot(*command[:2]) > 0.1),
+            "collision": -1.0 * sum(f > 0.1 for f in legs),
+            "joint_limit": -10.0 * np.maximum(beyond, 0).sum(),
+        }
+        for name, value in expected.items():
+            assert abs(float(info[f"reward_{name}"][k]) - seconds * value) <= 1e-7, name
+        gained = seconds * sum(max(0.0, x) for x in expected.values())
+        lost = seconds * sum(min(0.0, x) for x in expected.values())
+        assert abs(float(reward[k]) - gained * math.exp(lost / 0.02)) <= 1e-6
+        trunk = max((f for name, fs in pressed.items() for f in fs if "trunk" in name), default=0.0)
+        assert bool(terminated[k]) == (trunk >= 1.0 or turn[2, 2] <= math.cos(1.2))
+    assert set(expected) == {name.removeprefix("reward_") for name in info if name.startswith("reward_")}
+    assert set(info) >= {"velocity_error", "yaw_error", "final_obs", "critic_obs", "final_critic_obs", "invalid"}
+
+
+def test_it_falls_on_its_trunk_or_over():
+    env = make(n=3, dtype=torch.float64)
+    env.reset(seed=0)
+    state = env.state()
+    qpos, qvel = state.qpos.clone(), torch.zeros_like(state.qvel)
+    qpos[3:7] = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)[:, None]
+    qpos[7:] = env.model.qpos0[7:]
+    qpos[2] = torch.tensor([0.29, 0.055, 0.6])  # standing, the trunk on the ground, high up
+    qpos[8::3, 1] = math.pi  # legs in the air
+    qpos[3:5, 2] = torch.tensor([math.cos(0.7), math.sin(0.7)])  # rolled by 1.4 rad
+    env.set_state(qpos, qvel)
+    assert env.step(torch.zeros(3, 12, dtype=torch.float64))[2].tolist() == [False, True, True]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands and memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_commands():
+    """Inside their ranges, some zero, none too slow to be a walk; drawn anew after `resample_seconds` and not before."""
+    options = {"command_forward": (-0.5, 1.5), "command_sideways": (-0.3, 0.3), "command_yaw": (-2.0, 2.0), "resample_seconds": 0.1}  # fmt: skip
+    env = make(n=256, standing_share=0.25, iterations=1, terminate_when_unhealthy=False, **options)
+    rows = env.observation_slices["command"]
+    command = env.reset(seed=0)[0][:, rows]
+    for t in range(1, 11):
+        after = env.step(torch.zeros(256, 12))[0][:, rows]
+        assert torch.equal(after, command) == (t % 5 != 0)  # 0.1 s are five control steps
+        command = after
+        speed = torch.hypot(command[:, 0], command[:, 1])
+        assert ((speed == 0) | (speed > 0.2)).all()
+        standing = (command == 0).all(1)
+        assert 0.17 < float(standing.float().mean()) < 0.33
+        for k, (low, high) in enumerate(((-0.5, 1.5), (-0.3, 0.3), (-2.0, 2.0))):
+            assert low <= command[:, k].min() < 0.9 * low and 0.9 * high < command[:, k].max() <= high
+
+
+def test_heading_command_steers():
+    env = make(n=64, heading_command=True, dtype=torch.float64)
+    env.reset(seed=0)
+    obs = env.step(torch.zeros(64, 12, dtype=torch.float64))[4]["final_obs"]
+    memory, q = vecsim.split_rows(env._get_carry().memory, env.task.memory), env.state().qpos[3:7]
+    yaw = torch.atan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
+    off = (memory["heading"][0] - yaw + math.pi) % (2 * math.pi) - math.pi
+    walking = torch.hypot(*memory["command"][:2]) > 0
+    expected = torch.where(walking, (0.5 * off).clamp(-1, 1), 0.0)
+    assert (obs[:, env.observation_slices["command"]][:, 2] - expected).abs().max() <= 1e-9
+    assert expected.max() == 1 and expected.min() == -1
+
+
+def test_air_time_by_hand():
+    """A foot that lifts for three steps and lands: its time in the air counts up, pays once, and starts again."""
+    env = make(n=1, dtype=torch.float64)
+    env.reset(seed=0)
+    task, model, state = env.task, env.model, env.state()
+    memory = vecsim.split_rows(env._get_carry().memory, task.memory)
+    memory["command"] = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    p = vecsim.Measured(state.qpos, state.qvel, None, memory, state.qpos[:0])
+    sensed = task.sense(model, p)
+    paid, counted = [], []
+    for foot in (50.0, 0.0, 0.0, 0.0, 0.0, 50.0, 50.0):  # N; one more step counts as contact, forces flicker
+        sensed["foot_force"] = torch.tensor([[foot], [50.0], [50.0], [50.0]], dtype=torch.float64)
+        paid.append(float(task.reward(model, p, sensed, state.qpos[7:], None)["reward_air_time"]))
+        p = p._replace(memory=task.remember(model, p, sensed, state.qpos[7:], state.qpos[:9]))
+        counted.append(float(p.memory["air_time"][0]))
+    assert counted == pytest.approx([0, 0, 0.02, 0.04, 0.06, 0, 0])
+    assert paid == pytest.approx([0, 0, 0, 0, 0, 0.02 * (0.08 - 0.5), 0])
+
+
+def test_privileged_observation():
+    """True quantities, in a layout that no option changes, so that a teacher can be tried under all of them."""
+    plain = make(n=8, randomize=True)
+    pushed = make(
+        n=8, randomize=True, **{"perturb.push": 1.0, "perturb.push_interval": 0.02, "perturb.mass_scale": 1.5}
+    )
+    assert plain.critic_slices == pushed.critic_slices
+    assert plain.single_critic_space.shape == (99,) and plain.single_observation_space.shape == (45,)
+    assert plain.reset(seed=0)[1]["critic_obs"].shape == (8, 99)
+    _, info = pushed.reset(seed=0)
+    for _ in range(2):
+        critic = {name: info["critic_obs"][:, rows].T for name, rows in pushed.critic_slices.items()}
+        robots = pushed.robots()
+        assert torch.equal(critic["friction"], robots.friction[:1])
+        assert torch.equal(critic["mass"], robots.mass) and 1.3 < (robots.mass / plain.model.mass).mean() < 1.7
+        assert torch.equal(critic["centre_of_mass"], robots.com[0])
+        assert torch.equal(critic["position_gain"], robots.actuator_gain)
+        obs, _, _, _, info = pushed.step(torch.zeros(8, 12))
+        for name, rows in pushed.observation_slices.items():
+            assert torch.equal(obs[:, rows], info["critic_obs"][:, pushed.critic_slices[name]])
+    assert torch.hypot(*info["critic_obs"][:, pushed.critic_slices["push"]].T).min() > 0.99
+    flags = make("Quadruped-Rough", velocity_in_observation=True, heights_in_observation=True)
+    assert flags.single_observation_space.shape == (48 + 187,) and list(flags.observation_slices)[0] == "velocity"
+
+
+@pytest.mark.parametrize("env_id", ["Quadruped-Flat", "Quadruped-Rough"])
+def test_resume(env_id, tmp_path):
+    options = {"max_episode_steps": 5, "random_initial_ages": True, "randomize": True, "perturb.action_delay_ms": 25}
+    env = make(env_id, 8, **options)
+    env.reset(seed=0)
+    rollout(env, 3)
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    expected, statistics = rollout(env, 6, seed=50), env.pop_statistics()
+    other = make(env_id, 8, seed=99, **options)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same(rollout(other, 6, seed=50), expected)
+    assert other.pop_statistics() == statistics and statistics["episodes"] >= 8
+
+
+def test_chunks_change_nothing():
+    whole, parts = (make("Quadruped-Rough", 128, chunk=c, max_episode_steps=3, randomize=True) for c in (128, 64))
+    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
+    assert same(rollout(whole, 4), rollout(parts, 4))
+
+
+def test_statistics_average_the_terms():
+    env = make("Quadruped-Rough", 16)
+    env.reset(seed=0)
+    infos = [env.step(random_actions(env, t))[4] for t in range(3)]
+    statistics = env.pop_statistics()
+    for name in ("velocity_error", "reward_torque", "terrain_level"):
+        assert statistics[name] == pytest.approx(float(torch.stack([info[name] for info in infos]).mean()), rel=1e-5)
+    assert math.isnan(env.pop_statistics()["velocity_error"])
+
+
+def test_a_poisoned_robot_on_terrain_harms_no_other():
+    env, sick = make("Quadruped-Rough", 4), make("Quadruped-Rough", 4)
+    env.reset(seed=0), sick.reset(seed=0)
+    state = sick.state_dict()
+    state["carry"]["qpos"][0, 1] = math.nan
+    sick.load_state_dict(state)
+    action = random_actions(env)
+    good, bad = env.step(action), sick.step(action)
+    assert bad[4]["invalid"].tolist() == [False, True, False, False] and torch.isfinite(bad[0]).all()
+    assert torch.equal(good[0][[0, 2, 3]], bad[0][[0, 2, 3]])
+    assert all(torch.isfinite(x).all() for x in rollout(sick, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Terrain
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def field(heights, cell=0.1, corner=(0.0, 0.0), dtype=torch.float64):
+    empty = torch.zeros(1, 3, dtype=dtype)
+    return vecsim.Terrain(torch.as_tensor(heights, dtype=dtype), cell, corner, empty, (1, 1), 8.0)
+
+
+def test_bilinear_by_hand():
+    """One cell of 0.5 m with corners 0, 1, 2, 5; and what lies beyond the edge."""
+    terrain = field([[0.0, 1.0], [2.0, 5.0]], 0.5, (1.0, -1.0))
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.5, 1.25, 1.1, 9.0], [-1.0, -0.5, -0.75, -0.9, -9.0]))
+    height, slope_x, slope_y = vecsim.sample_terrain(terrain, x, y)
+    # h = 2u + v + 2uv with u = (x - 1) / 0.5 and v = (y + 1) / 0.5
+    assert height.tolist() == pytest.approx([0, 5, 2, 0.4 + 0.2 + 0.08, 2])
+    assert slope_x.tolist() == pytest.approx([4, 8, 6, 4.8, 4])
+    assert slope_y.tolist() == pytest.approx([2, 6, 4, 2.8, 6])
+
+
+def test_level_field_is_the_plane(quadruped):
+    """A field of zeros gives the plane's contacts, to the last rounding."""
+    _, _, model, state, ctrl = quadruped
+    level = dataclasses.replace(model, terrain=field(np.zeros((9, 9)), 10.0, (-40.0, -40.0)))
+    plane, ours = (vecsim.forward(x, state, ctrl, 8).solution.qacc for x in (model, level))
+    assert ((ours - plane).abs().amax(0) / (1 + plane.abs().amax(0))).max() <= 1e-12
+
+
+@pytest.mark.parametrize("slope", [(0.3, 0.0), (-0.2, 0.4)])
+def test_slope_equals_mujocos_tilted_plane(slope):
+    """A field that is one slope against MuJoCo's plane of the same tilt, on which the contact model is exact."""
+    normal = np.array([-slope[0], -slope[1], 1]) / np.hypot(np.hypot(*slope), 1)
+    axis = np.cross([0, 0, 1], normal)
+    half = 0.5 * np.arcsin(np.linalg.norm(axis))
+    quat = [np.cos(half), *(np.sin(half) * axis / np.linalg.norm(axis))]
+    tilted = f'name="floor" quat="{" ".join(map(str, quat))}"'
+    m = converged(mujoco.MjModel.from_xml_string(vecsim.quadruped_mjcf().replace('name="floor"', tilted)))
+    states = visit(m, 40, seed=3, stride=6, touching=True)
+    plane = vecsim.load_model(m, dtype=torch.float64)
+    along = 10.0 * np.arange(-4, 5)
+    heights = slope[0] * along[:, None] + slope[1] * along[None, :]
+    model = dataclasses.replace(plane, terrain=field(heights, 10.0, (-40.0, -40.0)))
+    state, ctrl = batch(states)
+    worst = error(vecsim.forward(model, state, ctrl, 20).solution.qacc, c_forward(m, states).qacc)
+    print(f"\nslope {slope}: {worst:.1e}")
+    assert worst <= 1e-9
+
+
+BALL = """<mujoco><asset><hfield name="f" nrow="{ny}" ncol="{nx}" size="{sx} {sy} {span} 1"/></asset><worldbody>
+  <geom name="floor" type="hfield" hfield="f" pos="{sx} {sy} {low}"/>
+  <body name="ball"><freejoint/><geom type="sphere" size="0.023" margin="0.05"/></body></worldbody></mujoco>"""
+
+
+# kind: share of positions where the distance differs by over 1 mm, its 95% quantile in mm, that of the normal in degrees
+DEPARTURE = {
+    "slope": (0.02, 0.01, 0.01),
+    "rough slope": (0.4, 4.0, 12.0),
+    "stairs up": (0.07, 1.0, 22.0),
+    "stairs down": (0.07, 1.5, 27.0),
+    "blocks": (0.04, 0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", DEPARTURE)
+def test_departure_from_mujocos_height_field(kind):
+    """A foot of 23 mm pressed 5 mm into the field: our one contact against the deepest of MuJoCo's.
+
+    Equal on slopes but at their ridges. Elsewhere a cell is bent here and two triangles there, and MuJoCo feels an edge beside the sphere
+    while the point under its centre is still level. The bounds are what was measured, rounded up.
+    """
+    points, cell = 80, 0.1
+    heights = vecsim.tile_heights(kind, 0.5, True, points, cell, np.random.default_rng(0))
+    low, span = heights.min(), np.ptp(heights)
+    m = mujoco.MjModel.from_xml_string(BALL.format(nx=points + 1, ny=points + 1, sx=4, sy=4, span=span, low=low))
+    m.hfield_data[:] = ((heights - low) / span).T.ravel()
+    d, terrain = mujoco.MjData(m), field(heights, cell)
+    rng, gaps, angles = np.random.default_rng(1), [], []
+    for x, y in rng.uniform(0.5, 7.5, (500, 2)):
+        height, sx, sy = (float(v) for v in vecsim.sample_terrain(terrain, *(torch.tensor(v) for v in (x, y))))
+        normal = np.array([-sx, -sy, 1]) / math.sqrt(1 + sx * sx + sy * sy)
+        d.qpos[:] = x, y, height + (0.023 - 0.005) / normal[2], 1, 0, 0, 0
+        mujoco.mj_forward(m, d)
+        deepest = min(d.contact, key=lambda c: c.dist)
+        gaps.append(1e3 * abs(deepest.dist + 0.005))  # mm
+        angles.append(math.degrees(math.acos(min(1, normal @ deepest.frame[:3]))))
+    share, distance, angle = np.mean(np.array(gaps) > 1), np.quantile(gaps, 0.95), np.quantile(angles, 0.95)
+    print(
+        f"\n{kind}: over 1 mm at {100 * share:.1f}% of the places, p95 {distance:.2f} mm, max {max(gaps):.1f} mm; "
+        f"normal p95 {angle:.1f} degrees, max {max(angles):.0f}"
+    )
+    most, millimetres, degrees = DEPARTURE[kind]
+    assert share <= most and distance <= millimetres and angle <= degrees
+
+
+def test_the_same_field_in_mujoco():
+    """`height_field_model`, for pictures: rays from above meet the heights that the simulator samples."""
+    terrain = vecsim.build_terrain(2, 3, 0)
+    m = vecsim.height_field_model(terrain._replace(heights=torch.as_tensor(terrain.heights)))
+    d, geom = mujoco.MjData(m), np.zeros(1, np.int32)
+    d.qpos[:3] = 0, 0, 50
+    mujoco.mj_forward(m, d)
+    rng = np.random.default_rng(0)
+    for i, j in zip(rng.integers(1, 180, 40), rng.integers(1, 260, 40), strict=True):
+        start = np.array([terrain.corner[0] + 0.1 * i, terrain.corner[1] + 0.1 * j, 10.0])
+        down = mujoco.mj_ray(m, d, start, np.array([0.0, 0, -1]), None, 1, -1, geom)
+        assert abs(10 - down - terrain.heights[i, j]) <= 1e-5 and m.geom(geom[0]).name == "floor"  # float32 data
+
+
+def test_tiles():
+    """Types in their columns, harder from row to row, level at the edges and in the middle, steps of the stated size."""
+    terrain = vecsim.build_terrain(10, 20, 0)
+    assert terrain.heights.shape == (10 * 80 + 41, 20 * 80 + 41) and terrain.origins.shape == (200, 3)
+    origins = terrain.origins.reshape(10, 20, 3)
+    assert np.allclose(origins[3, 7, :2], [3.5 * 8, 7.5 * 8])
+    rng = np.random.default_rng
+    for kind in vecsim.TERRAIN_TYPES:
+        tile = vecsim.tile_heights(kind, 0.5, True, 80, 0.1, rng(3))
+        assert tile.shape == (81, 81) and np.allclose(tile[[0, -1]], 0) and np.allclose(tile[:, [0, -1]], 0)
+        middle = tile[31:50, 31:50]
+        assert np.ptp(middle) <= (0.1 if kind == "rough slope" else 0) + 1e-9
+        assert np.ptp(vecsim.tile_heights(kind, 0.9, True, 80, 0.1, rng(3))) > np.ptp(tile)
+    up, down = (vecsim.tile_heights(f"stairs {way}", 0.5, True, 80, 0.1, rng(3)) for way in ("up", "down"))
+    rises = np.diff(up[40:, 40])
+    assert np.allclose(rises[rises != 0], 0.05 + 0.18 * 0.5) and (rises > 0).sum() == 10  # ceil(3 m / 0.31 m)
+    assert np.array_equal(up, -down) and up[40, 40] < 0  # out of a pit, from a mound
+    slope = vecsim.tile_heights("slope", 0.5, False, 80, 0.1, rng(3))
+    assert np.allclose(np.diff(slope[55:80, 40]), -0.4 * 0.5 * 0.1)
+    assert not np.array_equal(*(vecsim.build_terrain(1, 20, seed).heights for seed in (0, 1)))
+
+
+def test_height_scan_by_hand():
+    """On h = 0.1 x, from 0.3 m above the origin, facing +y: forward is y, and sideways (left) is -x."""
+    along = 0.1 * np.arange(-20, 21)
+    terrain = field(np.repeat(0.1 * along[:, None], 41, 1), 0.1, (-2.0, -2.0))
+    position = torch.tensor([[0.0], [0.0], [0.3]], dtype=torch.float64)
+    scan = vecsim.height_scan(terrain, position, torch.tensor([math.pi / 2], dtype=torch.float64)).view(17, 11)
+    assert torch.allclose(scan, (0.1 * 0.1 * torch.arange(-5, 6).double()).expand(17, 11), atol=1e-12)
+    high = vecsim.height_scan(terrain, position + 5, torch.zeros(1, dtype=torch.float64))
+    assert (high == 1).all()
+
+
+def test_robots_stand_on_the_ground_they_start_on():
+    env = make("Quadruped-Rough", 64, dtype=torch.float64)
+    env.reset(seed=0)
+    qpos, terrain = env.state().qpos, env.model.terrain
+    ground = vecsim.sample_terrain(terrain, qpos[0], qpos[1])[0]
+    assert torch.allclose(qpos[2], ground + 0.31)
+    memory = vecsim.split_rows(env._get_carry().memory, env.task.memory)
+    tile = (memory["level"][0] * 5 + memory["column"][0]).long()
+    assert (qpos[:2] - terrain.origins[tile, :2].T).abs().max() <= 1
+    assert set(memory["column"][0].tolist()) == {0, 1, 2, 3, 4} and set(memory["level"][0].tolist()) == {0, 1, 2}
+    for _ in range(10):
+        info = env.step(torch.zeros(64, 12, dtype=torch.float64))[4]
+    foot = info["critic_obs"][:, env.critic_slices["foot_contact"]]
+    assert foot.mean() > 0.5  # they have landed and stand
+    assert (env.state().qpos[2] - ground > 0.15).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curriculum
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "level, walked, commanded, seconds, uniform, expected",
+    [
+        (3, 4.1, 1.0, 20.0, 0.0, 4),  # out of the tile of 8 m
+        (3, 4.1, 0.2, 20.0, 0.0, 4),
+        (3, 3.9, 1.0, 20.0, 0.0, 2),  # under half of 20 m
+        (3, 3.9, 0.3, 20.0, 0.0, 3),  # over half of 6 m
+        (3, 3.9, 1.0, 7.0, 0.0, 3),  # over half of 7 m: a first episode that began late
+        (5, 0.0, 0.0, 20.0, 0.0, 5),  # told to stand
+        (0, 0.0, 1.0, 20.0, 0.9, 0),  # nothing below
+        (9, 5.0, 1.0, 20.0, 0.37, 3),  # past the last row: any row
+        (9, 5.0, 1.0, 20.0, 0.99, 9),
+    ],
+)
+def test_next_level(level, walked, commanded, seconds, uniform, expected):
+    terrain = field(np.zeros((2, 2)))._replace(tiles=(10, 20))
+    numbers = (torch.tensor([float(x)]) for x in (level, walked, commanded, seconds))
+    assert vecsim.next_level(*numbers, terrain, torch.tensor([uniform])).tolist() == [expected]
+
+
+def test_curriculum_moves_robots():
+    """At a reset, and only then: up for who is out of the tile, down for who is not halfway; the column stays."""
+    env = make("Quadruped-Rough", 3, max_episode_steps=500, terminate_when_unhealthy=False, terrain_rows=4)
+    env.reset(seed=0)
+    state = env.state_dict()
+    carry = {name: x.clone() for name, x in state["carry"].items()}
+    rows = dict(zip(env.task.memory, np.cumsum([0, *env.task.memory.values()]), strict=False))
+    carry["memory"][rows["level"]] = 1
+    carry["memory"][rows["command"]], carry["memory"][rows["command"] + 1] = torch.tensor([1.0, 1.0, 0.0]), 0
+    start = carry["memory"][rows["start"] : rows["start"] + 2]
+    carry["qpos"][:2] = start + torch.tensor([[4.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
+    column = carry["memory"][rows["column"]].clone()
+    carry["age"][:], carry["episode_length"][:] = 498, 498
+    env.load_state_dict(state | {"carry": carry})
+    levels = []
+    for _ in range(3):
+        truncated = env.step(torch.zeros(3, 12))[3]
+        memory = env.state_dict()["carry"]["memory"]
+        levels.append((truncated.tolist(), memory[rows["level"]].tolist()))
+        assert torch.equal(memory[rows["column"]], column)
+    assert levels == [([False] * 3, [1, 1, 1]), ([True] * 3, [2, 0, 1]), ([False] * 3, [2, 0, 1])]
+    origins = env.model.terrain.origins[(torch.tensor([2.0, 0, 1]) * 5 + column).long(), :2].T
+    assert (env.state().qpos[:2] - origins).abs().max() < 1.1
+
+
+def test_levels_without_a_curriculum():
+    anywhere = make("Quadruped-Rough", 256, curriculum=False)
+    fixed = make("Quadruped-Rough", 16, terrain_level=2, max_episode_steps=1)
+    anywhere.reset(seed=0), fixed.reset(seed=0)
+    assert set(anywhere.step(torch.zeros(256, 12))[4]["terrain_level"].tolist()) == {0, 1, 2}
+    for _ in range(2):
+        assert (fixed.step(torch.zeros(16, 12))[4]["terrain_level"] == 2).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"terrain_rows": 0}, "terrain_rows must be at least 1, not 0"),
+        ({"terrain_columns": 0}, "terrain_columns must be at least 1, not 0"),
+        ({"terrain_level": 3}, "terrain_level must be under terrain_rows = 3, not 3"),
+    ],
+)
+def test_make_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        make("Quadruped-Rough", 2, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("env_id", ["Quadruped-Flat", "Quadruped-Rough"])
+def test_cuda_graph(env_id):
+    """Replay equals eager, and nothing reads the device."""
+    eager, graph = (make(env_id, 64, device="cuda", compile=flag, randomize=True) for flag in (False, True))
+    eager.reset(seed=0), graph.reset(seed=0)
+    for t in range(4):
+        graph.load_state_dict(eager.state_dict())
+        action = random_actions(make(env_id, 64), t).cuda()
+        ours, theirs = graph.step(action), eager.step(action)
+        for a, b in zip(ours[:4], theirs[:4], strict=True):
+            assert ((a.double() - b.double()).abs() / (1 + b.double().abs())).max() <= 1e-3
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager.step(action), graph.step(action)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

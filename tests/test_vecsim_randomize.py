@@ -1,0 +1,423 @@
+"""Randomised and perturbed environments of vecsim_torch.py: what reaches the physics, when it changes, and what a delay is.
+
+Accelerations are held against MuJoCo C with the same parameter written into mjModel, in float64. Bit for bit: resume,
+and an environment whose options are off against one that never heard of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+from test_vecsim_env import random_actions, rollout, same
+from test_vecsim_physics import batch, c_forward, converged, error, visit
+
+import vecsim_torch as vecsim
+
+FAST = {"iterations": 2, "integrator": "euler"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Each parameter reaches the physics as it would in MuJoCo
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scale_masses(m, old, k, factor):
+    for b, link in enumerate(vecsim.build_tree(m).body_link):
+        if link >= 0:
+            m.body_mass[b] = old.body_mass[b] * factor[link, k]
+            m.body_inertia[b] = old.body_inertia[b] * factor[link, k]
+
+
+def move_trunk(m, old, k, shift):
+    tree = vecsim.build_tree(m)
+    trunk = next(b for b in range(m.nbody) if tree.body_link[b] >= 0 and m.body_mass[b] > 0)
+    m.body_ipos[trunk] = old.body_ipos[trunk] + shift[:, k]
+    m.body_sameframe[trunk] = mujoco.mjtSameFrame.mjSAMEFRAME_NONE  # else MuJoCo takes the body's frame for granted
+    m.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE  # its boxes were compiled about the old centre of mass
+
+
+def strengthen(m, old, k, factor):
+    for field in ("actuator_gainprm", "actuator_biasprm", "actuator_forcerange"):
+        getattr(m, field)[:] = getattr(old, field) * factor[:, k : k + 1]
+
+
+def stiffen(m, old, k, factor):
+    m.actuator_gainprm[:, 0] = old.actuator_gainprm[:, 0] * factor[:, k]
+    m.actuator_biasprm[:, 1] = old.actuator_biasprm[:, 1] * factor[:, k]
+
+
+IN_MUJOCO = {  # how to write robot k's numbers (rows, N) into mjModel, and a range that matters
+    "mass": (scale_masses, 0.5),
+    "centre_of_mass": (move_trunk, 0.1),
+    "friction": (lambda m, old, k, x: np.copyto(m.geom_friction[:, 0], old.geom_friction[:, 0] * x[0, k]), 0.6),
+    "damping": (lambda m, old, k, x: np.copyto(m.dof_damping, old.dof_damping * x[:, k]), 0.8),
+    "armature": (lambda m, old, k, x: np.copyto(m.dof_armature, old.dof_armature * x[:, k]), 0.8),
+    "motor_strength": (strengthen, 0.5),
+    "position_gain": (stiffen, 0.5),
+    "velocity_gain": (lambda m, old, k, x: np.copyto(m.actuator_biasprm[:, 2], old.actuator_biasprm[:, 2] * x[:, k]), 0.8),
+    "gravity": (lambda m, old, k, x: np.copyto(m.opt.gravity, old.opt.gravity * x[0, k]), 0.5),
+}  # fmt: skip
+PARITY = [("Hopper-v5", name) for name in IN_MUJOCO if "gain" not in name] + [("Quadruped-Flat", n) for n in IN_MUJOCO]
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Touching states of each task's model under random actions, and vecsim's accelerations without randomisation."""
+    out = {}
+    for env_id in ("Hopper-v5", "Quadruped-Flat"):
+        env = vecsim.make(env_id, COUNT, dtype=torch.float64)
+        m = converged(env.mj_model)
+        visited = visit(m, COUNT, seed=2, stride=5, touching=True)
+        state, ctrl = batch(visited)
+        plain = vecsim.forward(env.model, state, ctrl, 16).solution.qacc
+        assert error(plain, c_forward(m, visited).qacc) <= 1e-9
+        out[env_id] = (visited, state, ctrl, plain)
+    return out
+
+
+@pytest.mark.parametrize("env_id, name", PARITY)
+def test_parameter_equals_mujoco(states, env_id, name):
+    write, spread = IN_MUJOCO[name]
+    env = vecsim.make(env_id, COUNT, dtype=torch.float64, randomize={name: spread}, **FAST)
+    env.reset(seed=4)
+    values = env.parameters()
+    assert list(values) == [name]
+    visited, state, ctrl, plain = states[env_id]
+    m, old, numbers = converged(copy.deepcopy(env.mj_model)), env.mj_model, values[name].numpy()
+    reference = c_forward(m, visited, change=lambda m, k: write(m, old, k, numbers))
+    ours = vecsim.forward(env.robots(), state, ctrl, 20).solution.qacc
+    changed = (ours - plain).abs().amax(0)
+    assert changed.max() > 1e-3  # the parameter matters
+    worst = error(ours, reference.qacc)
+    print(f"\n{env_id} {name}: {worst:.1e}, changes qacc by up to {changed.max():.1e}")
+    assert worst <= 1e-9  # as for the model's own parameters
+
+
+def test_all_parameters_together_equal_mujoco(states):
+    env = vecsim.make(
+        "Quadruped-Flat", COUNT, dtype=torch.float64, randomize={n: x for n, (_, x) in IN_MUJOCO.items()}, **FAST
+    )
+    env.reset(seed=4)
+    values = {name: x.numpy() for name, x in env.parameters().items()}
+    visited, state, ctrl, _ = states["Quadruped-Flat"]
+    old = env.mj_model
+
+    def change(m, k):
+        m.actuator_gainprm[:], m.actuator_biasprm[:] = old.actuator_gainprm, old.actuator_biasprm
+        for name in IN_MUJOCO:
+            if "gain" not in name and name != "motor_strength":
+                IN_MUJOCO[name][0](m, old, k, values[name])
+        stiffen(m, old, k, values["position_gain"])
+        m.actuator_biasprm[:, 2] *= values["velocity_gain"][:, k]
+        strengthen(m, copy.deepcopy(m), k, values["motor_strength"])
+        m.actuator_forcerange[:] = old.actuator_forcerange * values["motor_strength"][:, k : k + 1]
+
+    reference = c_forward(converged(copy.deepcopy(old)), visited, change=change)
+    assert error(vecsim.forward(env.robots(), state, ctrl, 20).solution.qacc, reference.qacc) <= 1e-9
+
+
+def test_derived_constants_stay_as_compiled(states):
+    """mj_setConst after a change of mass recomputes the invweights, which soften contacts: what leaving that out costs."""
+    env = vecsim.make("Quadruped-Flat", COUNT, dtype=torch.float64, randomize={"mass": 0.2}, **FAST)
+    env.reset(seed=4)
+    factor = env.parameters()["mass"].numpy()
+    visited, state, ctrl, _ = states["Quadruped-Flat"]
+    m, old, data = converged(copy.deepcopy(env.mj_model)), env.mj_model, mujoco.MjData(env.mj_model)
+
+    def change(m, k):
+        scale_masses(m, old, k, factor)
+        mujoco.mj_setConst(m, data)
+
+    reference = c_forward(m, visited, change=change).qacc
+    ours = vecsim.forward(env.robots(), state, ctrl, 20).solution.qacc.T.numpy()
+    wrong = np.abs(ours - reference).max(1) / (1 + np.abs(reference).max(1))
+    print(f"\nmass +-20%, qacc against a model with mj_setConst: median {np.median(wrong):.1e}, max {wrong.max():.1e}")
+    assert 1e-6 < wrong.max() < 0.1 and np.median(wrong) < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When and where they change
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Quadruped-Flat"])
+def test_drawn_at_reset_and_only_then(env_id):
+    env = vecsim.make(env_id, 16, randomize=True, max_episode_steps=9, random_initial_ages=True, **FAST)
+    env.reset(seed=0)
+    before, ended_once = env.parameters(), torch.zeros(16, dtype=torch.bool)
+    assert set(before) >= {"mass", "friction", "motor_strength", "gravity"}
+    for name, values in before.items():
+        assert len(values.unique(dim=1).T) == 16, name  # no two robots alike
+        low, high = env.settings.ranges[name]
+        assert low <= values.min() and values.max() <= high and values.std() > 0
+    for t in range(10):
+        _, _, terminated, truncated, _ = env.step(random_actions(env, t))
+        ended, after = terminated | truncated, env.parameters()
+        for name in before:
+            assert torch.equal(after[name][:, ~ended], before[name][:, ~ended]), name
+            assert (after[name] != before[name]).any(0)[ended].all(), name
+        before, ended_once = after, ended_once | ended
+    assert ended_once.all()
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Quadruped-Flat"])
+def test_resume_with_everything_on(env_id, tmp_path):
+    options = {
+        "max_episode_steps": 6, "random_initial_ages": True, "randomize": True, "randomize.push": 1.0,
+        "randomize.push_interval": (0.02, 0.06), "perturb.action_delay_ms": 30, "perturb.observation_noise": 0.1, **FAST,
+    }  # fmt: skip
+    env = vecsim.make(env_id, 8, **options)
+    env.reset(seed=0)
+    rollout(env, 4)
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    expected, statistics = rollout(env, 6, seed=50), env.pop_statistics()
+    other = vecsim.make(env_id, 8, seed=99, **options)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same(rollout(other, 6, seed=50), expected)
+    assert other.pop_statistics() == statistics
+    with pytest.raises(ValueError, match="this state is of ranges"):
+        vecsim.make(env_id, 8, **options | {"randomize.mass": 0.01}).load_state_dict(env.state_dict())
+
+
+def test_chunks_change_nothing():
+    options = {"max_episode_steps": 4, "randomize": True, "randomize.push": 1.0, "perturb.action_delay_ms": 20, **FAST}
+    options |= {"randomize.push_interval": 0.03, "perturb.observation_noise": 0.1}
+    whole, parts = (vecsim.make("Hopper-v5", 128, chunk=chunk, **options) for chunk in (128, 64))
+    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
+    assert same(rollout(whole, 6), rollout(parts, 6))
+
+
+def test_off_is_off():
+    """Nothing drawn, nothing carried, nothing changed."""
+    plain = vecsim.make("Hopper-v5", 8, **FAST)
+    off = vecsim.make("Hopper-v5", 8, randomize=False, perturb=vecsim.Perturb(), **FAST)
+    assert torch.equal(plain.reset(seed=0)[0], off.reset(seed=0)[0])
+    assert same(rollout(plain, 5), rollout(off, 5))
+    assert off.robots() is off.model and off.parameters() == {}
+    carry = off.state_dict()["carry"]
+    assert all(carry[name].numel() == 0 for name in ("parameters", "push", "delayed", "memory"))
+    assert sum(off.settings.noise.values()) == off.model.nq + off.model.nv
+
+
+def test_initial_state():
+    options = {"reset_noise_scale": 0.0, "randomize.initial_position": 0.2, "randomize.initial_velocity": (1.0, 2.0)}
+    env = vecsim.make("Quadruped-Flat", 256, max_episode_steps=1, **options, **FAST)
+    env.reset(seed=0)
+    for _ in range(2):
+        state = env.state()
+        moved = state.qpos[7:] - env.model.qpos0[7:]
+        assert moved.abs().max() <= 0.2 and moved.amax(1).min() > 0.15 and moved.amin(1).max() < -0.15
+        assert 1 <= state.qvel.min() < 1.1 and 1.9 < state.qvel.max() <= 2
+        env.step(torch.zeros(256, 12))  # ends every episode
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pushes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"randomize.push": (0.5, 1.0), "randomize.push_interval": 0.1}, {"perturb.push": 0.7, "perturb.push_interval": 0.1}])  # fmt: skip
+def test_pushes(options):
+    """A push is a jump of the horizontal velocity, of the size and at the time asked for; then physics as ever."""
+    env = vecsim.make("Quadruped-Flat", 64, dtype=torch.float64, **options, **FAST)
+    plain = vecsim.make("Quadruped-Flat", 64, dtype=torch.float64, **FAST)
+    env.reset(seed=0), plain.reset(seed=0)
+    low, high = env.settings.push[0]
+    for t in range(1, 14):
+        state = env.state()
+        env.step(torch.zeros(64, 12, dtype=torch.float64))
+        push = env.state_dict()["carry"]["push"]
+        size = torch.hypot(push[1], push[2])
+        assert ((low - 1e-9 <= size) & (size <= high + 1e-9)).all() if t in (6, 11) else (size == 0).all()
+        if t == 6:
+            state.qvel[:2] += push[1:]
+            plain.set_state(state.qpos, state.qvel)
+            start = plain.state_dict()
+            start["carry"]["warmstart"] = state.warmstart
+            plain.load_state_dict(start)
+            plain.step(torch.zeros(64, 12, dtype=torch.float64))
+            assert (plain.state().qvel - env.state().qvel).abs().max() <= 1e-12
+            angle = torch.atan2(push[2], push[1])
+            assert angle.min() < -2 and angle.max() > 2  # rad: from every side
+
+
+def test_planar_robots_are_pushed_along_their_plane():
+    env = vecsim.make("Hopper-v5", 4)
+    assert env.model.push_motion[..., 0].tolist() == [[1, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Perturbations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def delayed_by_hand(actions, delay, frame_skip):
+    """ctrl of every physics step when each action takes effect `delay` physics steps late, zeros before the first."""
+    applied = []
+    for step in range(len(actions) * frame_skip):
+        given = step - delay
+        applied.append(actions[given // frame_skip] if given >= 0 else 0.0)
+    return applied
+
+
+@pytest.mark.parametrize("frame_skip, delay", [(4, 0), (4, 1), (4, 3), (4, 4), (4, 6), (5, 12), (2, 7), (1, 3)])
+def test_delay_line(frame_skip, delay):
+    """1, 2, 3 ... as actions: physics step t sees the action of `delay` physics steps before."""
+    env = vecsim.make("Hopper-v5", 2, frame_skip=frame_skip, perturb={"action_delay_ms": 2.0 * delay}, **FAST)
+    assert env.settings.delay == delay  # physics steps of 2 ms
+    env.reset(seed=0)
+    carry, applied = env._get_carry(), []
+    actions = [float(k) for k in range(1, 7)]
+    for value in actions:
+        noise = torch.zeros(sum(env.settings.noise.values()), 2)
+        push, delayed, _, ctrl = vecsim.prepare(
+            env.task, env.model, env.settings, carry, torch.full((3, 2), value), noise
+        )
+        applied += [float(x[0, 0]) for x in ctrl]
+        assert all((x == x[0, 0]).all() and len(ctrl) == frame_skip for x in ctrl)
+        carry = carry._replace(delayed=delayed)
+    assert applied == delayed_by_hand(actions, delay, frame_skip)
+
+
+def test_a_delay_of_120_ms():
+    """24 physics steps of 5 ms, 6 control steps: the delayed robot does what the prompt one did 6 steps before."""
+    prompt = vecsim.make("Quadruped-Flat", 4, dtype=torch.float64, **FAST)
+    late = vecsim.make("Quadruped-Flat", 4, dtype=torch.float64, **{"perturb.action_delay_ms": 120}, **FAST)
+    assert late.settings.delay == 24
+    prompt.reset(seed=0), late.reset(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    actions = [0.3 * torch.randn(4, 12, dtype=torch.float64, generator=generator) for _ in range(10)]
+    for t in range(10):
+        late.step(actions[t])
+        prompt.step(actions[t - 6] if t >= 6 else torch.zeros(4, 12, dtype=torch.float64))
+        assert torch.equal(late.state().qpos, prompt.state().qpos)
+
+
+def test_an_episode_starts_with_an_empty_delay_line():
+    env = vecsim.make("Hopper-v5", 4, max_episode_steps=3, **{"perturb.action_delay_ms": 20}, **FAST)
+    env.reset(seed=0)
+    for t in range(1, 7):
+        env.step(torch.ones(4, 3))
+        assert env.state_dict()["carry"]["delayed"].abs().sum() == (0 if t % 3 == 0 else 4 * 3 * min(t % 3, 3))
+
+
+def test_scales_change_the_model():
+    env = vecsim.make("Ant-v5", 2, perturb={"mass_scale": 1.2, "friction_scale": 0.5, "gravity_scale": 0.9, "timestep_scale": 1.1})  # fmt: skip
+    plain = vecsim.make("Ant-v5", 2)
+    assert torch.allclose(env.model.mass, 1.2 * plain.model.mass) and torch.allclose(env.model.inertia, 1.2 * plain.model.inertia)  # fmt: skip
+    assert torch.allclose(env.model.friction, 0.5 * plain.model.friction)
+    assert torch.allclose(env.model.gravity, 0.9 * plain.model.gravity)
+    assert math.isclose(env.model.timestep, 1.1 * plain.model.timestep)
+    assert torch.equal(env.model.contact_invweight, plain.model.contact_invweight)  # derived constants do not follow
+    composed = vecsim.make("Ant-v5", 2, perturb={"friction_scale": 0.5}, randomize={"friction": (2.0, 2.0)})
+    composed.reset(seed=0)
+    assert torch.allclose(composed.robots().friction, plain.model.friction.expand(-1, 2))
+
+
+def test_perturbed_accelerations_equal_mujoco():
+    """The environment's mjModel is the perturbed one, and the physics is that model's."""
+    env = vecsim.make("Hopper-v5", COUNT, dtype=torch.float64, perturb={"mass_scale": 1.3, "friction_scale": 0.4, "gravity_scale": 1.2})  # fmt: skip
+    m = converged(env.mj_model)
+    visited = visit(m, COUNT, seed=2, stride=5, touching=True)
+    state, ctrl = batch(visited)
+    assert error(vecsim.forward(env.model, state, ctrl, 20).solution.qacc, c_forward(m, visited).qacc) <= 1e-9
+
+
+def test_observation_noise():
+    """Uniform, of the size asked for, in what the policy sees and nowhere else."""
+    options = {"dtype": torch.float64, "seed": 0, **FAST}
+    noisy = vecsim.make("Quadruped-Flat", 512, **{"perturb.observation_noise": 2.0}, **options)
+    noisy.reset(seed=0)
+    obs, _, _, _, info = noisy.step(torch.zeros(512, 12, dtype=torch.float64))
+    critic = torch.cat([info["critic_obs"][:, noisy.critic_slices[name]] for name in noisy.observation_slices], 1)
+    difference = obs - critic
+    for name, rows in noisy.observation_slices.items():
+        scale = 2.0 * noisy.task.noise_scale[name]
+        part = difference[:, rows]
+        assert part.abs().max() <= scale
+        if scale:
+            assert abs(float(part.std()) / (scale / math.sqrt(3)) - 1) < 0.1 and abs(float(part.mean())) < 0.1 * scale
+    assert torch.equal(obs, info["final_obs"])
+
+
+def test_sparse_reward():
+    """The return is the same, and arrives when the episode ends."""
+    options = {"max_episode_steps": 7, "seed": 3, **FAST}
+    dense, sparse = vecsim.make("Hopper-v5", 16, **options), vecsim.make("Hopper-v5", 16, perturb={"sparse_reward": True}, **options)  # fmt: skip
+    dense.reset(seed=0), sparse.reset(seed=0)
+    total, ends = torch.zeros(16), 0
+    for t in range(16):
+        action = random_actions(dense, t)
+        _, reward, terminated, truncated, _ = dense.step(action)
+        _, late, *_ = sparse.step(action)
+        total += reward
+        ended = terminated | truncated
+        assert torch.equal(late, torch.where(ended, total, 0.0))
+        total, ends = torch.where(ended, 0.0, total), ends + int(ended.sum())
+    assert ends >= 32
+    assert dense.pop_statistics() == sparse.pop_statistics()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How they are given, and what is refused
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_ways_to_say_the_same():
+    ways = [
+        {"randomize": vecsim.Randomize(friction=(0.7, 1.3)), "perturb": vecsim.Perturb(push=1.0)},
+        {"randomize": {"friction": 0.3}, "perturb": {"push": 1.0}},
+        {"randomize.friction": 0.3, "perturb.push": 1.0},
+    ]
+    made = [vecsim.make("Hopper-v5", 2, **way).settings for way in ways]
+    assert made[0] == made[1] == made[2] and made[0].ranges == {"friction": (0.7, 1.3)}
+    everything = vecsim.make("Hopper-v5", 2, randomize="true", **{"randomize.friction": 0.1}).settings.ranges
+    assert everything["friction"] == (0.9, 1.1) and "mass" in everything
+    assert "friction" not in vecsim.make("InvertedPendulum-v5", 2, randomize=True).settings.ranges  # it touches nothing
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"randomize": {"frction": 0.1}}, "unknown field 'frction' of randomize; nearest is 'friction'; it takes mass"),
+        ({"perturb.action_delay": 120}, "unknown field 'action_delay' of perturb; nearest is 'action_delay_ms'"),
+        ({"randomize": {"mass": (-1, 2)}}, r"randomize.mass = \(-1.0, 2.0\) must be .* nearest is \(0.001, 2.0\)"),
+        ({"randomize": {"gravity": (2, 1)}}, r"randomize.gravity .* nearest is \(2.0, 2.0\)"),
+        ({"randomize": {"mass": math.nan}}, "randomize.mass"),
+        ({"randomize": {"mass": "heavy"}}, "randomize.mass = 'heavy' must be a number or a range"),
+        ({"perturb": {"mass_scale": 0.0}}, "perturb.mass_scale = 0.0 must be finite and positive; nearest is 1"),
+        ({"perturb": {"action_delay_ms": -1}}, "perturb.action_delay_ms = -1 must be finite and at least 0; nearest is 0"),
+        ({"perturb": {"push": "hard"}}, "perturb.push = 'hard' must be a number"),
+        ({"perturb": {"sparse_reward": 2}}, "perturb.sparse_reward = 2 must be True or False"),
+        ({"perturb": True}, "perturb must be a dict or a Perturb, not True"),
+        ({"randomize": 3}, "randomize must be a dict or a Randomize, not 3"),
+        ({"randomize.position_gain": 0.1}, "position_gain has nothing to vary in Hopper-v5; it has mass"),
+        ({"randomise.mass": 0.1}, "unknown option 'randomise.mass'"),
+    ],
+)  # fmt: skip
+def test_make_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        vecsim.make("Hopper-v5", 2, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_graph_draws_afresh():
+    """Replayed resets draw new parameters, pushes and noise; replay equals eager."""
+    options = {"device": "cuda", "max_episode_steps": 3, "randomize": True, "randomize.push": 1.0, "perturb.action_delay_ms": 20, "perturb.observation_noise": 0.1}  # fmt: skip
+    eager, graph = (vecsim.make("Hopper-v5", 64, compile=flag, **options) for flag in (False, True))
+    eager.reset(seed=0), graph.reset(seed=0)
+    drawn = []
+    for t in range(9):
+        graph.load_state_dict(eager.state_dict())
+        action = random_actions(vecsim.make("Hopper-v5", 64), t).cuda()
+        eager.step(action), graph.step(action)
+        for name, values in graph.parameters().items():
+            assert torch.equal(values, eager.parameters()[name])
+        drawn.append(graph.parameters()["mass"])
+    assert not torch.equal(drawn[1], drawn[3]) and not torch.equal(drawn[4], drawn[6])
