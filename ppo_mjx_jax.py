@@ -674,24 +674,24 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def of(x: jax.Array, valid: jax.Array) -> Statistics:
-        """Of the valid rows of x: (B, k)."""
-        count = jnp.maximum(valid.sum().astype(x.dtype), 1.0)
-        mean = jnp.where(valid[:, None], x, 0.0).sum(0) / count
-        variance = jnp.where(valid[:, None], jnp.square(x - mean), 0.0).sum(0) / count
+        """Of the valid rows of x: (B, k); without one, zeros that `merge` gives no weight."""
+        count = valid.sum().astype(x.dtype)
+        mean = jnp.where(valid[:, None], x, 0.0).sum(0) / jnp.maximum(count, 1.0)
+        variance = jnp.where(valid[:, None], jnp.square(x - mean), 0.0).sum(0) / jnp.maximum(count, 1.0)
         return Statistics(mean, variance, count)
 
     def merge(self, other: Statistics) -> Statistics:
         """Chan et al. 1983."""
         count = self.count + other.count
-        shift, share = other.mean - self.mean, other.count / count
+        shift, share = other.mean - self.mean, other.count / jnp.maximum(count, 1.0)
         variance = self.variance * (1 - share) + other.variance * share + jnp.square(shift) * share * (1 - share)
         return Statistics(self.mean + shift * share, variance, count)
 
     def deviation(self) -> jax.Array:
         return jnp.sqrt(self.variance + 1e-6)
 
-    def normalize(self, x: jax.Array, limit: float = np.inf) -> jax.Array:
-        return jnp.clip((x - self.mean) / self.deviation(), -limit, limit)
+    def normalize(self, x: jax.Array) -> jax.Array:
+        return (x - self.mean) / self.deviation()
 
     def denormalize(self, x: jax.Array) -> jax.Array:
         return x * self.deviation() + self.mean
@@ -729,14 +729,19 @@ def make_setup(env: Environment, args: Args, devices: list | None = None) -> Set
     return Setup(env, actor, critic, args, mesh, -(-args.total_timesteps // (args.num_envs * args.num_steps)))
 
 
+def network_input(setup: Setup, statistics: Statistics, obs: jax.Array) -> jax.Array:
+    """What both networks see of obs: (..., observation): at most 10 deviations, or the observation itself."""
+    return jnp.clip(statistics.normalize(obs), -10.0, 10.0) if setup.args.normalize_observations else obs
+
+
 def policy_mean(setup: Setup, parameters: dict, statistics: Statistics, obs: jax.Array) -> jax.Array:
     """obs: (B, observation) -> (B, actions), half ranges. Deterministic evaluation acts on it."""
-    return setup.actor.apply(parameters["actor"]["network"], statistics.normalize(obs, limit=10.0))
+    return setup.actor.apply(parameters["actor"]["network"], network_input(setup, statistics, obs))
 
 
 def values_of(setup: Setup, state: AgentState, obs: jax.Array) -> jax.Array:
     """V: (..., observation) -> (...), in scaled reward units."""
-    value = setup.critic.apply(state.parameters["critic"]["network"], state.obs_statistics.normalize(obs, limit=10.0))
+    value = setup.critic.apply(state.parameters["critic"]["network"], network_input(setup, state.obs_statistics, obs))
     return state.return_statistics.denormalize(value[..., 0])
 
 
@@ -847,7 +852,7 @@ def make_batch(setup: Setup, hyper: Hyperparameters, state: AgentState, rollout:
         advantage = (advantage - moments.mean) / (jnp.sqrt(moments.variance) + 1e-8)
     log_prob = gaussian_log_prob(rollout.action, rollout.mean, state.parameters["actor"]["log_std"])
     batch = Batch(
-        state.obs_statistics.normalize(rollout.obs, limit=10.0), rollout.action, rollout.mean, log_prob, statistics.normalize(value),
+        network_input(setup, state.obs_statistics, rollout.obs), rollout.action, rollout.mean, log_prob, statistics.normalize(value),
         statistics.normalize(returns), advantage, valid / jnp.maximum(valid.mean(), 1e-8),
     )  # fmt: skip
     order = jax.random.permutation(key, len(valid)).reshape(args.num_minibatches, -1)
@@ -879,8 +884,10 @@ def ppo_loss(setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batc
     return loss, terms | {"entropy": entropy}
 
 
-def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentState, kl: jax.Array) -> jax.Array:
-    """adaptive: 1.5 times less where the policy moved over twice as far as desired, 1.5 times more where less than half as far."""
+def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentState, kl: jax.Array, moved: jax.Array) -> jax.Array:
+    """adaptive: a factor of 1.5 down where the policy moved over twice as far as desired, up where less than half as far.
+
+    moved: () bool, false before the first gradient step of an iteration, when a KL of 0 says nothing."""
     progress = state.iteration / setup.iterations
     if setup.args.learning_rate_schedule == "constant":
         return hyper.learning_rate
@@ -888,10 +895,13 @@ def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentSt
         return hyper.learning_rate * (1 - progress)
     desired_kl = hyper.desired_kl + (hyper.desired_kl_final - hyper.desired_kl) * progress
     factor = jnp.where(kl > 2 * desired_kl, 1 / 1.5, jnp.where(kl < 0.5 * desired_kl, 1.5, 1.0))
-    return jnp.clip(state.learning_rate * factor, hyper.learning_rate_min, hyper.learning_rate_max)
+    adapted = jnp.clip(state.learning_rate * factor, hyper.learning_rate_min, hyper.learning_rate_max)
+    return jnp.where(moved, adapted, state.learning_rate)
 
 
-def update_minibatch(setup: Setup, hyper: Hyperparameters, old_log_std: jax.Array, state: AgentState, batch: Batch) -> tuple[AgentState, dict]:
+def update_minibatch(
+    setup: Setup, hyper: Hyperparameters, old_log_std: jax.Array, state: AgentState, batch: Batch, moved: jax.Array
+) -> tuple[AgentState, dict]:
     """One gradient step: clip the policy's and the value function's gradient apart, Adam, floor of the exploration noise."""
     (_, terms), gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)(setup, hyper, state.parameters, batch, old_log_std)
     for name, gradient in gradients.items():
@@ -899,28 +909,38 @@ def update_minibatch(setup: Setup, hyper: Hyperparameters, old_log_std: jax.Arra
         scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
         gradients[name] = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
     direction, adam_state = adam().update(gradients, state.adam)
-    learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"])
+    learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"], moved)
     parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
     parameters["actor"]["log_std"] = jnp.maximum(parameters["actor"]["log_std"], hyper.log_std_min)
     return state._replace(parameters=parameters, adam=adam_state, learning_rate=learning_rate), terms
 
 
 def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[AgentState, dict]:
-    """Rollout, targets, update, statistics; also sums and means for the log."""
-    key, key_collect, key_batch = jax.random.split(state.key, 3)
+    """Rollout, targets, update; also sums and means for the log."""
+    args, (key, key_collect, key_batch) = setup.args, jax.random.split(state.key, 3)
+
+    # Rollout
     slots, rollout = collect(setup, state, key_collect)
+
+    # Targets: values and advantages, under the statistics of the rollout.
     batch, return_statistics = make_batch(setup, hyper, state, rollout, key_batch)
     explained_variance = 1 - (batch.target - batch.value).var() / jnp.maximum(batch.target.var(), 1e-8)
     state = state._replace(slots=slots, return_statistics=return_statistics, key=key)
 
-    update = functools.partial(update_minibatch, setup, hyper, state.parameters["actor"]["log_std"])
-    epoch = lambda state, _: jax.lax.scan(update, state, batch)  # noqa: E731
-    state, terms = jax.lax.scan(epoch, state, None, length=setup.args.update_epochs)
+    # Update. The observation statistics follow it, so that its ratios compare like with like.
+    old_log_std = state.parameters["actor"]["log_std"]
 
+    def update(state: AgentState, step: jax.Array) -> tuple[AgentState, dict]:
+        minibatch = jax.tree.map(lambda x: x[step % args.num_minibatches], batch)
+        return update_minibatch(setup, hyper, old_log_std, state, minibatch, moved=step > 0)
+
+    state, terms = jax.lax.scan(update, state, jnp.arange(args.update_epochs * args.num_minibatches))
     obs_statistics = state.obs_statistics
-    if setup.args.normalize_observations:  # the next rollout and its update see the same statistics
+    if args.normalize_observations:
         rows = rollout.obs.reshape(-1, rollout.obs.shape[-1])
         obs_statistics = obs_statistics.merge(Statistics.of(rows, ~rollout.invalid.ravel()))
+
+    # Log
     ended = rollout.terminated | rollout.truncated
     metrics = {name: term.mean() for name, term in terms.items()} | dict(
         episodes=ended.sum(), return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),

@@ -60,16 +60,37 @@ def test_statistics_merge_like_one_batch_and_skip_invalid_rows():
         merged = merged.merge(ppo.Statistics.of(jnp.array(rows[part]), jnp.array(valid[part])))
     np.testing.assert_allclose(merged.mean, rows[valid].mean(0), rtol=1e-5)
     np.testing.assert_allclose(merged.variance, rows[valid].var(0), rtol=1e-5)
+    unchanged = merged.merge(ppo.Statistics.of(jnp.array(rows), jnp.zeros(100, bool)))
+    for before, after in zip(merged, unchanged):
+        np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("kl, factor", [(0.021, 1 / 1.5), (0.019, 1.0), (0.006, 1.0), (0.004, 1.5)])
-def test_the_learning_rate_follows_the_kl(kl, factor):
+@pytest.mark.parametrize(
+    "kl, moved, factor",
+    [(0.021, True, 1 / 1.5), (0.019, True, 1.0), (0.006, True, 1.0), (0.004, True, 1.5), (0.0, False, 1.0)],
+)
+def test_the_learning_rate_follows_the_kl_once_the_policy_has_moved(kl, moved, factor):
     args = ppo.resolve(ppo.Args(desired_kl=0.01, **SMALL))
     setup = ppo.make_setup(probe("constant"), args)
     hyper = ppo.Hyperparameters(*(x[0] for x in ppo.hyperparameters(args)[0]))
     state = ppo.initialise(setup, hyper, 1)
-    rate = ppo.scheduled_learning_rate(setup, hyper, state, jnp.array(kl))
+    rate = ppo.scheduled_learning_rate(setup, hyper, state, jnp.array(kl), jnp.array(moved))
     assert np.isclose(float(rate), 1e-3 * factor)
+
+
+def test_an_iteration_of_one_gradient_step_leaves_the_adaptive_learning_rate_alone():
+    """Before the first step of an iteration the policy has not moved: its KL of 0 must not raise the rate."""
+    _, _, sums = train_on_probe("action", 5, update_epochs=1, num_minibatches=1)
+    assert np.isclose(float(sums["learning_rate"]) / 5, 3e-3)
+
+
+def test_observations_reach_the_networks_as_they_are_without_normalisation():
+    args = ppo.resolve(ppo.Args(normalize_observations=False, **SMALL))
+    setup, obs = ppo.make_setup(probe("constant"), args), jnp.array([[50.0, -3.0, 0.0]])
+    statistics = ppo.Statistics(jnp.zeros(3), jnp.ones(3), jnp.zeros(()))
+    np.testing.assert_array_equal(ppo.network_input(setup, statistics, obs), obs)
+    setup.args.normalize_observations = True
+    np.testing.assert_allclose(ppo.network_input(setup, statistics, obs), [[10.0, -3.0, 0.0]], rtol=1e-5)
 
 
 # Probe environments: tiny, with known answers, each telling which part is broken
