@@ -4,13 +4,16 @@ import os
 import tempfile
 
 CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # the tests compile more than they compute
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)  # the tests compile more than they compute
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
+import ast
 import dataclasses
 import functools
+import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +29,9 @@ import jax.numpy as jnp  # noqa: E402
 import ppo_mjx_jax as ppo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE)
+SMALL = dict(
+    num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE
+)
 
 
 # Hand-computed cases
@@ -172,7 +177,46 @@ def test_first_ages_are_random_on_request():
     assert len(np.unique(ages[0])) > 300 and not ages[1].any()
 
 
+def test_evaluation_leaves_quarantined_episodes_out_and_counts_only_the_first_of_each_environment():
+    args = ppo.resolve(ppo.Args(**SMALL | dict(eval_episodes=64)))
+    for name, episodes, length in (("truncation", 64, 5), ("broken", 32, 1)):
+        setup = ppo.make_setup(probe(name), args)
+        hyper = ppo.Hyperparameters(*(x[0] for x in ppo.hyperparameters(args)[0]))
+        state = ppo.initialise(setup, hyper, 1)
+        last = state.parameters["actor"]["network"]["params"]["Dense_1"]
+        last["bias"] = last["bias"] + 0.5  # action 1.0: "broken" gives NaN wherever x is 1
+        score = ppo.evaluate_in_mjx(setup, state.parameters, state.obs_statistics, jax.random.PRNGKey(0))
+        found = ppo.summary(score)
+        assert found["mean_length"] == length and abs(found["episodes"] - episodes) < 16
+        assert found["episodes"] == 64 - int(score.failed.sum()) and np.isfinite(found["mean"])
+    assert score.failed.any() and ppo.summary(score._replace(failed=np.ones(64, bool))) is None
+
+
+def test_agents_are_summarised_by_hand_computed_numbers():
+    scores = [9.0, 1.0, 2.0, 100.0, 4.0, 3.0, 8.0, None, 5.0]  # sorted: 1 2 | 3 4 5 8 | 9 100
+    assert ppo.across_agents(scores) == dict(median=4.5, interquartile_mean=5.0, worst=1.0, diverged=1)
+    assert ppo.across_agents([None]) == dict(median=None, interquartile_mean=None, worst=None, diverged=1)
+
+
+@pytest.mark.parametrize("done, stop", [(0, 3), (3, 4), (4, 6), (6, 7), (7, 9), (12, 14), (18, 20)])
+def test_the_program_stops_where_a_multiple_is_crossed(done, stop):
+    """Iterations of 100 steps, log every 300, checkpoint every 350 (crossed at 400, 700, ...), 20 iterations."""
+    assert ppo.next_stop(done, 20, 100, (300, None, 350)) == stop
+
+
 # Whole runs
+
+
+def test_one_diverged_agent_does_not_stop_the_others(tmp_path, monkeypatch):
+    """A learning rate of 1e30 breaks its agent; the other one trains on and is scored. Alone, the broken one is an error."""
+    options = dict(learning_rate_schedule="constant", eval_episodes=4)
+    result, _ = run(tmp_path, "sweep", probe("action"), sweep="learning_rate=1e-3,1e30", **options)
+    assert result["across_agents"]["diverged"] == 1 and result["agents"][1]["score"] is None
+    assert result["mjx"] == result["agents"][0]["mjx"]
+    lines = (tmp_path / "sweep" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines and (tmp_path / "sweep" / "sweep.png").exists()
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        run(tmp_path, "alone", probe("action"), learning_rate=1e30, **options)
 
 
 def run(tmp_path, name, env=None, **changes):
@@ -196,7 +240,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
         run(tmp_path, "half", checkpoint_every=512)
     monkeypatch.undo()
     assert ppo.load_header(tmp_path / "half" / "checkpoint.npz")["counters"]["env_steps"] == 512
-    _, resumed = run(tmp_path, "resumed", resume=str(tmp_path / "half" / "checkpoint.npz"))
+    half = str(tmp_path / "half" / "checkpoint.npz")
+    _, resumed = run(tmp_path, "resumed", resume=half)
+    for change in (dict(num_steps=4), dict(seed=2), dict(actor_hidden=(8,)), dict(total_timesteps=512)):
+        with pytest.raises(ppo.InputError, match="leave that flag away|give a larger --total-timesteps"):
+            run(tmp_path, "refused", **dict(resume=half) | change)
     _, other = run(tmp_path, "other", seed=2)
     assert whole.keys() == resumed.keys()
     for name in whole:
@@ -227,7 +275,7 @@ def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
 
 def command(*arguments, **environment):
     return subprocess.run([sys.executable, str(ROOT / "ppo_mjx_jax.py"), *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | environment)  # fmt: skip
+                          env=os.environ | environment, timeout=400)  # fmt: skip
 
 
 def test_two_devices_share_the_environments(tmp_path):
@@ -268,14 +316,24 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
 @pytest.mark.parametrize("flags, complaint", [
     ("--env-id Pong-v5", "env_id 'Pong-v5' is unknown"),
     ("--num-minibatches 3", "does not split into 3 minibatches; use 2 or 4"),
-    ("--num-envs 0", "num_envs must be at least 1"),
-    ("--gamma 1.5", "gamma must lie between 0 and 1"),
+    ("--num-minibatches 100000", "does not split into 100000 minibatches; use 8192"),
+    ("--num-envs 0", "num_envs = 0 must be >= 1"),
+    ("--log-every 0", "log_every = 0 must be >= 1"),
+    ("--checkpoint-every 0", "checkpoint_every = 0 must be >= 1"),
+    ("--eval-every 1000 --eval-episodes 0", "eval_every needs eval_episodes >= 1"),
+    ("--gamma 1.5", "gamma = 1.5 must be between 0 and 1"),
+    ("--log-std-min 1", "log_std_min = 1.0 must be <= log_std_init = 0"),
+    ("--clip-value-loss --clip-coef inf", "clip_value_loss needs a finite clip_coef"),
+    ("--sweep gamma=0.9,1.5", "gamma = 1.5 must be between 0 and 1"),
+    ("--sweep learning_rate=0,1e-3", "learning_rate = 0.0 must be > 0"),
+    ("--device tpu", "device = tpu must be auto, cpu or cuda"),
+    ("--impl warp", "add --self-collision"),
     ("--num-envs many", "many"),
     ("--nonsense 1", "nonsense"),
     ("--sweep num_envs=1,2", "sweep maps one of"),
     ("--sweep gamma=high", "numbers"),
     ("--env-kwargs colour 3", "colour"),
-    ("--play nowhere.npz", "there is no checkpoint nowhere.npz"),
+    ("--play nowhere.npz", "play = nowhere.npz must be an existing checkpoint"),
     ("--resume gae_cases.py", "is not a checkpoint"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(flags, complaint, monkeypatch, capsys):
@@ -286,10 +344,36 @@ def test_bad_input_is_one_line_and_status_2(flags, complaint, monkeypatch, capsy
     assert complaint in message and "\n" not in message
 
 
+@pytest.mark.parametrize("flags, module, complaint", [
+    ("--track", "wandb", "track needs wandb"),
+    ("--play gae_cases.py --capture-video", "imageio", "capture_video needs imageio"),
+    ("--impl warp --self-collision", "warp", "impl=warp needs warp-lang"),
+])  # fmt: skip
+def test_a_missing_package_is_named_before_the_run(flags, module, complaint, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == module else find_spec(name, *rest)
+    )
+    monkeypatch.setattr(ppo, "saved_args", lambda path: ppo.Args())
+    with pytest.raises(ppo.InputError, match=complaint):
+        ppo.parse_args(flags.split())
+
+
+def test_a_missing_gpu_is_bad_input():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ppo.InputError, match="device = cuda: JAX sees none here"):
+        ppo.pick_devices(ppo.Args(device="cuda"))
+
+
 def test_every_flag_is_read():
-    source = (ROOT / "ppo_mjx_jax.py").read_text().split("class Hyperparameters", 1)[1]
-    for field in dataclasses.fields(ppo.Args):
-        assert re.search(rf"\b{field.name}\b", source), field.name
+    """As an attribute of args or hyper, outside of the functions that only check values."""
+    tree = ast.parse((ROOT / "ppo_mjx_jax.py").read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in ("resolve", "check")]
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in attributes if ast.unparse(node.value) in ("args", "setup.args", "hyper")}
+    assert {field.name for field in dataclasses.fields(ppo.Args)} <= read
 
 
 def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
