@@ -283,7 +283,6 @@ def check(args: Args):
         ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
         ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
         ("device", lambda x: x in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        ("resume play", lambda x: x is None or Path(x).is_file(), "an existing checkpoint"),
     )  # fmt: skip
     for names, legal, rule in rules:
         for name in names.split():
@@ -367,9 +366,10 @@ def make_task(args: Args) -> Task:
         collides = (model.geom_contype | model.geom_conaffinity) != 0
         model.geom_contype[:] = ~is_floor & collides
         model.geom_conaffinity[:] = is_floor & collides
-    backend = {} if args.impl == "jax" else {"impl": "warp"}
+    # Left alone, MJX takes the first device of all hosts, and Warp wherever it is installed.
+    place = dict(device=jax.config.jax_default_device or jax.local_devices()[0], impl=args.impl)
     return Task(
-        args.env_id, options, env.unwrapped.model, model, mjx.put_model(model, **backend), mjx.make_data(model, **backend), env.unwrapped.frame_skip,
+        args.env_id, options, env.unwrapped.model, model, mjx.put_model(model, **place), mjx.make_data(model, **place), env.unwrapped.frame_skip,
         env.spec.max_episode_steps, env.observation_space.shape[0], args.impl,
     )  # fmt: skip
 
@@ -1333,10 +1333,12 @@ def configure(args: Args):
 
 def join_hosts():
     """Slurm, Open MPI, Kubernetes and TPU pods tell JAX who takes part; elsewhere three environment variables do."""
-    if "JAX_NUM_PROCESSES" not in os.environ:
-        return jax.distributed.initialize()
-    address = os.environ["JAX_COORDINATOR_ADDRESS"]  # host:port of process 0
-    jax.distributed.initialize(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
+    processes, rank = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:  # JAX reads JAX_COORDINATOR_ADDRESS itself
+        jax.distributed.initialize(num_processes=processes and int(processes), process_id=rank and int(rank))
+    except ValueError as error:
+        names = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        raise InputError(f"distributed found no cluster manager; set {names} ({error})") from None
 
 
 def pick_devices(args: Args) -> list:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -278,19 +279,62 @@ def command(*arguments, **environment):
                           env=os.environ | environment, timeout=400)  # fmt: skip
 
 
-def test_two_devices_share_the_environments(tmp_path):
-    flags = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512".split()
-    flags += ["--compilation-cache", CACHE]
-    found = {}
-    for devices in (1, 2):
-        xla_flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-        done = command(*flags, "--run-dir", tmp_path / str(devices), XLA_FLAGS=xla_flags)
-        assert done.returncode == 0, done.stderr
-        assert f"{devices} device(s)" in done.stdout
-        with np.load(tmp_path / str(devices) / "checkpoint.npz") as file:
-            found[devices] = {key: file[key] for key in file.files if key != "header"}
-    for name in found[1]:
-        np.testing.assert_allclose(found[2][name], found[1][name], rtol=1e-3, atol=1e-3, err_msg=name)
+def final_state(run_dir):
+    with np.load(run_dir / "checkpoint.npz") as file:
+        return {key: file[key] for key in file.files if key != "header"}
+
+
+TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
+TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", CACHE]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("one_device")
+    done = command(*TINY_RUN, "--run-dir", run_dir, XLA_FLAGS="--xla_backend_optimization_level=0")
+    assert done.returncode == 0 and "1 device(s)" in done.stdout, done.stderr
+    return final_state(run_dir)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_two_devices_share_the_environments(one_device, tmp_path):
+    xla_flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    done = command(*TINY_RUN, "--run-dir", tmp_path, XLA_FLAGS=xla_flags)
+    assert done.returncode == 0 and "2 device(s)" in done.stdout, done.stderr
+    assert_close(final_state(tmp_path), one_device)
+
+
+def test_two_processes_share_the_environments(one_device, tmp_path):
+    """As two hosts would; the first alone writes the run folder."""
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe_socket.getsockname()[1]}"
+    xla_flags = "--xla_backend_optimization_level=0"
+    hosts = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", XLA_FLAGS=xla_flags)
+    program = [sys.executable, str(ROOT / "ppo_mjx_jax.py"), *TINY_RUN, "--distributed", "--run-dir"]
+    processes = [
+        subprocess.Popen(
+            [*program, str(tmp_path / str(rank))],
+            env=os.environ | hosts | dict(JAX_PROCESS_ID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 device(s)" in outputs[0] and not (tmp_path / "1").exists()
+    assert_close(final_state(tmp_path / "0"), one_device)
 
 
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path):
@@ -333,7 +377,7 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
     ("--sweep num_envs=1,2", "sweep maps one of"),
     ("--sweep gamma=high", "numbers"),
     ("--env-kwargs colour 3", "colour"),
-    ("--play nowhere.npz", "play = nowhere.npz must be an existing checkpoint"),
+    ("--play nowhere.npz", "there is no checkpoint nowhere.npz"),
     ("--resume gae_cases.py", "is not a checkpoint"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(flags, complaint, monkeypatch, capsys):
