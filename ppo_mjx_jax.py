@@ -366,7 +366,7 @@ def make_task(args: Args) -> Task:
         collides = (model.geom_contype | model.geom_conaffinity) != 0
         model.geom_contype[:] = ~is_floor & collides
         model.geom_conaffinity[:] = is_floor & collides
-    # Left alone, MJX takes the first device of all hosts, and Warp wherever it is installed.
+    # Left alone, MJX takes the first device of all hosts.
     place = dict(device=jax.config.jax_default_device or jax.local_devices()[0], impl=args.impl)
     return Task(
         args.env_id, options, env.unwrapped.model, model, mjx.put_model(model, **place), mjx.make_data(model, **place), env.unwrapped.frame_skip,
@@ -1041,6 +1041,7 @@ def deterministic_action(setup: Setup, parameters: dict, statistics: Statistics,
 
 
 def evaluate_in_mjx(setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array) -> Score:
+    """One agent in the training physics, until its time limit or its first end."""
     episodes = setup.args.eval_episodes
     step = jax.vmap(functools.partial(autoreset_step, setup.env))
 

@@ -17,6 +17,7 @@ import json
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,43 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
     played = command("--play", tmp_path / "checkpoint.npz", "--eval-episodes", 3)
     assert played.returncode == 0 and "gymnasium 1000.0" in played.stdout
+
+
+def test_tracking_mirrors_the_numbers_to_weights_and_biases(tmp_path, monkeypatch):
+    """With a stand-in for the package: what it would have been sent."""
+    sent = []
+    stand_in = types.SimpleNamespace(
+        init=lambda **options: stand_in,
+        log=lambda row, step: sent.append((step, row)),
+        finish=lambda: sent.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    log = ppo.Log(tmp_path, dataclasses.replace(ppo.resolve(ppo.Args(**SMALL)), track=True), first_step=0)
+    log.write(dict(env_steps=128, episode_return=3.0, episode_length=None, agent_episode_return=[2.0, 4.0]))
+    log.close()
+    assert sent == [(128, dict(env_steps=128, episode_return=3.0)), "finished"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["agent_episode_return"] == [2.0, 4.0]
+
+
+def test_a_video_is_a_film_of_one_episode(tmp_path):
+    pytest.importorskip("imageio")
+    try:
+        path = ppo.film(ppo.resolve(ppo.Args()), lambda obs: np.zeros((len(obs), 1)), tmp_path)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        if "gl" not in str(error).lower():
+            raise
+        pytest.skip(f"no offscreen rendering on this machine: {error}")
+    assert path.parent == tmp_path and path.stat().st_size > 1000
+
+
+def test_the_benchmark_writes_what_other_tools_read(tmp_path):
+    path = tmp_path / "pendulum.json"
+    result = ppo.benchmark(ppo.Args(benchmark=str(path), num_envs=4, compilation_cache=CACHE))
+    names = "env_id num_envs device dtype integrator iterations physics_steps_per_second env_steps_per_second compile_seconds"
+    names += " qacc_error_p50 qacc_error_p99 qacc_error_max step_error_p50 step_error_p99 step_error_max"
+    names += " mujoco_c_physics_steps_per_second threads versions hardware"
+    assert set(names.split()) <= result.keys() and json.loads(path.read_text()) == result
+    assert result["qacc_error_max"] < 1e-4 < result["step_error_max"] < 0.1  # the MJCF asks for RK4
 
 
 # Command line
