@@ -7,7 +7,9 @@ import os
 import tempfile
 
 CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # the tests compile more than they compute
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)  # the tests compile more than they compute
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
 import dataclasses
@@ -103,7 +105,9 @@ def worst(mine, reference):
 def test_one_physics_step_is_mujocos(env_id, integrator):
     task = ppo.make_task(converged_args(env_id, integrator=integrator))
     states = random_states(task.mj_model, 200)
-    for mine, reference in zip(batched(one_step(task), task, states), in_mujoco(mujoco.mj_step, task.mj_model, states, ["qpos", "qvel"])):
+    for mine, reference in zip(
+        batched(one_step(task), task, states), in_mujoco(mujoco.mj_step, task.mj_model, states, ["qpos", "qvel"])
+    ):
         assert worst(mine, reference) < 1e-9
 
 
@@ -129,7 +133,9 @@ def test_a_task_step_is_gymnasiums(env_id):
         qpos[::8, 2] += 0.7  # some that have left the ground,
     else:
         qpos[::8, 1] -= 0.7  # sunk into it, or tilted
-    reads_contacts = ppo.reads_contact_wrenches(task.options)  # Gymnasium's set_state leaves these stale; a step refreshes them
+    reads_contacts = ppo.reads_contact_wrenches(
+        task.options
+    )  # Gymnasium's set_state leaves these stale; a step refreshes them
 
     def one(qpos, qvel, action):
         state, obs = ppo.state_at(task, qpos, qvel)
@@ -167,5 +173,17 @@ def test_float32_and_few_iterations_stay_close_on_contact_states():
     jax.config.update("jax_enable_x64", False)
     task = ppo.make_task(ppo.resolve(ppo.Args(env_id="HalfCheetah-v5")))
     qpos, qvel, warmstart, ctrl = (x.astype(np.float32) for x in random_states(task.mj_model, 200))
-    errors, _ = ppo.acceleration_errors(task, ppo.RobotState(qpos, qvel, warmstart, qpos[:, 0]), ctrl)
+    states = ppo.RobotState(qpos, qvel, warmstart, qpos[:, 0])
+    errors = ppo.acceleration_errors(task, states, ctrl)
     assert np.median(errors) < 1e-5 and np.percentile(errors, 99) < 1e-3
+
+
+def test_step_errors_see_the_flags_that_acceleration_errors_do_not():
+    """Hopper on its MJCF's own RK4 and self-collision, converged, is Gymnasium's own step; Euler without self-collision is not."""
+    jax.config.update("jax_enable_x64", True)
+    errors = {}
+    for name, changes in (("mjcf", dict(integrator="mjcf", self_collision=True)), ("cheap", dict(integrator="euler"))):
+        task = ppo.make_task(converged_args("Hopper-v5", **changes))
+        qpos, qvel, warmstart, ctrl = random_states(task.mjcf_model, 100)
+        errors[name] = ppo.step_errors(task, ppo.RobotState(qpos, qvel, warmstart, qpos[:, 0]), ctrl)
+    assert errors["mjcf"].max() < 1e-6 < np.median(errors["cheap"])

@@ -4,15 +4,20 @@ import os
 import tempfile
 
 CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # the tests compile more than they compute
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)  # the tests compile more than they compute
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
+import ast
 import dataclasses
 import functools
+import importlib.util
 import json
-import re
+import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +31,9 @@ import jax.numpy as jnp  # noqa: E402
 import ppo_mjx_jax as ppo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE)
+SMALL = dict(
+    num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE
+)
 
 
 # Hand-computed cases
@@ -60,16 +67,37 @@ def test_statistics_merge_like_one_batch_and_skip_invalid_rows():
         merged = merged.merge(ppo.Statistics.of(jnp.array(rows[part]), jnp.array(valid[part])))
     np.testing.assert_allclose(merged.mean, rows[valid].mean(0), rtol=1e-5)
     np.testing.assert_allclose(merged.variance, rows[valid].var(0), rtol=1e-5)
+    unchanged = merged.merge(ppo.Statistics.of(jnp.array(rows), jnp.zeros(100, bool)))
+    for before, after in zip(merged, unchanged):
+        np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("kl, factor", [(0.021, 1 / 1.5), (0.019, 1.0), (0.006, 1.0), (0.004, 1.5)])
-def test_the_learning_rate_follows_the_kl(kl, factor):
+@pytest.mark.parametrize(
+    "kl, moved, factor",
+    [(0.021, True, 1 / 1.5), (0.019, True, 1.0), (0.006, True, 1.0), (0.004, True, 1.5), (0.0, False, 1.0)],
+)
+def test_the_learning_rate_follows_the_kl_once_the_policy_has_moved(kl, moved, factor):
     args = ppo.resolve(ppo.Args(desired_kl=0.01, **SMALL))
     setup = ppo.make_setup(probe("constant"), args)
     hyper = ppo.Hyperparameters(*(x[0] for x in ppo.hyperparameters(args)[0]))
     state = ppo.initialise(setup, hyper, 1)
-    rate = ppo.scheduled_learning_rate(setup, hyper, state, jnp.array(kl))
+    rate = ppo.scheduled_learning_rate(setup, hyper, state, jnp.array(kl), jnp.array(moved))
     assert np.isclose(float(rate), 1e-3 * factor)
+
+
+def test_an_iteration_of_one_gradient_step_leaves_the_adaptive_learning_rate_alone():
+    """Before the first step of an iteration the policy has not moved: its KL of 0 must not raise the rate."""
+    _, _, sums = train_on_probe("action", 5, update_epochs=1, num_minibatches=1)
+    assert np.isclose(float(sums["learning_rate"]) / 5, 3e-3)
+
+
+def test_observations_reach_the_networks_as_they_are_without_normalisation():
+    args = ppo.resolve(ppo.Args(normalize_observations=False, **SMALL))
+    setup, obs = ppo.make_setup(probe("constant"), args), jnp.array([[50.0, -3.0, 0.0]])
+    statistics = ppo.Statistics(jnp.zeros(3), jnp.ones(3), jnp.zeros(()))
+    np.testing.assert_array_equal(ppo.network_input(setup, statistics, obs), obs)
+    setup.args.normalize_observations = True
+    np.testing.assert_allclose(ppo.network_input(setup, statistics, obs), [[10.0, -3.0, 0.0]], rtol=1e-5)
 
 
 # Probe environments: tiny, with known answers, each telling which part is broken
@@ -151,7 +179,46 @@ def test_first_ages_are_random_on_request():
     assert len(np.unique(ages[0])) > 300 and not ages[1].any()
 
 
+def test_evaluation_leaves_quarantined_episodes_out_and_counts_only_the_first_of_each_environment():
+    args = ppo.resolve(ppo.Args(**SMALL | dict(eval_episodes=64)))
+    for name, episodes, length in (("truncation", 64, 5), ("broken", 32, 1)):
+        setup = ppo.make_setup(probe(name), args)
+        hyper = ppo.Hyperparameters(*(x[0] for x in ppo.hyperparameters(args)[0]))
+        state = ppo.initialise(setup, hyper, 1)
+        last = state.parameters["actor"]["network"]["params"]["Dense_1"]
+        last["bias"] = last["bias"] + 0.5  # action 1.0: "broken" gives NaN wherever x is 1
+        score = ppo.evaluate_in_mjx(setup, state.parameters, state.obs_statistics, jax.random.PRNGKey(0))
+        found = ppo.summary(score)
+        assert found["mean_length"] == length and abs(found["episodes"] - episodes) < 16
+        assert found["episodes"] == 64 - int(score.failed.sum()) and np.isfinite(found["mean"])
+    assert score.failed.any() and ppo.summary(score._replace(failed=np.ones(64, bool))) is None
+
+
+def test_agents_are_summarised_by_hand_computed_numbers():
+    scores = [9.0, 1.0, 2.0, 100.0, 4.0, 3.0, 8.0, None, 5.0]  # sorted: 1 2 | 3 4 5 8 | 9 100
+    assert ppo.across_agents(scores) == dict(median=4.5, interquartile_mean=5.0, worst=1.0, diverged=1)
+    assert ppo.across_agents([None]) == dict(median=None, interquartile_mean=None, worst=None, diverged=1)
+
+
+@pytest.mark.parametrize("done, stop", [(0, 3), (3, 4), (4, 6), (6, 7), (7, 9), (12, 14), (18, 20)])
+def test_the_program_stops_where_a_multiple_is_crossed(done, stop):
+    """Iterations of 100 steps, log every 300, checkpoint every 350 (crossed at 400, 700, ...), 20 iterations."""
+    assert ppo.next_stop(done, 20, 100, (300, None, 350)) == stop
+
+
 # Whole runs
+
+
+def test_one_diverged_agent_does_not_stop_the_others(tmp_path, monkeypatch):
+    """A learning rate of 1e30 breaks its agent; the other one trains on and is scored. Alone, the broken one is an error."""
+    options = dict(learning_rate_schedule="constant", eval_episodes=4)
+    result, _ = run(tmp_path, "sweep", probe("action"), sweep="learning_rate=1e-3,1e30", **options)
+    assert result["across_agents"]["diverged"] == 1 and result["agents"][1]["score"] is None
+    assert result["mjx"] == result["agents"][0]["mjx"]
+    lines = (tmp_path / "sweep" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines and (tmp_path / "sweep" / "sweep.png").exists()
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        run(tmp_path, "alone", probe("action"), learning_rate=1e30, **options)
 
 
 def run(tmp_path, name, env=None, **changes):
@@ -175,7 +242,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
         run(tmp_path, "half", checkpoint_every=512)
     monkeypatch.undo()
     assert ppo.load_header(tmp_path / "half" / "checkpoint.npz")["counters"]["env_steps"] == 512
-    _, resumed = run(tmp_path, "resumed", resume=str(tmp_path / "half" / "checkpoint.npz"))
+    half = str(tmp_path / "half" / "checkpoint.npz")
+    _, resumed = run(tmp_path, "resumed", resume=half)
+    for change in (dict(num_steps=4), dict(seed=2), dict(actor_hidden=(8,)), dict(total_timesteps=512)):
+        with pytest.raises(ppo.InputError, match="leave that flag away|give a larger --total-timesteps"):
+            run(tmp_path, "refused", **dict(resume=half) | change)
     _, other = run(tmp_path, "other", seed=2)
     assert whole.keys() == resumed.keys()
     for name in whole:
@@ -206,22 +277,65 @@ def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
 
 def command(*arguments, **environment):
     return subprocess.run([sys.executable, str(ROOT / "ppo_mjx_jax.py"), *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | environment)  # fmt: skip
+                          env=os.environ | environment, timeout=400)  # fmt: skip
 
 
-def test_two_devices_share_the_environments(tmp_path):
-    flags = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512".split()
-    flags += ["--compilation-cache", CACHE]
-    found = {}
-    for devices in (1, 2):
-        xla_flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-        done = command(*flags, "--run-dir", tmp_path / str(devices), XLA_FLAGS=xla_flags)
-        assert done.returncode == 0, done.stderr
-        assert f"{devices} device(s)" in done.stdout
-        with np.load(tmp_path / str(devices) / "checkpoint.npz") as file:
-            found[devices] = {key: file[key] for key in file.files if key != "header"}
-    for name in found[1]:
-        np.testing.assert_allclose(found[2][name], found[1][name], rtol=1e-3, atol=1e-3, err_msg=name)
+def final_state(run_dir):
+    with np.load(run_dir / "checkpoint.npz") as file:
+        return {key: file[key] for key in file.files if key != "header"}
+
+
+TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
+TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", CACHE]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("one_device")
+    done = command(*TINY_RUN, "--run-dir", run_dir, XLA_FLAGS="--xla_backend_optimization_level=0")
+    assert done.returncode == 0 and "1 device(s)" in done.stdout, done.stderr
+    return final_state(run_dir)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_two_devices_share_the_environments(one_device, tmp_path):
+    xla_flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    done = command(*TINY_RUN, "--run-dir", tmp_path, XLA_FLAGS=xla_flags)
+    assert done.returncode == 0 and "2 device(s)" in done.stdout, done.stderr
+    assert_close(final_state(tmp_path), one_device)
+
+
+def test_two_processes_share_the_environments(one_device, tmp_path):
+    """As two hosts would; the first alone writes the run folder."""
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe_socket.getsockname()[1]}"
+    xla_flags = "--xla_backend_optimization_level=0"
+    hosts = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", XLA_FLAGS=xla_flags)
+    program = [sys.executable, str(ROOT / "ppo_mjx_jax.py"), *TINY_RUN, "--distributed", "--run-dir"]
+    processes = [
+        subprocess.Popen(
+            [*program, str(tmp_path / str(rank))],
+            env=os.environ | hosts | dict(JAX_PROCESS_ID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 device(s)" in outputs[0] and not (tmp_path / "1").exists()
+    assert_close(final_state(tmp_path / "0"), one_device)
 
 
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path):
@@ -241,14 +355,61 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
     assert played.returncode == 0 and "gymnasium 1000.0" in played.stdout
 
 
+def test_tracking_mirrors_the_numbers_to_weights_and_biases(tmp_path, monkeypatch):
+    """With a stand-in for the package: what it would have been sent."""
+    sent = []
+    stand_in = types.SimpleNamespace(
+        init=lambda **options: stand_in,
+        log=lambda row, step: sent.append((step, row)),
+        finish=lambda: sent.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    log = ppo.Log(tmp_path, dataclasses.replace(ppo.resolve(ppo.Args(**SMALL)), track=True), first_step=0)
+    log.write(dict(env_steps=128, episode_return=3.0, episode_length=None, agent_episode_return=[2.0, 4.0]))
+    log.close()
+    assert sent == [(128, dict(env_steps=128, episode_return=3.0)), "finished"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["agent_episode_return"] == [2.0, 4.0]
+
+
+def test_a_video_is_a_film_of_one_episode(tmp_path):
+    pytest.importorskip("imageio")
+    try:
+        path = ppo.film(ppo.resolve(ppo.Args()), lambda obs: np.zeros((len(obs), 1)), tmp_path)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        if "gl" not in str(error).lower():
+            raise
+        pytest.skip(f"no offscreen rendering on this machine: {error}")
+    assert path.parent == tmp_path and path.stat().st_size > 1000
+
+
+def test_the_benchmark_writes_what_other_tools_read(tmp_path):
+    path = tmp_path / "pendulum.json"
+    result = ppo.benchmark(ppo.Args(benchmark=str(path), num_envs=4, compilation_cache=CACHE))
+    names = "env_id num_envs device dtype integrator iterations physics_steps_per_second env_steps_per_second compile_seconds"
+    names += " qacc_error_p50 qacc_error_p99 qacc_error_max step_error_p50 step_error_p99 step_error_max"
+    names += " mujoco_c_physics_steps_per_second threads versions hardware"
+    assert set(names.split()) <= result.keys() and json.loads(path.read_text()) == result
+    assert result["qacc_error_max"] < 1e-4 < result["step_error_max"] < 0.1  # the MJCF asks for RK4
+
+
 # Command line
 
 
 @pytest.mark.parametrize("flags, complaint", [
     ("--env-id Pong-v5", "env_id 'Pong-v5' is unknown"),
     ("--num-minibatches 3", "does not split into 3 minibatches; use 2 or 4"),
-    ("--num-envs 0", "num_envs must be at least 1"),
-    ("--gamma 1.5", "gamma must lie between 0 and 1"),
+    ("--num-minibatches 100000", "does not split into 100000 minibatches; use 8192"),
+    ("--num-envs 0", "num_envs = 0 must be >= 1"),
+    ("--log-every 0", "log_every = 0 must be >= 1"),
+    ("--checkpoint-every 0", "checkpoint_every = 0 must be >= 1"),
+    ("--eval-every 1000 --eval-episodes 0", "eval_every needs eval_episodes >= 1"),
+    ("--gamma 1.5", "gamma = 1.5 must be between 0 and 1"),
+    ("--log-std-min 1", "log_std_min = 1.0 must be <= log_std_init = 0"),
+    ("--clip-value-loss --clip-coef inf", "clip_value_loss needs a finite clip_coef"),
+    ("--sweep gamma=0.9,1.5", "gamma = 1.5 must be between 0 and 1"),
+    ("--sweep learning_rate=0,1e-3", "learning_rate = 0.0 must be > 0"),
+    ("--device tpu", "device = tpu must be auto, cpu or cuda"),
+    ("--impl warp", "add --self-collision"),
     ("--num-envs many", "many"),
     ("--nonsense 1", "nonsense"),
     ("--sweep num_envs=1,2", "sweep maps one of"),
@@ -265,10 +426,36 @@ def test_bad_input_is_one_line_and_status_2(flags, complaint, monkeypatch, capsy
     assert complaint in message and "\n" not in message
 
 
+@pytest.mark.parametrize("flags, module, complaint", [
+    ("--track", "wandb", "track needs wandb"),
+    ("--play gae_cases.py --capture-video", "imageio", "capture_video needs imageio"),
+    ("--impl warp --self-collision", "warp", "impl=warp needs warp-lang"),
+])  # fmt: skip
+def test_a_missing_package_is_named_before_the_run(flags, module, complaint, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == module else find_spec(name, *rest)
+    )
+    monkeypatch.setattr(ppo, "saved_args", lambda path: ppo.Args())
+    with pytest.raises(ppo.InputError, match=complaint):
+        ppo.parse_args(flags.split())
+
+
+def test_a_missing_gpu_is_bad_input():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ppo.InputError, match="device = cuda: JAX sees none here"):
+        ppo.pick_devices(ppo.Args(device="cuda"))
+
+
 def test_every_flag_is_read():
-    source = (ROOT / "ppo_mjx_jax.py").read_text().split("class Hyperparameters", 1)[1]
-    for field in dataclasses.fields(ppo.Args):
-        assert re.search(rf"\b{field.name}\b", source), field.name
+    """As an attribute of args or hyper, outside of the functions that only check values."""
+    tree = ast.parse((ROOT / "ppo_mjx_jax.py").read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in ("resolve", "check")]
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in attributes if ast.unparse(node.value) in ("args", "setup.args", "hyper")}
+    assert {field.name for field in dataclasses.fields(ppo.Args)} <= read
 
 
 def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
