@@ -149,6 +149,38 @@ def test_interrupted_run_resumes_on_its_schedule(schedule, tmp_path):
     assert one == other and len(one) == 20
 
 
+def test_resume_drops_a_half_written_last_line_and_what_tensorboard_saw_after_the_checkpoint(tmp_path, monkeypatch):
+    from torch.utils import tensorboard
+
+    purge_steps = []
+
+    class Recorder(tensorboard.SummaryWriter):
+        def __init__(self, *arguments, purge_step=None, **options):
+            purge_steps.append(purge_step)
+            super().__init__(*arguments, purge_step=purge_step, **options)
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Recorder)
+    common = dict(log_every=512, eval_episodes=0)
+    ppo.train(probe_args(tmp_path, total_timesteps=4 * 512, **common), ProbeEnv)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"env_steps": 25')
+    resume = str(tmp_path / "checkpoint.pt")
+    ppo.train(probe_args(tmp_path, total_timesteps=6 * 512, resume=resume, **common), ProbeEnv)
+    steps = [json.loads(line)["env_steps"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [512 * k for k in range(1, 7)]
+    assert purge_steps == [None, 4 * 512 + 1]
+
+
+def test_a_learning_rate_given_with_resume_wins_over_the_adapted_one(tmp_path):
+    """One iteration of one gradient step, before which the adaptive schedule changes nothing."""
+    single = dict(num_minibatches=1, update_epochs=1, eval_episodes=0)
+    ppo.train(probe_args(tmp_path, total_timesteps=512, **single), ProbeEnv)
+    resume = dict(resume=str(tmp_path / "checkpoint.pt"), **single)
+    kept = ppo.train(probe_args(tmp_path, total_timesteps=1_024, **resume), ProbeEnv)
+    given = ppo.train(probe_args(tmp_path, total_timesteps=1_536, learning_rate=1e-4, **resume), ProbeEnv)
+    assert kept["learning_rate"] == pytest.approx(3e-3) and given["learning_rate"] == pytest.approx(1e-4)
+
+
 def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(tmp_path):
     ppo.train(probe_args(tmp_path, "delayed", total_timesteps=5_120), ProbeEnv)
     agent, checkpoint = trained_agent(tmp_path)
@@ -323,6 +355,17 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["--resume", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
         (["--resume", "a.pt", "--play", "b.pt"], "give one of them"),
+        (["--capture-video"], "--capture-video films a checkpoint: give --play"),
+        (["--env-kwargs", "no_such_option", "1", "--device", "cpu"], "no_such_option"),
+        (["--env-kwargs", "randomize.weight", "0.1", "--device", "cpu"], "unknown field 'weight' of randomize"),
+        (
+            ["--env-kwargs", "iterations", "8", "--device", "cpu"],
+            "env_kwargs sets iterations, which this script sets itself; use --solver-iterations",
+        ),
+        (
+            ["--env-kwargs", "num_envs", "8", "--device", "cpu"],
+            "env_kwargs sets num_envs, which this script sets itself; use --num-envs",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
@@ -347,8 +390,14 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
     "arguments, message",
     [
         (["--env-id", "Ant-v5"], "was trained with env_id = action, not Ant-v5"),
-        (["--num-envs", "128"], "holds 64 environments, not 128"),
+        (["--num-envs", "128"], "was trained with num_envs = 64, not 128; leave that flag away"),
         (["--actor-hidden", "8"], "was trained with actor_hidden = (32,), not (8,)"),
+        (["--num-steps", "16"], "was trained with num_steps = 8, not 16; leave that flag away"),
+        (["--no-normalize-observations"], "was trained with normalize_observations = True, not False"),
+        (["--no-normalize-values"], "was trained with normalize_values = True, not False"),
+        (["--seed", "2"], "was trained with seed = 1, not 2"),
+        (["--log-std-init", "1"], "was trained with log_std_init = 0.0, not 1.0"),
+        (["--no-random-initial-ages"], "was trained with random_initial_ages = True, not False"),
         ([], "has 10,240 steps already; give a larger --total-timesteps"),
     ],
 )
@@ -368,12 +417,66 @@ def test_play_prints_the_score(finished_run, capsys):
     assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
 
-def test_a_failing_capture_or_environment_is_not_bad_input(monkeypatch):
+def test_an_error_of_the_environment_is_not_bad_input(tmp_path, monkeypatch, capsys):
+    """ValueError is bad input while a run is set up, and a defect, with its traceback, from then on."""
+
     def explode(*arguments, **options):
         raise RuntimeError("no such luck")
 
     with pytest.raises(RuntimeError, match="no such luck"):
-        ppo.train(probe_args("unused"), explode)
+        ppo.train(probe_args(tmp_path / "constructor"), explode)
+
+    class Refusing(ProbeEnv):
+        def __init__(self, *arguments, **options):
+            raise ValueError("unknown task")
+
+    class Defective(ProbeEnv):
+        def step(self, action):
+            raise ValueError("shapes differ")
+
+    train = ppo.train
+    monkeypatch.setattr(ppo, "train", lambda args: train(probe_args(tmp_path / "refused"), Refusing))
+    status, err = run_main(monkeypatch, capsys)
+    assert status == 2 and err == "error: unknown task\n"
+    monkeypatch.setattr(ppo, "train", lambda args: train(probe_args(tmp_path / "defect"), Defective))
+    with pytest.raises(ValueError, match="shapes differ"):
+        run_main(monkeypatch, capsys)
+
+
+def test_a_run_never_writes_over_another(finished_run, monkeypatch, capsys):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    flags = ["--env-id", "Hopper-v5", "--device", "cpu", "--no-compile"]
+    status, err = run_main(monkeypatch, capsys, *flags, "--run-dir", finished_run)
+    assert status == 2 and "holds a run already; choose another, or --resume its checkpoint.pt" in err
+    assert err.count("\n") == 1 and (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_flags_of_another_version_in_a_checkpoint_are_one_line(finished_run, tmp_path, monkeypatch, capsys):
+    checkpoint = torch.load(finished_run / "checkpoint.pt", weights_only=True)
+    checkpoint["args"]["iterations"] = 4
+    torch.save(checkpoint, tmp_path / "older.pt")
+    status, err = run_main(monkeypatch, capsys, "--play", tmp_path / "older.pt")
+    assert status == 2 and "another version of this script, which had the flag iterations" in err
+    assert err.count("\n") == 1
+
+
+def test_play_needs_an_episode_and_a_film_needs_gymnasium(finished_run, monkeypatch, capsys):
+    for flags, message in (
+        (["--eval-episodes", "0"], "eval_episodes = 0 must be >= 1 to play; use --eval-episodes 20"),
+        (["--capture-video"], "capture_video: Gymnasium has no action to film"),
+    ):
+        status, err = run_main(monkeypatch, capsys, "--play", finished_run / "checkpoint.pt", *flags)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_options_of_the_simulator_alone_are_not_given_to_gymnasium():
+    own = {"randomize": True, "randomize.mass": 0.1, "perturb.action_delay_ms": 40, "self_collision": False, "chunk": 8}
+    shared = {"reset_noise_scale": 0.1, "max_episode_steps": 50}
+    assert ppo.gymnasium_options(own | shared) == shared
+    args = ppo.with_task_defaults(ppo.Args(env_id="Hopper-v5", device="cpu", env_kwargs=own | shared))
+    ppo.check_env_kwargs(args)
+    with pytest.raises(ppo.InputError, match="do not suit gymnasium.make.*reset_noise"):
+        ppo.check_env_kwargs(dataclasses.replace(args, env_kwargs={"reset_noise": 0.1}))
 
 
 # With the simulator -------------------------------------------------------------------------------------------------------
@@ -381,7 +484,7 @@ def test_a_failing_capture_or_environment_is_not_bad_input(monkeypatch):
 
 def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
     """Physics state, warm start, ages and generators travel through the checkpoint."""
-    small = dict(env_id="Hopper-v5", num_envs=16, num_steps=8, num_minibatches=2, eval_episodes=0)
+    small = dict(env_id="Hopper-v5", num_envs=16, num_steps=8, num_minibatches=2, learning_rate=1e-3, eval_episodes=0)
     ppo.train(probe_args(tmp_path / "whole", **small, total_timesteps=4 * 128))
     ppo.train(probe_args(tmp_path / "parts", **small, total_timesteps=2 * 128))
     resume = str(tmp_path / "parts" / "checkpoint.pt")

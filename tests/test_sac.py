@@ -401,7 +401,7 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
     "arguments, message",
     [
         (["--env-id", "Ant-v5"], "was trained with env_id = action, not Ant-v5"),
-        (["--num-envs", "128"], "holds 64 environments, not 128"),
+        (["--num-envs", "128"], "was trained with num_envs = 64, not 128; leave that flag away"),
         (["--actor-hidden", "8"], "was trained with actor_hidden = (32,), not (8,)"),
         (["--critic", "scalar"], "was trained with critic = categorical, not scalar"),
         ([], "has 6,400 steps already; give a larger --total-timesteps"),
