@@ -5,11 +5,13 @@ Bit for bit on one CPU with the same versions: same seed, and resume. Statistica
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from probe_envs import ProbeEnv, probe_args
 from two_processes import updates_on_fixed_data
 
 import ppo_gpu_torch as ppo
+import vecsim_torch
 
 TESTS = Path(__file__).parent
 
@@ -235,6 +238,16 @@ def test_captured_graphs_agree_with_eager(tmp_path):
 
 
 @needs_cuda
+def test_a_failed_capture_stops_the_run(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(ppo, "capture", fail)
+    with pytest.raises(RuntimeError, match="--no-cuda-graphs runs without them"):
+        ppo.train(probe_args(tmp_path, device="cuda"), ProbeEnv)
+
+
+@needs_cuda
 def test_captured_policy_sees_fresh_noise_and_new_weights():
     args = ppo.with_task_defaults(probe_args("unused", device="cuda"))
     agent = ppo.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()
@@ -307,7 +320,98 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
     whole, parts = state_of(two_processes / "whole"), state_of(two_processes / "parts")
     assert len(whole["processes"]) == 2
     assert not torch.equal(whole["processes"][0]["env"]["x"], whole["processes"][1]["env"]["x"])  # own seeds
+    assert not torch.equal(whole["processes"][0]["generator"], whole["processes"][1]["generator"])  # own noise
     assert_same(whole, parts)
+
+
+# What reaches the functions and the environment --------------------------------------------------------------------------
+
+
+def short_args(run_dir, **changes):
+    """10 iterations of one gradient step."""
+    single = dict(total_timesteps=10 * 512, num_minibatches=1, update_epochs=1, log_every=512, eval_episodes=0)
+    return probe_args(run_dir, **(single | changes))
+
+
+def logged(run_dir, name):
+    return [json.loads(line)[name] for line in (run_dir / "metrics.jsonl").open()]
+
+
+def test_linear_learning_rate_by_value(tmp_path):
+    ppo.train(short_args(tmp_path, learning_rate=1e-3, learning_rate_schedule="linear"), ProbeEnv)
+    assert logged(tmp_path, "learning_rate") == pytest.approx([1e-3 * (1 - k / 10) for k in range(10)])
+
+
+def test_desired_kl_moves_over_the_run(tmp_path, monkeypatch):
+    given, update = [], ppo.update
+
+    def recording(agent, batch, accumulate, apply, learning_rate, desired_kl, *rest):
+        given.append(desired_kl)
+        return update(agent, batch, accumulate, apply, learning_rate, desired_kl, *rest)
+
+    monkeypatch.setattr(ppo, "update", recording)
+    ppo.train(short_args(tmp_path, desired_kl=0.02, desired_kl_final=0.01), ProbeEnv)
+    assert given == pytest.approx([0.02 - 0.001 * k for k in range(10)])
+
+
+def test_every_flag_of_the_environment_reaches_it(tmp_path):
+    given = []
+
+    def recording(env_id, **options):
+        given.append((env_id, options))
+        return ProbeEnv(env_id, **options)
+
+    flags = dict(integrator="rk4", solver_iterations=7, env_kwargs={"option": 3}, random_initial_ages=False, seed=5)
+    ppo.train(short_args(tmp_path, eval_episodes=1, **flags), recording)
+    assert len(given) == 1  # the final evaluation compiles no second simulator
+    env_id, options = given[0]
+    assert env_id == "action" and options == dict(
+        integrator="rk4", iterations=7, option=3, random_initial_ages=False, compile=False, num_envs=64, device="cpu",
+        seed=ppo.stream_seed(5, rank=0, stream=1),
+    )  # fmt: skip
+
+
+def test_reward_scale_is_what_the_learner_sees_and_the_log_does_not(tmp_path):
+    unscaled = dict(env_id="constant", normalize_values=False, update_epochs=1)
+    for name, scale in (("one", 1.0), ("ten", 10.0)):
+        ppo.train(short_args(tmp_path / name, **unscaled, reward_scale=scale), ProbeEnv)
+        assert logged(tmp_path / name, "episode_return") == [1.0] * 10
+    one, ten = (logged(tmp_path / name, "value_loss")[0] for name in ("one", "ten"))
+    assert 50.0 < ten / one < 200.0  # squares, of a value function near 0
+
+
+def test_a_reward_that_is_no_number_stops_the_run(tmp_path):
+    class Broken(ProbeEnv):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, torch.full_like(reward, torch.nan), *rest
+
+    with pytest.raises(FloatingPointError, match="training diverged by 512 steps"):
+        ppo.train(short_args(tmp_path), Broken)
+
+
+def test_metrics_are_mirrored_to_weights_and_biases(tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.records, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, record, step):
+            self.records.append((step, record))
+
+        def finish(self):
+            self.finished = True
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", loader=None)  # what importlib.util.find_spec looks for
+    wandb.init = Run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    ppo.train(short_args(tmp_path, track=True), ProbeEnv)
+    (run,) = runs
+    assert run.finished and run.options["name"] == tmp_path.name and run.options["config"]["num_envs"] == 64
+    assert run.records == [(line["env_steps"], line) for line in map(json.loads, (tmp_path / "metrics.jsonl").open())]
 
 
 # Run folder and command line ----------------------------------------------------------------------------------------------
@@ -490,6 +594,57 @@ def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
     resume = str(tmp_path / "parts" / "checkpoint.pt")
     ppo.train(probe_args(tmp_path / "parts", **small, total_timesteps=4 * 128, resume=resume))
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+def test_final_evaluation_in_the_training_environment_equals_one_in_a_fresh_one(tmp_path):
+    """It starts whole episodes, from its own seed, whatever training left behind."""
+    limit = {"max_episode_steps": 20}
+    small = dict(env_id="InvertedPendulum-v5", num_envs=16, num_steps=8, num_minibatches=2, env_kwargs=limit)
+    envs = []
+
+    def keeping(*arguments, **options):
+        envs.append(vecsim_torch.make(*arguments, **options))
+        return envs[-1]
+
+    result = ppo.train(probe_args(tmp_path, **small, total_timesteps=2 * 128), keeping)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    fresh = vecsim_torch.make("InvertedPendulum-v5", num_envs=16, integrator="euler", iterations=4, **limit)
+    agent = ppo.Agent(4, None, fresh.single_action_space, ppo.Args(**checkpoint["args"]))
+    agent.load_state_dict(checkpoint["agent"])
+    assert len(envs) == 1 and result["vecsim"] == ppo.evaluate_vecsim(agent, fresh, seed=1)
+    assert result["vecsim"]["mean_length"] == result["gymnasium"]["mean_length"] == 20.0
+
+
+def test_evaluations_during_training_then_play_and_film(tmp_path, monkeypatch, capsys):
+    flags = "--env-id InvertedPendulum-v5 --device cpu --no-compile --num-envs 16 --num-steps 8 --total-timesteps 512"
+    flags += " --eval-every 256 --eval-episodes 2 --env-kwargs randomize.mass 0.1"
+    evaluations, evaluate = [], ppo.evaluate_gymnasium
+
+    def counted(agent, args):
+        evaluations.append(evaluate(agent, args))
+        return evaluations[-1]
+
+    monkeypatch.setattr(ppo, "evaluate_gymnasium", counted)
+    status, err = run_main(monkeypatch, capsys, *flags.split(), "--run-dir", tmp_path)
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    scores = {line["env_steps"]: line["gymnasium_return"] for line in lines if "gymnasium_return" in line}
+    assert scores == {256: evaluations[0]["mean"], 512: evaluations[1]["mean"]}
+    assert len(evaluations) == 2  # the last serves as the final one
+    evaluation = json.loads((tmp_path / "eval.json").read_text())
+    assert evaluation["gymnasium"] == evaluations[1] and evaluation["gymnasium"]["episodes"] == 2
+    play = ["--play", tmp_path / "checkpoint.pt", "--eval-episodes", "2"]
+    assert run_main(monkeypatch, capsys, *play)[0] == 0 and evaluations[2] == evaluations[1]
+    monkeypatch.delenv("DISPLAY", raising=False)
+    try:
+        status, err = run_main(monkeypatch, capsys, *play, "--capture-video")
+    except Exception as error:  # MuJoCo's renderers raise AttributeError, ImportError, RuntimeError or their own
+        if any(word in f"{type(error).__name__} {error}" for word in ("GL", "gl", "render", "display")):
+            pytest.skip(f"no OpenGL on this machine: {error}")
+        raise
+    assert status == 0, err
+    (video,) = [path for path in tmp_path.iterdir() if path.stem == "play"]
+    assert video.stat().st_size > 1_000
 
 
 def test_inverted_pendulum_balances_in_gymnasium(tmp_path):
