@@ -978,10 +978,10 @@ def gymnasium_options(env_kwargs: dict) -> dict:
 
 def check_env_kwargs(args: Args) -> None:
     """Refuse options that this script sets itself, and those that Gymnasium would refuse after the whole run."""
+    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32"}
     for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages".split():
         if name in args.env_kwargs:
-            advice = {"iterations": "use --solver-iterations", "dtype": "it is float32"}
-            advice = advice.get(name, f"use --{name.replace('_', '-')}")
+            advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
             raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
     if args.eval_episodes and args.env_id in gymnasium.registry:
         try:
@@ -1018,9 +1018,8 @@ def film(agent: Agent, args: Args, folder: Path) -> Path:
     import imageio.v2 as imageio
 
     if "DISPLAY" not in os.environ:
-        os.environ.setdefault(
-            "MUJOCO_GL", "egl"
-        )  # headless, on the GPU's driver or Mesa; MUJOCO_GL=osmesa where there is no EGL
+        # Without a screen MuJoCo draws through EGL; where that is missing too, set MUJOCO_GL=osmesa.
+        os.environ.setdefault("MUJOCO_GL", "egl")
     # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
     options = dict(render_mode="rgb_array", camera_name="track") | gymnasium_options(args.env_kwargs)
     env = gymnasium.make(args.env_id, **options)
@@ -1071,9 +1070,8 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
     env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(args.seed, rank, stream=1))
-    env_options |= args.env_kwargs | dict(
-        compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations
-    )
+    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
+    env_options |= args.env_kwargs
     with refusals_of_the_simulator():
         env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe_envs import ProbeEnv, probe_args
+from probe_envs import ProbeEnv, documented_a2c, probe_args
 from two_processes import updates_on_fixed_data
 
 import ppo_gpu_torch as ppo
@@ -80,7 +80,9 @@ def test_noise_stays_above_its_floor(tmp_path):
 
 
 def test_a2c_learns(tmp_path):
-    a2c = dict(update_epochs=1, num_minibatches=1, clip_coef=math.inf, num_steps=5, learning_rate_schedule="constant")
+    a2c, defaults = dataclasses.asdict(documented_a2c()), dataclasses.asdict(ppo.Args())
+    a2c = {name: value for name, value in a2c.items() if value != defaults[name]}
+    assert len(a2c) == 5
     result = ppo.train(probe_args(tmp_path, total_timesteps=100_000, **a2c), ProbeEnv)
     assert result["vecsim"]["mean"] > -0.05
 

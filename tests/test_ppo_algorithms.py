@@ -10,6 +10,7 @@ from pathlib import Path
 import gae_cases
 import gymnasium
 import numpy as np
+import probe_envs
 import pytest
 import source_lint
 import torch
@@ -268,17 +269,9 @@ def test_bf16_rounds_the_networks_and_nothing_else():
     assert all(parameter.dtype == torch.float32 for parameter in agents[1].parameters())
 
 
-def documented_a2c():
-    """The flags of the command that the module's docstring gives."""
-    (command,) = [line for line in ppo.__doc__.splitlines() if "--clip-coef inf" in line]
-    words = command.split()
-    assert words[:2] == ["python", "ppo_gpu_torch.py"]
-    return ppo.parse_args(words[2:])
-
-
 def test_a2c_is_ppo_with_one_epoch_one_minibatch_and_no_clipping():
     """The documented flags give the gradient of -log pi(a|s) A + (V - R)^2 / 2, written without any ratio."""
-    a2c = documented_a2c()
+    a2c = probe_envs.documented_a2c()
     ppo.derive_sizes(ppo.with_task_defaults(dataclasses.replace(a2c, device="cpu")), world_size=1)
     assert (a2c.update_epochs, a2c.num_minibatches, a2c.learning_rate_schedule) == (1, 1, "constant")
     small = dict(env_id="probe", device="cpu", actor_hidden=(16,), critic_hidden=(16,), compile=False)
