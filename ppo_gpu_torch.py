@@ -920,7 +920,8 @@ def plot_curve(run_dir: Path, title: str) -> None:
                 axis.plot(*zip(*points, strict=True), style, label=metric)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    if axes[0].lines:  # no episode may have ended yet
+        axes[0].legend()
     figure.suptitle(title)
     figure.savefig(run_dir / "curve.png", dpi=120)
 
