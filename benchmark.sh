@@ -29,7 +29,7 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores scaling
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
   --cores LIST         CPU cores to stay on, as taskset writes them: 0 or 0,1 or 0-7 (default: all)
   --num-envs N         environments of each simulator in `sim` (default 1024 on a CPU, 8192 on a GPU)
-  --iterations N       Newton iterations of every simulator in `sim` (default 4)
+  --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
   --total-timesteps N  environment steps of each run in `scores` (default: the trainer's, for the task)
@@ -73,7 +73,7 @@ case "$mode" in
   *) refuse "unknown mode '$mode'; choose one of sim learner train scores scaling cost plot table programs" ;;
 esac
 
-env_ids="" device="" cores="" num_envs="" iterations=4 max_envs="" max_processes="" total_timesteps="" repeats="" seconds=""
+env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" repeats="" seconds=""
 patience="" dollars_per_hour="" results="$root/results" quick="" dry_run="" force="" programs_folder=""
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -81,7 +81,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=1 ;;
     --force) force=1 ;;
     -h | --help) usage && exit 0 ;;
-    --env-id | --device | --cores | --num-envs | --iterations | --max-envs | --max-processes | --total-timesteps | \
+    --env-id | --device | --cores | --num-envs | --solver-iterations | --max-envs | --max-processes | --total-timesteps | \
       --repeats | --seconds | --patience | --dollars-per-hour | --results)
       [ $# -ge 2 ] || refuse "$1 needs a value"
       name=${1#--}
@@ -96,7 +96,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-for name in num_envs iterations max_envs max_processes total_timesteps repeats seconds patience; do
+for name in num_envs solver_iterations max_envs max_processes total_timesteps repeats seconds patience; do
   [[ -z "${!name}" || "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name//_/-} must be a whole number of at least 1, not ${!name}"
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
@@ -1548,6 +1548,8 @@ if job["force"] and (run_dir / "eval.json").exists():
 if not (run_dir / "eval.json").exists():
     command = shlex.split(job["command"])[1:]
     resumed = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() else []
+    if not resumed:
+        shutil.rmtree(run_dir, ignore_errors=True)  # cut off before its first checkpoint: the trainer starts in an empty folder
     launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
     trainer = [*launch, job["python"], *command, "--run-dir", str(run_dir), *resumed]
     status = subprocess.run(trainer, cwd=job["root"]).returncode
@@ -1981,7 +1983,7 @@ env_kwargs_of() { # TASK -> options of ppo_gpu_torch.py's defaults, given to eve
 }
 
 simulator_settings() { # TASK ENVIRONMENTS -> settings of a `sim` comparison; saves its test states
-  "$project_python" "$work/programs/states.py" "$1" "$device" "$2" "$iterations" "$work/states-$1-$2.npz"
+  "$project_python" "$work/programs/states.py" "$1" "$device" "$2" "$solver_iterations" "$work/states-$1-$2.npz"
 }
 
 run_sim() {

@@ -1,15 +1,19 @@
 """PPO for thousands of robots on one device: simulator, rollout, advantages and gradient steps never leave it.
 
-    python ppo_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # to 1000 in seconds on two CPU cores
+    python ppo_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is quick enough on a CPU
     python ppo_gpu_torch.py --env-id HalfCheetah-v5                         # a GPU where there is one, else the CPU
     python ppo_gpu_torch.py --env-id Ant-v5 --num-envs 4096 --bf16
     python ppo_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 40000000
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
     torchrun --nproc-per-node=2 ppo_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
-A flag whose default reads None takes the value of its task in TASK_DEFAULTS. A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
+Scores, times and hardware: the results table in README.md. A flag whose default reads None takes the value of its task in TASK_DEFAULTS.
+A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
 
     python ppo_gpu_torch.py --update-epochs 1 --num-minibatches 1 --clip-coef inf --num-steps 5 --learning-rate-schedule constant
+
+This is A2C with GAE, normalised advantages, two networks and Adam. For the textbook's plain n-step returns and advantages add
+--gae-lambda 1 --no-normalize-advantages (and --no-normalize-values --bounds-coef 0); RMSprop, which the first A2C used, is not here.
 
 Needs `vecsim_torch.py` beside it and nothing else of this project: copy the two files and they are yours.
 
@@ -49,9 +53,22 @@ import vecsim_torch
 # ------------------------------------------------------------------------------------------------------------------------
 
 
+class InputError(ValueError):
+    """What a user typed breaks a rule: one line, exit status 2. Any other error is a defect and shows its traceback."""
+
+
+@contextlib.contextmanager
+def refusals_of_the_simulator():
+    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 @dataclasses.dataclass
 class Args:
-    """A flag left at None takes the value of its task in TASK_DEFAULTS. All counts are environment steps over all environments."""
+    """None: the task's row in TASK_DEFAULTS, else COMMON, unless the help says otherwise. total_timesteps and every *_every count environment steps over all environments."""
 
     env_id: str = "Ant-v5"
     """task: any id that vecsim_torch.make knows"""
@@ -70,30 +87,30 @@ class Args:
     bf16: bool = False
     """run the networks, never the physics, under bfloat16 autocast"""
     run_dir: str | None = None
-    """folder of this run (default: runs/<env_id>__ppo__<seed>__<time>; the checkpoint's own folder with --resume)"""
+    """folder of this run, without one in it already (default: runs/<env_id>__ppo__<seed>__<time>; the checkpoint's own folder with --resume)"""
     resume: str | None = None
     """checkpoint to continue from; flags not given keep the checkpoint's values"""
     checkpoint_every: int | None = None
     """environment steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     log_every: int | None = None
-    """environment steps between log lines (>= 1; default: total_timesteps / 200)"""
+    """environment steps between log lines, at most; checkpoints and evaluations log too (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
-    """episodes of an evaluation in gymnasium.make(env_id) (>= 0; 0 skips the evaluations)"""
+    """episodes of an evaluation in gymnasium.make(env_id), and of --play (>= 0; 0 skips the evaluations); vecsim is scored on one episode of each environment"""
     eval_every: int | None = None
     """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
     play: str | None = None
     """checkpoint to play deterministically instead of training; prints its score"""
     capture_video: bool = False
-    """with --play: write one episode, rendered by Gymnasium, beside the checkpoint"""
+    """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
     """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] | None = None
-    """task options, pairs of name and value, given alike to vecsim_torch.make and to gymnasium.make"""
+    """task options, pairs of name and value, on top of those in the task's row; for vecsim_torch.make and gymnasium.make alike, but for the simulator's own (randomize, perturb, pair_slots, self_collision, chunk)"""
     integrator: Literal["euler", "implicitfast", "rk4"] | None = None
     """integrator of the training physics (Gymnasium's own environments keep that of their MJCF)"""
-    iterations: int | None = None
+    solver_iterations: int | None = None
     """Newton iterations of the contact solver (>= 1)"""
     random_initial_ages: bool = True
     """start the first episodes at random ages, so that thousands of robots do not time out together"""
@@ -150,23 +167,23 @@ class Args:
     desired_kl: float | None = None
     """adaptive schedule: exact KL(old policy || new policy), mean over a minibatch, to aim at (> 0)"""
     desired_kl_final: float | None = None
-    """adaptive schedule: desired_kl moves linearly to this value over the run (> 0)"""
+    """adaptive schedule: desired_kl moves linearly to this value over the run (> 0; default: desired_kl, also where only --desired-kl is given for a task whose row has both)"""
     learning_rate_min: float = 1e-5
     """adaptive schedule: lower bound (> 0)"""
     learning_rate_max: float | None = None
-    """adaptive schedule: upper bound (>= learning_rate_min)"""
+    """adaptive schedule: upper bound (>= learning_rate_min, and learning_rate lies between the two)"""
 
 
 # One row of values per task; a task without a row (or a value missing from its row) takes COMMON's.
 COMMON = dict(
-    num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0,
-    num_steps=32, update_epochs=4, num_minibatches=16, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
+    num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", solver_iterations=4, reward_scale=1.0,
+    num_steps=16, update_epochs=4, num_minibatches=8, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
     log_std_init=0.0, log_std_min=-2.3, gamma=0.99, gae_lambda=0.95, entropy_coef=0.0, bounds_coef=1e-4,
-    learning_rate=1e-3, learning_rate_max=5e-3, desired_kl=0.01, desired_kl_final=0.01,
+    learning_rate=1e-3, learning_rate_max=5e-3, desired_kl=0.01,
 )  # fmt: skip
 TASK_DEFAULTS = {
     "InvertedPendulum-v5": dict(
-        num_envs=512, num_steps=16, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+        num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
     "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995),
     "HalfCheetah-v5": dict(total_timesteps=30_000_000),
@@ -185,14 +202,18 @@ TASK_DEFAULTS = {
 def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS) -> Args:
     """Fill in what was left at None: from the task's row, then from COMMON, then what follows from other flags."""
     row = common | tasks.get(args.env_id, {})
-    args = dataclasses.replace(args, **{name: value for name, value in row.items() if getattr(args, name) is None})
+    if args.desired_kl is not None:  # a row's last value goes with its first
+        row.pop("desired_kl_final", None)
+    filled = {name: value for name, value in row.items() if getattr(args, name) is None}
+    filled["env_kwargs"] = row["env_kwargs"] | (args.env_kwargs or {})  # options given go on top of the row's
+    args = dataclasses.replace(args, **filled)
     name = f"{args.env_id.replace('/', '-')}__ppo__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    on_cpu = pick_device(args.device).type == "cpu"
     derived = dict(
         run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{name}",
         checkpoint_every=max(1, args.total_timesteps // 10),
         log_every=max(1, args.total_timesteps // 200),
-        microbatch_size=2048 if on_cpu else args.num_envs * args.num_steps,
+        microbatch_size=2048 if pick_device(args.device).type == "cpu" else args.num_envs * args.num_steps,
+        desired_kl_final=args.desired_kl,
     )
     return dataclasses.replace(args, **{name: value for name, value in derived.items() if getattr(args, name) is None})
 
@@ -215,32 +236,41 @@ class Sizes(NamedTuple):
 
 def derive_sizes(args: Args, world_size: int) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
-    counts = "num_envs total_timesteps num_steps update_epochs num_minibatches iterations microbatch_size"
-    positive = "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min"
+    counts = "num_envs total_timesteps num_steps update_epochs num_minibatches solver_iterations microbatch_size"
+    positive = "reward_scale learning_rate desired_kl desired_kl_final learning_rate_min learning_rate_max"
+    lowest_rate, highest_rate = args.learning_rate_min, args.learning_rate_max
     rules = (  # flags, what is legal, and how to say it
         (f"{counts} checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
-        ("seed eval_episodes entropy_coef bounds_coef", lambda x: x >= 0, ">= 0"),
-        (positive, lambda x: x > 0, "> 0"),
+        ("seed eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("entropy_coef bounds_coef", lambda x: 0 <= x < math.inf, ">= 0 and finite"),
+        ("clip_coef max_grad_norm", lambda x: x > 0, "> 0"),
+        (positive, lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
-        ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
+        ("learning_rate_max", lambda x: x >= lowest_rate, f">= learning_rate_min = {lowest_rate:g}"),
+        ("log_std_init", math.isfinite, "finite"),
         ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
     )  # fmt: skip
     for names, legal, rule in rules:
         for name in names.split():
             if not legal(getattr(args, name)):
-                raise ValueError(f"{name} = {getattr(args, name)} must be {rule}")
+                raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
+    if args.learning_rate_schedule == "adaptive" and not lowest_rate <= args.learning_rate <= highest_rate:
+        raise InputError(
+            f"learning_rate = {args.learning_rate:g} must be between learning_rate_min = {lowest_rate:g} and learning_rate_max = "
+            f"{highest_rate:g} under the adaptive schedule"
+        )
     if args.clip_value_loss and math.isinf(args.clip_coef):
-        raise ValueError("clip_value_loss needs a finite clip_coef; use --clip-coef 0.2 or --no-clip-value-loss")
+        raise InputError("clip_value_loss needs a finite clip_coef; use --clip-coef 0.2 or --no-clip-value-loss")
     if args.eval_every is not None and not args.eval_episodes:
-        raise ValueError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+        raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
     if args.track and importlib.util.find_spec("wandb") is None:
-        raise ValueError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
+        raise InputError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
     if args.num_envs % world_size:
         below = args.num_envs // world_size * world_size
         choices = f"{below} or {below + world_size}" if below else f"{world_size}"
-        raise ValueError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {choices}")
+        raise InputError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {choices}")
     envs = args.num_envs // world_size
     batch = envs * args.num_steps
     if batch % args.num_minibatches:
@@ -248,7 +278,7 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
         above = min((n for n in range(args.num_minibatches, batch + 1) if batch % n == 0), default=below)
         choices = f"{below} or {above}" if above != below else f"{below}"
         what = f"num_envs x num_steps = {batch:,}" + (" of each process" if world_size > 1 else "")
-        raise ValueError(f"{what} does not split into {args.num_minibatches} minibatches; use {choices}")
+        raise InputError(f"{what} does not split into {args.num_minibatches} minibatches; use {choices}")
     minibatch = batch // args.num_minibatches
     microbatch = math.ceil(minibatch / math.ceil(minibatch / args.microbatch_size))
     steps_per_iteration = args.num_envs * args.num_steps
@@ -328,6 +358,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
 
     def autocast(self, x: Tensor) -> torch.autocast:
+        # No cache: a cast cached inside a graph capture would go stale.
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def policy_mean(self, normalized_obs: Tensor) -> Tensor:
@@ -504,8 +535,8 @@ def make_batch(
 def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args: Args) -> tuple[Tensor, Tensor]:
     """The share of this (part of a) batch in the loss of a minibatch of `samples`, and the same share of LossTerms, stacked.
 
-    There is no weight on the value loss: policy and value function share no parameter and are clipped apart, and Adam does not
-    see the scale of a gradient."""
+    A weight on the value loss would only move the point at which max_grad_norm bites: the networks share no parameter, and Adam
+    divides the scale out."""
     mean, value = agent.policy_mean(batch.obs), agent.normalized_value(batch.critic_obs)
     log_ratio = gaussian_log_prob(batch.action, mean, agent.log_std) - batch.log_prob
     ratio = log_ratio.exp()
@@ -560,9 +591,8 @@ def update(
         for start in range(0, len(batch.weight), minibatch):
             terms = accumulate(old_log_std, *(x[start : start + minibatch] for x in batch))
             average_over_processes([*(p.grad for p in agent.parameters()), terms])
-            if (
-                args.learning_rate_schedule == "adaptive" and epoch + start > 0
-            ):  # before the first step nothing has moved
+            moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
+            if args.learning_rate_schedule == "adaptive" and moved:
                 bounds = args.learning_rate_min, args.learning_rate_max
                 learning_rate.copy_(adapted_learning_rate(learning_rate, LossTerms(*terms).kl, desired_kl, *bounds))
             apply()
@@ -640,15 +670,13 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     ]
     example = (torch.zeros_like(agent.log_std), *features, *[scalars] * 5)
     if args.cuda_graphs and obs.device.type == "cuda":
-        eager = policy, targets, accumulate, apply
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
         before = [x.clone() for x in state]
         try:
             policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
             accumulate, apply = capture(accumulate, example), capture(apply, ())
         except RuntimeError as error:
-            print(f"no CUDA graphs, because capture failed: {error}", file=sys.stderr)
-            policy, targets, accumulate, apply = eager
+            raise RuntimeError("capture in CUDA graphs failed; --no-cuda-graphs runs without them") from error
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)
     else:  # compile now, so that compilation is timed apart from training
@@ -668,12 +696,21 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not match:
-        raise ValueError(f"device = {name} must be auto, cpu, cuda or cuda:N")
+        raise InputError(f"device = {name} must be auto, cpu, cuda or cuda:N")
     if not available:
-        raise ValueError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
-    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+        raise InputError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
+    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and match[1]:
+        raise InputError(
+            f"device = {name}: {processes} processes cannot share one GPU; use --device cuda, one GPU for each"
+        )
+    if processes > 1 and local_rank >= available:
+        raise InputError(
+            f"device = {name}: a process for each GPU, and there are {available} here; use --nproc-per-node={available}"
+        )
+    index = int(match[1] or local_rank)
     if index >= available:
-        raise ValueError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
+        raise InputError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
     return torch.device("cuda", index)
 
 
@@ -715,14 +752,25 @@ def gather_from_processes(state: dict) -> list[dict]:
 
 
 def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
-    """Means over the episodes of all processes; None where no episode ended or the task has no success."""
+    """Means over all processes; None where no episode ended, or where the task has no success.
+
+    Return, length and success are means over episodes. What else the task averages (terms of its reward, say) it averages over
+    steps, of which every process makes as many."""
+    counts, over_episodes = ("episodes", "invalid"), ("episode_return", "episode_length", "success")
+    over_steps = [name for name in statistics if name not in counts + over_episodes]
     episodes = statistics["episodes"]
-    names = ("episode_return", "episode_length", "success")
-    sums = [statistics[name] * episodes if episodes else 0.0 for name in names]
-    sums = torch.tensor([*sums, episodes, statistics["invalid"]], dtype=torch.float64, device=device)
-    *sums, episodes, invalid = sum_over_processes(sums).tolist()  # host sync
-    means = {name: x / episodes if episodes and math.isfinite(x) else None for name, x in zip(names, sums, strict=True)}
-    return means | {"episodes": int(episodes), "invalid": int(invalid)}
+    sums = {name: statistics[name] * episodes if episodes else 0.0 for name in over_episodes}
+    sums |= {name: statistics[name] for name in (*over_steps, *counts)} | dict(processes=1)
+    total = sum_over_processes(torch.tensor([*sums.values()], dtype=torch.float64, device=device))
+    total = dict(zip(sums, total.tolist(), strict=True))  # host sync
+    divisors = dict.fromkeys(over_episodes, total["episodes"]) | dict.fromkeys(over_steps, total["processes"])
+    means = {name: total[name] / n if n and math.isfinite(total[name]) else None for name, n in divisors.items()}
+    return means | {name: int(total[name]) for name in counts}
+
+
+def crossed(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never, where `every` is None."""
+    return every is not None and after // every > before // every
 
 
 def stream_seed(seed: int, rank: int, stream: int) -> int:
@@ -749,40 +797,47 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"checkpoint {path} does not exist") from None
+        raise InputError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load raises many types on a damaged file
         reason = str(error).split("\n")[0][:100]
-        raise ValueError(
+        raise InputError(
             f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
         ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
-        raise ValueError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
+        raise InputError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
+    unknown = checkpoint["args"].keys() - {field.name for field in dataclasses.fields(Args)}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise InputError(f"checkpoint {path} was written by another version of this script, which had the flag {names}")
     return checkpoint
 
 
-def check_same_task(checkpoint: dict, args: Args) -> None:
-    for name in ("env_id", "env_kwargs", "actor_hidden", "critic_hidden"):
+def check_unchanged(checkpoint: dict, args: Args, names: str) -> None:
+    for name in names.split():
         then, now = checkpoint["args"][name], getattr(args, name)
         if now != then:
-            raise ValueError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
+            raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
+
+
+def check_same_task(checkpoint: dict, args: Args) -> None:
+    """Refuse other observations and networks than the checkpoint's."""
+    check_unchanged(
+        checkpoint, args, "env_id env_kwargs actor_hidden critic_hidden normalize_observations normalize_values"
+    )
 
 
 def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
-    """Refuse to continue under flags that do not fit the state."""
+    """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     check_same_task(checkpoint, args)
-    then = checkpoint["args"]
-    if args.num_envs != then["num_envs"]:
-        raise ValueError(
-            f"the checkpoint holds {then['num_envs']:,} environments, not {args.num_envs:,}; leave --num-envs away"
-        )
+    check_unchanged(checkpoint, args, "num_envs num_steps seed log_std_init random_initial_ages")
     if args.total_timesteps <= checkpoint["env_steps"]:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has {checkpoint['env_steps']:,} steps already; give a larger --total-timesteps"
         )
     if len(checkpoint["processes"]) != world_size:
-        raise ValueError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
+        raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["device"] != device.type:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
         )
 
@@ -802,6 +857,13 @@ def load_training_state(
             x.copy_(saved[name])
 
 
+def check_run_dir(args: Args) -> None:
+    """A run must not write over another one; only a resumed run goes on in its own folder."""
+    own = args.resume and Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
+    if not own and (Path(args.run_dir) / "metrics.jsonl").exists():
+        raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another, or --resume its checkpoint.pt")
+
+
 class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run; the writing process alone has one."""
 
@@ -811,11 +873,11 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.path = run_dir / "metrics.jsonl"
-        old = self.path.read_text().splitlines() if first_step and self.path.exists() else []
+        old = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
+        whole = [line for line in old if line.endswith("\n")]  # a killed run may leave half of its last line
         # What an interrupted run logged after its checkpoint is run, and logged, again.
-        kept = [line for line in old if json.loads(line)["env_steps"] <= first_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.tensorboard = SummaryWriter(run_dir)
+        self.path.write_text("".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
+        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
         patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
         self.bar = tqdm(
             total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
@@ -858,7 +920,8 @@ def plot_curve(run_dir: Path, title: str) -> None:
                 axis.plot(*zip(*points, strict=True), style, label=metric)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    if axes[0].lines:  # no episode may have ended yet
+        axes[0].legend()
     figure.suptitle(title)
     figure.savefig(run_dir / "curve.png", dpi=120)
 
@@ -908,12 +971,33 @@ def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) ->
     return first_episodes(step, obs, agent)
 
 
+def gymnasium_options(env_kwargs: dict) -> dict:
+    """What gymnasium.make gets: the task's options, without those that only the simulator has, which say how it trains."""
+    simulator_alone = ("randomize", "perturb", "pair_slots", "self_collision", "chunk")
+    return {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in simulator_alone}
+
+
+def check_env_kwargs(args: Args) -> None:
+    """Refuse options that this script sets itself, and those that Gymnasium would refuse after the whole run."""
+    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32"}
+    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages".split():
+        if name in args.env_kwargs:
+            advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
+            raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
+    if args.eval_episodes and args.env_id in gymnasium.registry:
+        try:
+            gymnasium.make(args.env_id, **gymnasium_options(args.env_kwargs)).close()
+        except (TypeError, ValueError, gymnasium.error.Error) as error:
+            raise InputError(f"env_kwargs = {args.env_kwargs} do not suit gymnasium.make: {error}") from error
+
+
 def evaluate_gymnasium(agent: Agent, args: Args) -> dict[str, float] | None:
     """The score in Gymnasium's own environment, policy on the CPU; None where Gymnasium has no such task."""
     if args.env_id not in gymnasium.registry:
         return None
     agent = copy.deepcopy(agent).cpu()
-    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **args.env_kwargs)] * args.eval_episodes)
+    options = gymnasium_options(args.env_kwargs)
+    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **options)] * args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed)
 
     def step(action: Tensor):
@@ -935,9 +1019,11 @@ def film(agent: Agent, args: Args, folder: Path) -> Path:
     import imageio.v2 as imageio
 
     if "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # headless; osmesa where EGL is missing
+        # Without a screen MuJoCo draws through EGL; where that is missing too, set MUJOCO_GL=osmesa.
+        os.environ.setdefault("MUJOCO_GL", "egl")
     # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
-    env = gymnasium.make(args.env_id, render_mode="rgb_array", camera_name="track", **args.env_kwargs)
+    options = dict(render_mode="rgb_array", camera_name="track") | gymnasium_options(args.env_kwargs)
+    env = gymnasium.make(args.env_id, **options)
     obs, _ = env.reset(seed=args.seed)
     frames, ended = [], False
     while not ended:
@@ -974,6 +1060,9 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
     sizes = derive_sizes(args, world_size)
+    check_env_kwargs(args)
+    if rank == 0:  # the one writer
+        check_run_dir(args)
     checkpoint = load_checkpoint(args.resume, "ppo") if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, device, world_size)
@@ -982,8 +1071,10 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
     env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(args.seed, rank, stream=1))
-    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.iterations, **args.env_kwargs)
-    env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
+    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
+    env_options |= args.env_kwargs
+    with refusals_of_the_simulator():
+        env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     critic_obs_size = None if env.single_critic_space is None else env.single_critic_space.shape[0]
     privileged = critic_obs_size is not None
@@ -999,8 +1090,11 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     first_iteration, train_seconds = 0, 0.0
     if checkpoint:
         load_training_state(checkpoint, agent, optimizer, learning_rate)
+        if args.learning_rate != checkpoint["args"]["learning_rate"]:  # a rate given anew wins over the adapted one
+            learning_rate.fill_(args.learning_rate)
         mine = checkpoint["processes"][rank]
-        env.load_state_dict(mine["env"])
+        with refusals_of_the_simulator():
+            env.load_state_dict(mine["env"])
         generator.set_state(mine["generator"])
         obs, critic_obs = mine["obs"].to(device), mine["critic_obs"].to(device)
         first_iteration, train_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
@@ -1049,14 +1143,17 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         # Log, evaluate, save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * sizes.steps_per_iteration
         last = iteration + 1 == sizes.iterations
-        log_now, evaluate_now, save_now = (
-            every is not None and (last or env_steps // every > (env_steps - sizes.steps_per_iteration) // every)
-            for every in (args.log_every, args.eval_every, args.checkpoint_every)
-        )
+        before = env_steps - sizes.steps_per_iteration
+        log_now = last or crossed(args.log_every, before, env_steps)
+        evaluate_now = crossed(args.eval_every, before, env_steps) or (last and args.eval_every is not None)
+        save_now = last or crossed(args.checkpoint_every, before, env_steps)
         if not (log_now or evaluate_now or save_now):
             continue
-        terms /= (env_steps - logged_step) // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
+        iterations = (env_steps - logged_step) // sizes.steps_per_iteration
+        gradient_steps = iterations * args.update_epochs * args.num_minibatches
+        terms /= gradient_steps
         names = (*LossTerms._fields, "learning_rate", "action_std", "explained_variance")
+        # Of the last iteration alone; the terms are means over all gradient steps since the last line.
         explained_variance = 1.0 - advantage.var() / (advantage + value).var()
         numbers = torch.stack([*terms, learning_rate, agent.log_std.exp().mean(), explained_variance])
         numbers = numbers.tolist()  # host sync
@@ -1067,8 +1164,9 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         record |= {name: x if math.isfinite(x) else None for name, x in zip(names, numbers, strict=True)}
         if None in [record[name] for name in LossTerms._fields]:
             raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
-        if log and evaluate_now and (score := evaluate_gymnasium(agent, args)):
-            record["gymnasium_return"] = score["mean"]
+        if log and evaluate_now:  # with eval_every the last iteration evaluates too
+            score = evaluate_gymnasium(agent, args)
+            record |= dict(gymnasium_return=score["mean"]) if score else {}
         if log:
             log.write(record)
         if save_now:
@@ -1084,16 +1182,18 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         logged_step, logged_seconds, clock = env_steps, train_seconds, time.perf_counter()
 
     # Final evaluation, by the one writer.
-    env.close()
     if not log:
+        env.close()
         return record
     log.close()
     plot_curve(run_dir, f"{args.env_id}, PPO, seed {args.seed}")
     evaluation = dict(env_id=args.env_id, algorithm="ppo", seed=args.seed, env_steps=logged_step)
     evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
     if args.eval_episodes:
-        evaluation["vecsim"] = evaluate_vecsim(agent, make_env(args.env_id, **env_options), args.seed)
-        evaluation["gymnasium"] = evaluate_gymnasium(agent, args)
+        env.random_initial_ages = False  # whole episodes
+        evaluation["vecsim"] = evaluate_vecsim(agent, env, args.seed)
+        evaluation["gymnasium"] = score if args.eval_every else evaluate_gymnasium(agent, args)
+    env.close()
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
     for name in ("vecsim", "gymnasium"):
         print(f"{name}: {describe(evaluation[name])}")
@@ -1103,13 +1203,18 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
 def play(args: Args, make_env=vecsim_torch.make) -> dict:
     """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
     checkpoint = load_checkpoint(args.play, "ppo")
-    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=max(1, args.eval_episodes)))
+    if args.eval_episodes < 1:
+        raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
+    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes))
     check_same_task(checkpoint, args)
-    env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
+    check_env_kwargs(args)
+    if args.capture_video and args.env_id not in gymnasium.registry:
+        raise InputError(f"capture_video: Gymnasium has no {args.env_id} to film")
+    with refusals_of_the_simulator():
+        env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
     critic_obs_size = None if env.single_critic_space is None else env.single_critic_space.shape[0]
     agent = Agent(env.single_observation_space.shape[0], critic_obs_size, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
-    args = dataclasses.replace(args, eval_episodes=args.num_envs)
     score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
     print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
@@ -1128,11 +1233,13 @@ def parse_args(argv: list[str]) -> Args:
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            raise ValueError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
+            raise InputError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
 
     args = parse(Args())
     if args.resume and args.play:
-        raise ValueError("--resume continues training and --play plays: give one of them")
+        raise InputError("--resume continues training and --play plays: give one of them")
+    if args.capture_video and not args.play:
+        raise InputError("--capture-video films a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:
         return args
@@ -1146,7 +1253,7 @@ def main() -> int:
         play(args) if args.play else train(args)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except ValueError as error:  # bad input; anything else is a defect and shows its traceback
+    except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -127,10 +127,10 @@ class Args:
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] | None = None
-    """task options, pairs of name and value, those of Gymnasium's constructor"""
+    """task options, pairs of name and value, on top of those in the task's row; those of Gymnasium's constructor"""
     integrator: Literal["euler", "implicitfast", "rk4", "mjcf"] | None = None
     """integrator of the training physics (mjcf: the one that Gymnasium's own environment uses)"""
-    iterations: int | None = None
+    solver_iterations: int | None = None
     """Newton iterations of the contact solver, at most (>= 1)"""
     ls_iterations: int = 2
     """line-search steps of each Newton iteration, at most (>= 1)"""
@@ -193,7 +193,7 @@ class Args:
     desired_kl: float | None = None
     """adaptive schedule: exact KL(old policy || new policy), mean over a minibatch, to aim at (> 0)"""
     desired_kl_final: float | None = None
-    """adaptive schedule: desired_kl moves linearly to this value over the run (> 0)"""
+    """adaptive schedule: desired_kl moves linearly to this value over the run (> 0; default: desired_kl, also where only --desired-kl is given for a task whose row has both)"""
     learning_rate_min: float = 1e-5
     """adaptive schedule: lower bound (> 0)"""
     learning_rate_max: float | None = None
@@ -202,14 +202,14 @@ class Args:
 
 # One row of values per task; a task without a row (or a value missing from its row) takes COMMON's.
 COMMON = dict(
-    num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0,
-    num_steps=32, update_epochs=4, num_minibatches=16, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
+    num_envs=1024, total_timesteps=20_000_000, env_kwargs={}, integrator="euler", solver_iterations=4, reward_scale=1.0,
+    num_steps=16, update_epochs=4, num_minibatches=8, actor_hidden=(256, 128, 64), critic_hidden=(256, 128, 64),
     log_std_init=0.0, log_std_min=-2.3, gamma=0.99, gae_lambda=0.95, entropy_coef=0.0, bounds_coef=1e-4,
-    learning_rate=1e-3, learning_rate_max=5e-3, desired_kl=0.01, desired_kl_final=0.01,
+    learning_rate=1e-3, learning_rate_max=5e-3, desired_kl=0.01,
 )  # fmt: skip
 TASK_DEFAULTS = {
     "InvertedPendulum-v5": dict(
-        num_envs=512, num_steps=16, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+        num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
     "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995),
     "HalfCheetah-v5": dict(total_timesteps=30_000_000),
@@ -254,10 +254,15 @@ def resolve(args: Args) -> Args:
     """Fill the flags left at None, from the task's row or from other flags, then check every value before anything is allocated."""
     require(args.env_id in TASK_DEFAULTS, f"env_id {args.env_id!r} is unknown; use one of {', '.join(TASK_DEFAULTS)}")
     row = COMMON | TASK_DEFAULTS[args.env_id]
-    args = dataclasses.replace(args, **{name: value for name, value in row.items() if getattr(args, name) is None})
+    if args.desired_kl is not None:  # a row's last value goes with its first
+        row.pop("desired_kl_final", None)
+    filled = {name: value for name, value in row.items() if getattr(args, name) is None}
+    filled["env_kwargs"] = row["env_kwargs"] | (args.env_kwargs or {})  # options given go on top of the row's
+    args = dataclasses.replace(args, **filled)
     run_name = f"{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     derived = dict(
         run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{run_name}",
+        desired_kl_final=args.desired_kl,
         checkpoint_every=max(1, args.total_timesteps // 10),
         log_every=max(1, args.total_timesteps // 200),
     )
@@ -273,7 +278,7 @@ def resolve(args: Args) -> Args:
 
 def check(args: Args):
     """Refuse what breaks a rule, with the rule."""
-    counts = "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches iterations ls_iterations"
+    counts = "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches solver_iterations ls_iterations"
     positive = "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min"
     rules = (  # flags, what is legal, and how to say it
         (f"{counts} checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
@@ -362,7 +367,7 @@ def make_task(args: Args) -> Task:
         model.opt.integrator = getattr(mujoco.mjtIntegrator, "mjINT_" + integrators[args.integrator])
     model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid's MJCF asks for PGS, which MJX does not have
     model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
-    model.opt.iterations, model.opt.ls_iterations = args.iterations, args.ls_iterations
+    model.opt.iterations, model.opt.ls_iterations = args.solver_iterations, args.ls_iterations
     if not args.self_collision:
         is_floor = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
         collides = (model.geom_contype | model.geom_conaffinity) != 0
@@ -1630,7 +1635,7 @@ def benchmark(args: Args) -> dict:
     steps = args.num_envs * length
     result = dict(
         env_id=args.env_id, num_envs=args.num_envs, device=str(jax.devices()[0]), dtype=str(states.qpos.dtype), integrator=args.integrator,
-        iterations=args.iterations, ls_iterations=args.ls_iterations, physics_steps_per_second=steps * task.frame_skip / physics_seconds,
+        iterations=args.solver_iterations, ls_iterations=args.ls_iterations, physics_steps_per_second=steps * task.frame_skip / physics_seconds,
         env_steps_per_second=steps / env_seconds, compile_seconds=env_compile + physics_compile,
         **{name.replace("p100", "max"): value for name, value in errors.items()},
         mujoco_c_physics_steps_per_second=mujoco_c_speed(task.mj_model, ctrl), threads=cpu_cores(), versions=versions(), hardware=hardware(),

@@ -62,9 +62,22 @@ import vecsim_torch
 # ------------------------------------------------------------------------------------------------------------------------
 
 
+class InputError(ValueError):
+    """What a user typed breaks a rule: one line, exit status 2. Any other error is a defect and shows its traceback."""
+
+
+@contextlib.contextmanager
+def refusals_of_the_simulator():
+    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 @dataclasses.dataclass
 class Args:
-    """A flag left at None takes the value of its preset or task, see the top. All counts are environment steps over all environments."""
+    """None: the preset, else the task's row in TASK_DEFAULTS, else COMMON, unless the help says otherwise. total_timesteps, learning_starts and every *_every count environment steps over all environments."""
 
     env_id: str = "Ant-v5"
     """task: any id that vecsim_torch.make knows"""
@@ -85,7 +98,7 @@ class Args:
     bf16: bool = False
     """run the networks, never the physics, under bfloat16 autocast"""
     run_dir: str | None = None
-    """folder of this run (default: runs/<env_id>__sac__<seed>__<time>; the checkpoint's own folder with --resume)"""
+    """folder of this run, without one in it already (default: runs/<env_id>__sac__<seed>__<time>; the checkpoint's own folder with --resume)"""
     resume: str | None = None
     """checkpoint to continue from; flags not given keep the checkpoint's values"""
     checkpoint_every: int | None = None
@@ -93,24 +106,24 @@ class Args:
     checkpoint_replay: bool = False
     """put the replay into the checkpoint, so that a run resumes bit for bit; without it a resumed run starts with an empty replay"""
     log_every: int | None = None
-    """environment steps between log lines (>= 1; default: total_timesteps / 200)"""
+    """environment steps between log lines, at most; checkpoints and evaluations log too (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
-    """episodes of an evaluation in gymnasium.make(env_id) (>= 0; 0 skips the evaluations)"""
+    """episodes of an evaluation in gymnasium.make(env_id), and of --play (>= 0; 0 skips the evaluations); vecsim is scored on one episode of each environment"""
     eval_every: int | None = None
     """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
     play: str | None = None
     """checkpoint to play deterministically instead of training; prints its score"""
     capture_video: bool = False
-    """with --play: write one episode, rendered by Gymnasium, beside the checkpoint"""
+    """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
     """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] | None = None
-    """task options, pairs of name and value, given alike to vecsim_torch.make and to gymnasium.make"""
+    """task options, pairs of name and value, on top of those in the task's row; for vecsim_torch.make and gymnasium.make alike, but for the simulator's own (randomize, perturb, pair_slots, self_collision, chunk)"""
     integrator: Literal["euler", "implicitfast", "rk4"] | None = None
     """integrator of the training physics (Gymnasium's own environments keep that of their MJCF)"""
-    iterations: int | None = None
+    solver_iterations: int | None = None
     """Newton iterations of the contact solver (>= 1)"""
     random_initial_ages: bool = True
     """start the first episodes at random ages, so that thousands of robots do not time out together"""
@@ -186,7 +199,7 @@ class Args:
 
 # One row of values per task; a task without a row (or a value missing from its row) takes COMMON's; a preset's values go before both.
 COMMON = dict(
-    num_envs=128, total_timesteps=2_000_000, env_kwargs={}, integrator="euler", iterations=4, reward_scale=1.0, normalize_rewards=True,
+    num_envs=128, total_timesteps=2_000_000, env_kwargs={}, integrator="euler", solver_iterations=4, reward_scale=1.0, normalize_rewards=True,
     replay_capacity=1_000_000, learning_starts=10_000, batch_size=512, updates_per_step=4, policy_frequency=2,
     network="layer_norm", actor_hidden=(256, 256), critic_hidden=(256, 256), weight_projection=False, normalize_observations=True,
     critic="categorical", critic_reduction="mean", gamma=0.99, n_step=1, tau=0.05, target_entropy=-0.5, temperature_init=0.01,
@@ -216,7 +229,9 @@ PRESETS = {
 def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS, presets: dict = PRESETS) -> Args:
     """Fill in what was left at None: from the preset, the task's row, COMMON, then what follows from other flags."""
     row = common | tasks.get(args.env_id, {}) | presets[args.preset]
-    args = dataclasses.replace(args, **{name: value for name, value in row.items() if getattr(args, name) is None})
+    filled = {name: value for name, value in row.items() if getattr(args, name) is None}
+    filled["env_kwargs"] = row["env_kwargs"] | (args.env_kwargs or {})  # options given go on top of the row's
+    args = dataclasses.replace(args, **filled)
     name = f"{args.env_id.replace('/', '-')}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     derived = dict(
         run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{name}",
@@ -243,14 +258,14 @@ class Sizes(NamedTuple):
 
 def derive_sizes(args: Args, world_size: int) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
-    counts = "num_envs total_timesteps iterations replay_capacity learning_starts batch_size updates_per_step"
+    counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
     counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every"
     rates = "learning_rate learning_rate_final temperature_learning_rate"
     rules = (  # flags, what is legal, and how to say it
         (counts, lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed eval_episodes", lambda x: x >= 0, ">= 0"),
-        (f"{rates} reward_scale value_limit temperature_init", lambda x: x > 0, "> 0"),
+        (f"{rates} reward_scale value_limit temperature_init", lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("num_atoms", lambda x: x >= 2, ">= 2"),
         ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("tau", lambda x: 0 < x <= 1, "> 0 and <= 1"),
@@ -261,28 +276,28 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
     for names, legal, rule in rules:
         for name in names.split():
             if not legal(getattr(args, name)):
-                raise ValueError(f"{name} = {getattr(args, name)} must be {rule}")
+                raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
     for name in ("actor_hidden", "critic_hidden"):
         hidden = getattr(args, name)
         if args.network == "flash" and len(set(hidden)) != 1:
             alike = (max(hidden, default=256),) * max(1, len(hidden))
-            raise ValueError(f"{name} = {hidden} must be blocks of one width for --network flash; use {alike}")
+            raise InputError(f"{name} = {hidden} must be blocks of one width for --network flash; use {alike}")
     if args.weight_projection and args.network == "mlp":
-        raise ValueError("weight_projection needs normalised layers; use --network layer_norm or flash")
+        raise InputError("weight_projection needs normalised layers; use --network layer_norm or flash")
     if args.eval_every is not None and not args.eval_episodes:
-        raise ValueError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+        raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
     if args.track and importlib.util.find_spec("wandb") is None:
-        raise ValueError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
+        raise InputError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
     for name in ("num_envs", "batch_size"):
         count = getattr(args, name)
         if count % world_size:
             below = count // world_size * world_size
             choices = f"{below} or {below + world_size}" if below else f"{world_size}"
-            raise ValueError(f"{name} = {count:,} does not split over {world_size} processes; use {choices}")
+            raise InputError(f"{name} = {count:,} does not split over {world_size} processes; use {choices}")
     slots = math.ceil(args.replay_capacity / args.num_envs)
     if slots < args.n_step:
         least = args.n_step * args.num_envs
-        raise ValueError(
+        raise InputError(
             f"replay_capacity = {args.replay_capacity:,} holds {slots} steps of {args.num_envs:,} environments, fewer than "
             f"n_step = {args.n_step}; use --replay-capacity {least} or --n-step {slots}"
         )
@@ -474,6 +489,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
 
     def autocast(self, x: Tensor) -> torch.autocast:
+        # No cache: a cast cached inside a graph capture would go stale.
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def policy(self, normalized_obs: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
@@ -567,7 +583,7 @@ def check_replay_fits(bytes_per_slot: int, slots: int, num_envs: int, free: int,
     needed, largest = slots * bytes_per_slot, int(0.9 * free) // bytes_per_slot
     if slots > largest:
         choice = f"use at most --replay-capacity {largest * num_envs}" if largest else "use fewer environments"
-        raise ValueError(
+        raise InputError(
             f"replay_capacity = {slots * num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process, and 90% of what is free "
             f"on {device} is {0.9 * free / 2**30:.2f} GiB; {choice}, or --half-precision-replay"
         )
@@ -963,7 +979,7 @@ def build_functions(
             inputs = acting, example, (), example, ()
             functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
         except RuntimeError as error:
-            print(f"no CUDA graphs, because capture failed: {error}", file=sys.stderr)
+            raise RuntimeError("capture in CUDA graphs failed; --no-cuda-graphs runs without them") from error
     else:  # compile now, so that compilation is timed apart from training
         functions.policy(*acting), functions.critic_gradients(*example), functions.policy_gradients(*example)
     for x, saved in zip(state, before, strict=True):
@@ -987,7 +1003,7 @@ def update(
         functions.critic_step()
         critic_terms += terms
         done = first_update + k
-        if (done + 1) // args.policy_frequency > done // args.policy_frequency:
+        if crossed(args.policy_frequency, done, done + 1):
             terms = functions.policy_gradients(noise[k, 1], *rows)
             gradients = [p.grad for p in (*agent.actor.parameters(), *agent.temperature.parameters())]
             average_over_processes([*gradients, *agent.actor.buffers(), terms])
@@ -1009,12 +1025,21 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not match:
-        raise ValueError(f"device = {name} must be auto, cpu, cuda or cuda:N")
+        raise InputError(f"device = {name} must be auto, cpu, cuda or cuda:N")
     if not available:
-        raise ValueError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
-    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+        raise InputError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
+    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and match[1]:
+        raise InputError(
+            f"device = {name}: {processes} processes cannot share one GPU; use --device cuda, one GPU for each"
+        )
+    if processes > 1 and local_rank >= available:
+        raise InputError(
+            f"device = {name}: a process for each GPU, and there are {available} here; use --nproc-per-node={available}"
+        )
+    index = int(match[1] or local_rank)
     if index >= available:
-        raise ValueError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
+        raise InputError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
     return torch.device("cuda", index)
 
 
@@ -1063,14 +1088,25 @@ def gather_from_processes(state: dict) -> list[dict]:
 
 
 def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
-    """Means over the episodes of all processes; None where no episode ended or the task has no success."""
+    """Means over all processes; None where no episode ended, or where the task has no success.
+
+    Return, length and success are means over episodes. What else the task averages (terms of its reward, say) it averages over
+    steps, of which every process makes as many."""
+    counts, over_episodes = ("episodes", "invalid"), ("episode_return", "episode_length", "success")
+    over_steps = [name for name in statistics if name not in counts + over_episodes]
     episodes = statistics["episodes"]
-    names = ("episode_return", "episode_length", "success")
-    sums = [statistics[name] * episodes if episodes else 0.0 for name in names]
-    sums = torch.tensor([*sums, episodes, statistics["invalid"]], dtype=torch.float64, device=device)
-    *sums, episodes, invalid = sum_over_processes(sums).tolist()  # host sync
-    means = {name: x / episodes if episodes and math.isfinite(x) else None for name, x in zip(names, sums, strict=True)}
-    return means | {"episodes": int(episodes), "invalid": int(invalid)}
+    sums = {name: statistics[name] * episodes if episodes else 0.0 for name in over_episodes}
+    sums |= {name: statistics[name] for name in (*over_steps, *counts)} | dict(processes=1)
+    total = sum_over_processes(torch.tensor([*sums.values()], dtype=torch.float64, device=device))
+    total = dict(zip(sums, total.tolist(), strict=True))  # host sync
+    divisors = dict.fromkeys(over_episodes, total["episodes"]) | dict.fromkeys(over_steps, total["processes"])
+    means = {name: total[name] / n if n and math.isfinite(total[name]) else None for name, n in divisors.items()}
+    return means | {name: int(total[name]) for name in counts}
+
+
+def crossed(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never, where `every` is None."""
+    return every is not None and after // every > before // every
 
 
 def stream_seed(seed: int, rank: int, stream: int) -> int:
@@ -1097,41 +1133,46 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"checkpoint {path} does not exist") from None
+        raise InputError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load raises many types on a damaged file
         reason = str(error).split("\n")[0][:100]
-        raise ValueError(
+        raise InputError(
             f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
         ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
-        raise ValueError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
+        raise InputError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
+    unknown = checkpoint["args"].keys() - {field.name for field in dataclasses.fields(Args)}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise InputError(f"checkpoint {path} was written by another version of this script, which had the flag {names}")
     return checkpoint
 
 
-def check_same_task(checkpoint: dict, args: Args) -> None:
-    names = "env_id env_kwargs network actor_hidden critic_hidden weight_projection asymmetric_critic critic num_atoms"
-    for name in (*names.split(), "value_limit", "normalize_observations", "normalize_rewards"):
+def check_unchanged(checkpoint: dict, args: Args, names: str) -> None:
+    for name in names.split():
         then, now = checkpoint["args"][name], getattr(args, name)
         if now != then:
-            raise ValueError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
+            raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
+
+
+def check_same_task(checkpoint: dict, args: Args) -> None:
+    """Refuse other observations and networks than the checkpoint's."""
+    networks = "network actor_hidden critic_hidden weight_projection asymmetric_critic critic num_atoms value_limit"
+    check_unchanged(checkpoint, args, f"env_id env_kwargs {networks} normalize_observations normalize_rewards")
 
 
 def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
-    """Refuse to continue under flags that do not fit the state."""
+    """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     check_same_task(checkpoint, args)
-    then = checkpoint["args"]
-    if args.num_envs != then["num_envs"]:
-        raise ValueError(
-            f"the checkpoint holds {then['num_envs']:,} environments, not {args.num_envs:,}; leave --num-envs away"
-        )
+    check_unchanged(checkpoint, args, "num_envs seed temperature_init random_initial_ages")
     if args.total_timesteps <= checkpoint["env_steps"]:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has {checkpoint['env_steps']:,} steps already; give a larger --total-timesteps"
         )
     if len(checkpoint["processes"]) != world_size:
-        raise ValueError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
+        raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["device"] != device.type:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
         )
 
@@ -1163,11 +1204,11 @@ def load_replay_state(replay: Replay, saved: dict) -> int:
     """Copy in place; returns the number of steps stored so far."""
     slots, dtype = len(replay.reward), replay.obs.dtype
     if saved["slots"] != slots:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint's replay has {saved['slots']:,} steps, not {slots:,}; leave --replay-capacity away"
         )
     if saved["rings"][0].dtype != dtype:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
         )
     for ring, x in zip(distinct_tensors(replay), saved["rings"], strict=True):
@@ -1184,6 +1225,13 @@ def describe_resumed_replay(inside: bool, written: int, sizes: Sizes, num_envs: 
     )
 
 
+def check_run_dir(args: Args) -> None:
+    """A run must not write over another one; only a resumed run goes on in its own folder."""
+    own = args.resume and Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
+    if not own and (Path(args.run_dir) / "metrics.jsonl").exists():
+        raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another, or --resume its checkpoint.pt")
+
+
 class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run; the writing process alone has one."""
 
@@ -1193,11 +1241,11 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.path = run_dir / "metrics.jsonl"
-        old = self.path.read_text().splitlines() if first_step and self.path.exists() else []
+        old = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
+        whole = [line for line in old if line.endswith("\n")]  # a killed run may leave half of its last line
         # What an interrupted run logged after its checkpoint is run, and logged, again.
-        kept = [line for line in old if json.loads(line)["env_steps"] <= first_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.tensorboard = SummaryWriter(run_dir)
+        self.path.write_text("".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
+        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
         patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
         self.bar = tqdm(
             total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
@@ -1240,7 +1288,8 @@ def plot_curve(run_dir: Path, title: str) -> None:
                 axis.plot(*zip(*points, strict=True), style, label=metric)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    if axes[0].lines:  # no episode may have ended yet
+        axes[0].legend()
     figure.suptitle(title)
     figure.savefig(run_dir / "curve.png", dpi=120)
 
@@ -1290,12 +1339,33 @@ def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) ->
     return first_episodes(step, obs, agent)
 
 
+def gymnasium_options(env_kwargs: dict) -> dict:
+    """What gymnasium.make gets: the task's options, without those that only the simulator has, which say how it trains."""
+    simulator_alone = ("randomize", "perturb", "pair_slots", "self_collision", "chunk")
+    return {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in simulator_alone}
+
+
+def check_env_kwargs(args: Args) -> None:
+    """Refuse options that this script sets itself, and those that Gymnasium would refuse after the whole run."""
+    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32"}
+    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages".split():
+        if name in args.env_kwargs:
+            advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
+            raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
+    if args.eval_episodes and args.env_id in gymnasium.registry:
+        try:
+            gymnasium.make(args.env_id, **gymnasium_options(args.env_kwargs)).close()
+        except (TypeError, ValueError, gymnasium.error.Error) as error:
+            raise InputError(f"env_kwargs = {args.env_kwargs} do not suit gymnasium.make: {error}") from error
+
+
 def evaluate_gymnasium(agent: Agent, args: Args) -> dict[str, float] | None:
     """The score in Gymnasium's own environment, policy on the CPU; None where Gymnasium has no such task."""
     if args.env_id not in gymnasium.registry:
         return None
     agent = copy.deepcopy(agent).cpu()
-    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **args.env_kwargs)] * args.eval_episodes)
+    options = gymnasium_options(args.env_kwargs)
+    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(args.env_id, **options)] * args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed)
 
     def step(action: Tensor):
@@ -1317,9 +1387,11 @@ def film(agent: Agent, args: Args, folder: Path) -> Path:
     import imageio.v2 as imageio
 
     if "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # headless; osmesa where EGL is missing
+        # Without a screen MuJoCo draws through EGL; where that is missing too, set MUJOCO_GL=osmesa.
+        os.environ.setdefault("MUJOCO_GL", "egl")
     # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
-    env = gymnasium.make(args.env_id, render_mode="rgb_array", camera_name="track", **args.env_kwargs)
+    options = dict(render_mode="rgb_array", camera_name="track") | gymnasium_options(args.env_kwargs)
+    env = gymnasium.make(args.env_id, **options)
     obs, _ = env.reset(seed=args.seed)
     frames, ended = [], False
     while not ended:
@@ -1356,6 +1428,9 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
     sizes = derive_sizes(args, world_size)
+    check_env_kwargs(args)
+    if rank == 0:  # the one writer
+        check_run_dir(args)
     checkpoint = load_checkpoint(args.resume, "sac") if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, device, world_size)
@@ -1364,8 +1439,10 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
     env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(args.seed, rank, stream=1))
-    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.iterations, **args.env_kwargs)
-    env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
+    env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
+    env_options |= args.env_kwargs
+    with refusals_of_the_simulator():
+        env = make_env(args.env_id, random_initial_ages=args.random_initial_ages, **env_options)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     critic_obs_size = critic_observation_size(env, args)
     privileged = critic_obs_size is not None
@@ -1391,7 +1468,8 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     if checkpoint:
         load_training_state(checkpoint, agent, optimizers, learning_rate)
         mine = checkpoint["processes"][rank]
-        env.load_state_dict(mine["env"])
+        with refusals_of_the_simulator():
+            env.load_state_dict(mine["env"])
         generator.set_state(mine["generator"])
         obs, critic_obs, held, remaining, returns = (
             mine[name].to(device) for name in ("obs", "critic_obs", "held", "remaining", "returns")
@@ -1457,10 +1535,10 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         # Log, evaluate, save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * args.num_envs
         last = iteration + 1 == sizes.iterations
-        log_now, evaluate_now, save_now = (
-            every is not None and (last or env_steps // every > (env_steps - args.num_envs) // every)
-            for every in (args.log_every, args.eval_every, args.checkpoint_every)
-        )
+        before = env_steps - args.num_envs
+        log_now = last or crossed(args.log_every, before, env_steps)
+        evaluate_now = crossed(args.eval_every, before, env_steps) or (last and args.eval_every is not None)
+        save_now = last or crossed(args.checkpoint_every, before, env_steps)
         if not (log_now or evaluate_now or save_now):
             continue
         means = critic_terms / max(1, updates - logged_updates), policy_terms / max(1, policy_updates)
@@ -1476,8 +1554,9 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
         if updates == logged_updates:  # nothing was learned yet
             record |= dict.fromkeys(CriticTerms._fields + PolicyTerms._fields)
-        if log and evaluate_now and (score := evaluate_gymnasium(agent, args)):
-            record["gymnasium_return"] = score["mean"]
+        if log and evaluate_now:  # with eval_every the last iteration evaluates too
+            score = evaluate_gymnasium(agent, args)
+            record |= dict(gymnasium_return=score["mean"]) if score else {}
         if log:
             log.write(record)
         if save_now:
@@ -1495,16 +1574,18 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         clock = time.perf_counter()
 
     # Final evaluation, by the one writer.
-    env.close()
     if not log:
+        env.close()
         return record
     log.close()
     plot_curve(run_dir, f"{args.env_id}, SAC, seed {args.seed}")
     evaluation = dict(env_id=args.env_id, algorithm="sac", seed=args.seed, env_steps=logged_step)
     evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
     if args.eval_episodes:
-        evaluation["vecsim"] = evaluate_vecsim(agent, make_env(args.env_id, **env_options), args.seed)
-        evaluation["gymnasium"] = evaluate_gymnasium(agent, args)
+        env.random_initial_ages = False  # whole episodes
+        evaluation["vecsim"] = evaluate_vecsim(agent, env, args.seed)
+        evaluation["gymnasium"] = score if args.eval_every else evaluate_gymnasium(agent, args)
+    env.close()
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
     for name in ("vecsim", "gymnasium"):
         print(f"{name}: {describe(evaluation[name])}")
@@ -1514,13 +1595,18 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
 def play(args: Args, make_env=vecsim_torch.make) -> dict:
     """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
     checkpoint = load_checkpoint(args.play, "sac")
-    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=max(1, args.eval_episodes)))
+    if args.eval_episodes < 1:
+        raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
+    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes))
     check_same_task(checkpoint, args)
-    env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
+    check_env_kwargs(args)
+    if args.capture_video and args.env_id not in gymnasium.registry:
+        raise InputError(f"capture_video: Gymnasium has no {args.env_id} to film")
+    with refusals_of_the_simulator():
+        env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
     sizes = env.single_observation_space.shape[0], critic_observation_size(env, args)
     agent = Agent(*sizes, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
-    args = dataclasses.replace(args, eval_episodes=args.num_envs)
     score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
     print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
@@ -1539,11 +1625,13 @@ def parse_args(argv: list[str]) -> Args:
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            raise ValueError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
+            raise InputError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
 
     args = parse(Args())
     if args.resume and args.play:
-        raise ValueError("--resume continues training and --play plays: give one of them")
+        raise InputError("--resume continues training and --play plays: give one of them")
+    if args.capture_video and not args.play:
+        raise InputError("--capture-video films a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:
         return args
@@ -1557,7 +1645,7 @@ def main() -> int:
         play(args) if args.play else train(args)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except ValueError as error:  # bad input; anything else is a defect and shows its traceback
+    except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -122,3 +122,11 @@ def probe_args(run_dir, env_id="action", **changes):
         learning_rate=3e-3, gamma=0.9, eval_episodes=1, compile=False, device="cpu", checkpoint_every=10**9, log_every=10**9,
     )  # fmt: skip
     return ppo.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
+
+
+def documented_a2c():
+    """The flags of the A2C command that ppo_gpu_torch's docstring gives."""
+    (command,) = [line for line in ppo.__doc__.splitlines() if "--clip-coef inf" in line]
+    words = command.split()
+    assert words[:2] == ["python", "ppo_gpu_torch.py"]
+    return ppo.parse_args(words[2:])

@@ -38,7 +38,7 @@ def float64():
 
 def converged_args(env_id, **changes):
     """A solver that converges: what is left of a difference is a difference of the equations."""
-    return ppo.resolve(ppo.Args(env_id=env_id, iterations=100, ls_iterations=50, **changes))
+    return ppo.resolve(ppo.Args(env_id=env_id, solver_iterations=100, ls_iterations=50, **changes))
 
 
 def like(reference, model):
@@ -124,7 +124,7 @@ def test_mjx_itself_turns_the_friction_pyramid_of_a_near_vertical_capsule():
 @pytest.mark.parametrize("env_id", TASKS)
 def test_a_task_step_is_gymnasiums(env_id):
     """Observation, reward and termination, with every observation group, from the same states, to 1e-5."""
-    args = dataclasses.replace(converged_args(env_id, env_kwargs={}), integrator="euler")
+    args = dataclasses.replace(converged_args(env_id), integrator="euler", env_kwargs={})
     task = ppo.make_task(args)
     env = gymnasium.make(env_id).unwrapped
     like(env.model, task.mj_model)

@@ -5,19 +5,22 @@ Bit for bit on one CPU with the same versions: same seed, and resume. Statistica
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from probe_envs import ProbeEnv, probe_args
+from probe_envs import ProbeEnv, documented_a2c, probe_args
 from two_processes import updates_on_fixed_data
 
 import ppo_gpu_torch as ppo
+import vecsim_torch
 
 TESTS = Path(__file__).parent
 
@@ -77,7 +80,9 @@ def test_noise_stays_above_its_floor(tmp_path):
 
 
 def test_a2c_learns(tmp_path):
-    a2c = dict(update_epochs=1, num_minibatches=1, clip_coef=math.inf, num_steps=5, learning_rate_schedule="constant")
+    a2c, defaults = dataclasses.asdict(documented_a2c()), dataclasses.asdict(ppo.Args())
+    a2c = {name: value for name, value in a2c.items() if value != defaults[name]}
+    assert len(a2c) == 5
     result = ppo.train(probe_args(tmp_path, total_timesteps=100_000, **a2c), ProbeEnv)
     assert result["vecsim"]["mean"] > -0.05
 
@@ -149,6 +154,38 @@ def test_interrupted_run_resumes_on_its_schedule(schedule, tmp_path):
     assert one == other and len(one) == 20
 
 
+def test_resume_drops_a_half_written_last_line_and_what_tensorboard_saw_after_the_checkpoint(tmp_path, monkeypatch):
+    from torch.utils import tensorboard
+
+    purge_steps = []
+
+    class Recorder(tensorboard.SummaryWriter):
+        def __init__(self, *arguments, purge_step=None, **options):
+            purge_steps.append(purge_step)
+            super().__init__(*arguments, purge_step=purge_step, **options)
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Recorder)
+    common = dict(log_every=512, eval_episodes=0)
+    ppo.train(probe_args(tmp_path, total_timesteps=4 * 512, **common), ProbeEnv)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"env_steps": 25')
+    resume = str(tmp_path / "checkpoint.pt")
+    ppo.train(probe_args(tmp_path, total_timesteps=6 * 512, resume=resume, **common), ProbeEnv)
+    steps = [json.loads(line)["env_steps"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [512 * k for k in range(1, 7)]
+    assert purge_steps == [None, 4 * 512 + 1]
+
+
+def test_a_learning_rate_given_with_resume_wins_over_the_adapted_one(tmp_path):
+    """One iteration of one gradient step, before which the adaptive schedule changes nothing."""
+    single = dict(num_minibatches=1, update_epochs=1, eval_episodes=0)
+    ppo.train(probe_args(tmp_path, total_timesteps=512, **single), ProbeEnv)
+    resume = dict(resume=str(tmp_path / "checkpoint.pt"), **single)
+    kept = ppo.train(probe_args(tmp_path, total_timesteps=1_024, **resume), ProbeEnv)
+    given = ppo.train(probe_args(tmp_path, total_timesteps=1_536, learning_rate=1e-4, **resume), ProbeEnv)
+    assert kept["learning_rate"] == pytest.approx(3e-3) and given["learning_rate"] == pytest.approx(1e-4)
+
+
 def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(tmp_path):
     ppo.train(probe_args(tmp_path, "delayed", total_timesteps=5_120), ProbeEnv)
     agent, checkpoint = trained_agent(tmp_path)
@@ -200,6 +237,16 @@ def test_captured_graphs_agree_with_eager(tmp_path):
         agents.append(trained_agent(tmp_path / name)[0].state_dict())
     for key in agents[0]:
         torch.testing.assert_close(agents[1][key], agents[0][key], rtol=1e-3, atol=1e-4)
+
+
+@needs_cuda
+def test_a_failed_capture_stops_the_run(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(ppo, "capture", fail)
+    with pytest.raises(RuntimeError, match="--no-cuda-graphs runs without them"):
+        ppo.train(probe_args(tmp_path, device="cuda"), ProbeEnv)
 
 
 @needs_cuda
@@ -275,7 +322,98 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
     whole, parts = state_of(two_processes / "whole"), state_of(two_processes / "parts")
     assert len(whole["processes"]) == 2
     assert not torch.equal(whole["processes"][0]["env"]["x"], whole["processes"][1]["env"]["x"])  # own seeds
+    assert not torch.equal(whole["processes"][0]["generator"], whole["processes"][1]["generator"])  # own noise
     assert_same(whole, parts)
+
+
+# What reaches the functions and the environment --------------------------------------------------------------------------
+
+
+def short_args(run_dir, **changes):
+    """10 iterations of one gradient step."""
+    single = dict(total_timesteps=10 * 512, num_minibatches=1, update_epochs=1, log_every=512, eval_episodes=0)
+    return probe_args(run_dir, **(single | changes))
+
+
+def logged(run_dir, name):
+    return [json.loads(line)[name] for line in (run_dir / "metrics.jsonl").open()]
+
+
+def test_linear_learning_rate_by_value(tmp_path):
+    ppo.train(short_args(tmp_path, learning_rate=1e-3, learning_rate_schedule="linear"), ProbeEnv)
+    assert logged(tmp_path, "learning_rate") == pytest.approx([1e-3 * (1 - k / 10) for k in range(10)])
+
+
+def test_desired_kl_moves_over_the_run(tmp_path, monkeypatch):
+    given, update = [], ppo.update
+
+    def recording(agent, batch, accumulate, apply, learning_rate, desired_kl, *rest):
+        given.append(desired_kl)
+        return update(agent, batch, accumulate, apply, learning_rate, desired_kl, *rest)
+
+    monkeypatch.setattr(ppo, "update", recording)
+    ppo.train(short_args(tmp_path, desired_kl=0.02, desired_kl_final=0.01), ProbeEnv)
+    assert given == pytest.approx([0.02 - 0.001 * k for k in range(10)])
+
+
+def test_every_flag_of_the_environment_reaches_it(tmp_path):
+    given = []
+
+    def recording(env_id, **options):
+        given.append((env_id, options))
+        return ProbeEnv(env_id, **options)
+
+    flags = dict(integrator="rk4", solver_iterations=7, env_kwargs={"option": 3}, random_initial_ages=False, seed=5)
+    ppo.train(short_args(tmp_path, eval_episodes=1, **flags), recording)
+    assert len(given) == 1  # the final evaluation compiles no second simulator
+    env_id, options = given[0]
+    assert env_id == "action" and options == dict(
+        integrator="rk4", iterations=7, option=3, random_initial_ages=False, compile=False, num_envs=64, device="cpu",
+        seed=ppo.stream_seed(5, rank=0, stream=1),
+    )  # fmt: skip
+
+
+def test_reward_scale_is_what_the_learner_sees_and_the_log_does_not(tmp_path):
+    unscaled = dict(env_id="constant", normalize_values=False, update_epochs=1)
+    for name, scale in (("one", 1.0), ("ten", 10.0)):
+        ppo.train(short_args(tmp_path / name, **unscaled, reward_scale=scale), ProbeEnv)
+        assert logged(tmp_path / name, "episode_return") == [1.0] * 10
+    one, ten = (logged(tmp_path / name, "value_loss")[0] for name in ("one", "ten"))
+    assert 50.0 < ten / one < 200.0  # squares, of a value function near 0
+
+
+def test_a_reward_that_is_no_number_stops_the_run(tmp_path):
+    class Broken(ProbeEnv):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, torch.full_like(reward, torch.nan), *rest
+
+    with pytest.raises(FloatingPointError, match="training diverged by 512 steps"):
+        ppo.train(short_args(tmp_path), Broken)
+
+
+def test_metrics_are_mirrored_to_weights_and_biases(tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.records, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, record, step):
+            self.records.append((step, record))
+
+        def finish(self):
+            self.finished = True
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", loader=None)  # what importlib.util.find_spec looks for
+    wandb.init = Run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    ppo.train(short_args(tmp_path, track=True), ProbeEnv)
+    (run,) = runs
+    assert run.finished and run.options["name"] == tmp_path.name and run.options["config"]["num_envs"] == 64
+    assert run.records == [(line["env_steps"], line) for line in map(json.loads, (tmp_path / "metrics.jsonl").open())]
 
 
 # Run folder and command line ----------------------------------------------------------------------------------------------
@@ -323,6 +461,17 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["--resume", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
         (["--resume", "a.pt", "--play", "b.pt"], "give one of them"),
+        (["--capture-video"], "--capture-video films a checkpoint: give --play"),
+        (["--env-kwargs", "no_such_option", "1", "--device", "cpu"], "no_such_option"),
+        (["--env-kwargs", "randomize.weight", "0.1", "--device", "cpu"], "unknown field 'weight' of randomize"),
+        (
+            ["--env-kwargs", "iterations", "8", "--device", "cpu"],
+            "env_kwargs sets iterations, which this script sets itself; use --solver-iterations",
+        ),
+        (
+            ["--env-kwargs", "num_envs", "8", "--device", "cpu"],
+            "env_kwargs sets num_envs, which this script sets itself; use --num-envs",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
@@ -347,8 +496,14 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
     "arguments, message",
     [
         (["--env-id", "Ant-v5"], "was trained with env_id = action, not Ant-v5"),
-        (["--num-envs", "128"], "holds 64 environments, not 128"),
+        (["--num-envs", "128"], "was trained with num_envs = 64, not 128; leave that flag away"),
         (["--actor-hidden", "8"], "was trained with actor_hidden = (32,), not (8,)"),
+        (["--num-steps", "16"], "was trained with num_steps = 8, not 16; leave that flag away"),
+        (["--no-normalize-observations"], "was trained with normalize_observations = True, not False"),
+        (["--no-normalize-values"], "was trained with normalize_values = True, not False"),
+        (["--seed", "2"], "was trained with seed = 1, not 2"),
+        (["--log-std-init", "1"], "was trained with log_std_init = 0.0, not 1.0"),
+        (["--no-random-initial-ages"], "was trained with random_initial_ages = True, not False"),
         ([], "has 10,240 steps already; give a larger --total-timesteps"),
     ],
 )
@@ -368,12 +523,66 @@ def test_play_prints_the_score(finished_run, capsys):
     assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
 
-def test_a_failing_capture_or_environment_is_not_bad_input(monkeypatch):
+def test_an_error_of_the_environment_is_not_bad_input(tmp_path, monkeypatch, capsys):
+    """ValueError is bad input while a run is set up, and a defect, with its traceback, from then on."""
+
     def explode(*arguments, **options):
         raise RuntimeError("no such luck")
 
     with pytest.raises(RuntimeError, match="no such luck"):
-        ppo.train(probe_args("unused"), explode)
+        ppo.train(probe_args(tmp_path / "constructor"), explode)
+
+    class Refusing(ProbeEnv):
+        def __init__(self, *arguments, **options):
+            raise ValueError("unknown task")
+
+    class Defective(ProbeEnv):
+        def step(self, action):
+            raise ValueError("shapes differ")
+
+    train = ppo.train
+    monkeypatch.setattr(ppo, "train", lambda args: train(probe_args(tmp_path / "refused"), Refusing))
+    status, err = run_main(monkeypatch, capsys)
+    assert status == 2 and err == "error: unknown task\n"
+    monkeypatch.setattr(ppo, "train", lambda args: train(probe_args(tmp_path / "defect"), Defective))
+    with pytest.raises(ValueError, match="shapes differ"):
+        run_main(monkeypatch, capsys)
+
+
+def test_a_run_never_writes_over_another(finished_run, monkeypatch, capsys):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    flags = ["--env-id", "Hopper-v5", "--device", "cpu", "--no-compile"]
+    status, err = run_main(monkeypatch, capsys, *flags, "--run-dir", finished_run)
+    assert status == 2 and "holds a run already; choose another, or --resume its checkpoint.pt" in err
+    assert err.count("\n") == 1 and (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_flags_of_another_version_in_a_checkpoint_are_one_line(finished_run, tmp_path, monkeypatch, capsys):
+    checkpoint = torch.load(finished_run / "checkpoint.pt", weights_only=True)
+    checkpoint["args"]["iterations"] = 4
+    torch.save(checkpoint, tmp_path / "older.pt")
+    status, err = run_main(monkeypatch, capsys, "--play", tmp_path / "older.pt")
+    assert status == 2 and "another version of this script, which had the flag iterations" in err
+    assert err.count("\n") == 1
+
+
+def test_play_needs_an_episode_and_a_film_needs_gymnasium(finished_run, monkeypatch, capsys):
+    for flags, message in (
+        (["--eval-episodes", "0"], "eval_episodes = 0 must be >= 1 to play; use --eval-episodes 20"),
+        (["--capture-video"], "capture_video: Gymnasium has no action to film"),
+    ):
+        status, err = run_main(monkeypatch, capsys, "--play", finished_run / "checkpoint.pt", *flags)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_options_of_the_simulator_alone_are_not_given_to_gymnasium():
+    own = {"randomize": True, "randomize.mass": 0.1, "perturb.action_delay_ms": 40, "self_collision": False, "chunk": 8}
+    shared = {"reset_noise_scale": 0.1, "max_episode_steps": 50}
+    assert ppo.gymnasium_options(own | shared) == shared
+    args = ppo.with_task_defaults(ppo.Args(env_id="Hopper-v5", device="cpu", env_kwargs=own | shared))
+    ppo.check_env_kwargs(args)
+    with pytest.raises(ppo.InputError, match="do not suit gymnasium.make.*reset_noise"):
+        ppo.check_env_kwargs(dataclasses.replace(args, env_kwargs={"reset_noise": 0.1}))
 
 
 # With the simulator -------------------------------------------------------------------------------------------------------
@@ -381,12 +590,63 @@ def test_a_failing_capture_or_environment_is_not_bad_input(monkeypatch):
 
 def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
     """Physics state, warm start, ages and generators travel through the checkpoint."""
-    small = dict(env_id="Hopper-v5", num_envs=16, num_steps=8, num_minibatches=2, eval_episodes=0)
+    small = dict(env_id="Hopper-v5", num_envs=16, num_steps=8, num_minibatches=2, learning_rate=1e-3, eval_episodes=0)
     ppo.train(probe_args(tmp_path / "whole", **small, total_timesteps=4 * 128))
     ppo.train(probe_args(tmp_path / "parts", **small, total_timesteps=2 * 128))
     resume = str(tmp_path / "parts" / "checkpoint.pt")
     ppo.train(probe_args(tmp_path / "parts", **small, total_timesteps=4 * 128, resume=resume))
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+def test_final_evaluation_in_the_training_environment_equals_one_in_a_fresh_one(tmp_path):
+    """It starts whole episodes, from its own seed, whatever training left behind."""
+    limit = {"max_episode_steps": 20}
+    small = dict(env_id="InvertedPendulum-v5", num_envs=16, num_steps=8, num_minibatches=2, env_kwargs=limit)
+    envs = []
+
+    def keeping(*arguments, **options):
+        envs.append(vecsim_torch.make(*arguments, **options))
+        return envs[-1]
+
+    result = ppo.train(probe_args(tmp_path, **small, total_timesteps=2 * 128), keeping)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    fresh = vecsim_torch.make("InvertedPendulum-v5", num_envs=16, integrator="euler", iterations=4, **limit)
+    agent = ppo.Agent(4, None, fresh.single_action_space, ppo.Args(**checkpoint["args"]))
+    agent.load_state_dict(checkpoint["agent"])
+    assert len(envs) == 1 and result["vecsim"] == ppo.evaluate_vecsim(agent, fresh, seed=1)
+    assert result["vecsim"]["mean_length"] == result["gymnasium"]["mean_length"] == 20.0
+
+
+def test_evaluations_during_training_then_play_and_film(tmp_path, monkeypatch, capsys):
+    flags = "--env-id InvertedPendulum-v5 --device cpu --no-compile --num-envs 16 --num-steps 8 --total-timesteps 512"
+    flags += " --eval-every 256 --eval-episodes 2 --env-kwargs randomize.mass 0.1"
+    evaluations, evaluate = [], ppo.evaluate_gymnasium
+
+    def counted(agent, args):
+        evaluations.append(evaluate(agent, args))
+        return evaluations[-1]
+
+    monkeypatch.setattr(ppo, "evaluate_gymnasium", counted)
+    status, err = run_main(monkeypatch, capsys, *flags.split(), "--run-dir", tmp_path)
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    scores = {line["env_steps"]: line["gymnasium_return"] for line in lines if "gymnasium_return" in line}
+    assert scores == {256: evaluations[0]["mean"], 512: evaluations[1]["mean"]}
+    assert len(evaluations) == 2  # the last serves as the final one
+    evaluation = json.loads((tmp_path / "eval.json").read_text())
+    assert evaluation["gymnasium"] == evaluations[1] and evaluation["gymnasium"]["episodes"] == 2
+    play = ["--play", tmp_path / "checkpoint.pt", "--eval-episodes", "2"]
+    assert run_main(monkeypatch, capsys, *play)[0] == 0 and evaluations[2] == evaluations[1]
+    monkeypatch.delenv("DISPLAY", raising=False)
+    try:
+        status, err = run_main(monkeypatch, capsys, *play, "--capture-video")
+    except Exception as error:  # MuJoCo's renderers raise AttributeError, ImportError, RuntimeError or their own
+        if any(word in f"{type(error).__name__} {error}" for word in ("GL", "gl", "render", "display")):
+            pytest.skip(f"no OpenGL on this machine: {error}")
+        raise
+    assert status == 0, err
+    (video,) = [path for path in tmp_path.iterdir() if path.stem == "play"]
+    assert video.stat().st_size > 1_000
 
 
 def test_inverted_pendulum_balances_in_gymnasium(tmp_path):

@@ -463,6 +463,10 @@ def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
     only_vecsim = {"Quadruped-Flat", "Quadruped-Rough"}
     assert ppo.COMMON == twin.COMMON
     assert ppo.TASK_DEFAULTS == {name: row for name, row in twin.TASK_DEFAULTS.items() if name not in only_vecsim}
+    flags = dict(desired_kl=0.02), dict(desired_kl_final=0.005), dict(env_kwargs={"reset_noise_scale": 0.0})
+    for given in ({}, *flags):  # and what follows from the table and a flag
+        filled = ppo.resolve(ppo.Args(env_id="Ant-v5", **given)), twin.with_task_defaults(twin.Args(device="cpu", **given))
+        assert len({(args.desired_kl, args.desired_kl_final, str(args.env_kwargs)) for args in filled}) == 1
     mine, theirs = ({field.name: field.default for field in dataclasses.fields(module.Args)} for module in (ppo, twin))
     own = {"env_id": "InvertedPendulum-v5"}  # a CPU takes minutes to compile Ant in MJX
     only_torch = {"compile", "cuda_graphs", "bf16", "microbatch_size"}

@@ -377,6 +377,13 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["--resume", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
         (["--resume", "a.pt", "--play", "b.pt"], "give one of them"),
+        (["--capture-video"], "--capture-video films a checkpoint: give --play"),
+        (["--reward-scale", "inf", "--device", "cpu"], "reward_scale = inf must be > 0 and finite"),
+        (["--env-kwargs", "no_such_option", "1", "--device", "cpu"], "no_such_option"),
+        (
+            ["--env-kwargs", "iterations", "8", "--device", "cpu"],
+            "env_kwargs sets iterations, which this script sets itself",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
@@ -401,9 +408,12 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
     "arguments, message",
     [
         (["--env-id", "Ant-v5"], "was trained with env_id = action, not Ant-v5"),
-        (["--num-envs", "128"], "holds 64 environments, not 128"),
+        (["--num-envs", "128"], "was trained with num_envs = 64, not 128; leave that flag away"),
         (["--actor-hidden", "8"], "was trained with actor_hidden = (32,), not (8,)"),
         (["--critic", "scalar"], "was trained with critic = categorical, not scalar"),
+        (["--seed", "2"], "was trained with seed = 1, not 2"),
+        (["--temperature-init", "2"], "was trained with temperature_init = 0.01, not 2.0"),
+        (["--no-random-initial-ages"], "was trained with random_initial_ages = True, not False"),
         ([], "has 6,400 steps already; give a larger --total-timesteps"),
     ],
 )
@@ -416,6 +426,44 @@ def test_resume_keeps_the_checkpoints_flags(finished_run):
     args = sac.parse_args(["--resume", str(finished_run / "checkpoint.pt"), "--total-timesteps", "20480"])
     assert (args.env_id, args.batch_size, args.gamma, args.total_timesteps) == ("action", 128, 0.9, 20_480)
     assert args.run_dir is None and sac.with_task_defaults(args).run_dir == str(finished_run)
+
+
+def test_a_value_error_is_bad_input_only_while_a_run_is_set_up(tmp_path, monkeypatch, capsys):
+    class Refusing(ProbeEnv):
+        def __init__(self, *arguments, **options):
+            raise ValueError("unknown task")
+
+    class Defective(ProbeEnv):
+        def step(self, action):
+            raise ValueError("shapes differ")
+
+    train = sac.train
+    monkeypatch.setattr(sac, "train", lambda args: train(probe_args(tmp_path / "refused"), Refusing))
+    assert run_main(monkeypatch, capsys) == (2, "error: unknown task\n")
+    monkeypatch.setattr(sac, "train", lambda args: train(probe_args(tmp_path / "defect"), Defective))
+    with pytest.raises(ValueError, match="shapes differ"):
+        run_main(monkeypatch, capsys)
+
+
+def test_what_does_not_suit_is_found_before_training(finished_run, monkeypatch, capsys):
+    flags = ["--env-id", "Hopper-v5", "--device", "cpu", "--no-compile"]
+    for more, message in (
+        (["--run-dir", finished_run], "holds a run already; choose another, or --resume its checkpoint.pt"),
+        (["--play", finished_run / "checkpoint.pt", "--eval-episodes", "0"], "must be >= 1 to play"),
+    ):
+        status, err = run_main(monkeypatch, capsys, *flags, *more)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_one_simulator_and_one_last_evaluation(tmp_path):
+    given = []
+
+    def recording(env_id, **options):
+        given.append(options)
+        return ProbeEnv(env_id, **options)
+
+    sac.train(probe_args(tmp_path, total_timesteps=1_280, solver_iterations=7, env_kwargs={"option": 3}), recording)
+    assert len(given) == 1 and given[0]["iterations"] == 7 and given[0]["option"] == 3
 
 
 def test_preset_and_tricks_are_flags():
