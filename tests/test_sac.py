@@ -75,7 +75,7 @@ def test_a_time_limit_is_bootstrapped(n_step, tmp_path):
         ("action", dict(preset="vanilla", learning_rate=3e-3, temperature_learning_rate=1e-2)),
         ("action", dict(network="flash", weight_projection=True, critic_reduction="min")),
         ("action", dict(noise_repeat_max=16, half_precision_replay=True)),
-        ("delayed", dict(n_step=1)),
+        ("delayed", dict(n_step=1, total_timesteps=40_000)),
         ("delayed", dict(n_step=3)),
         ("broken", {}),
     ],
