@@ -211,7 +211,7 @@ TASK_DEFAULTS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
-    "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995),
+    "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
     "HalfCheetah-v5": dict(total_timesteps=30_000_000),
     "Ant-v5": dict(
         total_timesteps=30_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
