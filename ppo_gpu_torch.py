@@ -104,6 +104,8 @@ class Args:
     """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
     """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
+    profile: bool = False
+    """time the stages of ten iterations, after three of warm-up, then trace one more: profile.json and trace.json.gz in the run folder, and a printed table"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] | None = None
@@ -199,6 +201,9 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 
 
+PROFILED = 3, 10  # iterations before --profile starts to time, and iterations timed
+
+
 def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS) -> Args:
     """Fill in what was left at None: from the task's row, then from COMMON, then what follows from other flags."""
     row = common | tasks.get(args.env_id, {})
@@ -234,7 +239,7 @@ class Sizes(NamedTuple):
     iterations: int
 
 
-def derive_sizes(args: Args, world_size: int) -> Sizes:
+def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFILED) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     counts = "num_envs total_timesteps num_steps update_epochs num_minibatches solver_iterations microbatch_size"
     positive = "reward_scale learning_rate desired_kl desired_kl_final learning_rate_min learning_rate_max"
@@ -283,6 +288,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
     microbatch = math.ceil(minibatch / math.ceil(minibatch / args.microbatch_size))
     steps_per_iteration = args.num_envs * args.num_steps
     iterations = math.ceil(args.total_timesteps / steps_per_iteration)
+    if args.profile and iterations < (least := sum(profiled) + 1):
+        raise InputError(f"profile needs {least} iterations; use --total-timesteps {least * steps_per_iteration} or more")
     return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, iterations)
 
 
@@ -907,6 +914,55 @@ class RunLog:
             self.wandb.finish()
 
 
+class Profile:
+    """Where the time of an iteration goes, with --profile; without it, nothing happens here.
+
+    A profiled stage waits for the device, so that its time is its own; on a GPU that makes the profiled iterations slower."""
+
+    def __init__(self, enabled: bool, device: torch.device, warm_up: int, timed: int):
+        self.enabled, self.device, self.warm_up, self.timed = enabled, device, warm_up, timed  # one more is traced
+        self.iteration, self.seconds, self.started, self.tracer = 0, {}, 0.0, None
+
+    def wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        if not self.enabled:
+            yield
+            return
+        started = self.wait()
+        with torch.profiler.record_function(name):
+            yield
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.wait() - started
+
+    def start_iteration(self) -> None:
+        if self.enabled and self.iteration == self.warm_up:
+            self.seconds, self.started = {}, self.wait()
+
+    def end_iteration(self, run_dir: Path, steps: int) -> None:
+        """After the last timed iteration print and write the table; after the traced one write the trace."""
+        if not self.enabled:
+            return
+        self.iteration += 1
+        if self.iteration == self.warm_up + self.timed:
+            seconds = self.wait() - self.started
+            stages = self.seconds | {"the rest": seconds - sum(self.seconds.values())}
+            table = {name: dict(seconds=x / self.timed, share=x / seconds) for name, x in stages.items()}
+            (run_dir / "profile.json").write_text(json.dumps(dict(steps=steps, stages=table), indent=2))
+            lines = [f"{name:<10} {x['seconds'] * 1e3:9.1f} ms {x['share']:6.1%}" for name, x in table.items()]
+            tqdm.write("\n".join([f"an iteration of {steps:,} environment steps, mean of {self.timed}:", *lines]))
+            self.tracer = torch.profiler.profile()
+            self.tracer.start()
+        elif self.tracer:
+            self.wait()
+            self.tracer.stop()
+            self.tracer.export_chrome_trace(str(run_dir / "trace.json.gz"))
+            self.enabled = False
+
+
 def plot_curve(run_dir: Path, title: str) -> None:
     """curve.png: return of the training episodes, and scores in Gymnasium where there are any, over steps and over time."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -1109,36 +1165,43 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
             f"{sizes.minibatch:,} in parts of {sizes.microbatch:,}; {world_size} process(es)"
         )
+    profile = Profile(args.profile and rank == 0, device, *PROFILED)
     terms, record, clock = torch.zeros(len(LossTerms._fields), device=device), {}, time.perf_counter()
 
     for iteration in range(first_iteration, sizes.iterations):
         # Rollout: copies into the storage, because the simulator's tensors live until its next step.
+        profile.start_iteration()
         noise = torch.randn(args.num_steps, sizes.envs, action_size, generator=generator, device=device)
         for t in range(args.num_steps):
             rollout.obs[t] = obs
             if privileged:
                 rollout.critic_obs[t] = critic_obs
-            rollout.mean[t], rollout.action[t], env_action = policy(obs, noise[t])
-            obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
+            with profile.stage("infer"):
+                rollout.mean[t], rollout.action[t], env_action = policy(obs, noise[t])
+            with profile.stage("simulate"):
+                obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
             rollout.reward[t] = reward * args.reward_scale
             rollout.final_critic_obs[t] = info["final_critic_obs"] if privileged else info["final_obs"]
             rollout.invalid[t] = info["invalid"]
             critic_obs = info["critic_obs"] if privileged else obs
 
         # Targets: values and advantages, under the statistics of the rollout.
-        value, advantage = targets()
-        order = torch.randperm(sizes.batch, generator=generator, device=device)
-        batch = make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
+        with profile.stage("targets"):
+            value, advantage = targets()
+            order = torch.randperm(sizes.batch, generator=generator, device=device)
+            batch = make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
 
         # Update. The observation statistics follow it, so that its ratios compare like with like.
         progress = iteration / sizes.iterations
         desired_kl = args.desired_kl + progress * (args.desired_kl_final - args.desired_kl)
         if args.learning_rate_schedule == "linear":
             learning_rate.fill_(args.learning_rate * (1.0 - progress))
-        terms += update(agent, batch, accumulate, apply, learning_rate, desired_kl, sizes.minibatch, args)
+        with profile.stage("update"):
+            terms += update(agent, batch, accumulate, apply, learning_rate, desired_kl, sizes.minibatch, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         if privileged:
             agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
+        profile.end_iteration(run_dir, sizes.steps_per_iteration)
 
         # Log, evaluate, save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * sizes.steps_per_iteration

@@ -117,6 +117,8 @@ class Args:
     """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
     """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
+    profile: bool = False
+    """time the stages of a hundred learning iterations, after ten of warm-up, then trace one more: profile.json and trace.json.gz in the run folder, and a printed table"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] | None = None
@@ -226,6 +228,9 @@ PRESETS = {
 }  # fmt: skip
 
 
+PROFILED = 10, 100  # learning iterations before --profile starts to time, and iterations timed
+
+
 def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS, presets: dict = PRESETS) -> Args:
     """Fill in what was left at None: from the preset, the task's row, COMMON, then what follows from other flags."""
     row = common | tasks.get(args.env_id, {}) | presets[args.preset]
@@ -256,7 +261,7 @@ class Sizes(NamedTuple):
     iterations: int  # vector steps of the whole run
 
 
-def derive_sizes(args: Args, world_size: int) -> Sizes:
+def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFILED) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
     counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every"
@@ -303,6 +308,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
         )
     first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
     iterations = math.ceil(args.total_timesteps / args.num_envs)
+    if args.profile and iterations < (least := first_slots + sum(profiled) + 1):
+        raise InputError(f"profile needs {least} iterations; use --total-timesteps {least * args.num_envs} or more")
     return Sizes(args.num_envs // world_size, args.batch_size // world_size, slots, first_slots, iterations)
 
 
@@ -1275,6 +1282,55 @@ class RunLog:
             self.wandb.finish()
 
 
+class Profile:
+    """Where the time of an iteration goes, with --profile; without it, nothing happens here.
+
+    A profiled stage waits for the device, so that its time is its own; on a GPU that makes the profiled iterations slower."""
+
+    def __init__(self, enabled: bool, device: torch.device, warm_up: int, timed: int):
+        self.enabled, self.device, self.warm_up, self.timed = enabled, device, warm_up, timed  # one more is traced
+        self.iteration, self.seconds, self.started, self.tracer = 0, {}, 0.0, None
+
+    def wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        if not self.enabled:
+            yield
+            return
+        started = self.wait()
+        with torch.profiler.record_function(name):
+            yield
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.wait() - started
+
+    def start_iteration(self) -> None:
+        if self.enabled and self.iteration == self.warm_up:
+            self.seconds, self.started = {}, self.wait()
+
+    def end_iteration(self, run_dir: Path, steps: int) -> None:
+        """After the last timed iteration print and write the table; after the traced one write the trace."""
+        if not self.enabled:
+            return
+        self.iteration += 1
+        if self.iteration == self.warm_up + self.timed:
+            seconds = self.wait() - self.started
+            stages = self.seconds | {"the rest": seconds - sum(self.seconds.values())}
+            table = {name: dict(seconds=x / self.timed, share=x / seconds) for name, x in stages.items()}
+            (run_dir / "profile.json").write_text(json.dumps(dict(steps=steps, stages=table), indent=2))
+            lines = [f"{name:<10} {x['seconds'] * 1e3:9.1f} ms {x['share']:6.1%}" for name, x in table.items()]
+            tqdm.write("\n".join([f"an iteration of {steps:,} environment steps, mean of {self.timed}:", *lines]))
+            self.tracer = torch.profiler.profile()
+            self.tracer.start()
+        elif self.tracer:
+            self.wait()
+            self.tracer.stop()
+            self.tracer.export_chrome_trace(str(run_dir / "trace.json.gz"))
+            self.enabled = False
+
+
 def plot_curve(run_dir: Path, title: str) -> None:
     """curve.png: return of the training episodes, and scores in Gymnasium where there are any, over steps and over time."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -1489,12 +1545,16 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             f"{args.num_envs:,} environments, {sizes.iterations:,} steps of each; after each, {args.updates_per_step} updates "
             f"on batches of {args.batch_size:,}, the policy every {args.policy_frequency}; {world_size} process(es)"
         )
+    profile = Profile(args.profile and rank == 0, device, *PROFILED)
     critic_terms = torch.zeros(len(CriticTerms._fields), device=device)
     policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
     logged_updates, policy_updates, record, clock = updates, 0, {}, time.perf_counter()
 
     for iteration in range(first_iteration, sizes.iterations):
         # Act: uniformly at random at first, then the policy with its exploration noise.
+        learning = written + 1 >= sizes.first_slots  # there will be enough to learn from after this step
+        if learning:
+            profile.start_iteration()
         fresh = torch.randn(sizes.envs, action_size, generator=generator, device=device)
         uniform = torch.rand(sizes.envs, generator=generator, device=device)
         held, remaining = hold_noise(held, remaining, fresh, uniform, durations)
@@ -1502,8 +1562,10 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             action = 2.0 * torch.rand(sizes.envs, action_size, generator=generator, device=device) - 1.0
             env_action = agent.to_env(action)
         else:
-            action, env_action = functions.policy(obs, held)
-        next_obs, reward, terminated, truncated, info = env.step(env_action)
+            with profile.stage("infer"):
+                action, env_action = functions.policy(obs, held)
+        with profile.stage("simulate"):
+            next_obs, reward, terminated, truncated, info = env.step(env_action)
         invalid, final_obs = info["invalid"], info["final_obs"]
         final_critic_obs = info["final_critic_obs"] if privileged else final_obs
         ends = terminated, truncated, invalid
@@ -1518,19 +1580,22 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         obs, critic_obs = next_obs, info["critic_obs"] if privileged else next_obs
 
         # Update: one large draw from the replay, split into the batches of all updates.
-        if written >= sizes.first_slots:
+        if learning:
             progress = iteration / sizes.iterations
             learning_rate.fill_(args.learning_rate + progress * (args.learning_rate_final - args.learning_rate))
             rows = args.updates_per_step * sizes.batch
-            drawn = draw_transitions(written, sizes.slots, sizes.envs, args.n_step, rows, generator)
-            batch = gather_batch(agent, replay, *drawn, args)
+            with profile.stage("sample"):
+                drawn = draw_transitions(written, sizes.slots, sizes.envs, args.n_step, rows, generator)
+                batch = gather_batch(agent, replay, *drawn, args)
             shape = args.updates_per_step, 2, sizes.batch, action_size
             noise = torch.randn(shape, generator=generator, device=device)
-            sums = update(agent, functions, batch, noise, updates, args)
+            with profile.stage("update"):
+                sums = update(agent, functions, batch, noise, updates, args)
             critic_terms += sums[0]
             policy_terms += sums[1]
             policy_updates += sums[2]
             updates += args.updates_per_step
+            profile.end_iteration(run_dir, args.num_envs)
 
         # Log, evaluate, save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * args.num_envs

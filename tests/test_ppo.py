@@ -5,6 +5,7 @@ Bit for bit on one CPU with the same versions: same seed, and resume. Statistica
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.machinery
 import json
 import math
@@ -655,3 +656,22 @@ def test_inverted_pendulum_balances_in_gymnasium(tmp_path):
     result = ppo.train(args)
     assert result["gymnasium"] == dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
     assert result["vecsim"]["mean"] > 990.0
+
+
+def test_profile_times_the_stages_and_leaves_the_training_as_it_was(tmp_path, capsys):
+    plain = ppo.train(short_args(tmp_path / "plain", total_timesteps=14 * 512), ProbeEnv)
+    profiled = ppo.train(short_args(tmp_path / "profiled", total_timesteps=14 * 512, profile=True), ProbeEnv)
+    assert profiled["policy_loss"] == plain["policy_loss"]
+    table = json.loads((tmp_path / "profiled" / "profile.json").read_text())
+    assert list(table["stages"]) == ["infer", "simulate", "targets", "update", "the rest"]
+    assert sum(stage["share"] for stage in table["stages"].values()) == pytest.approx(1.0)
+    assert all(stage["seconds"] > 0 for stage in table["stages"].values())
+    with gzip.open(tmp_path / "profiled" / "trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("update") == 1 and names.count("simulate") == short_args(tmp_path).num_steps
+    assert "an iteration of 512 environment steps" in capsys.readouterr().out
+
+
+def test_profile_needs_enough_iterations(tmp_path):
+    with pytest.raises(ppo.InputError, match="profile needs 14 iterations; use --total-timesteps 7168 or more"):
+        ppo.train(short_args(tmp_path, total_timesteps=13 * 512, profile=True), ProbeEnv)

@@ -6,6 +6,7 @@ everything else. test_sac_algorithms.py holds the hand-computed cases."""
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -488,3 +489,15 @@ def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
     resume = str(tmp_path / "parts" / "checkpoint.pt")
     sac.train(dataclasses.replace(probe_args(tmp_path / "parts", **small), total_timesteps=20 * 8, resume=resume))
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+def test_profile_times_the_stages_of_learning(tmp_path):
+    sac.train(probe_args(tmp_path, total_timesteps=64 * 121, learning_starts=640, profile=True, eval_episodes=0), ProbeEnv)
+    table = json.loads((tmp_path / "profile.json").read_text())
+    assert list(table["stages"]) == ["infer", "simulate", "sample", "update", "the rest"] and table["steps"] == 64
+    assert sum(stage["share"] for stage in table["stages"].values()) == pytest.approx(1.0)
+    with gzip.open(tmp_path / "trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("update") == names.count("simulate") == 1
+    with pytest.raises(sac.InputError, match="profile needs 121 iterations; use --total-timesteps 7744 or more"):
+        sac.train(probe_args(tmp_path, total_timesteps=64 * 120, learning_starts=640, profile=True), ProbeEnv)
