@@ -926,16 +926,31 @@ PYTHON
 
 program_train_ours() {
   cat <<'PYTHON'
-"""ppo_gpu_torch.train as it stands; its environment counts the steps, and calls the meter where an iteration begins."""
+"""ppo_gpu_torch.train as it stands; its environment counts the steps, and calls the meter where an iteration begins.
 
+In `variant` processes: this one, rank 0, starts the others as torchrun would. While it waits for its turn, they wait for its gradients."""
+
+import socket
+import subprocess
 import tempfile
+
+import torch
+
+processes, rank = int(variant), int(os.environ.get("RANK", 0))
+torch.set_num_threads(max(1, threads // processes))
+if processes > 1 and "RANK" not in os.environ:
+    with socket.create_server(("localhost", 0)) as free:
+        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
+    os.environ |= dict(RANK="0", LOCAL_RANK="0")
+    for other in range(1, processes):
+        environment = os.environ | dict(RANK=str(other), LOCAL_RANK=str(other))
+        subprocess.Popen([sys.executable, __file__], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
 
 import ppo_gpu_torch as ppo
 import vecsim_torch
 
 args = ppo.with_task_defaults(ppo.Args(
-    env_id=settings["env_id"], device=device, total_timesteps=10**12, log_every=150_000, eval_episodes=0,
-    num_envs=int(variant) if variant else None, run_dir=tempfile.mkdtemp(dir="."),
+    env_id=settings["env_id"], device=device, total_timesteps=10**12, log_every=150_000, eval_episodes=0, run_dir=tempfile.mkdtemp(dir="."),
 ))  # fmt: skip
 
 
@@ -953,7 +968,7 @@ class CountedSteps:
         return self.env.reset(**options)
 
     def step(self, action):
-        if self.taken and self.taken % args.num_steps == 0:
+        if rank == 0 and self.taken and self.taken % args.num_steps == 0:
             meter.tick(args.num_steps * args.num_envs)
         self.taken += 1
         return self.env.step(action)
@@ -2014,11 +2029,12 @@ run_learner() {
 }
 
 run_train() {
-  local env_id settings
+  local env_id settings per_core=
+  [[ "$device" = cpu && "$units" -gt 1 ]] && per_core="ours, $units processes|project|train_ours|$units"
   for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo Ant-v5 HalfCheetah-v5)}; do
     settings=$(json env_id "$env_id" device "$device" num_envs 8 env_kwargs "$(env_kwargs_of "$env_id")")
     measure train "$env_id-$place" "environment steps/s" "$settings" \
-      "ours|project|train_ours|" "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
+      "ours|project|train_ours|1" ${per_core:+"$per_core"} "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
       "CleanRL-style, SyncVectorEnv|project|train_cleanrl|sync" "CleanRL-style, AsyncVectorEnv|project|train_cleanrl|async" \
       "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|"
   done

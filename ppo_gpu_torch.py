@@ -731,6 +731,17 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), world_size
 
 
+@contextlib.contextmanager
+def first_process_first():
+    """One process of each machine compiles, and the others find what it compiled; at once they would write the same files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if distributed.is_initialized() and not first:
+        distributed.barrier()
+    yield
+    if distributed.is_initialized() and first:
+        distributed.barrier()
+
+
 def sum_over_processes(x: Tensor) -> Tensor:
     """Sum of a tensor over all processes, in place."""
     if distributed.is_initialized():
@@ -1138,9 +1149,10 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = make_optimizer(agent, learning_rate)
     rollout = allocate_rollout(args.num_steps, sizes.envs, obs_size, critic_obs_size, action_size, device)
-    policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
-    env.reset()
-    env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
+    with first_process_first():
+        policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
+        env.reset()
+        env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, info = env.reset(seed=env_options["seed"])
     critic_obs = info["critic_obs"] if privileged else obs
     first_iteration, train_seconds = 0, 0.0

@@ -1060,6 +1060,17 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), world_size
 
 
+@contextlib.contextmanager
+def first_process_first():
+    """One process of each machine compiles, and the others find what it compiled; at once they would write the same files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if distributed.is_initialized() and not first:
+        distributed.barrier()
+    yield
+    if distributed.is_initialized() and first:
+        distributed.barrier()
+
+
 def sum_over_processes(x: Tensor) -> Tensor:
     """Sum of a tensor over all processes, in place."""
     if distributed.is_initialized():
@@ -1511,10 +1522,11 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     if rank == 0:
         print(replay_size)
     replay = allocate_replay(sizes.slots, *row_sizes, device)
-    functions = build_functions(agent, optimizers, replay, sizes, args)
+    with first_process_first():
+        functions = build_functions(agent, optimizers, replay, sizes, args)
+        env.reset()
+        env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     durations = zeta_distribution(args.noise_repeat_max).to(device)
-    env.reset()
-    env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, info = env.reset(seed=env_options["seed"])
     critic_obs = info["critic_obs"] if privileged else obs
     held = torch.zeros(sizes.envs, action_size, device=device)

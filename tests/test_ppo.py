@@ -327,6 +327,12 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
     assert_same(whole, parts)
 
 
+def test_the_first_process_compiles_before_the_others(two_processes):
+    """Compiling at once, they would write the same files of the compiler's cache, and read them half written."""
+    first, second = (torch.load(two_processes / f"compiled-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first < second
+
+
 # What reaches the functions and the environment --------------------------------------------------------------------------
 
 

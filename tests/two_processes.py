@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -54,6 +55,9 @@ def main(folder: Path) -> None:
         args = probe_args(folder / name, total_timesteps=steps, log_every=2_560)
         ppo.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
         torch.distributed.barrier()  # the checkpoint is written
+    with ppo.first_process_first():
+        time.sleep(0.2 if rank == 0 else 0.0)
+        torch.save(time.monotonic(), folder / f"compiled-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
