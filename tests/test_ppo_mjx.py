@@ -275,6 +275,18 @@ def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
     assert (tmp_path / "sweep" / "sweep.png").exists()
 
 
+def test_each_agent_of_a_sweep_over_desired_kl_ends_at_its_own_value_unless_one_is_given():
+    swept = dict(env_id="Ant-v5", sweep="desired_kl=0.01,0.02", num_seeds=2)
+    for given, final in (({}, [0.01, 0.01, 0.02, 0.02]), (dict(desired_kl_final=0.005), [0.005] * 4)):
+        args = ppo.resolve(ppo.resolve(ppo.Args(**swept, **given)))  # by the command line, then by train
+        hyper, _ = ppo.hyperparameters(args)
+        np.testing.assert_allclose(hyper.desired_kl, [0.01, 0.01, 0.02, 0.02])
+        np.testing.assert_allclose(hyper.desired_kl_final, final)
+    hyper, _ = ppo.hyperparameters(ppo.resolve(ppo.Args(**swept | dict(sweep="desired_kl_final=0.001,0.002"))))
+    np.testing.assert_allclose(hyper.desired_kl, 0.015)
+    np.testing.assert_allclose(hyper.desired_kl_final, [0.001, 0.001, 0.002, 0.002])
+
+
 def command(*arguments, **environment):
     return subprocess.run([sys.executable, str(ROOT / "ppo_mjx_jax.py"), *map(str, arguments)], capture_output=True, text=True,
                           env=os.environ | environment, timeout=400)  # fmt: skip
