@@ -5,6 +5,7 @@
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games; SAC updates/s against skrl
 #     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
+#     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
 #     ./benchmark.sh plot       redraws the pictures in results/
@@ -23,7 +24,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores scaling cost plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds scaling cost plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -32,7 +33,8 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores scaling
   --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
-  --total-timesteps N  environment steps of each run in `scores` (default: the trainer's, for the task)
+  --total-timesteps N  environment steps of each run in `scores` and `seeds` (default: the trainer's, for the task)
+  --set NAME           of `scores` only the trainings of this set: ppo, or mjx (JAX and PyTorch on the same batch)
   --repeats N          windows of each contender, at least 3 (default 5; with --quick 3)
   --seconds N          length of a window (default 10; with --quick 3)
   --patience N         seconds that a contender may take to get ready (default 1500; with --quick 300)
@@ -69,11 +71,11 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | scaling | cost | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores scaling cost plot table programs" ;;
+  sim | learner | train | scores | seeds | scaling | cost | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds scaling cost plot table programs" ;;
 esac
 
-env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" repeats="" seconds=""
+env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
 patience="" dollars_per_hour="" results="$root/results" quick="" dry_run="" force="" programs_folder=""
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -82,7 +84,7 @@ while [ $# -gt 0 ]; do
     --force) force=1 ;;
     -h | --help) usage && exit 0 ;;
     --env-id | --device | --cores | --num-envs | --solver-iterations | --max-envs | --max-processes | --total-timesteps | \
-      --repeats | --seconds | --patience | --dollars-per-hour | --results)
+      --set | --repeats | --seconds | --patience | --dollars-per-hour | --results)
       [ $# -ge 2 ] || refuse "$1 needs a value"
       name=${1#--}
       name=${name//-/_}
@@ -100,6 +102,7 @@ for name in num_envs solver_iterations max_envs max_processes total_timesteps re
   [[ -z "${!name}" || "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name//_/-} must be a whole number of at least 1, not ${!name}"
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
+[[ "$set" =~ ^(ppo|mjx)?$ ]] || refuse "--set must be ppo or mjx, not $set"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
 : "${repeats:=$([ -n "$quick" ] && echo 3 || echo 5)}"
 : "${seconds:=$([ -n "$quick" ] && echo 3 || echo 10)}"
@@ -1535,7 +1538,7 @@ PYTHON
 
 program_scores() {
   cat <<'PYTHON'
-"""One training by ppo_gpu_torch.py with evaluations on the way; writes results/ppo/<task>-seed<k>.json.
+"""One training by ppo_gpu_torch.py or ppo_mjx_jax.py with evaluations on the way; writes results/<set>/<task>-seed<k>.json.
 
 An interrupted training goes on from its last checkpoint. Times are the trainer's own: compilation and evaluations apart."""
 
@@ -1550,7 +1553,7 @@ from pathlib import Path
 
 job = json.loads(sys.argv[1])
 run_dir, path = Path(job["run_dir"]), Path(job["path"])
-name = f"{job['env_id']}, seed {job['seed']}"
+name = f"{path.parent.name}/{path.stem}"
 if path.exists() and not job["force"]:
     print(f"scores {name}: finished, in {path} (--force trains again)", file=sys.stderr)
     sys.exit(0)
@@ -1562,7 +1565,8 @@ if job["force"] and (run_dir / "eval.json").exists():
     shutil.rmtree(run_dir)  # a finished training; one that was interrupted goes on, forced or not
 if not (run_dir / "eval.json").exists():
     command = shlex.split(job["command"])[1:]
-    resumed = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() else []
+    checkpoints = [file for file in (run_dir / "checkpoint.pt", run_dir / "checkpoint.npz") if file.exists()]  # PyTorch's, JAX's
+    resumed = ["--resume", str(checkpoints[0])] if checkpoints else []
     if not resumed:
         shutil.rmtree(run_dir, ignore_errors=True)  # cut off before its first checkpoint: the trainer starts in an empty folder
     launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
@@ -1578,7 +1582,7 @@ reached = [seconds for _, seconds, score in curve if score >= job["threshold"]]
 record |= dict(
     command=job["command"], hardware=job["hardware"], commit=job["commit"], threshold=job["threshold"],
     seconds_to_threshold=reached[0] if reached else None, curve=curve,
-    versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")},
+    versions=record.get("versions") or {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")},
 )  # fmt: skip
 beside = path.with_suffix(".tmp")
 try:
@@ -1589,8 +1593,70 @@ except OSError as error:
     beside.unlink(missing_ok=True)
     sys.exit(f"error: {path} cannot be written ({error.strerror}); the run is kept in {run_dir}")
 outcome = f"reached after {reached[0]:,.0f} s" if reached else "not reached"
-score = record["gymnasium"]["mean"]
-print(f"scores {name}: {score:,.0f} after {record['train_seconds']:,.0f} s; {job['threshold']:,} {outcome}", file=sys.stderr)
+score, seconds = record["gymnasium"]["mean"], f"{record['train_seconds']:,.0f} s, compiled in {record['compile_seconds']:.0f} s"
+print(f"scores {name}: {score:,.0f} after {seconds}; {job['threshold']:,} {outcome}", file=sys.stderr)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# seeds: many agents in one program of ppo_mjx_jax.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_seeds() {
+  cat <<'PYTHON'
+"""Trainings of 1 and of 8 agents in turn, each in a fresh process and compiled cold; writes results/mjx/seeds.json.
+
+Times are the trainer's own: training, with compilation apart and without evaluation."""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+path, counts = Path(job["path"]), (1, 8)
+if path.exists() and not job["force"]:
+    print(f"seeds: finished, in {path} (--force trains again)", file=sys.stderr)
+    sys.exit(0)
+if job["dry_run"]:
+    print(f"seeds: {job['repeats']} times {' and '.join(map(str, counts))} agents: {job['command']} --num-seeds K\n  about 10 minutes, 1.5 GiB (guessed)")
+    sys.exit(0)
+
+launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
+runs = {count: [] for count in counts}
+for repeat in range(job["repeats"]):
+    for count in counts:
+        run_dir = Path(job["scratch"]) / f"{count}-agents-{repeat}"
+        flags = [*shlex.split(job["command"])[1:], "--num-seeds", str(count), "--run-dir", str(run_dir)]
+        status = subprocess.run([*launch, job["python"], *flags], cwd=job["root"], stdout=subprocess.DEVNULL).returncode
+        if status:
+            sys.exit(f"error: seeds: the trainer of {count} agents stopped with status {status}")
+        runs[count].append(json.loads((run_dir / "eval.json").read_text()))
+        last = runs[count][-1]
+        say = f"round {repeat + 1}/{job['repeats']}  {count} agents: {last['train_seconds']:.1f} s, compiled in {last['compile_seconds']:.1f} s"
+        print(say, file=sys.stderr)
+
+
+def row(count):
+    names = ("train_seconds", "compile_seconds")
+    values = {name: [round(run[name], 2) for run in runs[count]] for name in names}
+    medians = {f"median_{name}": statistics.median(values[name]) for name in names}
+    return dict(num_seeds=count, env_steps=runs[count][0]["env_steps"], **values, **medians)
+
+
+rows = [row(count) for count in counts]
+record = {name: runs[1][0][name] for name in ("env_id", "algorithm", "versions")}
+record |= {name: job[name] for name in ("command", "hardware", "commit")}
+ratio = rows[-1]["median_train_seconds"] / rows[0]["median_train_seconds"]
+record |= dict(rows=rows, times_one_seed=ratio)
+beside = path.with_suffix(".tmp")
+path.parent.mkdir(parents=True, exist_ok=True)
+beside.write_text(json.dumps(record, indent=1) + "\n")
+os.replace(beside, path)
+print(f"seeds: {counts[-1]} agents take {ratio:.2f} times as long as one", file=sys.stderr)
 PYTHON
 }
 
@@ -1607,6 +1673,7 @@ import re
 import sys
 from pathlib import Path
 
+ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX"}
 results, modes = Path(sys.argv[1]), sys.argv[2].split(",")
 dollars = float(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] else None
 
@@ -1705,13 +1772,28 @@ def score_table():
         seconds = run.get("seconds_to_threshold")
         reached = "-" if "threshold" not in run else f"{run['threshold']:,} " + (f"in {seconds:,.0f} s" if seconds is not None else "not reached")
         score = run["gymnasium"]
-        cells = [run["env_id"], run["algorithm"].upper(), str(run["seed"]), f"{run['env_steps']:,}", f"{run['train_seconds']:,.0f} s"]
+        compiled = f"{run['compile_seconds']:,.0f} s" if "compile_seconds" in run else "-"
+        cells = [run["env_id"], ALGORITHMS.get(run["algorithm"], run["algorithm"].upper()), str(run["seed"])]
+        cells += [f"{run['env_steps']:,}", f"{run['train_seconds']:,.0f} s", compiled]
         cells += [f"{score['mean']:,.0f} ± {score['std']:,.0f}, lowest {score['min']:,.0f}", reached, f"`{run.get('command', '')}`"]
         rows.append(cells)
     if rows:
         print("\n**scores in Gymnasium's own environments**\n")
-        header = ["task", "algorithm", "seed", "environment steps", "training time", "score (20 episodes)", "threshold", "command"]
+        header = ["task", "algorithm", "seed", "environment steps", "training time", "compiled in", "score (20 episodes)", "threshold", "command"]
         print_table(header, rows)
+
+
+def seeds_table(record):
+    rows = []
+    for row in record["rows"]:
+        seconds = row["train_seconds"]
+        times = row["median_train_seconds"] / record["rows"][0]["median_train_seconds"]
+        spread = f"{row['median_train_seconds']:,.1f} s ({min(seconds):,.1f} to {max(seconds):,.1f})"
+        rows.append([str(row["num_seeds"]), spread, f"{times:.2f}", f"{row['median_compile_seconds']:,.1f} s", f"{row['env_steps']:,}"])
+    print(f"\n**agents in one program, {record['env_id']}**\n")
+    print_table(["agents", "training time", "times one agent", "compiled in", "environment steps of each"], rows)
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    print(f"\n{record['hardware']}; {len(seconds)} trainings of each in turn. {versions}. Commit {record['commit']}, `{record['command']} --num-seeds K`.")
 
 
 records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
@@ -1727,6 +1809,8 @@ if "scaling" in modes:
     scaling_tables([record for record in records if record["mode"] == "scaling"])
 if "scores" in modes:
     score_table()
+if "seeds" in modes and (results / "mjx/seeds.json").exists():
+    seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
 PYTHON
 }
 
@@ -1736,7 +1820,7 @@ PYTHON
 
 program_plot() {
   cat <<'PYTHON'
-"""python plot.py RESULTS: curves.png, speed.png and scaling.png from the files in RESULTS."""
+"""python plot.py RESULTS: curves.png, mjx/curves.png, speed.png and scaling.png from the files in RESULTS."""
 
 import json
 import re
@@ -1750,7 +1834,7 @@ from matplotlib.ticker import FuncFormatter
 
 results = Path(sys.argv[1])
 INK, FAINT, OURS, THEIRS = "#22262b", "#8a9099", "#1f6feb", "#b6bec9"
-COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "mjx": "#2b8a3e", "distill": "#7048e8"}
+COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e", "distill": "#7048e8"}
 rcParams.update({
     "font.size": 10, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
     "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
@@ -1784,7 +1868,7 @@ def plot_curves():
     runs = {}
     for path in sorted(results.glob("*/*-seed*.json")):
         run = json.loads(path.read_text())
-        if run.get("curve"):
+        if run.get("curve") and path.parent.name != "mjx":  # another batch: plot_twins
             runs.setdefault(run["env_id"], []).append(run)
     if not runs:
         return
@@ -1823,6 +1907,41 @@ def plot_curves():
     figure.suptitle("Deterministic score in gymnasium.make(task), one line for each seed", x=0.01, ha="left", size=11)
     figure.supxlabel(hardware, size=8, color=FAINT)
     save(figure, "curves.png")
+
+
+def plot_twins():
+    """ppo_mjx_jax.py beside ppo_gpu_torch.py, same task and flags: score over environment steps, and over training time."""
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("mjx/*-seed*.json"))]
+    runs = [run for run in runs if run.get("curve")]
+    tasks = sorted({run["env_id"] for run in runs}, reverse=True)
+    if not runs:
+        return
+    names = {"ppo": "ppo_gpu_torch.py", "ppo_mjx": "ppo_mjx_jax.py"}
+    figure = Figure(figsize=(9.0, 3.1 * len(tasks) + 0.5), layout="constrained")
+    for (over_steps, over_time), env_id in zip(figure.subplots(len(tasks), 2, squeeze=False, sharey="row"), tasks):
+        members = [run for run in runs if run["env_id"] == env_id]
+        for line, algorithm in enumerate(names):
+            seeds = [run for run in members if run["algorithm"] == algorithm]
+            for run in seeds:
+                steps, seconds, scores = zip(*run["curve"])
+                for axis, x in ((over_steps, steps), (over_time, seconds)):
+                    axis.plot(x, scores, "-", color=COLOURS[algorithm], lw=1.6, alpha=0.75)
+                    axis.plot(x[-1], scores[-1], "o", color=COLOURS[algorithm], ms=4.5)
+            if seeds:
+                compiled = statistics.median(run["compile_seconds"] for run in seeds)
+                label = f"{names[algorithm]}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, + {compiled:.0f} s of compilation"
+                over_time.annotate(label, (0.98, 0.05 + 0.09 * line), xycoords="axes fraction", ha="right",
+                                   color=COLOURS[algorithm], weight="bold", size=8.5)  # fmt: skip
+        for axis, label in ((over_steps, "environment steps"), (over_time, "seconds of training")):
+            axis.set_title(env_id)
+            axis.set_xlabel(label)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter(FuncFormatter(short))
+            axis.yaxis.set_major_formatter(FuncFormatter(short))
+            axis.grid(axis="y", color="#eceff2")
+    figure.suptitle("Deterministic score in gymnasium.make(task), one line for each seed; same task, batch and flags", x=0.01, ha="left", size=11)
+    figure.supxlabel("; ".join(sorted({run["hardware"] for run in runs})), size=8, color=FAINT)
+    save(figure, "mjx/curves.png")
 
 
 def compare(ratio):
@@ -1902,6 +2021,7 @@ def plot_scaling():
 
 
 plot_curves()
+plot_twins()
 plot_speed()
 plot_scaling()
 PYTHON
@@ -1914,7 +2034,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores seeds table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2040,29 +2160,48 @@ run_train() {
   done
 }
 
-run_scores() { # tasks, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags
-  local env_id seeds every threshold minutes flags seed command
-  while read -r env_id seeds every threshold minutes flags; do
+# Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
+# The set mjx compares ppo_mjx_jax.py with its twin on the same batch, one that a CPU steps in MJX in reasonable time. JAX compiles cold.
+run_scores() {
+  local file script env_id seeds every threshold minutes flags seed command
+  while read -r file script env_id seeds every threshold minutes flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    [[ -z "$set" || "$file" = "$set/"* ]] || continue
     for seed in ${seeds//,/ }; do
-      command="python ppo_gpu_torch.py --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
+      command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
       [ "$device" = cuda ] || command+=" --device cpu"
+      [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
       "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
         command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
-        run_dir "$cache/scores/${commit// /-}/$env_id-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/ppo/$env_id-seed$seed.json" \
+        run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
         force "${force:-0}" dry_run "${dry_run:-0}")" || {
         [ $? -le 1 ] || exit 130
         failures=$((failures + 1))
       }
     done
   done <<'TASKS'
-InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
-HalfCheetah-v5 1,2,3 1000000 6500 30
-Ant-v5 1,2,3 1000000 4400 40
-Hopper-v5 1,2,3 1000000 3400 20
-Walker2d-v5 1 1000000 5200 30
-Humanoid-v5 1 1000000 5000 90
+ppo/InvertedPendulum-v5 ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
+ppo/HalfCheetah-v5 ppo_gpu_torch.py HalfCheetah-v5 1,2,3 1000000 6500 30
+ppo/Ant-v5 ppo_gpu_torch.py Ant-v5 1,2,3 1000000 4400 40
+ppo/Hopper-v5 ppo_gpu_torch.py Hopper-v5 1,2,3 1000000 3400 20
+ppo/Walker2d-v5 ppo_gpu_torch.py Walker2d-v5 1 1000000 5200 30
+ppo/Humanoid-v5 ppo_gpu_torch.py Humanoid-v5 1 1000000 5000 90
+mjx/InvertedPendulum-v5 ppo_mjx_jax.py InvertedPendulum-v5 1,2,3 32768 1000 2
+mjx/InvertedPendulum-v5-torch ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
+mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 3000000
+mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-envs 256 --num-steps 64 --total-timesteps 3000000
 TASKS
+}
+
+run_seeds() {
+  local command="python ppo_mjx_jax.py --env-id InvertedPendulum-v5 --eval-episodes 0 --compilation-cache ''${total_timesteps:+ --total-timesteps $total_timesteps}"
+  [ "$device" = cuda ] || command+=" --device cpu"
+  "$project_python" "$work/programs/seeds.py" "$(json command "$command" repeats "$repeats" python "$project_python" root "$root" \
+    cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" path "$results/mjx/seeds.json" \
+    force "${force:-0}" dry_run "${dry_run:-0}")" || {
+    [ $? -le 1 ] || exit 130
+    failures=$((failures + 1))
+  }
 }
 
 run_scaling() {
@@ -2095,7 +2234,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" sim,learner,train,scaling,scores,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" sim,learner,train,scaling,scores,seeds,cost "$dollars_per_hour"
     exit 0
     ;;
   plot)
@@ -2127,6 +2266,7 @@ case "$mode" in
   learner) run_learner ;;
   train) run_train ;;
   scores) run_scores ;;
+  seeds) run_seeds ;;
   scaling) run_scaling ;;
   cost) run_train ;;
 esac

@@ -254,7 +254,8 @@ def resolve(args: Args) -> Args:
     """Fill the flags left at None, from the task's row or from other flags, then check every value before anything is allocated."""
     require(args.env_id in TASK_DEFAULTS, f"env_id {args.env_id!r} is unknown; use one of {', '.join(TASK_DEFAULTS)}")
     row = COMMON | TASK_DEFAULTS[args.env_id]
-    if args.desired_kl is not None:  # a row's last value goes with its first
+    swept, values = parse_sweep(args.sweep)
+    if args.desired_kl is not None or swept == "desired_kl":  # a row's last value goes with its first
         row.pop("desired_kl_final", None)
     filled = {name: value for name, value in row.items() if getattr(args, name) is None}
     filled["env_kwargs"] = row["env_kwargs"] | (args.env_kwargs or {})  # options given go on top of the row's
@@ -262,7 +263,7 @@ def resolve(args: Args) -> Args:
     run_name = f"{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     derived = dict(
         run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{run_name}",
-        desired_kl_final=args.desired_kl,
+        desired_kl_final=None if swept == "desired_kl" else args.desired_kl,  # None: each agent's own
         checkpoint_every=max(1, args.total_timesteps // 10),
         log_every=max(1, args.total_timesteps // 200),
     )
@@ -270,7 +271,6 @@ def resolve(args: Args) -> Args:
     words = {"true": True, "false": False}
     args.env_kwargs = {name: words.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
     check(args)
-    swept, values = parse_sweep(args.sweep)
     for value in values if swept else []:
         check(dataclasses.replace(args, **{swept: value}))
     return args
@@ -279,12 +279,13 @@ def resolve(args: Args) -> Args:
 def check(args: Args):
     """Refuse what breaks a rule, with the rule."""
     counts = "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches solver_iterations ls_iterations"
-    positive = "reward_scale clip_coef max_grad_norm learning_rate desired_kl desired_kl_final learning_rate_min"
+    positive = "reward_scale clip_coef max_grad_norm learning_rate desired_kl learning_rate_min"
     rules = (  # flags, what is legal, and how to say it
         (f"{counts} checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed eval_episodes entropy_coef bounds_coef", lambda x: x >= 0, ">= 0"),
         (positive, lambda x: x > 0, "> 0"),
+        ("desired_kl_final", lambda x: x is None or x > 0, "> 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
         ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
@@ -1316,6 +1317,8 @@ def hyperparameters(args: Args) -> tuple[Hyperparameters, np.ndarray]:
     fields = {name: np.full(len(seeds), getattr(args, name), dtype) for name in Hyperparameters._fields}
     if swept:
         fields[swept] = np.repeat(np.array(values, dtype), args.num_seeds)
+    if args.desired_kl_final is None:  # desired_kl is swept
+        fields["desired_kl_final"] = fields["desired_kl"]
     return Hyperparameters(**fields), seeds
 
 

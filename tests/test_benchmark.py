@@ -92,6 +92,7 @@ def test_syntax_and_programs(programs):
         (["train", "--device", "tpu"], "--device must be cpu or cuda"),
         (["train", "--env-id"], "--env-id needs a value"),
         (["train", "--slow"], "unknown option '--slow'"),
+        (["scores", "--set", "sac"], "--set must be ppo or mjx"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, complaint):
@@ -238,6 +239,7 @@ def results(tmp_path):
         seed=1,
         env_steps=2_000_000,
         train_seconds=120.0,
+        compile_seconds=40.0,
         threshold=3000,
         seconds_to_threshold=60.0,
     )
@@ -253,11 +255,18 @@ def results(tmp_path):
         (tmp_path / "benchmark" / f"{name}-{content['case']}.json").write_text(json.dumps(content))
     (tmp_path / "ppo").mkdir()
     (tmp_path / "ppo" / "Ant-v5-seed1.json").write_text(json.dumps(run))
+    (tmp_path / "mjx").mkdir()
+    for name, algorithm in (("Ant-v5", "ppo_mjx"), ("Ant-v5-torch", "ppo")):
+        (tmp_path / "mjx" / f"{name}-seed1.json").write_text(json.dumps(run | dict(algorithm=algorithm)))
+    seeds = [dict(num_seeds=k, env_steps=500, train_seconds=[x, 2.0 * x, 3.0 * x], median_train_seconds=2.0 * x,
+                  compile_seconds=[9.0, 7.0, 8.0], median_compile_seconds=8.0) for k, x in ((1, 5.0), (8, 15.0))]  # fmt: skip
+    seeds = dict(env_id="Ant-v5", command="python ppo_mjx_jax.py", hardware="a CPU", commit="abc", versions={"jax": "0.10.2"}, rows=seeds)
+    (tmp_path / "mjx" / "seeds.json").write_text(json.dumps(seeds))
     return tmp_path
 
 
 def test_tables_follow_from_the_files(programs, results):
-    text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,cost", "2").stdout
+    text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,seeds,cost", "2").stdout
     assert "| vecsim | 100,000 (90,000 to 110,000) | 1 | 1e-07 | 2e-05 | 12 s | 0.5 GiB host |" in text
     assert "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | 12 s | 0.5 GiB host |" in text
     assert "Brax is missing: does not install." in text
@@ -265,14 +274,73 @@ def test_tables_follow_from_the_files(programs, results):
         "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in text
     )  # 0.002 J and 1e-4 s of 2 dollars an hour each
     assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in text
-    assert "| Ant-v5 | PPO | 1 | 2,000,000 | 120 s | 4,000 ± 10, lowest 3,990 | 3,000 in 60 s |" in text
+    for algorithm in ("PPO", "PPO, JAX"):
+        assert f"| Ant-v5 | {algorithm} | 1 | 2,000,000 | 120 s | 40 s | 4,000 ± 10, lowest 3,990 | 3,000 in 60 s |" in text
+    assert "| 8 | 30.0 s (15.0 to 45.0) | 3.00 | 8.0 s | 500 |" in text
 
 
 def test_pictures_are_drawn(programs, results):
     answer = run(sys.executable, programs / "plot.py", results)
     assert answer.returncode == 0, answer.stderr
-    for name in ("curves.png", "speed.png", "scaling.png"):
+    for name in ("curves.png", "mjx/curves.png", "speed.png", "scaling.png"):
         assert (results / name).stat().st_size > 10_000
+
+
+TRAINER = """
+import json, sys
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+agents, folder = int(flags.get("--num-seeds", 1)), Path(flags["--run-dir"])
+folder.mkdir(parents=True)
+score = dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
+result = dict(env_id=flags["--env-id"], algorithm="ppo_mjx", seed=1, env_steps=500, train_seconds=10.0 + agents, compile_seconds=7.0)
+(folder / "eval.json").write_text(json.dumps(result | dict(gymnasium=score, versions={"jax": "0.10.2"}, flags=flags)))
+curve = [dict(env_steps=500, wall_seconds=11.0, gymnasium_return=1000.0)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in curve))
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of benchmark.sh beside a stand-in for the trainers, with a cache of its own."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "benchmark.sh").write_text(SCRIPT.read_text())
+    (folder / "benchmark.sh").chmod(0o755)
+    for name in ("ppo_gpu_torch.py", "ppo_mjx_jax.py"):
+        (folder / name).write_text(TRAINER)
+
+    def benchmark(*words):
+        home = dict(XDG_CACHE_HOME=str(tmp_path / "cache"), PYTHON=sys.executable)
+        return run(folder / "benchmark.sh", *words, "--device", "cpu", env=os.environ | home)
+
+    return folder, benchmark
+
+
+def test_scores_of_the_jax_script_and_of_its_twin_go_to_one_folder(project):
+    folder, benchmark = project
+    answer = benchmark("scores", "--set", "mjx", "--env-id", "HalfCheetah-v5")
+    assert answer.returncode == 0, answer.stderr
+    written = {path.name: json.loads(path.read_text()) for path in (folder / "results").rglob("*.json")}
+    assert set(written) == {"HalfCheetah-v5-seed1.json", "HalfCheetah-v5-torch-seed1.json"}
+    jax, twin = written["HalfCheetah-v5-seed1.json"], written["HalfCheetah-v5-torch-seed1.json"]
+    apart = {"--run-dir", "--compilation-cache"}
+    shared = [{name: value for name, value in run["flags"].items() if name not in apart} for run in (jax, twin)]
+    assert shared[0] == shared[1] and jax["flags"]["--compilation-cache"] == ""
+    assert jax["curve"] == [[500, 11.0, 1000.0]] and jax["compile_seconds"] == 7.0 and jax["versions"] == {"jax": "0.10.2"}
+    assert "| HalfCheetah-v5 | PPO, JAX | 1 | 500 | 11 s | 7 s |" in answer.stdout
+
+
+def test_seeds_compares_eight_agents_with_one(project):
+    folder, benchmark = project
+    answer = benchmark("seeds", "--repeats", "3")
+    assert answer.returncode == 0, answer.stderr
+    record = json.loads((folder / "results" / "mjx" / "seeds.json").read_text())
+    assert [row["num_seeds"] for row in record["rows"]] == [1, 8] and record["times_one_seed"] == 18 / 11
+    assert [row["train_seconds"] for row in record["rows"]] == [[11.0] * 3, [18.0] * 3]
+    assert {"command", "hardware", "commit", "versions"} <= record.keys() and "| 8 | 18.0 s" in answer.stdout
+    assert "finished" in benchmark("seeds", "--repeats", "3").stderr
 
 
 def test_a_dry_run_runs_nothing(tmp_path):

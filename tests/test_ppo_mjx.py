@@ -254,13 +254,24 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
     assert any((whole[name] != other[name]).any() for name in whole if "kernel" in name)
 
 
-def test_agents_in_one_program_equal_separate_runs(tmp_path):
+def test_eight_seeds_in_one_program_equal_eight_separate_runs(tmp_path):
     """After 8 iterations, in float32: batched matrix products may round differently, and training amplifies it."""
-    _, together = run(tmp_path, "together", num_seeds=3)
-    for i in range(3):
-        _, alone = run(tmp_path, f"alone{i}", seed=1 + i)
-        for name in alone:
-            np.testing.assert_allclose(together[name][i], alone[name][0], rtol=2e-3, atol=2e-3, err_msg=name)
+    _, together = run(tmp_path, "together", num_seeds=8)
+    args = ppo.resolve(ppo.Args(**SMALL, total_timesteps=1024))
+    setup = ppo.make_setup(ppo.make_environment(ppo.make_task(args)), args)
+
+    @jax.jit  # once for all: the seed is data
+    def train_one(hyper, seed):
+        return ppo.advance(setup, hyper, ppo.initialise(setup, hyper, seed), setup.iterations)[0]
+
+    for i in range(8):
+        hyper, seeds = ppo.hyperparameters(dataclasses.replace(args, seed=1 + i))
+        state = train_one(ppo.Hyperparameters(*(x[0] for x in hyper)), seeds[0])
+        alone = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(state)}
+        assert_close({name: leaf[i] for name, leaf in together.items()}, alone)
+    _, trained = run(tmp_path, "alone", seed=8)  # the last of them by `train` itself
+    assert_close({name: leaf[0] for name, leaf in trained.items()}, alone)
+    assert any((leaf[0] != leaf[7]).any() for name, leaf in together.items() if "kernel" in name)
 
 
 def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
@@ -273,6 +284,18 @@ def test_a_sweep_maps_the_value_and_writes_its_table_and_plot(tmp_path):
     assert [agent["value"] for agent in result["agents"]] == [1e-4, 1e-4, 1e-3, 1e-3]
     assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 3
     assert (tmp_path / "sweep" / "sweep.png").exists()
+
+
+def test_each_agent_of_a_sweep_over_desired_kl_ends_at_its_own_value_unless_one_is_given():
+    swept = dict(env_id="Ant-v5", sweep="desired_kl=0.01,0.02", num_seeds=2)
+    for given, final in (({}, [0.01, 0.01, 0.02, 0.02]), (dict(desired_kl_final=0.005), [0.005] * 4)):
+        args = ppo.resolve(ppo.resolve(ppo.Args(**swept, **given)))  # by the command line, then by train
+        hyper, _ = ppo.hyperparameters(args)
+        np.testing.assert_allclose(hyper.desired_kl, [0.01, 0.01, 0.02, 0.02])
+        np.testing.assert_allclose(hyper.desired_kl_final, final)
+    hyper, _ = ppo.hyperparameters(ppo.resolve(ppo.Args(**swept | dict(sweep="desired_kl_final=0.001,0.002"))))
+    np.testing.assert_allclose(hyper.desired_kl, 0.015)
+    np.testing.assert_allclose(hyper.desired_kl_final, [0.001, 0.001, 0.002, 0.002])
 
 
 def command(*arguments, **environment):
@@ -469,7 +492,7 @@ def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
         assert len({(args.desired_kl, args.desired_kl_final, str(args.env_kwargs)) for args in filled}) == 1
     mine, theirs = ({field.name: field.default for field in dataclasses.fields(module.Args)} for module in (ppo, twin))
     own = {"env_id": "InvertedPendulum-v5"}  # a CPU takes minutes to compile Ant in MJX
-    only_torch = {"compile", "cuda_graphs", "bf16", "microbatch_size"}
+    only_torch = {"compile", "cuda_graphs", "bf16", "microbatch_size", "profile"}
     assert theirs.keys() - mine.keys() <= only_torch
     assert {name: mine[name] for name in theirs.keys() & mine.keys()} == {
         name: theirs[name] for name in theirs.keys() & mine.keys()
