@@ -7,7 +7,7 @@
 
 A cell is one checkpoint under one perturbation (PERTURBATIONS lists them) and one seed. Its policy acts deterministically, statistics
 frozen, and each environment counts with its first episode. Episode k of a seed begins in the same state in every cell, so every
-difference is taken episode by episode. The simulator is vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own
+difference is taken episode by episode (but a quadruped's heading and commands may be other draws under noise and pushes). The simulator is vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own
 environment, `mjx` the tasks of ppo_mjx_jax.py. What a checkpoint says of randomisation and perturbation in training is left out.
 
 The folder, readable without running anything:
@@ -28,7 +28,8 @@ Intervals are percentile bootstraps (Efron 1979) over episodes within each seed,
 paired; stratified as Agarwal et al. 2021, arXiv:2108.13264, do by task). They cover initial states and disturbances, never the training.
 
 A checkpoint says itself how it is read: the file's kind, then its field `algorithm` (LOADERS): a .npz is of ppo_mjx_jax.py, "ppo" of
-ppo_gpu_torch.py, "sac" of sac_gpu_torch.py. Needs `vecsim_torch.py` beside it, and ppo_mjx_jax.py for the perturbation `mjx` alone.
+ppo_gpu_torch.py, "sac" of sac_gpu_torch.py, "distill" of ppo_distill_teacher_student.py, whose `stage` says if it is teacher or student.
+Needs `vecsim_torch.py` beside it, and ppo_mjx_jax.py for the perturbation `mjx` alone.
 """
 
 from __future__ import annotations
@@ -542,10 +543,18 @@ def load_distilled(checkpoint: dict) -> Policy:
 LOADERS = {"ppo": load_ppo, "sac": load_sac, "distill": load_distilled, "ppo_mjx": load_ppo_mjx}
 
 
+def is_numpy_archive(path: str) -> bool:
+    """PyTorch's files are zip archives too."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "header.npy" in archive.namelist()
+
+
 def read_checkpoint(path: str, agent: int) -> dict:
     """The checkpoint's fields; a .npz, of which `agent` is wanted, gets those of a .pt. InputError where it cannot be read."""
     try:
-        if zipfile.is_zipfile(path) and "header.npy" in zipfile.ZipFile(path).namelist():
+        if is_numpy_archive(path):
             with np.load(path, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 arrays = {name: file[name] for name in file.files if name != "header"}
@@ -638,17 +647,21 @@ class Step(NamedTuple):
     tracking: Tensor  # m/s, error of the velocity, NaN where the task commands none
 
 
+def perturb_fields(perturbation: Perturbation, env_id: str) -> dict:
+    """What vecsim_torch.make gets: noise is in the units of the task."""
+    noise = CONTRACTS[env_id].observation_noise
+    adapted = {} if noise is None or "observation_noise" not in perturbation.options else dict(observation_noise=noise)
+    return perturbation.options | adapted
+
+
 class Vecsim:
     """vecsim under a perturbation."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
-        contract, options = CONTRACTS[subject.env_id], perturbation.options
-        if "observation_noise" in options and contract.observation_noise is not None:
-            options = options | dict(observation_noise=contract.observation_noise)
         self.env = vecsim_torch.make(
-            subject.env_id, num_envs, device=args.device, perturb=options, compile=args.compile,
-            integrator=None if args.integrator == "mjcf" else args.integrator, iterations=args.solver_iterations,
-            **subject.options,
+            subject.env_id, num_envs, device=args.device, compile=args.compile, iterations=args.solver_iterations,
+            integrator=None if args.integrator == "mjcf" else args.integrator,
+            perturb=perturb_fields(perturbation, subject.env_id), **subject.options,
         )  # fmt: skip
         self.seconds = self.env.task.frame_skip * self.env.mj_model.opt.timestep
         self.limit = self.env.settings.max_episode_steps
@@ -1073,6 +1086,7 @@ def fingerprint(subjects: list[Subject], args: Args) -> dict:
         checkpoints={s.label: s.sha256 for s in subjects},
         perturbations=changes,
         device=args.device.split(":")[0],
+        simulator=hashlib.sha256(Path(vecsim_torch.__file__).read_bytes()).hexdigest(),
         torch=str(torch.__version__),
         **{name: getattr(args, name) for name in options},
     )
@@ -1146,14 +1160,14 @@ def check_same_starts(cells: Cells) -> None:
 
 def choose_worst(rows: list[dict], count: int) -> list[dict]:
     """Lowest returns of one checkpoint's rows: of each label first, then of each perturbation, then any; failures, while there are any."""
-    ordered = sorted(rows, key=lambda row: (row["success"], row["return"]))
-    chosen = []
+    failures = [row for row in rows if not row["success"]]
+    ordered, chosen = sorted(failures or rows, key=lambda row: row["return"]), []
     for feature in ("label", "perturbation", None):
         for row in ordered:
             taken = [other[feature] for other in chosen] if feature else []
             if len(chosen) < count and row not in chosen and (feature is None or row[feature] not in taken):
                 chosen.append(row)
-    return sorted(chosen, key=lambda row: (row["success"], row["return"]))
+    return sorted(chosen, key=lambda row: row["return"])
 
 
 def trace_worst(subjects: list[Subject], rows: list[dict], args: Args) -> list[dict]:
@@ -1192,7 +1206,7 @@ LABEL_COLOURS = dict(
 
 
 def words_of(perturbation: str) -> str:
-    return perturbation.replace("_", " ")
+    return {"mujoco_c": "MuJoCo C", "mjx": "MJX"}.get(perturbation, perturbation.replace("_", " "))
 
 
 def plot_scores(path: Path, summary: list[dict], title: str) -> None:
@@ -1244,12 +1258,12 @@ def plot_failures(path: Path, rows: list[dict], title: str) -> None:
                 left + 1.5, place, f"{left:.0f}%" if left >= 1 or not left else f"{left:.1f}%", va="center", fontsize=8
             )
         axis.set_xlim(0, 112)
+        axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xticks(range(0, 101, 25))
         axis.set_title(checkpoint, fontsize=10)
         axis.set_xlabel("failed episodes, %")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), [words_of(name) for name in names])
-    axes[0].invert_yaxis()
     handles = [axes[0].barh(0, 0, color=LABEL_COLOURS[label], label=label) for label in found]
     if handles:
         figure.legend(handles, found, loc="outside lower center", ncols=min(4, len(found)), frameon=False)
@@ -1289,32 +1303,30 @@ def plot_worst(path: Path, traced: list[dict], contract: Contract, usual_reward:
 
 
 def film(path: Path, row: dict) -> str:
-    """Draw a traced episode's last 10 s with MuJoCo; returns what the film shows. Raises what MuJoCo's renderer raises."""
+    """Draw the last 10 s of a traced episode; returns what the film shows. Raises what MuJoCo's renderers raise."""
     import imageio.v2 as imageio
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
     model, seconds = row["scene"], row["second"]
-    data, renderer = mujoco.MjData(model), mujoco.Renderer(model, 360, 480)
-    camera = mujoco.MjvCamera()
-    mujoco.mjv_defaultFreeCamera(model, camera)
-    if any(model.camera(k).name == "track" for k in range(model.ncam)):
-        camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera("track").id
+    data = mujoco.MjData(model)
+    # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
+    renderer = MujocoRenderer(model, data, width=480, height=360, camera_name="track")
     states = row["trace"]["qpos"][-round(10 / seconds) :]
-    slower = max(1, math.ceil(2.0 / (len(states) * seconds)))  # short falls are stretched to 2 s or so
-    frames, every = [], max(1, round(0.04 / seconds / slower))
+    slower = max(1, math.ceil(2.0 / (len(states) * seconds)))  # a short fall is stretched to 2 s or so
+    every = max(1, round(0.04 / slower / seconds))
+    frames = []
     for qpos in states[::every]:
         data.qpos[:] = qpos
         mujoco.mj_forward(model, data)
-        renderer.update_scene(data, camera)
-        frames.append(renderer.render())
+        frames.append(renderer.render("rgb_array"))
     renderer.close()
-    rate = 1 / (every * seconds * slower)
+    frame_seconds = every * seconds * slower
+    timing = dict(duration=1000 * frame_seconds, loop=0)
     if path.suffix == ".mp4":
-        write_whole(path, lambda partial: imageio.mimwrite(partial, frames, fps=rate, macro_block_size=8))
-    else:
-        write_whole(path, lambda partial: imageio.mimwrite(partial, frames, duration=1000 / rate, loop=0))
-    return f"the last {len(states) * seconds:.1f} s of {episode_name(row)}" + (
-        f", {slower} times slower" if slower > 1 else ""
-    )
+        timing = dict(fps=1 / frame_seconds, macro_block_size=8)
+    write_whole(path, lambda partial: imageio.mimwrite(partial, frames, **timing))
+    slowed = f", {slower} times slower" if slower > 1 else ""
+    return f"the last {len(states) * seconds:.1f} s of {episode_name(row)}{slowed}"
 
 
 def try_film(out: Path, row: dict) -> tuple[str | None, str]:
@@ -1344,7 +1356,7 @@ def try_film(out: Path, row: dict) -> tuple[str | None, str]:
 
 
 def sized(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x + 0.0:.3g}"  # no -0
 
 
 def with_interval(row: dict, name: str, scale: float = 1.0, unit: str = "") -> str:
@@ -1357,6 +1369,11 @@ def verdict(row: dict, name: str) -> int:
     return int(row[f"{name}_low"] > 0) - int(row[f"{name}_high"] < 0)
 
 
+def is_worse(row: dict) -> bool:
+    """Return or success fell, against `none`, by an interval that excludes 0."""
+    return -1 in (verdict(row, "return_change_from_none"), verdict(row, "success_change_from_none"))
+
+
 def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> list[str]:
     """What happened, one sentence each."""
     lines = []
@@ -1367,7 +1384,7 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
             f"**{subject.label}**, undisturbed: return {with_interval(undisturbed, 'return')}, success "
             f"{with_interval(undisturbed, 'success', 100, '%')} of {undisturbed['episodes']:,} episodes."
         )
-        hurt = [row for row in own[1:] if row["simulator"] == "vecsim"]
+        hurt = [row for row in own[1:] if row["simulator"] == "vecsim" and is_worse(row)]
         if hurt:
             weakest = min(hurt, key=lambda row: (row["success"], row["return"]))
             lines.append(
@@ -1375,9 +1392,11 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
                 f"({PERTURBATIONS[weakest['perturbation']].words}): success {with_interval(weakest, 'success', 100, '%')}, "
                 f"return changed by {with_interval(weakest, 'return_change_from_none')}."
             )
+        else:
+            lines.append(f"**{subject.label}**: no perturbation lowers return or success measurably.")
         for row in swaps:
             differs = verdict(row, "return_change_from_none")
-            words = "differs from" if differs else "agrees with"
+            words = "differs from" if differs else "agrees within its interval with"
             lines.append(
                 f"**{subject.label}**: {words_of(row['perturbation'])} {words} vecsim from the same initial states: return "
                 f"changed by {with_interval(row, 'return_change_from_none')}, success by "
@@ -1504,7 +1523,10 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
         ),
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         configuration=dataclasses.asdict(args),
-        perturbations={name: PERTURBATIONS[name]._asdict() for name in args.perturbations},
+        perturbations={
+            name: PERTURBATIONS[name]._replace(options=perturb_fields(PERTURBATIONS[name], env_id))._asdict()
+            for name in args.perturbations
+        },
         left_out=left_out,
         checkpoints=[{name: x for name, x in s._asdict().items() if name != "policy"} for s in subjects],
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},
@@ -1597,9 +1619,8 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, KeyboardInterrupt) as error:  # the disk, or the user; a defect shows its traceback
-        kept = "; ".join(getattr(error, "__notes__", []))
         what = f"cannot write: {error}" if isinstance(error, OSError) else "interrupted"
-        print(f"error: {what}; {kept}", file=sys.stderr)
+        print("; ".join([f"error: {what}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 1
     return 0
 
