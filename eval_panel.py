@@ -7,8 +7,9 @@
 
 A cell is one checkpoint under one perturbation (PERTURBATIONS lists them) and one seed. Its policy acts deterministically, statistics
 frozen, and each environment counts with its first episode. Episode k of a seed begins in the same state in every cell, so every
-difference is taken episode by episode (but a quadruped's heading and commands may be other draws under noise and pushes). The simulator is vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own
-environment, `mjx` the tasks of ppo_mjx_jax.py. What a checkpoint says of randomisation and perturbation in training is left out.
+difference is taken episode by episode (a quadruped's heading and commands may be other draws under noise and pushes). The simulator is
+vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own environment, `mjx` the tasks of ppo_mjx_jax.py. What a checkpoint
+says of randomisation and perturbation in training is left out.
 
 The folder, readable without running anything:
 

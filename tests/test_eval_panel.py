@@ -216,8 +216,8 @@ def test_a_policy_that_always_saturates_is_not_blamed_for_it_and_one_without_suc
         ([1, 0.4, 0.4, 1, 0.4], 1.0, (2, True)),
         ([1, 0.4, 1, 0.4, 0.4], 1.0, (2, False)),
         ([0.5, 0.49, math.nan], 1.0, (1, False)),
-        ([-1, -1, 1], 2.0, (2, False)),  # 1 is not under half of 2, so it ends the slump: see the next case
-        ([-1, -1, 1.1], 2.0, (2, True)),
+        ([-1, -1, 0.9], 2.0, (3, False)),
+        ([-1, -1, 1], 2.0, (2, True)),  # half the usual reward is no slump
         ([0, 0, 0], -1.0, (0, False)),
         ([0, 0, 0], math.nan, (0, False)),
     ],
