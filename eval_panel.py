@@ -838,10 +838,8 @@ def run_batch(
         columns = dict(qpos=qpos.T, qvel=qvel.T, action=action, obs=seen, reward=step.earned)
         for name, x in columns.items() if watched else ():
             traces[name].append(x[list(watched)].cpu().numpy())
-        seen, running = (
-            policy.view(step.obs, step.critic_obs),
-            running & ~(step.terminated | step.truncated | step.invalid),
-        )
+        seen = policy.view(step.obs, step.critic_obs)
+        running = running & ~(step.terminated | step.truncated | step.invalid)
     second = max(1, round(1 / simulator.seconds))
     windows = window_means(torch.stack(earned), length, second, math.ceil(simulator.limit / second))
     ending, whole = saturation(torch.stack(saturated), length, second)
@@ -896,7 +894,8 @@ def run_cell(subject: Subject, simulator: Vecsim, seed: int, args: Args) -> dict
 
 RULES = {  # in this order: the first that holds names the failure
     "evaluation": "the simulation diverged and the episode was quarantined",
-    "late recovery": "lasted to the time limit, with a slump of 2 s or more that ended before it did",
+    "late recovery": "lasted to the time limit, with a slump (seconds that earned under half the usual reward) of 2 s or more that "
+    "ended before it did",
     "reward": "lasted to the time limit with at least 80% of the return of a typical success: the reward pays for what the "
     "task calls a failure",
     "perception, timing, state, evaluation": "the twin under `none` succeeded: the label of what the perturbation changes "
@@ -966,23 +965,17 @@ Cells = dict[tuple[str, str, int], dict[str, np.ndarray]]  # by checkpoint's lab
 
 def episode_rows(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...]) -> list[dict]:
     """One row per episode, in the columns of episodes.csv."""
+    names = "return length seconds success survived terminated invalid speed tracking unsafe saturation saturation_end"
+    typical = {s.label: usual([cells[s.label, "none", seed] for seed in seeds]) for s in subjects}
     rows = []
-    names = "return length seconds success survived terminated invalid speed tracking unsafe saturation saturation_end".split()
-    for subject in subjects:
-        typical = usual([cells[subject.label, "none", seed] for seed in seeds])
-        for (label, perturbation, seed), cell in cells.items():
-            if label != subject.label:
-                continue
-            twins = cells[label, "none", seed]["success"]
-            for k in range(len(twins)):
-                place = dict(
-                    checkpoint=label, perturbation=perturbation, simulator=PERTURBATIONS[perturbation].simulator
-                )
-                row = place | dict(seed=seed, episode=k) | {name: cell[name][k].item() for name in names}
-                slump, over = longest_slump(cell["windows"][k], typical.reward)
-                row |= dict(slump_seconds=slump, slump_over=over)
-                blamed = PERTURBATIONS[perturbation].blamed
-                rows.append(row | dict(label=failure_label(blamed, row, bool(twins[k]), typical)))
+    for (label, name, seed), cell in cells.items():
+        perturbation, twins = PERTURBATIONS[name], cells[label, "none", seed]["success"]
+        place = dict(checkpoint=label, perturbation=name, simulator=perturbation.simulator, seed=seed)
+        for k in range(len(twins)):
+            row = place | dict(episode=k) | {column: cell[column][k].item() for column in names.split()}
+            slump, over = longest_slump(cell["windows"][k], typical[label].reward)
+            row |= dict(slump_seconds=slump, slump_over=over)
+            rows.append(row | dict(label=failure_label(perturbation.blamed, row, bool(twins[k]), typical[label])))
     return rows
 
 
@@ -996,11 +989,9 @@ METRICS = ("return", "success", "length", "speed", "tracking", "unsafe")
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
     """(resamples, K): means of values (S, E, K), with E episodes drawn anew within each of S seeds, all K columns by the same draws."""
     rng, (seeds, episodes, _) = np.random.default_rng(seed), values.shape
-    means = []
+    alike, means = np.full(episodes, 1 / episodes), []
     for _ in range(resamples):
-        times = rng.multinomial(
-            episodes, np.full(episodes, 1 / episodes), size=seeds
-        )  # (S, E): how often each is drawn
+        times = rng.multinomial(episodes, alike, size=seeds)  # (S, E): how often each is drawn
         means.append(np.tensordot(times, values, 2) / (seeds * episodes))
     return np.array(means)
 
@@ -1014,13 +1005,12 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 def summarize(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...], resamples: int) -> list[dict]:
     """One row per checkpoint and perturbation, in the columns of summary.csv; all intervals from the same draws."""
     pairs = list(dict.fromkeys((label, perturbation) for label, perturbation, _ in cells))
-    stacked = {
-        pair: np.stack([np.stack([cells[*pair, s][m] for m in METRICS], -1) for s in seeds]).astype(float)
-        for pair in pairs
-    }
-    draws = dict(
-        zip(pairs, np.split(bootstrap_means(np.concatenate(list(stacked.values()), -1), resamples), len(pairs), 1))
-    )
+    stacked = {}  # (S, E, metrics) each
+    for pair in pairs:
+        own = [np.stack([cells[*pair, seed][metric] for metric in METRICS], -1) for seed in seeds]
+        stacked[pair] = np.stack(own).astype(float)
+    drawn_together = bootstrap_means(np.concatenate([*stacked.values()], -1), resamples)
+    draws = dict(zip(pairs, np.split(drawn_together, len(pairs), axis=1), strict=True))
     means = {pair: values.mean((0, 1)) for pair, values in stacked.items()}
     rows = []
 
@@ -1184,9 +1174,8 @@ def trace_worst(subjects: list[Subject], rows: list[dict], args: Args) -> list[d
             length = int(episodes["length"][place])
             trace = {name: x[:length, 0] for name, x in traces.items()}
             trace["time"] = np.arange(length) * simulator.seconds
-            trace["unit_action"] = (
-                subject.policy.to_units(torch.as_tensor(trace["action"], device=args.device)).cpu().numpy()
-            )
+            action = torch.as_tensor(trace["action"], device=args.device)
+            trace["unit_action"] = subject.policy.to_units(action).cpu().numpy()
             replay = dict(trace=trace, replay_return=episodes["return"][place].item(), second=simulator.seconds)
             traced.append(row | replay | dict(scene=simulator.scene()))
     return traced
@@ -1414,12 +1403,10 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
     for other in subjects[1:]:
         first, name = subjects[0].label, f"return_beyond_{subjects[0].label}"
         own = [row for row in summary if row["checkpoint"] == other.label]
-        won = {
-            sign: [words_of(row["perturbation"]) for row in own if verdict(row, name) == sign] for sign in (1, -1, 0)
-        }
-        parts = [f"more under {', '.join(won[1])}"] if won[1] else []
-        parts += [f"less under {', '.join(won[-1])}"] if won[-1] else []
-        parts += [f"undecided under {', '.join(won[0])}"] if won[0] else []
+        parts = []
+        for sign, words in ((1, "more"), (-1, "less"), (0, "undecided")):
+            names = [words_of(row["perturbation"]) for row in own if verdict(row, name) == sign]
+            parts += [f"{words} under {', '.join(names)}"] if names else []
         lines.append(f"**{other.label}** against **{first}**, return, paired by episode: {'; '.join(parts)}.")
     return lines
 
@@ -1429,10 +1416,9 @@ def unchanged(rows: list[dict], label: str) -> list[str]:
     outcomes = {}
     for row in rows:
         if row["checkpoint"] == label:
-            outcomes.setdefault(row["perturbation"], []).append(
-                (row["seed"], row["episode"], row["return"], row["length"])
-            )
-    return [name for name, own in outcomes.items() if name != "none" and sorted(own) == sorted(outcomes["none"])]
+            outcome = row["seed"], row["episode"], row["return"], row["length"]
+            outcomes.setdefault(row["perturbation"], set()).add(outcome)
+    return [name for name, own in outcomes.items() if name != "none" and own == outcomes["none"]]
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -1459,11 +1445,12 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
     """The page that a reader opens first."""
     labels, names = [s.label for s in subjects], list(dict.fromkeys(row["perturbation"] for row in summary))
     by_place = {(row["checkpoint"], row["perturbation"]): row for row in summary}
+    columns = {"return": ("return", 1, ""), "success": ("success", 100, "%"), "unsafe steps": ("unsafe", 100, "%")}
+    if CONTRACTS[record["env_id"]].largest_tracking is not None:
+        columns["velocity error"] = ("tracking", 1, " m/s")
+    places = [(words, label) for words in columns for label in labels]
     scores = [
-        [words_of(name)]
-        + [with_interval(by_place[label, name], "return") for label in labels]
-        + [with_interval(by_place[label, name], "success", 100, "%") for label in labels]
-        + [f"{100 * by_place[label, name]['unsafe']:.2g}%" for label in labels]
+        [words_of(name), *(with_interval(by_place[label, name], *columns[words]) for words, label in places)]
         for name in names
     ]
     counts = Counter((row["checkpoint"], row["perturbation"], row["label"]) for row in rows)
@@ -1482,13 +1469,7 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
         "## What happened\n",
         "\n".join(f"- {line}" for line in headline(subjects, summary, rows)) + "\n",
         "![scores](scores.png)\n",
-        markdown_table(
-            ["condition"]
-            + [f"return, {label}" for label in labels]
-            + [f"success, {label}" for label in labels]
-            + [f"unsafe steps, {label}" for label in labels],
-            scores,
-        ),
+        markdown_table(["condition", *(f"{words}, {label}" for words, label in places)], scores),
         "## How it failed\n",
         "![failures](failures.png)\n",
         markdown_table(["checkpoint", "condition", *found], failures) if failures else "No episode failed.\n",
