@@ -38,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -45,6 +46,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -54,6 +56,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -1320,24 +1323,20 @@ def film(path: Path, row: dict) -> str:
 
 
 def try_film(out: Path, row: dict) -> tuple[str | None, str]:
-    """The film's name, None where there is none, and one line about it."""
+    """The film's name, None where there is none, and one line about it. A process of its own draws: OpenGL can abort the whole of it."""
     if "DISPLAY" not in os.environ:
         # Without a screen MuJoCo draws through EGL; where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
     name = "worst.mp4" if importlib.util.find_spec("imageio_ffmpeg") else "worst.gif"
     try:
-        return name, film(out / name, row)
-    except OSError as error:
-        if error.errno is not None:  # the disk, not the renderer
-            raise
-        reason = error
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return name, process.submit(film, out / name, row).result()
     except Exception as error:  # MuJoCo's back ends raise many types where there is nothing to draw with
-        reason = error
-    text = " ".join(str(reason).split())[:120]
-    return (
-        None,
-        f"no film: MuJoCo cannot draw here with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({text}); try egl or osmesa",
-    )
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        reason = " ".join(str(error).split())[:120]
+    backend = os.environ.get("MUJOCO_GL", "glfw")
+    return None, f"no film: MuJoCo cannot draw here with MUJOCO_GL={backend} ({reason}); try egl or osmesa"
 
 
 # ------------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import fcntl
 import inspect
 import json
 import math
+import os
 import re
+import signal
 from collections import Counter
 
 import numpy as np
@@ -513,14 +515,22 @@ def test_an_interrupted_panel_says_how_to_go_on(checkpoints, tmp_path, capsys, m
     assert status == 1 and line == f"error: interrupted; 0 finished cells are kept; go on with --out {tmp_path / 'out'}"
 
 
-def test_without_a_renderer_the_film_is_one_line(evidence, monkeypatch):
-    def no_renderer(*args):
-        raise RuntimeError("no GL\ncontext")
+def no_renderer(path, row):
+    raise RuntimeError("no GL\ncontext")
 
-    monkeypatch.setattr(panel, "film", no_renderer)
+
+def aborted(path, row):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end, reason", [(aborted, "terminated abruptly"), (no_renderer, "no GL context")])
+def test_without_a_renderer_the_film_is_one_line(tmp_path, monkeypatch, end, reason):
+    """Also where OpenGL takes its process down with it."""
+    monkeypatch.setattr(panel, "film", end)
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    name, words = panel.try_film(evidence, {})
-    assert name is None and words.startswith("no film: MuJoCo cannot draw here with MUJOCO_GL=egl (no GL context)")
+    name, words = panel.try_film(tmp_path, {})
+    assert name is None and words.startswith("no film: MuJoCo cannot draw here with MUJOCO_GL=egl (")
+    assert reason in words and "\n" not in words
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------------
