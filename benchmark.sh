@@ -1764,23 +1764,25 @@ def scaling_tables(records):
 
 
 def score_table():
-    rows = []
+    """One line for the seeds of a task that trained for the same number of steps; each seed's command is in its file."""
+    groups = {}
     for path in sorted(results.glob("*/*-seed*.json")):
         run = json.loads(path.read_text())
-        if not run.get("gymnasium"):
-            continue
-        seconds = run.get("seconds_to_threshold")
-        reached = "-" if "threshold" not in run else f"{run['threshold']:,} " + (f"in {seconds:,.0f} s" if seconds is not None else "not reached")
-        score = run["gymnasium"]
-        compiled = f"{run['compile_seconds']:,.0f} s" if "compile_seconds" in run else "-"
-        cells = [run["env_id"], ALGORITHMS.get(run["algorithm"], run["algorithm"].upper()), str(run["seed"])]
-        cells += [f"{run['env_steps']:,}", f"{run['train_seconds']:,.0f} s", compiled]
-        cells += [f"{score['mean']:,.0f} ± {score['std']:,.0f}, lowest {score['min']:,.0f}", reached, f"`{run.get('command', '')}`"]
-        rows.append(cells)
+        if run.get("gymnasium"):
+            groups.setdefault((path.parent.name, path.stem.rsplit("-seed", 1)[0], run["env_steps"]), []).append(run)
+    rows = []
+    for (*_, env_steps), runs in groups.items():
+        first, reached = runs[0], [run.get("seconds_to_threshold") for run in runs]
+        times = " / ".join("not reached" if seconds is None else f"{seconds:,.0f}" for seconds in reached)
+        cells = [first["env_id"], ALGORITHMS.get(first["algorithm"], first["algorithm"].upper()), " / ".join(str(run["seed"]) for run in runs), f"{env_steps:,}"]
+        cells += [" / ".join(f"{run['train_seconds']:,.0f}" for run in runs)]
+        cells += [" / ".join(f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-" for run in runs)]
+        cells += [" / ".join(f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs)]
+        rows.append([*cells, f"{first['threshold']:,}" if "threshold" in first else "-", times if "threshold" in first else "-"])
     if rows:
         print("\n**scores in Gymnasium's own environments**\n")
-        header = ["task", "algorithm", "seed", "environment steps", "training time", "compiled in", "score (20 episodes)", "threshold", "command"]
-        print_table(header, rows)
+        header = ["task", "algorithm", "seeds", "environment steps", "training, s", "compiled in, s"]
+        print_table(header + ["score of each seed (20 episodes)", "threshold", "reached after, s"], rows)
 
 
 def seeds_table(record):
