@@ -8,6 +8,7 @@
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
+#     ./benchmark.sh profile    where an iteration's time goes: stages of PPO and SAC, by their own --profile
 #     ./benchmark.sh film       README's moving picture: the trained robots of `scores` in Gymnasium's own environments
 #     ./benchmark.sh plot       redraws the pictures in results/
 #     ./benchmark.sh table      prints README's tables from results/
@@ -25,7 +26,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds scaling cost film plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -72,8 +73,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | seeds | scaling | cost | film | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds scaling cost film plot table programs" ;;
+  sim | learner | train | scores | seeds | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -1665,6 +1666,48 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# profile: the stages of a trainer's iteration
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_profile() {
+  cat <<'PYTHON'
+"""A short training under --profile; writes results/profile/<script>-<task>.json, the trainer's own table and what it was measured on."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+path = Path(job["path"])
+if path.exists() and not job["force"]:
+    print(f"profile {path.stem}: finished, in {path} (--force measures again)", file=sys.stderr)
+    sys.exit(0)
+if job["dry_run"]:
+    print(f"profile {path.stem}: {job['command']}\n  about 3 minutes, 1.5 GiB (guessed)")
+    sys.exit(0)
+launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
+with tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
+    run_dir = Path(scratch) / "run"
+    trainer = [*launch, job["python"], *shlex.split(job["command"])[1:], "--run-dir", str(run_dir)]
+    status = subprocess.run(trainer, cwd=job["root"], stdout=subprocess.DEVNULL).returncode
+    if status:
+        sys.exit(f"error: profile {path.stem}: the trainer stopped with status {status}")
+    record = json.loads((run_dir / "profile.json").read_text())
+record |= {name: job[name] for name in ("script", "env_id", "command", "hardware", "commit")}
+record |= dict(versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")})
+beside = path.with_suffix(".tmp")
+path.parent.mkdir(parents=True, exist_ok=True)
+beside.write_text(json.dumps(record, indent=1) + "\n")
+os.replace(beside, path)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # film: trained robots side by side
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1894,6 +1937,18 @@ def physics_table(records):
     print_table(header, rows)
 
 
+def profile_table(records):
+    names = ("simulate", "infer", "targets", "sample", "update", "the rest")
+    rows = []
+    for run in records:
+        stages = [run["stages"].get(name) for name in names]
+        cells = [f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-" for stage in stages]
+        rows.append([f"`{run['script']}`", run["env_id"], f"{run['steps']:,}", *cells])
+    print("\n**where an iteration's time goes**\n")
+    print_table(["script", "task", "environment steps", *names], rows)
+    print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
+
+
 records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
 if "physics" in modes:
     if (results / "parity.json").exists():
@@ -1910,6 +1965,8 @@ for record in records:
         cost_table(record)
 if "scaling" in modes:
     scaling_tables([record for record in records if record["mode"] == "scaling"])
+if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sorted(results.glob("profile/*.json"))]):
+    profile_table(runs)
 if "scores" in modes:
     score_table()
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
@@ -2137,7 +2194,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores seeds film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores seeds profile film table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2307,6 +2364,24 @@ run_seeds() {
   }
 }
 
+run_profile() {
+  local script env_id flags command
+  while read -r script env_id flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    command="python $script --env-id $env_id --profile --eval-episodes 0 --device $device${flags:+ $flags}"
+    "$project_python" "$work/programs/profile.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
+      root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" \
+      path "$results/profile/${script%.py}-$env_id-$place.json" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      [ $? -le 1 ] || exit 130
+      failures=$((failures + 1))
+    }
+  done <<'TRAINERS'
+ppo_gpu_torch.py Ant-v5 --total-timesteps 400000
+ppo_gpu_torch.py HalfCheetah-v5 --total-timesteps 400000
+sac_gpu_torch.py HalfCheetah-v5
+TRAINERS
+}
+
 run_scaling() {
   local env_id count most settings
   : "${max_envs:=$([ "$device" = cuda ] && echo 131072 || echo 16384)}"
@@ -2337,7 +2412,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,scores,seeds,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,seeds,cost "$dollars_per_hour"
     exit 0
     ;;
   film)
@@ -2375,6 +2450,7 @@ case "$mode" in
   scores) run_scores ;;
   seeds) run_seeds ;;
   scaling) run_scaling ;;
+  profile) run_profile ;;
   cost) run_train ;;
 esac
 [ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour"

@@ -294,12 +294,15 @@ TRAINER = """
 import json, sys
 from pathlib import Path
 
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+words = [word for word in sys.argv[1:] if word != "--profile"]
+flags = dict(zip(words[::2], words[1::2]))
 agents, folder = int(flags.get("--num-seeds", 1)), Path(flags["--run-dir"])
 folder.mkdir(parents=True)
 score = dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
 result = dict(env_id=flags["--env-id"], algorithm="ppo_mjx", seed=1, env_steps=500, train_seconds=10.0 + agents, compile_seconds=7.0)
 (folder / "eval.json").write_text(json.dumps(result | dict(gymnasium=score, versions={"jax": "0.10.2"}, flags=flags)))
+stages = {"simulate": dict(seconds=0.75, share=0.75), "update": dict(seconds=0.25, share=0.25)}
+(folder / "profile.json").write_text(json.dumps(dict(steps=16384, stages=stages)))
 curve = [dict(env_steps=500, wall_seconds=11.0, gymnasium_return=1000.0)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in curve))
 """
@@ -312,7 +315,7 @@ def project(tmp_path):
     folder.mkdir()
     (folder / "benchmark.sh").write_text(SCRIPT.read_text())
     (folder / "benchmark.sh").chmod(0o755)
-    for name in ("ppo_gpu_torch.py", "ppo_mjx_jax.py"):
+    for name in ("ppo_gpu_torch.py", "sac_gpu_torch.py", "ppo_mjx_jax.py"):
         (folder / name).write_text(TRAINER)
 
     def benchmark(*words):
@@ -345,6 +348,16 @@ def test_seeds_compares_eight_agents_with_one(project):
     assert [row["train_seconds"] for row in record["rows"]] == [[11.0] * 3, [18.0] * 3]
     assert {"command", "hardware", "commit", "versions"} <= record.keys() and "| 8 | 18.0 s" in answer.stdout
     assert "finished" in benchmark("seeds", "--repeats", "3").stderr
+
+
+def test_profile_keeps_the_trainers_own_table(project):
+    folder, benchmark = project
+    answer = benchmark("profile", "--env-id", "Ant-v5", "--cores", "0")
+    assert answer.returncode == 0, answer.stderr
+    record = json.loads((folder / "results" / "profile" / "ppo_gpu_torch-Ant-v5-cpu1.json").read_text())
+    assert {"command", "hardware", "commit", "versions", "stages"} <= record.keys()
+    assert "| `ppo_gpu_torch.py` | Ant-v5 | 16,384 | 750.0 ms (75%) | - | - | - | 250.0 ms (25%) | - |" in answer.stdout
+    assert "finished" in benchmark("profile", "--env-id", "Ant-v5", "--cores", "0").stderr
 
 
 def test_a_dry_run_runs_nothing(tmp_path):
