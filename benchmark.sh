@@ -1893,11 +1893,14 @@ def score_table():
         cells += [" / ".join(f"{run['train_seconds']:,.0f}" for run in runs)]
         cells += [" / ".join(f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-" for run in runs)]
         cells += [" / ".join(f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs)]
+        simulated = [run.get("vecsim") or run.get("mjx") for run in runs]
+        cells += [" / ".join(f"{score['mean']:,.0f} ({score['min']:,.0f})" if score else "-" for score in simulated)]
         rows.append([*cells, f"{first['threshold']:,}" if "threshold" in first else "-", times if "threshold" in first else "-"])
     if rows:
         print("\n**scores in Gymnasium's own environments**\n")
         header = ["task", "algorithm", "seeds", "environment steps", "training, s", "compiled in, s"]
-        print_table(header + ["score of each seed (20 episodes)", "threshold", "reached after, s"], rows)
+        header += ["score of each seed (20 episodes)", "in the training simulator, mean (lowest)", "threshold", "reached after, s"]
+        print_table(header, rows)
 
 
 def seeds_table(record):

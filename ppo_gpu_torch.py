@@ -68,7 +68,8 @@ def refusals_of_the_simulator():
 
 @dataclasses.dataclass
 class Args:
-    """None: the task's row in TASK_DEFAULTS, else COMMON, unless the help says otherwise. total_timesteps and every *_every count environment steps over all environments."""
+    """Flags of a run. None means the value of the task's row in TASK_DEFAULTS, else of COMMON, unless the help says otherwise.
+    total_timesteps and every *_every count environment steps, summed over all environments."""
 
     env_id: str = "Ant-v5"
     """task: any id that vecsim_torch.make knows"""
@@ -89,7 +90,7 @@ class Args:
     run_dir: str | None = None
     """folder of this run, without one in it already (default: runs/<env_id>__ppo__<seed>__<time>; the checkpoint's own folder with --resume)"""
     resume: str | None = None
-    """checkpoint to continue from; flags not given keep the checkpoint's values"""
+    """checkpoint to continue from; flags not given keep the checkpoint's values, and the learning rate the one it was adapted to"""
     checkpoint_every: int | None = None
     """environment steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     log_every: int | None = None
@@ -99,7 +100,7 @@ class Args:
     eval_every: int | None = None
     """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
     play: str | None = None
-    """checkpoint to play deterministically instead of training; prints its score"""
+    """checkpoint to play deterministically instead of training, on the CPU; prints its score"""
     capture_video: bool = False
     """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
@@ -186,13 +187,13 @@ COMMON = dict(
 TASK_DEFAULTS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
-    "Hopper-v5": dict(total_timesteps=20_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
-    "Walker2d-v5": dict(total_timesteps=25_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
-    "HalfCheetah-v5": dict(total_timesteps=30_000_000),
+    "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
+    "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
+    "HalfCheetah-v5": dict(total_timesteps=5_000_000),
     "Ant-v5": dict(
-        total_timesteps=30_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
+        total_timesteps=9_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
         log_std_init=-0.7, log_std_min=-1.7, desired_kl=0.015, desired_kl_final=0.009),
-    "Humanoid-v5": dict(total_timesteps=30_000_000, env_kwargs={
+    "Humanoid-v5": dict(total_timesteps=4_500_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "Quadruped-Flat": dict(total_timesteps=50_000_000, integrator="implicitfast", num_steps=24, log_std_init=-1.0),
@@ -270,6 +271,8 @@ def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFIL
         raise InputError("clip_value_loss needs a finite clip_coef; use --clip-coef 0.2 or --no-clip-value-loss")
     if args.eval_every is not None and not args.eval_episodes:
         raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+    if args.eval_every is not None and args.env_id not in gymnasium.registry:
+        raise InputError(f"eval_every: Gymnasium has no {args.env_id} to evaluate in; leave that flag away")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise InputError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
     if args.num_envs % world_size:
@@ -314,11 +317,12 @@ class RunningStatistics(nn.Module):
         if not self.enabled:
             return
         count, mean, variance = weighted_moments(x, valid)
-        total = (self.count + count).clamp(min=1.0)
+        total = self.count + count
+        divisor = total.clamp(min=1.0)
         shift = mean - self.mean
-        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / total
-        self.mean += shift * count / total
-        self.variance.copy_(squares / total)
+        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / divisor
+        self.mean += shift * count / divisor
+        self.variance.copy_(torch.where(total > 0, squares / divisor, self.variance))  # no valid row yet: as it was
         self.count.copy_(total)
 
     def deviation(self) -> Tensor:
@@ -812,6 +816,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: str, algorithm: str) -> dict:
+    if Path(path).is_dir():
+        raise InputError(f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.pt'}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -821,7 +827,7 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
         raise InputError(
             f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
         ) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
+    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm or "args" not in checkpoint:
         raise InputError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
     unknown = checkpoint["args"].keys() - {field.name for field in dataclasses.fields(Args)}
     if unknown:
@@ -856,7 +862,7 @@ def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_si
         raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["device"] != device.type:
         raise InputError(
-            f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
+            f"the checkpoint was written on {checkpoint['device']}, where alone its random generators go on, not on {device.type}"
         )
 
 
@@ -876,10 +882,16 @@ def load_training_state(
 
 
 def check_run_dir(args: Args) -> None:
-    """A run must not write over another one; only a resumed run goes on in its own folder."""
-    own = args.resume and Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
-    if not own and (Path(args.run_dir) / "metrics.jsonl").exists():
-        raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another, or --resume its checkpoint.pt")
+    """Make the folder. A run must not write over another one; only a resumed run goes on in its own folder."""
+    folder = Path(args.run_dir)
+    own = args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    if not own and (folder / "metrics.jsonl").exists():
+        advice = ", or --resume its checkpoint.pt" if (folder / "checkpoint.pt").exists() else ""
+        raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another{advice}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir = {args.run_dir} cannot be made: {error.strerror}") from None
 
 
 class RunLog:
@@ -1024,8 +1036,8 @@ def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
 def describe(score: dict[str, float] | None) -> str:
     if score is None:
         return "no score"
-    mean, std, lowest, episodes, length = score.values()
-    return f"{mean:.1f} +- {std:.1f} (lowest {lowest:.1f}, {episodes} episodes of {length:.0f} steps)"
+    spread = f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}"
+    return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
 
 def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) -> dict[str, float]:
@@ -1120,13 +1132,13 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, make_env=vecsim_torch.make) -> dict:
+def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED) -> dict:
     """Train, write the run folder, evaluate; returns the last log record and the evaluation."""
     # Set-up: every flag is checked before anything is allocated.
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
-    sizes = derive_sizes(args, world_size)
+    sizes = derive_sizes(args, world_size, profiled)
     check_env_kwargs(args)
     if rank == 0:  # the one writer
         check_run_dir(args)
@@ -1177,7 +1189,7 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
             f"{sizes.minibatch:,} in parts of {sizes.microbatch:,}; {world_size} process(es)"
         )
-    profile = Profile(args.profile and rank == 0, device, *PROFILED)
+    profile = Profile(args.profile and rank == 0, device, *profiled)
     terms, record, clock = torch.zeros(len(LossTerms._fields), device=device), {}, time.perf_counter()
 
     for iteration in range(first_iteration, sizes.iterations):
@@ -1280,17 +1292,21 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     checkpoint = load_checkpoint(args.play, "ppo")
     if args.eval_episodes < 1:
         raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
+    if args.seed < 0:
+        raise InputError(f"seed = {args.seed} must be >= 0")
     args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes))
     check_same_task(checkpoint, args)
     check_env_kwargs(args)
     if args.capture_video and args.env_id not in gymnasium.registry:
         raise InputError(f"capture_video: Gymnasium has no {args.env_id} to film")
     with refusals_of_the_simulator():
-        env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
+        options = dict(integrator=args.integrator, iterations=args.solver_iterations) | args.env_kwargs
+        env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **options)
     critic_obs_size = None if env.single_critic_space is None else env.single_critic_space.shape[0]
     agent = Agent(env.single_observation_space.shape[0], critic_obs_size, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+    env.close()
     print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         print(f"video: {film(agent, args, Path(args.play).parent)}")
@@ -1318,7 +1334,7 @@ def parse_args(argv: list[str]) -> Args:
     path = args.resume or args.play
     if path is None:
         return args
-    saved = load_checkpoint(path, "ppo")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False)
+    saved = load_checkpoint(path, "ppo")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False, profile=False)
     return parse(Args(**saved))
 
 
@@ -1331,6 +1347,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: --resume the run's checkpoint.pt to go on from where it was last saved", file=sys.stderr)
+        return 1
     return 0
 
 

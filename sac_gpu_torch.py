@@ -291,6 +291,8 @@ def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFIL
         raise InputError("weight_projection needs normalised layers; use --network layer_norm or flash")
     if args.eval_every is not None and not args.eval_episodes:
         raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+    if args.eval_every is not None and args.env_id not in gymnasium.registry:
+        raise InputError(f"eval_every: Gymnasium has no {args.env_id} to evaluate in; leave that flag away")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise InputError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
     for name in ("num_envs", "batch_size"):
@@ -334,11 +336,12 @@ class RunningStatistics(nn.Module):
         if not self.enabled:
             return
         count, mean, variance = weighted_moments(x, valid)
-        total = (self.count + count).clamp(min=1.0)
+        total = self.count + count
+        divisor = total.clamp(min=1.0)
         shift = mean - self.mean
-        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / total
-        self.mean += shift * count / total
-        self.variance.copy_(squares / total)
+        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / divisor
+        self.mean += shift * count / divisor
+        self.variance.copy_(torch.where(total > 0, squares / divisor, self.variance))  # no valid row yet: as it was
         self.count.copy_(total)
 
     def deviation(self) -> Tensor:
@@ -1148,6 +1151,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: str, algorithm: str) -> dict:
+    if Path(path).is_dir():
+        raise InputError(f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.pt'}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1157,7 +1162,7 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
         raise InputError(
             f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
         ) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm:
+    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm or "args" not in checkpoint:
         raise InputError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
     unknown = checkpoint["args"].keys() - {field.name for field in dataclasses.fields(Args)}
     if unknown:
@@ -1191,7 +1196,7 @@ def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_si
         raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["device"] != device.type:
         raise InputError(
-            f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
+            f"the checkpoint was written on {checkpoint['device']}, where alone its random generators go on, not on {device.type}"
         )
 
 
@@ -1244,10 +1249,16 @@ def describe_resumed_replay(inside: bool, written: int, sizes: Sizes, num_envs: 
 
 
 def check_run_dir(args: Args) -> None:
-    """A run must not write over another one; only a resumed run goes on in its own folder."""
-    own = args.resume and Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
-    if not own and (Path(args.run_dir) / "metrics.jsonl").exists():
-        raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another, or --resume its checkpoint.pt")
+    """Make the folder. A run must not write over another one; only a resumed run goes on in its own folder."""
+    folder = Path(args.run_dir)
+    own = args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    if not own and (folder / "metrics.jsonl").exists():
+        advice = ", or --resume its checkpoint.pt" if (folder / "checkpoint.pt").exists() else ""
+        raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another{advice}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir = {args.run_dir} cannot be made: {error.strerror}") from None
 
 
 class RunLog:
@@ -1392,8 +1403,8 @@ def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
 def describe(score: dict[str, float] | None) -> str:
     if score is None:
         return "no score"
-    mean, std, lowest, episodes, length = score.values()
-    return f"{mean:.1f} +- {std:.1f} (lowest {lowest:.1f}, {episodes} episodes of {length:.0f} steps)"
+    spread = f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}"
+    return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
 
 def evaluate_vecsim(agent: Agent, env: gymnasium.vector.VectorEnv, seed: int) -> dict[str, float]:
@@ -1488,13 +1499,13 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, make_env=vecsim_torch.make) -> dict:
+def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED) -> dict:
     """Train, write the run folder, evaluate; returns the last log record and the evaluation."""
     # Set-up: every flag is checked before anything is allocated.
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
-    sizes = derive_sizes(args, world_size)
+    sizes = derive_sizes(args, world_size, profiled)
     check_env_kwargs(args)
     if rank == 0:  # the one writer
         check_run_dir(args)
@@ -1557,7 +1568,7 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
             f"{args.num_envs:,} environments, {sizes.iterations:,} steps of each; after each, {args.updates_per_step} updates "
             f"on batches of {args.batch_size:,}, the policy every {args.policy_frequency}; {world_size} process(es)"
         )
-    profile = Profile(args.profile and rank == 0, device, *PROFILED)
+    profile = Profile(args.profile and rank == 0, device, *profiled)
     critic_terms = torch.zeros(len(CriticTerms._fields), device=device)
     policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
     logged_updates, policy_updates, record, clock = updates, 0, {}, time.perf_counter()
@@ -1674,17 +1685,21 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     checkpoint = load_checkpoint(args.play, "sac")
     if args.eval_episodes < 1:
         raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
+    if args.seed < 0:
+        raise InputError(f"seed = {args.seed} must be >= 0")
     args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes))
     check_same_task(checkpoint, args)
     check_env_kwargs(args)
     if args.capture_video and args.env_id not in gymnasium.registry:
         raise InputError(f"capture_video: Gymnasium has no {args.env_id} to film")
     with refusals_of_the_simulator():
-        env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **args.env_kwargs)
+        options = dict(integrator=args.integrator, iterations=args.solver_iterations) | args.env_kwargs
+        env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **options)
     sizes = env.single_observation_space.shape[0], critic_observation_size(env, args)
     agent = Agent(*sizes, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+    env.close()
     print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         print(f"video: {film(agent, args, Path(args.play).parent)}")
@@ -1712,7 +1727,7 @@ def parse_args(argv: list[str]) -> Args:
     path = args.resume or args.play
     if path is None:
         return args
-    saved = load_checkpoint(path, "sac")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False)
+    saved = load_checkpoint(path, "sac")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False, profile=False)
     return parse(Args(**saved))
 
 
@@ -1725,6 +1740,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: --resume the run's checkpoint.pt to go on from where it was last saved", file=sys.stderr)
+        return 1
     return 0
 
 

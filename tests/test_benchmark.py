@@ -245,6 +245,7 @@ def results(tmp_path):
     )
     run |= dict(
         gymnasium=dict(mean=4000.0, std=10.0, min=3990.0),
+        vecsim=dict(mean=4100.0, std=20.0, min=60.0),
         hardware="a CPU",
         command="python ppo_gpu_torch.py",
         commit="abc",
@@ -276,10 +277,10 @@ def test_tables_follow_from_the_files(programs, results):
         "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in text
     )  # 0.002 J and 1e-4 s of 2 dollars an hour each
     assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in text
-    both = "| 1 / 2 | 2,000,000 | 120 / 120 | 40 / 40 | 4,000 ± 10 / 2,900 ± 5 | 3,000 | 60 / not reached |"
+    both = "| 1 / 2 | 2,000,000 | 120 / 120 | 40 / 40 | 4,000 ± 10 / 2,900 ± 5 | 4,100 (60) / 4,100 (60) | 3,000 | 60 / not reached |"
     assert f"| Ant-v5 | PPO {both}" in text
     for algorithm in ("PPO", "PPO, JAX"):  # the other set's runs, which are no seeds of the first's
-        assert f"| Ant-v5 | {algorithm} | 1 | 2,000,000 | 120 | 40 | 4,000 ± 10 | 3,000 | 60 |" in text
+        assert f"| Ant-v5 | {algorithm} | 1 | 2,000,000 | 120 | 40 | 4,000 ± 10 | 4,100 (60) | 3,000 | 60 |" in text
     assert "| 8 | 30.0 s (15.0 to 45.0) | 3.00 | 8.0 s | 500 |" in text
 
 

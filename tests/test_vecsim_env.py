@@ -152,6 +152,16 @@ def test_reset_equals_gymnasium(env_id):
     reference.close()
 
 
+def test_mujocos_warnings_are_lines_without_the_one_of_every_half_cheetah(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gymnasium.make("HalfCheetah-v5").close()
+    vecsim.make("HalfCheetah-v5", 1)
+    assert capsys.readouterr().err == ""
+    vecsim.show_mujoco_warning("something else\n")
+    assert capsys.readouterr().err == "MuJoCo: something else\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_registered_with_gymnasium():
     env = gymnasium.make_vec("vecsim/Ant-v5", num_envs=4)
     obs, info = env.reset(seed=0)
