@@ -1836,11 +1836,16 @@ def settings_line(record):
 def comparison_table(record):
     reference = record["rows"][0]
     header = ["", record["unit"], f"{reference['contender']} is times as fast"]
+    usual = [row["median"] for row in record["rows"] if row["contender"].startswith(("SB3", "CleanRL"))]
+    if usual:
+        header += ["times the best of SB3 and CleanRL"]
     if record["mode"] == "sim":
         header += ["error of one step, median", "p99"]
     rows = []
     for row in record["rows"]:
         cells = [row["contender"], speed(row), times(reference, row)]
+        if usual:
+            cells += [f"{row['median'] / max(usual):.1f}"]
         if record["mode"] == "sim":
             cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
         rows.append([*cells, f"{row['warmup_seconds']:.0f} s", memory(row)])

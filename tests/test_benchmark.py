@@ -276,6 +276,7 @@ def test_tables_follow_from_the_files(programs, results):
     assert (
         "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in text
     )  # 0.002 J and 1e-4 s of 2 dollars an hour each
+    assert "| ours | 20,000 (18,000 to 22,000) | 1 | 12.5 | 12 s |" in text
     assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in text
     both = "| 1 / 2 | 2,000,000 | 120 / 120 | 40 / 40 | 4,000 ± 10 / 2,900 ± 5 | 4,100 (60) / 4,100 (60) | 3,000 | 60 / not reached |"
     assert f"| Ant-v5 | PPO {both}" in text
