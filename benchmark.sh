@@ -1749,7 +1749,7 @@ def frames_of(checkpoint_path):
             obs, _ = env.reset()
     env.close()
     for image in images:
-        ImageDraw.Draw(image).text((6, SIZE - 16), args.env_id, fill="white")
+        ImageDraw.Draw(image).text((6, 4), args.env_id, fill="white")
     return images
 
 
@@ -1800,7 +1800,8 @@ def print_table(header, rows):
 
 
 def speed(row):
-    return f"{row['median']:,.0f} ({row['minimum']:,.0f} to {row['maximum']:,.0f})"
+    median, minimum, maximum = (f"{row[k]:,.0f}" if row["median"] >= 100 else f"{row[k]:.2f}" for k in ("median", "minimum", "maximum"))
+    return f"{median} ({minimum} to {maximum})"
 
 
 def memory(row):
@@ -1883,29 +1884,37 @@ def scaling_tables(records):
         settings_line(members[0])
 
 
-def score_table():
-    """One line for the seeds of a task that trained for the same number of steps; each seed's command is in its file."""
-    groups = {}
+def score_tables():
+    """A table for each set; a line for the seeds of a task that trained for the same number of steps. Each seed's command is in its file."""
+    sets = {}
     for path in sorted(results.glob("*/*-seed*.json")):
         run = json.loads(path.read_text())
         if run.get("gymnasium"):
-            groups.setdefault((path.parent.name, path.stem.rsplit("-seed", 1)[0], run["env_steps"]), []).append(run)
-    rows = []
-    for (*_, env_steps), runs in groups.items():
-        first, reached = runs[0], [run.get("seconds_to_threshold") for run in runs]
-        times = " / ".join("not reached" if seconds is None else f"{seconds:,.0f}" for seconds in reached)
-        cells = [first["env_id"], ALGORITHMS.get(first["algorithm"], first["algorithm"].upper()), " / ".join(str(run["seed"]) for run in runs), f"{env_steps:,}"]
-        cells += [" / ".join(f"{run['train_seconds']:,.0f}" for run in runs)]
-        cells += [" / ".join(f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-" for run in runs)]
-        cells += [" / ".join(f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs)]
-        simulated = [run.get("vecsim") or run.get("mjx") for run in runs]
-        cells += [" / ".join(f"{score['mean']:,.0f} ({score['min']:,.0f})" if score else "-" for score in simulated)]
-        rows.append([*cells, f"{first['threshold']:,}" if "threshold" in first else "-", times if "threshold" in first else "-"])
-    if rows:
-        print("\n**scores in Gymnasium's own environments**\n")
-        header = ["task", "algorithm", "seeds", "environment steps", "training, s", "compiled in, s"]
-        header += ["score of each seed (20 episodes)", "in the training simulator, mean (lowest)", "threshold", "reached after, s"]
-        print_table(header, rows)
+            groups = sets.setdefault(path.parent.name, {})
+            groups.setdefault((path.stem.rsplit("-seed", 1)[0], run["env_steps"]), []).append(run)
+    header = ["task", "algorithm", "seeds", "environment steps", "training, s", "compiled in, s"]
+    header += ["score of each seed (20 episodes)", "in the training simulator, mean (lowest)", "threshold", "reached after, s"]
+    for name, groups in sets.items():
+        print(f"\n**scores in Gymnasium's own environments, {name}**\n")
+        print_table(header, [score_line(runs) for runs in groups.values()])
+
+
+def score_line(runs):
+    first = runs[0]
+    simulated = [run.get("vecsim") or run.get("mjx") for run in runs]
+    reached = [run.get("seconds_to_threshold") for run in runs]
+    columns = [
+        [str(run["seed"]) for run in runs],
+        [f"{first['env_steps']:,}"],
+        [f"{run['train_seconds']:,.0f}" for run in runs],
+        [f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-" for run in runs],
+        [f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs],
+        [f"{score['mean']:,.0f} ({score['min']:,.0f})" if score else "-" for score in simulated],
+        [f"{first['threshold']:,}" if "threshold" in first else "-"],
+        ["not reached" if seconds is None else f"{seconds:,.0f}" for seconds in reached] if "threshold" in first else ["-"],
+    ]
+    algorithm = ALGORITHMS.get(first["algorithm"], first["algorithm"].upper())
+    return [first["env_id"], algorithm, *(" / ".join(column) for column in columns)]
 
 
 def seeds_table(record):
@@ -1976,7 +1985,7 @@ if "scaling" in modes:
 if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sorted(results.glob("profile/*.json"))]):
     profile_table(runs)
 if "scores" in modes:
-    score_table()
+    score_tables()
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
     seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
 PYTHON
