@@ -83,6 +83,8 @@ class Args:
     """auto (CUDA where there is a GPU, else CPU), cpu, cuda or cuda:N"""
     compile: bool = True
     """compile physics, policy step and loss with torch.compile (a minute or so, reported apart)"""
+    cpu_threads: int | None = None
+    """threads of PyTorch on a CPU (>= 1; default: 1 with --no-compile, whose many small operations more threads only delay, else PyTorch's choice)"""
     cuda_graphs: bool = True
     """capture the policy step and the minibatch update in CUDA graphs (no effect on a CPU)"""
     bf16: bool = False
@@ -220,6 +222,7 @@ def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEF
         log_every=max(1, args.total_timesteps // 200),
         microbatch_size=2048 if pick_device(args.device).type == "cpu" else args.num_envs * args.num_steps,
         desired_kl_final=args.desired_kl,
+        cpu_threads=torch.get_num_threads() if args.compile else 1,
     )
     return dataclasses.replace(args, **{name: value for name, value in derived.items() if getattr(args, name) is None})
 
@@ -242,7 +245,7 @@ class Sizes(NamedTuple):
 
 def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFILED) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
-    counts = "num_envs total_timesteps num_steps update_epochs num_minibatches solver_iterations microbatch_size"
+    counts = "num_envs total_timesteps num_steps update_epochs num_minibatches solver_iterations microbatch_size cpu_threads"
     positive = "reward_scale learning_rate desired_kl desired_kl_final learning_rate_min learning_rate_max"
     lowest_rate, highest_rate = args.learning_rate_min, args.learning_rate_max
     rules = (  # flags, what is legal, and how to say it
@@ -1146,6 +1149,8 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     if checkpoint:
         check_resumable(checkpoint, args, device, world_size)
     preparation_started = time.perf_counter()
+    if device.type == "cpu":
+        torch.set_num_threads(args.cpu_threads)
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))

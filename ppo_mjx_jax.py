@@ -1356,6 +1356,7 @@ def configure(args: Args):
 def join_hosts():
     """Slurm, Open MPI, Kubernetes and TPU pods tell JAX who takes part; elsewhere three environment variables do."""
     processes, rank = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # the default of newer releases
     try:  # JAX reads JAX_COORDINATOR_ADDRESS itself
         jax.distributed.initialize(num_processes=processes and int(processes), process_id=rank and int(rank))
     except ValueError as error:

@@ -6,6 +6,7 @@ for. One Eigen thread per call and a pool larger than the machine keep it moving
 
 import json
 import os
+import shlex
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for report in terminalreporter.stats.get("passed", []):
         for column, (model, worst) in report.user_properties:
             rows.setdefault(model, {})[column] = worst
-    command = "python -m pytest " + " ".join(config.invocation_params.args)
+    command = "python -m pytest " + shlex.join(config.invocation_params.args)
     versions = {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")}
     Path(path).write_text(json.dumps(dict(command=command, versions=versions, rows=rows), indent=1) + "\n")
     terminalreporter.write_line(f"figures in {path}")

@@ -489,6 +489,7 @@ def run_main(monkeypatch, capsys, *arguments):
         ),
         (["--gamma", "2"], "gamma = 2.0 must be between 0 and 1"),
         (["--gamma", "high"], "--gamma"),
+        (["--cpu-threads", "0"], "cpu_threads = 0 must be >= 1"),
         (["--nonsense", "1"], "nonsense"),
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["--resume", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
@@ -514,6 +515,20 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, cap
     monkeypatch.chdir(Path(__file__).parent.parent)
     status, err = run_main(monkeypatch, capsys, *arguments)
     assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("flags, threads", [({}, 1), (dict(cpu_threads=3), 3), (dict(compile=True), 5)])
+def test_threads_on_a_cpu(flags, threads, tmp_path, monkeypatch):
+    chosen = []
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(probe_args(tmp_path, **flags), stop)
+    assert chosen == [threads]
 
 
 def test_an_interrupted_run_ends_in_one_line(monkeypatch, capsys):
