@@ -1666,10 +1666,10 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# profile: the stages of a trainer's iteration
+# stages, for the mode profile: of a trainer's iteration
 # ----------------------------------------------------------------------------------------------------------------------
 
-program_profile() {
+program_stages() {
   cat <<'PYTHON'
 """A short training under --profile; writes results/profile/<script>-<task>.json, the trainer's own table and what it was measured on."""
 
@@ -2217,7 +2217,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores seeds profile film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2392,7 +2392,7 @@ run_profile() {
   while read -r script env_id flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
     command="python $script --env-id $env_id --profile --eval-episodes 0 --device $device${flags:+ $flags}"
-    "$project_python" "$work/programs/profile.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
+    "$project_python" "$work/programs/stages.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
       root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" \
       path "$results/profile/${script%.py}-$env_id-$place.json" force "${force:-0}" dry_run "${dry_run:-0}")" || {
       [ $? -le 1 ] || exit 130

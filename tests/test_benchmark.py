@@ -212,6 +212,11 @@ def sample_row(name, median, **more):
     )
 
 
+def test_no_program_hides_a_module_that_python_brings(programs):
+    """They lie in one folder, which is the first place where each of them looks for an import."""
+    assert not {path.stem for path in programs.glob("*.py")} & sys.stdlib_module_names
+
+
 @pytest.fixture
 def results(tmp_path):
     rows = [sample_row("vecsim", 100_000.0, step_error_p50=1e-7, step_error_p99=2e-5), sample_row("MJX", 8_000.0)]
