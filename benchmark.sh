@@ -6,6 +6,7 @@
 #     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
+#     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, each trick alone on top of it, and all, on the same budget
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
 #     ./benchmark.sh profile    where an iteration's time goes: stages of PPO and SAC, by their own --profile
@@ -26,7 +27,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds scaling cost profile film plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds ablate scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -36,7 +37,9 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds s
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
   --total-timesteps N  environment steps of each run in `scores` and `seeds` (default: the trainer's, for the task)
-  --set NAME           of `scores` only the trainings of this set: ppo, or mjx (JAX and PyTorch on the same batch)
+  --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), or
+                       mjx (JAX and PyTorch on the same batch)
+  --shared             say in the rows of `scores` and `ablate` that other work shared the cores: their times then count for nothing
   --repeats N          windows of each contender, at least 3 (default 5; with --quick 3)
   --seconds N          length of a window (default 10; with --quick 3)
   --patience N         seconds that a contender may take to get ready (default 1500; with --quick 300)
@@ -73,17 +76,18 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | seeds | scaling | cost | profile | film | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds scaling cost profile film plot table programs" ;;
+  sim | learner | train | scores | seeds | ablate | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds ablate scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
-patience="" dollars_per_hour="" results="$root/results" quick="" dry_run="" force="" programs_folder=""
+patience="" dollars_per_hour="" results="$root/results" quick="" dry_run="" force="" shared="" programs_folder=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick) quick=1 ;;
     --dry-run) dry_run=1 ;;
     --force) force=1 ;;
+    --shared) shared=1 ;;
     -h | --help) usage && exit 0 ;;
     --env-id | --device | --cores | --num-envs | --solver-iterations | --max-envs | --max-processes | --total-timesteps | \
       --set | --repeats | --seconds | --patience | --dollars-per-hour | --results)
@@ -104,7 +108,8 @@ for name in num_envs solver_iterations max_envs max_processes total_timesteps re
   [[ -z "${!name}" || "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name//_/-} must be a whole number of at least 1, not ${!name}"
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
-[[ "$set" =~ ^(ppo|mjx)?$ ]] || refuse "--set must be ppo or mjx, not $set"
+[[ "$set" =~ ^(ppo|sac|mjx)?$ ]] || refuse "--set must be ppo, sac or mjx, not $set"
+[[ "$mode" != ablate || "$env_ids" != *" "* ]] || refuse "ablate takes one task, not $env_ids"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
 : "${repeats:=$([ -n "$quick" ] && echo 3 || echo 5)}"
 : "${seconds:=$([ -n "$quick" ] && echo 3 || echo 10)}"
@@ -1543,7 +1548,7 @@ PYTHON
 
 program_scores() {
   cat <<'PYTHON'
-"""One training by ppo_gpu_torch.py or ppo_mjx_jax.py with evaluations on the way; writes results/<set>/<task>-seed<k>.json.
+"""One training by one of the trainers with evaluations on the way; writes results/<set>/<task>-seed<k>.json.
 
 An interrupted training goes on from its last checkpoint. Times are the trainer's own: compilation and evaluations apart."""
 
@@ -1583,10 +1588,12 @@ if not (run_dir / "eval.json").exists():
 record = json.loads((run_dir / "eval.json").read_text())
 log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 curve = [[x["env_steps"], round(x["wall_seconds"], 1), round(x["gymnasium_return"], 1)] for x in log if "gymnasium_return" in x]
-reached = [seconds for _, seconds, score in curve if score >= job["threshold"]]
+reached = [(steps, seconds) for steps, seconds, score in curve if score >= job["threshold"]]
+shared = job["shared"]  # then the times count for nothing
 record |= dict(
     command=job["command"], hardware=job["hardware"], commit=job["commit"], threshold=job["threshold"],
-    seconds_to_threshold=reached[0] if reached else None, curve=curve,
+    steps_to_threshold=reached[0][0] if reached else None, seconds_to_threshold=reached[0][1] if reached and not shared else None,
+    cores_shared=bool(shared), curve=curve,
     versions=record.get("versions") or {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")},
 )  # fmt: skip
 beside = path.with_suffix(".tmp")
@@ -1597,7 +1604,7 @@ try:
 except OSError as error:
     beside.unlink(missing_ok=True)
     sys.exit(f"error: {path} cannot be written ({error.strerror}); the run is kept in {run_dir}")
-outcome = f"reached after {reached[0]:,.0f} s" if reached else "not reached"
+outcome = f"reached after {reached[0][0]:,} steps, {reached[0][1]:,.0f} s" if reached else "not reached"
 score, seconds = record["gymnasium"]["mean"], f"{record['train_seconds']:,.0f} s, compiled in {record['compile_seconds']:.0f} s"
 print(f"scores {name}: {score:,.0f} after {seconds}; {job['threshold']:,} {outcome}", file=sys.stderr)
 PYTHON
@@ -1903,19 +1910,42 @@ def score_tables():
 def score_line(runs):
     first = runs[0]
     simulated = [run.get("vecsim") or run.get("mjx") for run in runs]
-    reached = [run.get("seconds_to_threshold") for run in runs]
+    shared = any(run.get("cores_shared") for run in runs)  # then times say nothing, and steps stand for them
+    reached = [run.get("steps_to_threshold" if shared else "seconds_to_threshold") for run in runs]
     columns = [
         [str(run["seed"]) for run in runs],
         [f"{first['env_steps']:,}"],
-        [f"{run['train_seconds']:,.0f}" for run in runs],
-        [f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-" for run in runs],
+        ["-" if shared else f"{run['train_seconds']:,.0f}" for run in runs],
+        ["-" if shared or "compile_seconds" not in run else f"{run['compile_seconds']:,.0f}" for run in runs],
         [f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs],
         [f"{score['mean']:,.0f} ({score['min']:,.0f})" if score else "-" for score in simulated],
         [f"{first['threshold']:,}" if "threshold" in first else "-"],
-        ["not reached" if seconds is None else f"{seconds:,.0f}" for seconds in reached] if "threshold" in first else ["-"],
+        ["not reached" if x is None else f"{x:,.0f}{' steps' * shared}" for x in reached] if "threshold" in first else ["-"],
     ]
     algorithm = ALGORITHMS.get(first["algorithm"], first["algorithm"].upper())
     return [first["env_id"], algorithm, *(" / ".join(column) for column in columns)]
+
+
+def ablation_tables():
+    """One line for each variant of a task: scores after the whole budget, and over the curve, which luck at the end moves less."""
+    for folder in sorted(results.glob("sac/ablation/*")):
+        runs = {}
+        for path in sorted(folder.glob("*-seed*.json")):
+            runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
+        rows = []
+        for name, members in runs.items():
+            last = [run["gymnasium"]["mean"] for run in members]
+            over_curve = [statistics.fmean(score for _, _, score in run["curve"]) for run in members]
+            numbers = [statistics.median(last), min(last), statistics.median(over_curve), min(over_curve)]
+            flags = members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --num-envs")[0]
+            rows.append((numbers[2], [name.replace("-", " "), *(f"{x:,.0f}" for x in numbers), str(len(members)), f"`{flags}`"]))
+        if rows:
+            rows.sort(key=lambda row: -row[0])
+            steps = members[0]["env_steps"]
+            print(f"\n**SAC's tricks one by one, {folder.name}, {steps:,} environment steps of each**\n")
+            header = ["", "score, median", "worst", "mean over the curve, median", "worst", "seeds", "flags"]
+            print_table(header, [cells for _, cells in rows])
+            print(f"\nScores of 20 episodes in Gymnasium's own environment. Commit {members[0]['commit']}, `./benchmark.sh ablate`.")
 
 
 def seeds_table(record):
@@ -1992,6 +2022,8 @@ if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sor
     profile_table(runs)
 if "scores" in modes:
     score_tables()
+if "ablate" in modes:
+    ablation_tables()
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
     seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
 PYTHON
@@ -2003,7 +2035,7 @@ PYTHON
 
 program_plot() {
   cat <<'PYTHON'
-"""python plot.py RESULTS: curves.png, mjx/curves.png, speed.png and scaling.png from the files in RESULTS."""
+"""python plot.py RESULTS: curves.png, mjx/curves.png, sac/curves.png, speed.png and scaling.png from the files in RESULTS."""
 
 import json
 import re
@@ -2051,7 +2083,8 @@ def plot_curves():
     runs = {}
     for path in sorted(results.glob("*/*-seed*.json")):
         run = json.loads(path.read_text())
-        if run.get("curve") and path.parent.name != "mjx":  # another batch: plot_twins
+        apart = path.parent.name == "mjx" or path.stem.split("-seed")[0].endswith("-ppo")  # plot_twins, plot_off_policy
+        if run.get("curve") and not apart and not run.get("cores_shared"):
             runs.setdefault(run["env_id"], []).append(run)
     if not runs:
         return
@@ -2125,6 +2158,41 @@ def plot_twins():
     figure.suptitle("Deterministic score in gymnasium.make(task), one line for each seed; same task, batch and flags", x=0.01, ha="left", size=11)
     figure.supxlabel("; ".join(sorted({run["hardware"] for run in runs})), size=8, color=FAINT)
     save(figure, "mjx/curves.png")
+
+
+def plot_off_policy():
+    """SAC beside PPO over environment steps, one panel for each task that SAC learned; PPO's curve is cut where SAC's longest ends."""
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("sac/*-seed*.json"))]
+    tasks = sorted({run["env_id"] for run in runs if run.get("curve") and run["algorithm"] == "sac"})
+    if not tasks:
+        return
+    figure = Figure(figsize=(4.6 * len(tasks), 3.6), layout="constrained")
+    for axis, env_id in zip(grid(figure, 1, len(tasks), len(tasks)), tasks):
+        members = [run for run in runs if run["env_id"] == env_id and run.get("curve")]
+        if all(run["algorithm"] == "sac" for run in members):  # PPO was not trained for this comparison: its usual run
+            usual = [json.loads(path.read_text()) for path in sorted(results.glob(f"ppo/{env_id}-seed*.json"))]
+            members += [run for run in usual if run.get("curve")]
+        last = max(run["curve"][-1][0] for run in members if run["algorithm"] == "sac")
+        for line, algorithm in enumerate(("sac", "ppo")):
+            seeds = [run for run in members if run["algorithm"] == algorithm]
+            for run in seeds:
+                steps, _, scores = zip(*run["curve"])
+                axis.plot(steps, scores, ".-", color=COLOURS[algorithm], lw=1.6, alpha=0.75, ms=4)
+            if seeds:
+                label = f"{algorithm.upper()}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+                axis.annotate(label, (0.02, 0.93 - 0.08 * line), xycoords="axes fraction", color=COLOURS[algorithm], weight="bold", size=8.5)
+        threshold = members[0]["threshold"]
+        axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
+        axis.annotate(f"{threshold:,}", (1, threshold), (-3, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=FAINT, size=8, ha="right")
+        reached = [step for run in members if run["algorithm"] == "ppo" for step, _, score in run["curve"] if score >= threshold]
+        axis.set_xlim(0, 1.05 * max([last, *([min(reached)] if reached else [])]))
+        axis.set_title(env_id)
+        axis.set_xlabel("environment steps")
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.yaxis.set_major_formatter(FuncFormatter(short))
+        axis.grid(axis="y", color="#eceff2")
+    figure.suptitle("Deterministic score in gymnasium.make(task), one line for each seed", x=0.01, ha="left", size=11)
+    save(figure, "sac/curves.png")
 
 
 def compare(ratio):
@@ -2205,6 +2273,7 @@ def plot_scaling():
 
 plot_curves()
 plot_twins()
+plot_off_policy()
 plot_speed()
 plot_scaling()
 PYTHON
@@ -2343,24 +2412,29 @@ run_train() {
   done
 }
 
+run_training() { # FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: one training with evaluations, into results/FILE-seed<SEED>.json
+  local file=$1 script=$2 env_id=$3 seed=$4 every=$5 threshold=$6 minutes=$7 flags=$8 command status=0
+  command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
+  [ "$device" = cuda ] || command+=" --device cpu"
+  [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
+  "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
+    command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
+    run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
+    shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}")" || status=$?
+  [ "$status" -le 1 ] || exit 130
+  failures=$((failures + status))
+}
+
 # Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
 # The set mjx compares ppo_mjx_jax.py with its twin on the same batch, one that a CPU steps in MJX in reasonable time. JAX compiles cold.
+# The set sac holds PPO on as few environment steps as SAC takes, evaluated as often.
 run_scores() {
-  local file script env_id seeds every threshold minutes flags seed command
+  local file script env_id seeds every threshold minutes flags seed
   while read -r file script env_id seeds every threshold minutes flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
     [[ -z "$set" || "$file" = "$set/"* ]] || continue
     for seed in ${seeds//,/ }; do
-      command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
-      [ "$device" = cuda ] || command+=" --device cpu"
-      [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
-      "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
-        command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
-        run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
-        force "${force:-0}" dry_run "${dry_run:-0}")" || {
-        [ $? -le 1 ] || exit 130
-        failures=$((failures + 1))
-      }
+      run_training "$file" "$script" "$env_id" "$seed" "$every" "$threshold" "$minutes" "$flags"
     done
   done <<'TASKS'
 ppo/InvertedPendulum-v5 ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
@@ -2369,11 +2443,41 @@ ppo/Ant-v5 ppo_gpu_torch.py Ant-v5 1,2,3 1000000 4400 40
 ppo/Hopper-v5 ppo_gpu_torch.py Hopper-v5 1,2,3 1000000 3400 20
 ppo/Walker2d-v5 ppo_gpu_torch.py Walker2d-v5 1 1000000 5200 30
 ppo/Humanoid-v5 ppo_gpu_torch.py Humanoid-v5 1 1000000 5000 90
+sac/InvertedPendulum-v5 sac_gpu_torch.py InvertedPendulum-v5 1,2,3 2048 1000 3 --no-compile
+sac/HalfCheetah-v5 sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 15
+sac/HalfCheetah-v5-ppo ppo_gpu_torch.py HalfCheetah-v5 1,2,3 100000 3000 2 --total-timesteps 1000000
+sac/Hopper-v5 sac_gpu_torch.py Hopper-v5 1,2,3 20000 2500 15
 mjx/InvertedPendulum-v5 ppo_mjx_jax.py InvertedPendulum-v5 1,2,3 32768 1000 2
 mjx/InvertedPendulum-v5-torch ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
 mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 3000000
 mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-envs 256 --num-steps 64 --total-timesteps 3000000
 TASKS
+}
+
+# Rows: name of the variant, its flags. Each trick stands alone on top of the textbook; what it cannot do without comes with it.
+run_ablate() {
+  local env_id=${env_ids:-InvertedPendulum-v5} seed name flags budget
+  budget="--num-envs 32 --learning-starts 1000 --batch-size 256 --updates-per-step 8 --no-compile" # the same for all
+  : "${total_timesteps:=16384}"
+  for seed in 1 2 3; do # seed by seed: cut short, every variant has as many
+    while read -r name flags; do
+      run_training "sac/ablation/$env_id/$name" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 8)) 1000 2 "$flags $budget"
+    done <<'VARIANTS'
+textbook --preset vanilla
+scaled-rewards --preset vanilla --normalize-rewards True
+categorical-critic --preset vanilla --normalize-rewards True --critic categorical
+scaled-observations --preset vanilla --normalize-observations True
+layer-norm --preset vanilla --network layer_norm
+unit-weight-rows --preset vanilla --network layer_norm --weight-projection True
+flash-blocks --preset vanilla --network flash --actor-hidden 128 128 --critic-hidden 128 128
+mean-of-critics --preset vanilla --critic-reduction mean
+3-step-returns --preset vanilla --n-step 3
+held-noise --preset vanilla --noise-repeat-max 16
+faster-targets --preset vanilla --tau 0.05
+higher-learning-rate --preset vanilla --learning-rate 1e-3 --temperature-learning-rate 1e-3
+all --preset best
+VARIANTS
+  done
 }
 
 run_seeds() {
@@ -2435,7 +2539,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,seeds,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,seeds,ablate,cost "$dollars_per_hour"
     exit 0
     ;;
   film)
@@ -2472,6 +2576,7 @@ case "$mode" in
   train) run_train ;;
   scores) run_scores ;;
   seeds) run_seeds ;;
+  ablate) run_ablate ;;
   scaling) run_scaling ;;
   profile) run_profile ;;
   cost) run_train ;;

@@ -92,7 +92,8 @@ def test_syntax_and_programs(programs):
         (["train", "--device", "tpu"], "--device must be cpu or cuda"),
         (["train", "--env-id"], "--env-id needs a value"),
         (["train", "--slow"], "unknown option '--slow'"),
-        (["scores", "--set", "sac"], "--set must be ppo or mjx"),
+        (["scores", "--set", "a2c"], "--set must be ppo, sac or mjx"),
+        (["ablate", "--env-id", "Hopper-v5,Ant-v5"], "ablate takes one task, not Hopper-v5 Ant-v5"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, complaint):
@@ -266,6 +267,14 @@ def results(tmp_path):
     (tmp_path / "mjx").mkdir()
     for name, algorithm in (("Ant-v5", "ppo_mjx"), ("Ant-v5-torch", "ppo")):
         (tmp_path / "mjx" / f"{name}-seed1.json").write_text(json.dumps(run | dict(algorithm=algorithm)))
+    (tmp_path / "sac" / "ablation" / "Ant-v5").mkdir(parents=True)
+    off_policy = run | dict(algorithm="sac", cores_shared=True, seconds_to_threshold=None, steps_to_threshold=500_000)
+    (tmp_path / "sac" / "Ant-v5-seed1.json").write_text(json.dumps(off_policy))
+    for seed, (textbook, all_together) in enumerate(((10.0, 40.0), (30.0, 50.0), (20.0, 90.0)), 1):
+        for name, score in (("textbook", textbook), ("all", all_together)):
+            one = off_policy | dict(gymnasium=dict(mean=score), curve=[[1, 1.0, 0.0], [2, 2.0, score]])
+            one |= dict(command=f"python sac_gpu_torch.py --env-id Ant-v5 --preset {name} --num-envs 32 --seed {seed}")
+            (tmp_path / "sac" / "ablation" / "Ant-v5" / f"{name}-seed{seed}.json").write_text(json.dumps(one))
     seeds = [dict(num_seeds=k, env_steps=500, train_seconds=[x, 2.0 * x, 3.0 * x], median_train_seconds=2.0 * x,
                   compile_seconds=[9.0, 7.0, 8.0], median_compile_seconds=8.0) for k, x in ((1, 5.0), (8, 15.0))]  # fmt: skip
     seeds = dict(env_id="Ant-v5", command="python ppo_mjx_jax.py", hardware="a CPU", commit="abc", versions={"jax": "0.10.2"}, rows=seeds)
@@ -274,7 +283,7 @@ def results(tmp_path):
 
 
 def test_tables_follow_from_the_files(programs, results):
-    text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,seeds,cost", "2").stdout
+    text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,seeds,ablate,cost", "2").stdout
     assert "| vecsim | 100,000 (90,000 to 110,000) | 1 | 1e-07 | 2e-05 | 12 s | 0.5 GiB host |" in text
     assert "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | 12 s | 0.5 GiB host |" in text
     assert "Brax is missing: does not install." in text
@@ -288,12 +297,14 @@ def test_tables_follow_from_the_files(programs, results):
     for algorithm in ("PPO", "PPO, JAX"):  # the other set's runs, which are no seeds of the first's
         assert f"| Ant-v5 | {algorithm} | 1 | 2,000,000 | 120 | 40 | 4,000 ± 10 | 4,100 (60) | 3,000 | 60 |" in text
     assert "| 8 | 30.0 s (15.0 to 45.0) | 3.00 | 8.0 s | 37.0 s | 2.18 | 500 |" in text  # 30 + 7 against 10 + 7
+    assert "| Ant-v5 | SAC | 1 | 2,000,000 | - | - | 4,000 ± 10 | 4,100 (60) | 3,000 | 500,000 steps |" in text
+    assert text.index("| all | 50 | 40 | 25 | 20 | 3 | `--preset all` |") < text.index("| textbook | 20 | 10 | 10 | 5 | 3 |")
 
 
 def test_pictures_are_drawn(programs, results):
     answer = run(sys.executable, programs / "plot.py", results)
     assert answer.returncode == 0, answer.stderr
-    for name in ("curves.png", "mjx/curves.png", "speed.png", "scaling.png"):
+    for name in ("curves.png", "mjx/curves.png", "sac/curves.png", "speed.png", "scaling.png"):
         assert (results / name).stat().st_size > 10_000
 
 
@@ -301,8 +312,11 @@ TRAINER = """
 import json, sys
 from pathlib import Path
 
-words = [word for word in sys.argv[1:] if word != "--profile"]
-flags = dict(zip(words[::2], words[1::2]))
+flags = {}
+for word in sys.argv[1:]:  # a flag, then none, one or more values
+    if word.startswith("--"):
+        name = word
+    flags[name] = "" if word == name else (flags[name] + " " + word).strip()
 agents, folder = int(flags.get("--num-seeds", 1)), Path(flags["--run-dir"])
 folder.mkdir(parents=True)
 score = dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
@@ -344,6 +358,32 @@ def test_scores_of_the_jax_script_and_of_its_twin_go_to_one_folder(project):
     assert shared[0] == shared[1] and jax["flags"]["--compilation-cache"] == ""
     assert jax["curve"] == [[500, 11.0, 1000.0]] and jax["compile_seconds"] == 7.0 and jax["versions"] == {"jax": "0.10.2"}
     assert "| HalfCheetah-v5 | PPO, JAX | 1 | 500 | 11 | 7 |" in answer.stdout
+
+
+def test_the_set_sac_trains_ppo_beside_it(project):
+    folder, benchmark = project
+    answer = benchmark("scores", "--set", "sac", "--env-id", "HalfCheetah-v5", "--shared")
+    assert answer.returncode == 0, answer.stderr
+    written = {path.name: json.loads(path.read_text()) for path in (folder / "results" / "sac").glob("*.json")}
+    assert set(written) == {f"HalfCheetah-v5{ppo}-seed{seed}.json" for ppo in ("", "-ppo") for seed in (1, 2, 3)}
+    assert all(run["cores_shared"] and run["seconds_to_threshold"] is None for run in written.values())
+    assert written["HalfCheetah-v5-seed2.json"]["flags"]["--seed"] == "2"
+    assert "ppo_gpu_torch.py" in written["HalfCheetah-v5-ppo-seed1.json"]["command"]
+
+
+def test_ablate_gives_every_variant_the_same_budget_and_goes_on_where_it_was_cut_off(project):
+    folder, benchmark = project
+    rows = folder / "results" / "sac" / "ablation" / "InvertedPendulum-v5"
+    assert benchmark("ablate").returncode == 0
+    runs = [json.loads(path.read_text()) for path in rows.glob("*.json")]
+    assert len(runs) == 3 * len({path.name.rsplit("-seed", 1)[0] for path in rows.glob("*.json")}) >= 30
+    budget = "--num-envs --learning-starts --batch-size --updates-per-step --total-timesteps --eval-every".split()
+    assert len({tuple(run["flags"][name] for name in budget) for run in runs}) == 1
+    (rows / "held-noise-seed3.json").unlink()
+    kept = (rows / "all-seed3.json").read_text()
+    answer = benchmark("ablate")
+    assert answer.stderr.count("finished") == len(runs) - 1 and (rows / "held-noise-seed3.json").exists()
+    assert (rows / "all-seed3.json").read_text() == kept and "| held noise | 1,000 | 1,000 |" in answer.stdout
 
 
 def test_seeds_compares_eight_agents_with_one(project):
