@@ -18,7 +18,7 @@ The stages, in order; each has a folder with its own log and checkpoint in the f
     student     DAgger (Ross et al. 2011): the student drives, the teacher's mean action labels every state it visits
     finetune    PPO on the student, whose value function, the teacher's, adapts first while the policy stands still
     baseline    PPO on an untrained student, with as many environment steps as the three before it together
-    evidence    all of them on seeds x perturbations: evidence.json, .csv, .png and a strip of pictures, stairs.png
+    evidence    all of them on seeds x perturbations: evidence.json, .csv, .png and pictures.png, the student on stairs
 
 The privileged observation of a task without `critic_obs` is `obs`; what its student lacks is then said by --student-groups.
 
@@ -44,6 +44,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -88,7 +89,7 @@ class Args:
     teacher: str | None = None
     """checkpoint of a teacher, for a run without that stage"""
     student: str | None = None
-    """checkpoint of a student, for a run without that stage"""
+    """checkpoint of a student, fine-tuned or not, for a run without that stage"""
     num_envs: int | None = None
     """environments stepped in parallel, over all processes (>= 1)"""
     total_timesteps: int | None = None
@@ -202,9 +203,9 @@ class Args:
 
     # finetune
     critic_warmup_iterations: int = 20
-    """iterations in which only the value function learns (>= 0)"""
+    """iterations in which only the value function learns, at learning_rate (>= 0)"""
     finetune_learning_rate: float = 1e-4
-    """learning rate when the policy begins to move (learning_rate_min to learning_rate_max)"""
+    """learning rate when the policy begins to move, adapted from then on (learning_rate_min to learning_rate_max)"""
     finetune_log_std: float | None = None
     """log standard deviation that the fine-tuned policy starts with (>= log_std_min)"""
 
@@ -293,12 +294,13 @@ class Sizes(NamedTuple):
     plans: dict[str, Plan]  # of each training stage
 
 
-def check_divides(parts: int, whole: int, what: str, name: str) -> None:
+def check_divides(parts: int, name: str, whole: int, what: str) -> None:
+    """Refuse a number of parts that leaves a rest, and name the nearest ones that leave none."""
     if whole % parts:
         below = max(n for n in range(1, min(parts, whole) + 1) if whole % n == 0)
         above = min((n for n in range(parts, whole + 1) if whole % n == 0), default=below)
         choices = f"{below} or {above}" if above != below else f"{below}"
-        raise InputError(f"{what} = {whole:,} does not split into {name} of {parts}; use {choices}")
+        raise InputError(f"{name} = {parts} does not divide {what} = {whole:,}; use {choices}")
 
 
 def derive_sizes(args: Args, world_size: int, panel: dict = PERTURBATIONS) -> Sizes:
@@ -334,11 +336,12 @@ def derive_sizes(args: Args, world_size: int, panel: dict = PERTURBATIONS) -> Si
                 raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise InputError("track needs Weights & Biases; run `pip install wandb` or leave --track away")
-    check_divides(world_size, args.num_envs, "num_envs", "processes")
+    check_divides(world_size, "the number of processes", args.num_envs, "num_envs")
     envs = args.num_envs // world_size
-    check_divides(args.num_minibatches, envs, "environments of each process", "num_minibatches")
-    check_divides(args.distill_minibatches, envs, "environments of each process", "distill_minibatches")
-    check_divides(args.gradient_length, args.distill_steps, "distill_steps", "gradient_length")
+    of_a_process = "num_envs" if world_size == 1 else "the environments of a process"
+    check_divides(args.num_minibatches, "num_minibatches", envs, of_a_process)
+    check_divides(args.distill_minibatches, "distill_minibatches", envs, of_a_process)
+    check_divides(args.gradient_length, "gradient_length", args.distill_steps, "distill_steps")
     minibatch, microbatch = envs // args.num_minibatches, max(1, args.microbatch_size // args.num_steps)
     microbatch = math.ceil(minibatch / math.ceil(minibatch / microbatch))
     of_ppo = args.num_steps, args.num_steps * args.num_envs, args.update_epochs * args.num_minibatches
@@ -499,7 +502,7 @@ def stack_history(obs: Tensor, memory: Tensor, fresh: Tensor, history: int) -> t
         same = episodes[age : age + steps] == episode
         stack.append(torch.where(same[..., None], frames[age : age + steps], 0.0))
     features = torch.cat(stack, -1)
-    return features, features[-1, :, size:]
+    return features, features[-1, :, size:].contiguous()  # of one layout always, or each stage would compile twice
 
 
 def unroll_gru(cell: nn.GRUCell, obs: Tensor, memory: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
@@ -836,9 +839,8 @@ def teacher_actions(teacher: Agent, view: View, obs: Tensor) -> Tensor:
 
     No noise, and its statistics as its own training left them."""
     seen = teacher.obs_statistics.normalize(view.of(obs, obs))
-    return teacher.policy_mean(seen, *teacher.blank(obs.shape[1])[:1], torch.ones_like(seen[..., 0], dtype=torch.bool))[
-        0
-    ]
+    memory, fresh = teacher.blank(obs.shape[1])  # a teacher remembers nothing
+    return teacher.policy_mean(seen, memory, fresh.expand(len(obs), -1))[0]
 
 
 def imitation_loss(
@@ -1081,8 +1083,8 @@ def stages_to_run(args: Args, checkpoint: dict | None, sizes: Sizes) -> list[str
     """In their order; with --resume what the checkpoint leaves to do. InputError where that is nothing."""
     order = get_args(Stage)
     stages = [stage for stage in order if stage in args.stages]
-    for stage in ("teacher", "student"):
-        if stage in stages and getattr(args, stage):
+    for stage, given in (("teacher", args.teacher), ("student", args.student)):
+        if stage in stages and given:
             raise InputError(f"--{stage} stands for the stage {stage}, which --stages asks for: give one of them")
     if not checkpoint:
         return stages
@@ -1099,14 +1101,16 @@ def stages_to_run(args: Args, checkpoint: dict | None, sizes: Sizes) -> list[str
 
 def load_starts(args: Args, stages: list[str]) -> dict[str, dict]:
     """Checkpoints of stages that this run does not train: those given, and those in its own folder."""
-    starts = {}
+    starts, given = {}, dict(teacher=args.teacher, student=args.student)
     for stage in get_args(Stage)[:-1]:
-        path = getattr(args, stage, None) or str(Path(args.run_dir) / stage / "checkpoint.pt")
-        if stage not in stages and (getattr(args, stage, None) or Path(path).exists()):
-            starts[stage] = load_checkpoint(path, "distill")
-            found = starts[stage]["stage"]
-            if found != stage and (stage, found) != ("student", "finetune"):
-                raise InputError(f"{path} is the checkpoint of a {found}, not of a {stage}")
+        own = Path(args.run_dir) / stage / "checkpoint.pt"
+        path = given.get(stage) or (str(own) if own.exists() else None)
+        if stage in stages or path is None:
+            continue
+        starts[stage] = load_checkpoint(path, "distill")
+        found = starts[stage]["stage"]
+        if found != stage and (stage, found) != ("student", "finetune"):
+            raise InputError(f"{path} is the checkpoint of a {found}, not of a {stage}")
     return starts
 
 
@@ -1241,7 +1245,8 @@ def first_episode_outcomes(
         sums[name] /= length
     if "tracking" in reported:
         sums["tracking"] /= env.settings.max_episode_steps
-    return {name: sums[name].cpu().numpy() for name in names if name in reported | {"failed"}}
+    kept = [name for name in names if name in reported | {"failed"}]
+    return {name: sums[name].cpu().numpy() for name in kept}  # host sync
 
 
 def score(outcomes: dict[str, np.ndarray], levels: int | None, largest_error: float = 0.5) -> dict:
@@ -1301,7 +1306,9 @@ def check_env_kwargs(args: Args) -> None:
 # ------------------------------------------------------------------------------------------------------------------------
 
 
-def make_evidence_env(args: Args, make_env, device: torch.device, num_envs: int, compile: bool, **options):
+def make_evidence_env(
+    args: Args, make_env, device: torch.device, num_envs: int, compile: bool, **options
+) -> gymnasium.vector.VectorEnv:
     """An environment without randomisation, but for what `options` add."""
     kept = {x: value for x, value in args.env_kwargs.items() if x.split(".")[0] not in ("randomize", "perturb")}
     options = dict(num_envs=num_envs, device=str(device), seed=0, compile=compile, integrator=args.integrator) | options
@@ -1481,10 +1488,8 @@ def train_stage(
         teacher.load_state_dict(checkpoint["teacher"] if checkpoint else starts["teacher"]["agent"])
         begin_student(agent, teacher.requires_grad_(False).eval(), args)
         first_learning_rate = args.distill_learning_rate
-    elif stage == "finetune":
-        if not checkpoint:
-            begin_finetune(agent, starts["student"], args)
-        first_learning_rate = args.finetune_learning_rate
+    elif stage == "finetune" and not checkpoint:
+        begin_finetune(agent, starts["student"], args)
     learning_rate = torch.tensor(first_learning_rate, device=device)
     optimizer = make_optimizer(agent, learning_rate)
     sizes_of_rows = len(view.columns), agent.memory_size, len(views["critic"].columns), action_size
@@ -1534,6 +1539,8 @@ def train_stage(
         # Update, under the statistics of the rollout.
         order = torch.randperm(sizes.envs, generator=generator, device=device)
         policy_stands = stage == "finetune" and iteration < args.critic_warmup_iterations
+        if stage == "finetune" and iteration <= args.critic_warmup_iterations:
+            learning_rate.fill_(args.learning_rate if policy_stands else args.finetune_learning_rate)
         if stage == "student":
             learning_rate.fill_(args.distill_learning_rate * (1.0 - iteration / plan.iterations))
             label = teacher_actions(teacher, views["teacher"], rollout.critic_obs)
@@ -1597,8 +1604,10 @@ def train_stage(
     return state, record | evaluation
 
 
-def prepare_functions(stage: str, agent: Agent, rollout: Rollout, sizes: Sizes, args: Args):
-    """The policy's step and the loss of the stage, eager or compiled; run once, so that compilation is timed apart."""
+def prepare_functions(
+    stage: str, agent: Agent, rollout: Rollout, sizes: Sizes, args: Args
+) -> tuple[Callable, Callable]:
+    """policy_step and the loss function of the stage, eager or compiled; run once, so that compilation is timed apart."""
     policy, loss_function = policy_step, imitation_loss if stage == "student" else ppo_loss
     if args.compile:
         policy, loss_function = (torch.compile(f, dynamic=False) for f in (policy, loss_function))
@@ -1624,11 +1633,11 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     sizes = derive_sizes(args, world_size)
     check_env_kwargs(args)
     checkpoint = load_checkpoint(args.resume, "distill") if args.resume else None
-    if checkpoint:
-        check_resumable(checkpoint, args, device, world_size)
     stages = stages_to_run(args, checkpoint, sizes)
     starts = load_starts(args, stages)
     resumed = checkpoint["stage"] if checkpoint and checkpoint["stage"] in stages else None
+    if resumed:
+        check_resumable(checkpoint, args, device, world_size)
     if rank == 0:  # the one writer
         check_stages(args, stages, starts, resumed)
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
@@ -1673,7 +1682,7 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
         }
         results["evidence"] = write_evidence(rows, sources, args, device, run_dir)
         best = next(stage for stage in ("student", "finetune", "baseline", "teacher") if stage in policies)
-        print(film(*policies[best], args, make_env, run_dir / "stairs.png"))
+        print(film(*policies[best], args, make_env, run_dir / "pictures.png"))
         print(f"evidence: {run_dir / 'evidence.json'}")
     return results
 
@@ -1696,7 +1705,7 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     shown = {name: round(x, 3) for name, x in result.items() if x is not None}
     print(f"{args.env_id}, {stage}, {checkpoint['env_steps']:,} steps of training: {shown}")
     if args.capture_video:
-        print(film(agent, view, args, make_env, Path(args.play).parent / "stairs.png"))
+        print(film(agent, view, args, make_env, Path(args.play).parent / "pictures.png"))
     return result
 
 
