@@ -5,6 +5,7 @@
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games; SAC updates/s against skrl
 #     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
+#     ./benchmark.sh walk       a quadruped trained here, judged here and in MuJoCo C (about half an hour on one core)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
@@ -24,7 +25,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds scaling cost plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk seeds scaling cost plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -33,7 +34,7 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds s
   --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
-  --total-timesteps N  environment steps of each run in `scores` and `seeds` (default: the trainer's, for the task)
+  --total-timesteps N  environment steps of each run in `scores`, `walk` and `seeds` (default: the trainer's, for the task)
   --set NAME           of `scores` only the trainings of this set: ppo, or mjx (JAX and PyTorch on the same batch)
   --repeats N          windows of each contender, at least 3 (default 5; with --quick 3)
   --seconds N          length of a window (default 10; with --quick 3)
@@ -71,8 +72,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | seeds | scaling | cost | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds scaling cost plot table programs" ;;
+  sim | learner | train | scores | walk | seeds | scaling | cost | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk seeds scaling cost plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -1599,6 +1600,110 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# walk: the quadruped that `scores` trained, in its own simulator and in MuJoCo C
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_walk() {
+  cat <<'PYTHON'
+"""Whole episodes of a trained quadruped in vecsim and in MuJoCo C, from one MJCF; adds `walk` to the results of its training.
+
+The policy is deterministic, its statistics are frozen, nothing is randomised. Errors are means over the steps of all episodes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+path, checkpoint = Path(job["path"]), Path(job["run_dir"]) / "checkpoint.pt"
+if job["dry_run"]:
+    print(f"walk: {job['episodes']} episodes of 20 s in each simulator of {checkpoint}\n  about 5 minutes, 1 GiB (guessed)")
+    sys.exit(0)
+record = json.loads(path.read_text())
+if "walk" in record and not job["force"]:
+    print(f"walk: finished, in {path} (--force repeats it)", file=sys.stderr)
+    sys.exit(0)
+if not checkpoint.exists():
+    sys.exit(f"error: walk: {path} is there, but not what it was trained to, {checkpoint}; --force trains again")
+if job["cores"]:
+    os.sched_setaffinity(0, [int(core) for core in job["cores"].split(",")])
+sys.path.insert(0, job["root"])
+
+import gymnasium
+import torch
+
+import ppo_gpu_torch as ppo
+import vecsim_torch
+
+ERRORS = ("velocity_error", "yaw_error")
+
+
+def outcome(returns, steps, fell, errors):
+    names = dict(zip(ERRORS, (errors / steps.sum()).tolist(), strict=True))
+    return dict(episodes=len(fell), without_a_fall=1 - fell.double().mean().item(), **names,
+                episode_return=returns.mean().item(), seconds=steps.mean().item() / 50)  # fmt: skip
+
+
+def judge(step, obs, episodes):
+    """step(action (N, nu), running) -> obs, reward, terminated, truncated and errors, each (N, ...); first episodes count."""
+    returns, steps, errors = torch.zeros(episodes), torch.zeros(episodes), torch.zeros(len(ERRORS))
+    running, fell = torch.ones(episodes, dtype=torch.bool), torch.zeros(episodes, dtype=torch.bool)
+    while running.any():
+        obs, reward, terminated, truncated, error = step(agent.act(obs), running)
+        returns += reward * running
+        steps += running
+        errors += (error * running[:, None]).sum(0)
+        fell |= running & terminated
+        running &= ~(terminated | truncated)
+    return outcome(returns, steps, fell, errors)
+
+
+def in_vecsim(env):
+    def step(action, running):
+        obs, reward, terminated, truncated, info = env.step(action)
+        return obs, reward, terminated, truncated, torch.stack([info[name] for name in ERRORS], 1)
+
+    return judge(step, env.reset(seed=args.seed)[0], env.num_envs)
+
+
+def in_mujoco(episodes):
+    options = ppo.gymnasium_options(args.env_kwargs)
+    envs = [gymnasium.make(args.env_id, **options) for _ in range(episodes)]
+
+    def step(action, running):
+        rows = []
+        for env, chosen, goes_on in zip(envs, action, running.tolist(), strict=True):
+            if not goes_on:
+                rows.append(idle)  # of an episode that is over: not counted
+                continue
+            obs, reward, terminated, truncated, info = env.step(chosen.numpy())
+            rows.append((torch.as_tensor(obs), reward, terminated, truncated, [info[name] for name in ERRORS]))
+        obs, *rest = zip(*rows, strict=True)
+        return torch.stack(obs), *(torch.tensor(x) for x in rest)
+
+    obs = torch.stack([torch.as_tensor(env.reset(seed=args.seed + k)[0]) for k, env in enumerate(envs)])
+    idle = (obs[0], 0.0, False, False, [0.0] * len(ERRORS))
+    return judge(step, obs, episodes)
+
+
+torch.set_num_threads(1)
+trained = ppo.load_checkpoint(str(checkpoint), "ppo")
+args = ppo.Args(**trained["args"])
+options = dict(integrator=args.integrator, iterations=args.solver_iterations) | ppo.gymnasium_options(args.env_kwargs)
+env = vecsim_torch.make(args.env_id, job["episodes"], device="cpu", **options)
+agent = ppo.Agent(env.single_observation_space.shape[0], env.single_critic_space.shape[0], env.single_action_space, args)
+agent.load_state_dict(trained["agent"])
+record["walk"] = dict(vecsim=in_vecsim(env), mujoco=in_mujoco(job["episodes"]))
+beside = path.with_suffix(".tmp")
+beside.write_text(json.dumps(record, indent=1) + "\n")
+os.replace(beside, path)
+for name, found in record["walk"].items():
+    shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "episodes")
+    print(f"walk in {name}, {found['episodes']} episodes: {shown}", file=sys.stderr)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # seeds: many agents in one program of ppo_mjx_jax.py
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2034,7 +2139,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores seeds table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores walk seeds table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2160,24 +2265,28 @@ run_train() {
   done
 }
 
+training() { # PROGRAM: runs it on the training that run_scores or run_walk describe
+  local command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
+  [ "$device" = cuda ] || command+=" --device cpu"
+  [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
+  "$project_python" "$work/programs/$1.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
+    command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
+    run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
+    force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || {
+    [ $? -le 1 ] || exit 130
+    return 1
+  }
+}
+
 # Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
 # The set mjx compares ppo_mjx_jax.py with its twin on the same batch, one that a CPU steps in MJX in reasonable time. JAX compiles cold.
 run_scores() {
-  local file script env_id seeds every threshold minutes flags seed command
+  local file script env_id seeds every threshold minutes flags seed
   while read -r file script env_id seeds every threshold minutes flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
     [[ -z "$set" || "$file" = "$set/"* ]] || continue
     for seed in ${seeds//,/ }; do
-      command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
-      [ "$device" = cuda ] || command+=" --device cpu"
-      [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
-      "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
-        command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
-        run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
-        force "${force:-0}" dry_run "${dry_run:-0}")" || {
-        [ $? -le 1 ] || exit 130
-        failures=$((failures + 1))
-      }
+      training scores || failures=$((failures + 1))
     done
   done <<'TASKS'
 ppo/InvertedPendulum-v5 ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
@@ -2190,6 +2299,16 @@ mjx/InvertedPendulum-v5 ppo_mjx_jax.py InvertedPendulum-v5 1,2,3 32768 1000 2
 mjx/InvertedPendulum-v5-torch ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
 mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 3000000
 mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-envs 256 --num-steps 64 --total-timesteps 3000000
+TASKS
+}
+
+run_walk() { # the same kind of row, one a task
+  local file script env_id seed every threshold minutes flags
+  while read -r file script env_id seed every threshold minutes flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    training scores && training walk || failures=$((failures + 1))
+  done <<'TASKS'
+quadruped/Quadruped-Flat ppo_gpu_torch.py Quadruped-Flat 1 1000000 20 30 --num-envs 512 --actor-hidden 128 64 --critic-hidden 128 64
 TASKS
 }
 
@@ -2266,6 +2385,7 @@ case "$mode" in
   learner) run_learner ;;
   train) run_train ;;
   scores) run_scores ;;
+  walk) run_walk ;;
   seeds) run_seeds ;;
   scaling) run_scaling ;;
   cost) run_train ;;
