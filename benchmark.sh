@@ -9,6 +9,8 @@
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
+#     ./benchmark.sh profile    where an iteration's time goes: stages of PPO and SAC, by their own --profile
+#     ./benchmark.sh film       README's moving picture: the trained robots of `scores` in Gymnasium's own environments
 #     ./benchmark.sh plot       redraws the pictures in results/
 #     ./benchmark.sh table      prints README's tables from results/
 #     ./benchmark.sh programs DIR    writes the Python programs below out as files, to read or to lint
@@ -25,7 +27,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk seeds scaling cost plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk seeds scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -72,8 +74,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | walk | seeds | scaling | cost | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk seeds scaling cost plot table programs" ;;
+  sim | learner | train | scores | walk | seeds | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk seeds scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -932,7 +934,8 @@ program_train_ours() {
   cat <<'PYTHON'
 """ppo_gpu_torch.train as it stands; its environment counts the steps, and calls the meter where an iteration begins.
 
-In `variant` processes: this one, rank 0, starts the others as torchrun would. While it waits for its turn, they wait for its gradients."""
+The variant is a number of processes and, where it changes them, the hidden layers of both networks. This process, rank 0, starts the
+others as torchrun would; while it waits for its turn, they wait for its gradients."""
 
 import socket
 import subprocess
@@ -940,7 +943,8 @@ import tempfile
 
 import torch
 
-processes, rank = int(variant), int(os.environ.get("RANK", 0))
+processes, *hidden = map(int, variant.split(","))
+rank = int(os.environ.get("RANK", 0))
 torch.set_num_threads(max(1, threads // processes))
 if processes > 1 and "RANK" not in os.environ:
     with socket.create_server(("localhost", 0)) as free:
@@ -955,6 +959,7 @@ import vecsim_torch
 
 args = ppo.with_task_defaults(ppo.Args(
     env_id=settings["env_id"], device=device, total_timesteps=10**12, log_every=150_000, eval_episodes=0, run_dir=tempfile.mkdtemp(dir="."),
+    actor_hidden=tuple(hidden) or None, critic_hidden=tuple(hidden) or None,
 ))  # fmt: skip
 
 
@@ -1766,6 +1771,116 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# profile: the stages of a trainer's iteration
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_profile() {
+  cat <<'PYTHON'
+"""A short training under --profile; writes results/profile/<script>-<task>.json, the trainer's own table and what it was measured on."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+path = Path(job["path"])
+if path.exists() and not job["force"]:
+    print(f"profile {path.stem}: finished, in {path} (--force measures again)", file=sys.stderr)
+    sys.exit(0)
+if job["dry_run"]:
+    print(f"profile {path.stem}: {job['command']}\n  about 3 minutes, 1.5 GiB (guessed)")
+    sys.exit(0)
+launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
+with tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
+    run_dir = Path(scratch) / "run"
+    trainer = [*launch, job["python"], *shlex.split(job["command"])[1:], "--run-dir", str(run_dir)]
+    status = subprocess.run(trainer, cwd=job["root"], stdout=subprocess.DEVNULL).returncode
+    if status:
+        sys.exit(f"error: profile {path.stem}: the trainer stopped with status {status}")
+    record = json.loads((run_dir / "profile.json").read_text())
+record |= {name: job[name] for name in ("script", "env_id", "command", "hardware", "commit")}
+record |= dict(versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")})
+beside = path.with_suffix(".tmp")
+path.parent.mkdir(parents=True, exist_ok=True)
+beside.write_text(json.dumps(record, indent=1) + "\n")
+os.replace(beside, path)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# film: trained robots side by side
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_film() {
+  cat <<'PYTHON'
+"""The newest PPO run of each task that `scores` kept, four seconds from one episode of Gymnasium's own environment; writes results/robots.gif."""
+
+import os
+import sys
+from pathlib import Path
+
+if "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")
+import gymnasium
+import ppo_gpu_torch as ppo
+import torch
+from PIL import Image, ImageDraw
+
+runs, path = Path(sys.argv[1]), Path(sys.argv[2]) / "robots.gif"
+tasks = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
+SIZE, FRAMES, PER_SECOND, SKIPPED_SECONDS = 200, 60, 15, 2.0
+
+
+def frames_of(checkpoint_path):
+    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    args = ppo.with_task_defaults(ppo.Args(**checkpoint["args"] | dict(device="cpu", resume=None, play=None)))
+    options = dict(camera_name="track", width=2 * SIZE, height=2 * SIZE) | ppo.gymnasium_options(args.env_kwargs)
+    env = gymnasium.make(args.env_id, render_mode="rgb_array", **options)
+    agent = ppo.Agent(env.observation_space.shape[0], None, env.action_space, args)
+    agent.load_state_dict(checkpoint["agent"])
+    obs, _ = env.reset(seed=args.seed)
+    dt, images, step = env.unwrapped.dt, [], 0
+    while len(images) < FRAMES:
+        if step * dt >= SKIPPED_SECONDS + len(images) / PER_SECOND:
+            images.append(Image.fromarray(env.render()).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+        obs, _, terminated, truncated, _ = env.step(agent.act(torch.as_tensor(obs).float()[None])[0].numpy())
+        step += 1
+        if terminated or truncated:
+            obs, _ = env.reset()
+    env.close()
+    for image in images:
+        ImageDraw.Draw(image).text((6, SIZE - 16), args.env_id, fill="white")
+    return images
+
+
+strips = []
+for task in tasks:
+    found = sorted(runs.glob(f"*/{task}-seed*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
+    if found:
+        print(f"film: {task} from {found[-1]}", file=sys.stderr)
+        strips.append(frames_of(found[-1]))
+    else:
+        print(f"film: {task} is left out: no run of it yet; ./benchmark.sh scores --env-id {task} makes one", file=sys.stderr)
+if not strips:
+    sys.exit(f"error: no trained robot under {runs}; ./benchmark.sh scores trains them")
+film = []
+for moment in zip(*strips, strict=True):
+    frame = Image.new("RGB", (SIZE * len(moment), SIZE))
+    for column, image in enumerate(moment):
+        frame.paste(image, (SIZE * column, 0))
+    film.append(frame.quantize(64, dither=Image.Dither.NONE))
+path.parent.mkdir(parents=True, exist_ok=True)
+film[0].save(path, save_all=True, append_images=film[1:], duration=1000 // PER_SECOND, loop=0, optimize=True)
+print(path)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # table and cost: what README shows, from the files alone
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1869,23 +1984,25 @@ def scaling_tables(records):
 
 
 def score_table():
-    rows = []
+    """One line for the seeds of a task that trained for the same number of steps; each seed's command is in its file."""
+    groups = {}
     for path in sorted(results.glob("*/*-seed*.json")):
         run = json.loads(path.read_text())
-        if not run.get("gymnasium"):
-            continue
-        seconds = run.get("seconds_to_threshold")
-        reached = "-" if "threshold" not in run else f"{run['threshold']:,} " + (f"in {seconds:,.0f} s" if seconds is not None else "not reached")
-        score = run["gymnasium"]
-        compiled = f"{run['compile_seconds']:,.0f} s" if "compile_seconds" in run else "-"
-        cells = [run["env_id"], ALGORITHMS.get(run["algorithm"], run["algorithm"].upper()), str(run["seed"])]
-        cells += [f"{run['env_steps']:,}", f"{run['train_seconds']:,.0f} s", compiled]
-        cells += [f"{score['mean']:,.0f} ± {score['std']:,.0f}, lowest {score['min']:,.0f}", reached, f"`{run.get('command', '')}`"]
-        rows.append(cells)
+        if run.get("gymnasium"):
+            groups.setdefault((path.parent.name, path.stem.rsplit("-seed", 1)[0], run["env_steps"]), []).append(run)
+    rows = []
+    for (*_, env_steps), runs in groups.items():
+        first, reached = runs[0], [run.get("seconds_to_threshold") for run in runs]
+        times = " / ".join("not reached" if seconds is None else f"{seconds:,.0f}" for seconds in reached)
+        cells = [first["env_id"], ALGORITHMS.get(first["algorithm"], first["algorithm"].upper()), " / ".join(str(run["seed"]) for run in runs), f"{env_steps:,}"]
+        cells += [" / ".join(f"{run['train_seconds']:,.0f}" for run in runs)]
+        cells += [" / ".join(f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-" for run in runs)]
+        cells += [" / ".join(f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs)]
+        rows.append([*cells, f"{first['threshold']:,}" if "threshold" in first else "-", times if "threshold" in first else "-"])
     if rows:
         print("\n**scores in Gymnasium's own environments**\n")
-        header = ["task", "algorithm", "seed", "environment steps", "training time", "compiled in", "score (20 episodes)", "threshold", "command"]
-        print_table(header, rows)
+        header = ["task", "algorithm", "seeds", "environment steps", "training, s", "compiled in, s"]
+        print_table(header + ["score of each seed (20 episodes)", "threshold", "reached after, s"], rows)
 
 
 def seeds_table(record):
@@ -1901,7 +2018,48 @@ def seeds_table(record):
     print(f"\n{record['hardware']}; {len(seconds)} trainings of each in turn. {versions}. Commit {record['commit']}, `{record['command']} --num-seeds K`.")
 
 
+def parity_table(record):
+    """Worst errors that the tests measured; they name a model as its task or as its MJCF file, a row has both."""
+    rows = {}
+    for model, worst in record["rows"].items():
+        rows.setdefault(re.sub("[^a-z0-9]|_?-?v5$", "", model.lower()), {"task": model}).update(worst | ({"task": model} if "-" in model else {}))
+    columns = ["qacc", "qpos after a step of euler", "qpos after a step of implicitfast", "qpos after a step of rk4", "observation of Gymnasium"]
+    print("\n**worst relative error against MuJoCo C, float64**\n")
+    print_table(["task", *columns], [[row["task"], *(number(row, column) for column in columns)] for row in rows.values()])
+    print(f"\n`{record['command']}`, {', '.join(f'{k} {v}' for k, v in record['versions'].items())}.")
+
+
+def physics_table(records):
+    """Of `python vecsim_torch.py --json`: whole environment steps beside MuJoCo C's physics alone, in one run."""
+    rows = []
+    for run in records:
+        ours, theirs = run["physics_steps_per_second"], run["mujoco_c_physics_steps_per_second"]
+        errors = [f"{run['qacc_error_p99_by_iterations'][count]:.0e}" for count in "234"]
+        where = f"{run['threads']} of {run['hardware']}" if run["device"] == "cpu" else run["hardware"]
+        rows.append([run["env_id"], f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}", f"{run['compile_seconds']:.0f} s", *errors, where])
+    print("\n**vecsim, whole environment steps, beside MuJoCo C's physics alone on one core**\n")
+    header = ["task", "physics steps/s", "MuJoCo C", "ratio", "compiled in", "qacc error p99, 2 iterations", "3", "4", "cores"]
+    print_table(header, rows)
+
+
+def profile_table(records):
+    names = ("simulate", "infer", "targets", "sample", "update", "the rest")
+    rows = []
+    for run in records:
+        stages = [run["stages"].get(name) for name in names]
+        cells = [f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-" for stage in stages]
+        rows.append([f"`{run['script']}`", run["env_id"], f"{run['steps']:,}", *cells])
+    print("\n**where an iteration's time goes**\n")
+    print_table(["script", "task", "environment steps", *names], rows)
+    print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
+
+
 records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
+if "physics" in modes:
+    if (results / "parity.json").exists():
+        parity_table(json.loads((results / "parity.json").read_text()))
+    if runs := [json.loads(path.read_text()) for path in sorted(results.glob("vecsim/*.json"))]:
+        physics_table(runs)
 for record in records:
     if record["mode"] in modes and record["mode"] != "scaling":
         print(f"\n**{record['mode']}, {record['case']}**\n")
@@ -1912,6 +2070,8 @@ for record in records:
         cost_table(record)
 if "scaling" in modes:
     scaling_tables([record for record in records if record["mode"] == "scaling"])
+if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sorted(results.glob("profile/*.json"))]):
+    profile_table(runs)
 if "scores" in modes:
     score_table()
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
@@ -2139,7 +2299,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores walk seeds table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores walk seeds profile film table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2254,12 +2414,12 @@ run_learner() {
 }
 
 run_train() {
-  local env_id settings per_core=
-  [[ "$device" = cpu && "$units" -gt 1 ]] && per_core="ours, $units processes|project|train_ours|$units"
+  local env_id settings processes=1 per_core= words=
+  [[ "$device" = cpu && "$units" -gt 1 ]] && processes=$units words=", $units processes" per_core="ours$words|project|train_ours|$units"
   for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo Ant-v5 HalfCheetah-v5)}; do
     settings=$(json env_id "$env_id" device "$device" num_envs 8 env_kwargs "$(env_kwargs_of "$env_id")")
     measure train "$env_id-$place" "environment steps/s" "$settings" \
-      "ours|project|train_ours|1" ${per_core:+"$per_core"} "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
+      "ours|project|train_ours|1" ${per_core:+"$per_core"} "ours$words, networks 64-64 as theirs|project|train_ours|$processes,64,64" "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
       "CleanRL-style, SyncVectorEnv|project|train_cleanrl|sync" "CleanRL-style, AsyncVectorEnv|project|train_cleanrl|async" \
       "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|"
   done
@@ -2323,6 +2483,24 @@ run_seeds() {
   }
 }
 
+run_profile() {
+  local script env_id flags command
+  while read -r script env_id flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    command="python $script --env-id $env_id --profile --eval-episodes 0 --device $device${flags:+ $flags}"
+    "$project_python" "$work/programs/profile.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
+      root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" \
+      path "$results/profile/${script%.py}-$env_id-$place.json" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      [ $? -le 1 ] || exit 130
+      failures=$((failures + 1))
+    }
+  done <<'TRAINERS'
+ppo_gpu_torch.py Ant-v5 --total-timesteps 400000
+ppo_gpu_torch.py HalfCheetah-v5 --total-timesteps 400000
+sac_gpu_torch.py HalfCheetah-v5
+TRAINERS
+}
+
 run_scaling() {
   local env_id count most settings
   : "${max_envs:=$([ "$device" = cuda ] && echo 131072 || echo 16384)}"
@@ -2353,7 +2531,11 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" sim,learner,train,scaling,scores,seeds,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,seeds,cost "$dollars_per_hour"
+    exit 0
+    ;;
+  film)
+    PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results"
     exit 0
     ;;
   plot)
@@ -2388,6 +2570,7 @@ case "$mode" in
   walk) run_walk ;;
   seeds) run_seeds ;;
   scaling) run_scaling ;;
+  profile) run_profile ;;
   cost) run_train ;;
 esac
 [ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour"
