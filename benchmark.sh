@@ -2054,6 +2054,16 @@ def profile_table(records):
     print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
 
 
+def walk_table(record):
+    rows = [
+        [name, str(found["episodes"]), f"{found['without_a_fall']:.0%}", *(f"{found[error]:.3f}" for error in ("velocity_error", "yaw_error")), f"{found['episode_return']:.1f}"]
+        for name, found in (("vecsim", record["walk"]["vecsim"]), ("MuJoCo C", record["walk"]["mujoco"]))
+    ]
+    print(f"\n**a quadruped trained in vecsim, {record['env_steps']:,} environment steps in {record['train_seconds']:,.0f} s**\n")
+    print_table(["simulator", "episodes of 20 s", "without a fall", "velocity error, m/s", "turning error, rad/s", "return"], rows)
+    print(f"\n{record['hardware']}. Commit {record['commit']}, `{record['command']}`.")
+
+
 records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
 if "physics" in modes:
     if (results / "parity.json").exists():
@@ -2074,6 +2084,9 @@ if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sor
     profile_table(runs)
 if "scores" in modes:
     score_table()
+if "walk" in modes:
+    for path in sorted(results.glob("quadruped/*.json")):
+        walk_table(json.loads(path.read_text()))
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
     seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
 PYTHON
@@ -2425,13 +2438,13 @@ run_train() {
   done
 }
 
-training() { # PROGRAM: runs it on the training that run_scores or run_walk describe
+training() { # PROGRAM FILE: runs it on the training that run_scores or run_walk describe; its results go to FILE
   local command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
   [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
   "$project_python" "$work/programs/$1.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
     command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
-    run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
+    run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$2.json" \
     force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || {
     [ $? -le 1 ] || exit 130
     return 1
@@ -2446,7 +2459,7 @@ run_scores() {
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
     [[ -z "$set" || "$file" = "$set/"* ]] || continue
     for seed in ${seeds//,/ }; do
-      training scores || failures=$((failures + 1))
+      training scores "$file-seed$seed" || failures=$((failures + 1))
     done
   done <<'TASKS'
 ppo/InvertedPendulum-v5 ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
@@ -2466,7 +2479,7 @@ run_walk() { # the same kind of row, one a task
   local file script env_id seed every threshold minutes flags
   while read -r file script env_id seed every threshold minutes flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
-    training scores && training walk || failures=$((failures + 1))
+    training scores "$file" && training walk "$file" || failures=$((failures + 1))
   done <<'TASKS'
 quadruped/Quadruped-Flat ppo_gpu_torch.py Quadruped-Flat 1 1000000 20 30 --num-envs 512 --actor-hidden 128 64 --critic-hidden 128 64
 TASKS
@@ -2531,7 +2544,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,seeds,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,seeds,cost "$dollars_per_hour"
     exit 0
     ;;
   film)

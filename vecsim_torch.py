@@ -3596,19 +3596,19 @@ class QuadrupedInMujoco(gymnasium.Env):
         self.memory: dict[str, Tensor] = {}
         low, high = (bound.float().numpy() for bound in self.task.action_range(self.model))
         self.action_space = gymnasium.spaces.Box(low, high)
-        measured = self._measured()._replace(memory=self._begin()[1])
+        measured = self._measured()._replace(memory=self._begin())
         self.observation_space = spaces_of(self.task.observe(self.model, measured, self._sense(measured)))[1]
 
     def _random(self, rows: int) -> Tensor:
         return torch.as_tensor(self.np_random.random((rows, 1)))
 
-    def _begin(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """qvel of a fresh episode and the memory that it begins with; mjData gets its state."""
+    def _begin(self) -> dict[str, Tensor]:
+        """The memory that a fresh episode begins with; mjData gets its state."""
         qpos, qvel = reset_state(self.task, self.model, self._random(self.model.nq + self.model.nv))
         qpos, memory = self.task.begin(self.model, qpos, self._random(self.task.random_rows), None, 0)
         mujoco.mj_resetData(self.mj_model, self.data)
-        self.data.qpos[:], self.data.qvel[:] = qpos[:, 0], qvel[:, 0]
-        return qvel, memory
+        self.set_state(qpos[:, 0].numpy(), qvel[:, 0].numpy())
+        return memory
 
     def _measured(self) -> Measured:
         qpos, qvel = (torch.as_tensor(x.copy())[:, None] for x in (self.data.qpos, self.data.qvel))
@@ -3626,18 +3626,25 @@ class QuadrupedInMujoco(gymnasium.Env):
         torque = torch.as_tensor(self.data.qfrc_actuator[6:].copy())[:, None]
         return self.task.sense(self.model, measured) | self.task.pressures(self.model, force) | {"torque": torque}
 
-    def _observation(self, measured: Measured, sensed: dict[str, Tensor]) -> np.ndarray:
-        return torch.cat(list(self.task.observe(self.model, measured, sensed).values()))[:, 0].float().numpy()
+    def _look(self, measured: Measured, sensed: dict[str, Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The observation, and info of the privileged one."""
+        groups = self.task.observe(self.model, measured, sensed), self.task.privileged(self.model, measured, sensed)
+        obs, critic_obs = (torch.cat(list(rows.values()))[:, 0].float().numpy() for rows in groups)
+        return obs, {"critic_obs": critic_obs}
+
+    def set_state(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        """As Gymnasium's own robots have it. What the task carries from step to step stays."""
+        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        self.memory = self._begin()[1]
+        self.memory = self._begin()
         measured = self._measured()
-        return self._observation(measured, self.task.sense(self.model, measured)), {}
+        return self._look(measured, self.task.sense(self.model, measured))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         action = torch.as_tensor(action, dtype=torch.float64).reshape(-1, 1)
-        before = torch.as_tensor(self.data.qpos[:3].copy())[:, None]
+        before = self._measured().qpos[:3]
         self.data.ctrl[:] = self.task.control(self.model, action)[:, 0]
         mujoco.mj_step(self.mj_model, self.data, self.task.frame_skip)
         measured = self._measured()
@@ -3646,9 +3653,9 @@ class QuadrupedInMujoco(gymnasium.Env):
         terms = self.task.reward(self.model, measured, sensed, action, velocity)
         fell = self.task.terminates and not bool(self.task.healthy(measured, sensed))
         self.memory = self.task.remember(self.model, measured, sensed, action, self._random(self.task.random_rows))
-        observation = self._observation(measured._replace(memory=self.memory), sensed)
-        info = {name: float(value) for name, value in terms.items()}
-        return observation, float(self.task.total(terms)), fell, False, info
+        obs, info = self._look(measured._replace(memory=self.memory), sensed)
+        info |= {name: float(value) for name, value in terms.items()}
+        return obs, float(self.task.total(terms)), fell, False, info
 
     def render(self) -> np.ndarray:
         from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
@@ -3665,6 +3672,7 @@ class QuadrupedInMujoco(gymnasium.Env):
 gymnasium.register(
     id="Quadruped-Flat", entry_point=QuadrupedInMujoco, max_episode_steps=1000, disable_env_checker=True
 )
+
 for _name in TASKS:
     gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name})
 
