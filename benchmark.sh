@@ -5,6 +5,7 @@
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games; SAC updates/s against skrl
 #     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
+#     ./benchmark.sh walk       a quadruped trained here, judged here and in MuJoCo C (about half an hour on one core)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, each trick alone on top of it, and all, on the same budget
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
@@ -27,7 +28,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds ablate scaling cost profile film plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk seeds ablate scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -36,7 +37,7 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores seeds a
   --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
-  --total-timesteps N  environment steps of each run in `scores` and `seeds` (default: the trainer's, for the task)
+  --total-timesteps N  environment steps of each run in `scores`, `walk` and `seeds` (default: the trainer's, for the task)
   --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), or
                        mjx (JAX and PyTorch on the same batch)
   --shared             say in the rows of `scores` and `ablate` that other work shared the cores: their times then count for nothing
@@ -76,8 +77,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | seeds | ablate | scaling | cost | profile | film | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores seeds ablate scaling cost profile film plot table programs" ;;
+  sim | learner | train | scores | walk | seeds | ablate | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk seeds ablate scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -1611,6 +1612,110 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# walk: the quadruped that `scores` trained, in its own simulator and in MuJoCo C
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_walk() {
+  cat <<'PYTHON'
+"""Whole episodes of a trained quadruped in vecsim and in MuJoCo C, from one MJCF; adds `walk` to the results of its training.
+
+The policy is deterministic, its statistics are frozen, nothing is randomised. Errors are means over the steps of all episodes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+path, checkpoint = Path(job["path"]), Path(job["run_dir"]) / "checkpoint.pt"
+if job["dry_run"]:
+    print(f"walk: {job['episodes']} episodes of 20 s in each simulator of {checkpoint}\n  about 5 minutes, 1 GiB (guessed)")
+    sys.exit(0)
+record = json.loads(path.read_text())
+if "walk" in record and not job["force"]:
+    print(f"walk: finished, in {path} (--force repeats it)", file=sys.stderr)
+    sys.exit(0)
+if not checkpoint.exists():
+    sys.exit(f"error: walk: {path} is there, but not what it was trained to, {checkpoint}; --force trains again")
+if job["cores"]:
+    os.sched_setaffinity(0, [int(core) for core in job["cores"].split(",")])
+sys.path.insert(0, job["root"])
+
+import gymnasium
+import torch
+
+import ppo_gpu_torch as ppo
+import vecsim_torch
+
+ERRORS = ("velocity_error", "yaw_error")
+
+
+def outcome(returns, steps, fell, errors):
+    names = dict(zip(ERRORS, (errors / steps.sum()).tolist(), strict=True))
+    return dict(episodes=len(fell), without_a_fall=1 - fell.double().mean().item(), **names,
+                episode_return=returns.mean().item(), seconds=steps.mean().item() / 50)  # fmt: skip
+
+
+def judge(step, obs, episodes):
+    """step(action (N, nu), running) -> obs, reward, terminated, truncated and errors, each (N, ...); first episodes count."""
+    returns, steps, errors = torch.zeros(episodes), torch.zeros(episodes), torch.zeros(len(ERRORS))
+    running, fell = torch.ones(episodes, dtype=torch.bool), torch.zeros(episodes, dtype=torch.bool)
+    while running.any():
+        obs, reward, terminated, truncated, error = step(agent.act(obs), running)
+        returns += reward * running
+        steps += running
+        errors += (error * running[:, None]).sum(0)
+        fell |= running & terminated
+        running &= ~(terminated | truncated)
+    return outcome(returns, steps, fell, errors)
+
+
+def in_vecsim(env):
+    def step(action, running):
+        obs, reward, terminated, truncated, info = env.step(action)
+        return obs, reward, terminated, truncated, torch.stack([info[name] for name in ERRORS], 1)
+
+    return judge(step, env.reset(seed=args.seed)[0], env.num_envs)
+
+
+def in_mujoco(episodes):
+    options = ppo.gymnasium_options(args.env_kwargs)
+    envs = [gymnasium.make(args.env_id, **options) for _ in range(episodes)]
+
+    def step(action, running):
+        rows = []
+        for env, chosen, goes_on in zip(envs, action, running.tolist(), strict=True):
+            if not goes_on:
+                rows.append(idle)  # of an episode that is over: not counted
+                continue
+            obs, reward, terminated, truncated, info = env.step(chosen.numpy())
+            rows.append((torch.as_tensor(obs), reward, terminated, truncated, [info[name] for name in ERRORS]))
+        obs, *rest = zip(*rows, strict=True)
+        return torch.stack(obs), *(torch.tensor(x) for x in rest)
+
+    obs = torch.stack([torch.as_tensor(env.reset(seed=args.seed + k)[0]) for k, env in enumerate(envs)])
+    idle = (obs[0], 0.0, False, False, [0.0] * len(ERRORS))
+    return judge(step, obs, episodes)
+
+
+torch.set_num_threads(1)
+trained = ppo.load_checkpoint(str(checkpoint), "ppo")
+args = ppo.Args(**trained["args"])
+options = dict(integrator=args.integrator, iterations=args.solver_iterations) | ppo.gymnasium_options(args.env_kwargs)
+env = vecsim_torch.make(args.env_id, job["episodes"], device="cpu", **options)
+agent = ppo.Agent(env.single_observation_space.shape[0], env.single_critic_space.shape[0], env.single_action_space, args)
+agent.load_state_dict(trained["agent"])
+record["walk"] = dict(vecsim=in_vecsim(env), mujoco=in_mujoco(job["episodes"]))
+beside = path.with_suffix(".tmp")
+beside.write_text(json.dumps(record, indent=1) + "\n")
+os.replace(beside, path)
+for name, found in record["walk"].items():
+    shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "episodes")
+    print(f"walk in {name}, {found['episodes']} episodes: {shown}", file=sys.stderr)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # seeds: many agents in one program of ppo_mjx_jax.py
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2002,6 +2107,16 @@ def profile_table(records):
     print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
 
 
+def walk_table(record):
+    rows = [
+        [name, str(found["episodes"]), f"{found['without_a_fall']:.0%}", *(f"{found[error]:.3f}" for error in ("velocity_error", "yaw_error")), f"{found['episode_return']:.1f}"]
+        for name, found in (("vecsim", record["walk"]["vecsim"]), ("MuJoCo C", record["walk"]["mujoco"]))
+    ]
+    print(f"\n**a quadruped trained in vecsim, {record['env_steps']:,} environment steps in {record['train_seconds']:,.0f} s**\n")
+    print_table(["simulator", "episodes of 20 s", "without a fall", "velocity error, m/s", "turning error, rad/s", "return"], rows)
+    print(f"\n{record['hardware']}. Commit {record['commit']}, `{record['command']}`.")
+
+
 records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
 if "physics" in modes:
     if (results / "parity.json").exists():
@@ -2024,6 +2139,9 @@ if "scores" in modes:
     score_tables()
 if "ablate" in modes:
     ablation_tables()
+if "walk" in modes:
+    for path in sorted(results.glob("quadruped/*.json")):
+        walk_table(json.loads(path.read_text()))
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
     seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
 PYTHON
@@ -2286,7 +2404,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores walk seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2412,17 +2530,18 @@ run_train() {
   done
 }
 
-run_training() { # FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: one training with evaluations, into results/FILE-seed<SEED>.json
-  local file=$1 script=$2 env_id=$3 seed=$4 every=$5 threshold=$6 minutes=$7 flags=$8 command status=0
+run_training() { # PROGRAM FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: PROGRAM on one training, its results into results/FILE.json
+  local program=$1 file=$2 script=$3 env_id=$4 seed=$5 every=$6 threshold=$7 minutes=$8 flags=$9 command status=0
   command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
   [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
-  "$project_python" "$work/programs/scores.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
+  "$project_python" "$work/programs/$program.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
     command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
-    run_dir "$cache/scores/${commit// /-}/${file#ppo/}-seed$seed${total_timesteps:+-$total_timesteps-steps}" path "$results/$file-seed$seed.json" \
-    shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}")" || status=$?
+    run_dir "$cache/scores/${commit// /-}/${file#ppo/}${total_timesteps:+-$total_timesteps-steps}" path "$results/$file.json" \
+    shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || status=$?
   [ "$status" -le 1 ] || exit 130
   failures=$((failures + status))
+  return "$status"
 }
 
 # Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
@@ -2434,7 +2553,7 @@ run_scores() {
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
     [[ -z "$set" || "$file" = "$set/"* ]] || continue
     for seed in ${seeds//,/ }; do
-      run_training "$file" "$script" "$env_id" "$seed" "$every" "$threshold" "$minutes" "$flags"
+      run_training scores "$file-seed$seed" "$script" "$env_id" "$seed" "$every" "$threshold" "$minutes" "$flags" || true
     done
   done <<'TASKS'
 ppo/InvertedPendulum-v5 ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
@@ -2449,8 +2568,8 @@ sac/HalfCheetah-v5-ppo ppo_gpu_torch.py HalfCheetah-v5 1,2,3 100000 3000 2 --tot
 sac/Hopper-v5 sac_gpu_torch.py Hopper-v5 1,2,3 20000 2500 15
 mjx/InvertedPendulum-v5 ppo_mjx_jax.py InvertedPendulum-v5 1,2,3 32768 1000 2
 mjx/InvertedPendulum-v5-torch ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
-mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 3000000
-mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-envs 256 --num-steps 64 --total-timesteps 3000000
+mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 1500000
+mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-envs 256 --num-steps 64 --total-timesteps 1500000
 TASKS
 }
 
@@ -2461,7 +2580,7 @@ run_ablate() {
   : "${total_timesteps:=16384}"
   for seed in 1 2 3; do # seed by seed: cut short, every variant has as many
     while read -r name flags; do
-      run_training "sac/ablation/$env_id/$name" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 8)) 1000 2 "$flags $budget"
+      run_training scores "sac/ablation/$env_id/$name-seed$seed" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 8)) 1000 2 "$flags $budget" || true
     done <<'VARIANTS'
 textbook --preset vanilla
 scaled-rewards --preset vanilla --normalize-rewards True
@@ -2478,6 +2597,17 @@ higher-learning-rate --preset vanilla --learning-rate 1e-3 --temperature-learnin
 all --preset best
 VARIANTS
   done
+}
+
+run_walk() { # the same kind of row, one a task
+  local file script env_id seed every threshold minutes flags row
+  while read -r file script env_id seed every threshold minutes flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    row=("$file" "$script" "$env_id" "$seed" "$every" "$threshold" "$minutes" "$flags")
+    run_training scores "${row[@]}" && run_training walk "${row[@]}" || true
+  done <<'TASKS'
+quadruped/Quadruped-Flat ppo_gpu_torch.py Quadruped-Flat 1 1000000 20 30 --num-envs 512 --actor-hidden 128 64 --critic-hidden 128 64
+TASKS
 }
 
 run_seeds() {
@@ -2539,7 +2669,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,seeds,ablate,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,seeds,ablate,cost "$dollars_per_hour"
     exit 0
     ;;
   film)
@@ -2575,6 +2705,7 @@ case "$mode" in
   learner) run_learner ;;
   train) run_train ;;
   scores) run_scores ;;
+  walk) run_walk ;;
   seeds) run_seeds ;;
   ablate) run_ablate ;;
   scaling) run_scaling ;;

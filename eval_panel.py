@@ -705,14 +705,14 @@ class MujocoC(Vecsim):
         self.robots = [make() for _ in range(num_envs)]
 
     def reset(self, seed: int) -> tuple[Tensor, Tensor]:
-        """The observation is vecsim's, which equals Gymnasium's at the same state."""
-        obs, _ = super().reset(seed)
+        """The observation is vecsim's, which equals Gymnasium's at the same state; a commanded robot then draws its own command."""
+        obs, critic_obs = super().reset(seed)
         qpos, qvel = (x.T.double().cpu().numpy() for x in super().state())
         for robot, position, velocity in zip(self.robots, qpos, qvel, strict=True):
             robot.reset()
             robot.unwrapped.set_state(position, velocity)
-        self.obs, self.ended = obs, np.zeros(len(self.robots), bool)
-        return obs, obs
+        self.obs, self.critic_obs, self.ended = obs, critic_obs, np.zeros(len(self.robots), bool)
+        return obs, critic_obs
 
     def state(self) -> tuple[Tensor, Tensor]:
         datas = [robot.unwrapped.data for robot in self.robots]
@@ -721,19 +721,20 @@ class MujocoC(Vecsim):
         return qpos, qvel
 
     def step(self, action: Tensor) -> Step:
-        commands, obs = action.cpu().numpy(), self.obs.cpu().numpy().copy()
-        reward, speed = np.zeros(len(obs)), np.full(len(obs), math.nan)
+        commands, obs, critic_obs = action.cpu().numpy(), self.obs.cpu().numpy().copy(), self.critic_obs.cpu().numpy().copy()
+        reward, speed, tracking = np.zeros(len(obs)), *np.full((2, len(obs)), math.nan)
         terminated, truncated = np.zeros(len(obs), bool), np.zeros(len(obs), bool)
         for k in np.flatnonzero(~self.ended):
             obs[k], reward[k], terminated[k], truncated[k], info = self.robots[k].step(commands[k])
-            speed[k] = info.get("x_velocity", math.nan)
+            critic_obs[k] = info.get("critic_obs", obs[k])
+            speed[k], tracking[k] = (info.get(name, math.nan) for name in ("x_velocity", "velocity_error"))
         self.ended |= terminated | truncated
         device = self.obs.device
-        self.obs = torch.as_tensor(obs).to(device)
-        reward, speed = (torch.as_tensor(x).float().to(device) for x in (reward, speed))
+        self.obs, self.critic_obs = (torch.as_tensor(x).to(device) for x in (obs, critic_obs))
+        reward, speed, tracking = (torch.as_tensor(x).float().to(device) for x in (reward, speed, tracking))
         terminated, truncated = (torch.as_tensor(x).to(device) for x in (terminated, truncated))
-        invalid, missing = torch.zeros_like(terminated), torch.full_like(reward, math.nan)
-        return Step(self.obs, self.obs, reward, reward, terminated, truncated & ~terminated, invalid, speed, missing)
+        ends = terminated, truncated & ~terminated, torch.zeros_like(terminated)
+        return Step(self.obs, self.critic_obs, reward, reward, *ends, speed, tracking)
 
 
 class Mjx(Vecsim):

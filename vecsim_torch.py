@@ -2587,23 +2587,29 @@ class QuadrupedFlat(Task):
         torque = torch.zeros_like(p.qpos[7:])
         if p.dynamics is not None:
             force, torque = normal_forces(p.dynamics), p.dynamics.smooth.qfrc_actuator[6:]
-
-        def pressed(part: str) -> Tensor:
-            return torch.stack([row for row, name in zip(force, model.contact_names, strict=True) if part in name])
-
         sensed = {
             "position": p.qpos[:3],
             "velocity": apply(turn.transpose(0, 1), p.qvel[:3]),
             "gravity": -turn[2],
             "yaw": torch.atan2(turn[1, 0], turn[0, 0]),
             "torque": torque,
-            "foot_force": pressed("foot"),
-            "leg_contact": (torch.cat((pressed("thigh"), pressed("calf"))) > 0.1).to(force.dtype),
-            "trunk_force": pressed("trunk").amax(0),
+            **self.pressures(model, force),
         }
         if model.terrain is not None:
             sensed["heights"] = height_scan(model.terrain, p.qpos[:3], sensed["yaw"])
         return sensed
+
+    def pressures(self, model: Model, force: Tensor) -> dict[str, Tensor]:
+        """Who touches the ground, from the force (nc, N) N of every contact point."""
+
+        def of(part: str) -> Tensor:
+            return torch.stack([row for row, name in zip(force, model.contact_names, strict=True) if part in name])
+
+        return {
+            "foot_force": of("foot"),
+            "leg_contact": (torch.cat((of("thigh"), of("calf"))) > 0.1).to(force.dtype),
+            "trunk_force": of("trunk").amax(0),
+        }
 
     def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
         groups = {"velocity": sensed["velocity"]} if self.velocity_in_observation else {}
@@ -3582,6 +3588,100 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     """
     return VecSim(env_id, num_envs, **options)
 
+
+class QuadrupedInMujoco(gymnasium.Env):
+    """`Quadruped-Flat` in MuJoCo C: the same MJCF on the same flat ground, one robot, Gymnasium's interface.
+
+    For policies that were trained above. Physics and forces are MuJoCo's; the rules are the task's own.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+
+    def __init__(self, render_mode: str | None = None, camera_name: str = "track", **options: Any):
+        self.render_mode, self.camera_name, self._renderer = render_mode, camera_name, None
+        self.task = QuadrupedFlat(**options)
+        self.mj_model = compile_mjcf(self.task.source())
+        self.data = mujoco.MjData(self.mj_model)
+        self.model = self.task.furnish(load_model(self.mj_model, dtype=torch.float64), self.mj_model)
+        self.memory: dict[str, Tensor] = {}
+        low, high = (bound.float().numpy() for bound in self.task.action_range(self.model))
+        self.action_space = gymnasium.spaces.Box(low, high)
+        measured = self._measured()._replace(memory=self._begin())
+        self.observation_space = spaces_of(self.task.observe(self.model, measured, self._sense(measured)))[1]
+
+    def _random(self, rows: int) -> Tensor:
+        return torch.as_tensor(self.np_random.random((rows, 1)))
+
+    def _begin(self) -> dict[str, Tensor]:
+        """The memory that a fresh episode begins with; mjData gets its state."""
+        qpos, qvel = reset_state(self.task, self.model, self._random(self.model.nq + self.model.nv))
+        qpos, memory = self.task.begin(self.model, qpos, self._random(self.task.random_rows), None, 0)
+        mujoco.mj_resetData(self.mj_model, self.data)
+        self.set_state(qpos[:, 0].numpy(), qvel[:, 0].numpy())
+        return memory
+
+    def _measured(self) -> Measured:
+        qpos, qvel = (torch.as_tensor(x.copy())[:, None] for x in (self.data.qpos, self.data.qvel))
+        return Measured(qpos, qvel, None, self.memory, qpos[:0])
+
+    def _sense(self, measured: Measured) -> dict[str, Tensor]:
+        """The task's measurements; forces and torques are those of MuJoCo's last evaluation, as vecsim's are."""
+        pressed: dict[str, list[float]] = {}
+        force = np.zeros(6)
+        for k, contact in enumerate(self.data.contact):
+            mujoco.mj_contactForce(self.mj_model, self.data, k, force)
+            pressed.setdefault(self.mj_model.geom(contact.geom[1]).name, []).append(force[0])
+        slots = [(pressed.get(name) or [0.0]).pop(0) for name in self.model.contact_names]
+        force = torch.tensor(slots, dtype=torch.float64)[:, None]
+        torque = torch.as_tensor(self.data.qfrc_actuator[6:].copy())[:, None]
+        return self.task.sense(self.model, measured) | self.task.pressures(self.model, force) | {"torque": torque}
+
+    def _look(self, measured: Measured, sensed: dict[str, Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The observation, and info of the privileged one."""
+        groups = self.task.observe(self.model, measured, sensed), self.task.privileged(self.model, measured, sensed)
+        obs, critic_obs = (torch.cat(list(rows.values()))[:, 0].float().numpy() for rows in groups)
+        return obs, {"critic_obs": critic_obs}
+
+    def set_state(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        """As Gymnasium's own robots have it. What the task carries from step to step stays."""
+        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.memory = self._begin()
+        measured = self._measured()
+        return self._look(measured, self.task.sense(self.model, measured))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        action = torch.as_tensor(action, dtype=torch.float64).reshape(-1, 1)
+        before = self._measured().qpos[:3]
+        self.data.ctrl[:] = self.task.control(self.model, action)[:, 0]
+        mujoco.mj_step(self.mj_model, self.data, self.task.frame_skip)
+        measured = self._measured()
+        sensed = self._sense(measured)
+        velocity = (sensed["position"] - before) / (self.task.frame_skip * self.model.timestep)
+        terms = self.task.reward(self.model, measured, sensed, action, velocity)
+        fell = self.task.terminates and not bool(self.task.healthy(measured, sensed))
+        self.memory = self.task.remember(self.model, measured, sensed, action, self._random(self.task.random_rows))
+        obs, info = self._look(measured._replace(memory=self.memory), sensed)
+        info |= {name: float(value) for name, value in terms.items()}
+        return obs, float(self.task.total(terms)), fell, False, info
+
+    def render(self) -> np.ndarray:
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+        if self._renderer is None:
+            self._renderer = MujocoRenderer(self.mj_model, self.data, camera_name=self.camera_name)
+        return self._renderer.render(self.render_mode)
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+
+
+gymnasium.register(
+    id="Quadruped-Flat", entry_point=QuadrupedInMujoco, max_episode_steps=1000, disable_env_checker=True
+)
 
 for _name in TASKS:
     gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name})

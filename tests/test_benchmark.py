@@ -413,4 +413,7 @@ def test_a_dry_run_runs_nothing(tmp_path):
     )
     assert answer.returncode == 0, answer.stderr
     assert "SB3, DummyVecEnv" in answer.stdout and "minutes" in answer.stdout and "GiB" in answer.stdout
+    answer = run(SCRIPT, "walk", "--dry-run", "--results", tmp_path, env={**os.environ, "PYTHON": sys.executable})
+    assert answer.returncode == 0, answer.stderr
+    assert "--env-id Quadruped-Flat" in answer.stdout and "100 episodes of 20 s in each simulator" in answer.stdout
     assert not list(tmp_path.iterdir())

@@ -425,10 +425,10 @@ def test_more_episodes_than_environments_take_several_batches(checkpoints):
 
 
 def test_a_task_that_a_simulator_lacks_is_left_out(tmp_path):
-    subject = panel.Subject("teacher", "", "Quadruped-Flat", {}, None, 0, "", {})
+    subject = panel.Subject("teacher", "", "Quadruped-Rough", {}, None, 0, "", {})
     for name, words in (
-        ("mujoco_c", "Gymnasium has no Quadruped-Flat"),
-        ("mjx", "ppo_mjx_jax.py has no Quadruped-Flat"),
+        ("mujoco_c", "Gymnasium has no Quadruped-Rough"),
+        ("mjx", "ppo_mjx_jax.py has no Quadruped-Rough"),
     ):
         with pytest.raises((ValueError, ImportError), match=words):
             panel.open_simulator(subject, name, panel.Args(episodes=1))

@@ -496,7 +496,7 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--resume", "a.pt", "--play", "b.pt"], "give one of them"),
         (["--capture-video"], "--capture-video films a checkpoint: give --play"),
         (["--resume", "tests"], "checkpoint tests is a folder; give the file in it, tests/checkpoint.pt"),
-        (["--env-id", "Quadruped-Flat", "--eval-every", "1000"], "eval_every: Gymnasium has no Quadruped-Flat to evaluate in"),
+        (["--env-id", "Quadruped-Rough", "--eval-every", "1000"], "eval_every: Gymnasium has no Quadruped-Rough to evaluate in"),
         (["--run-dir", "README.md", "--device", "cpu"], "run_dir = README.md cannot be made: File exists"),
         (["--run-dir", "README.md/a", "--device", "cpu"], "run_dir = README.md/a cannot be made: Not a directory"),
         (["--env-kwargs", "no_such_option", "1", "--device", "cpu"], "no_such_option"),

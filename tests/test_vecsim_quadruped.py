@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import gymnasium
 import mujoco
 import numpy as np
 import pytest
@@ -171,6 +172,31 @@ def test_it_falls_on_its_trunk_or_over():
     qpos[3:5, 2] = torch.tensor([math.cos(0.7), math.sin(0.7)])  # rolled by 1.4 rad
     env.set_state(qpos, qvel)
     assert env.step(torch.zeros(3, 12, dtype=torch.float64))[2].tolist() == [False, True, True]
+
+
+def test_the_robot_in_mujoco_plays_by_the_same_rules():
+    """Gymnasium's Quadruped-Flat is MuJoCo C from end to end: from one state on both simulators report one episode."""
+    robot = gymnasium.make("Quadruped-Flat", velocity_in_observation=True).unwrapped
+    obs, _ = robot.reset(seed=3)
+    assert obs in robot.observation_space
+    env = make(n=1, dtype=torch.float64, iterations=16, velocity_in_observation=True)
+    env.reset()
+    qpos, qvel = (torch.as_tensor(x.copy())[:, None] for x in (robot.data.qpos, robot.data.qvel))
+    carry = env._get_carry()._replace(qpos=qpos, qvel=qvel, position=qpos[:3], memory=torch.cat([*robot.memory.values()]))
+    env._set_carry(carry)
+    assert math.hypot(*robot.memory["command"][:, 0]) > 0.1
+    for t in range(200):
+        action = torch.as_tensor(2.0 * random_actions(env, t))  # it stumbles, and falls in the end
+        obs, reward, fell, _, info = robot.step(action[0].numpy())
+        _, expected, terminated, _, found = env.step(action)
+        assert np.allclose(obs, found["final_obs"][0], atol=1e-4)
+        assert reward == pytest.approx(expected.item(), abs=1e-6) and fell == terminated.item()
+        assert info == pytest.approx({name: found[name].item() for name in info}, abs=1e-4)
+        if fell:
+            break
+    assert t > 10 and fell
+    again, _ = robot.reset(seed=3)
+    assert np.array_equal(again, gymnasium.make("Quadruped-Flat", velocity_in_observation=True).reset(seed=3)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
