@@ -228,10 +228,11 @@ TASK_DEFAULTS = {
     # reward_scale: rewards per second, so that returns are large beside what an untrained value function says
     "Quadruped-Flat": dict(
         total_timesteps=75_000_000, integrator="implicitfast", env_kwargs={"randomize": True}, reward_scale=50.0,
-        num_minibatches=4),
+        num_minibatches=4, entropy_coef=0.005),
     "Quadruped-Rough": dict(
         total_timesteps=300_000_000, num_envs=4096, integrator="implicitfast", env_kwargs={"randomize": True},
-        reward_scale=50.0, num_minibatches=4, actor_hidden=(512, 256, 128), critic_hidden=(512, 256, 128), student_hidden=(512, 256, 128)),
+        reward_scale=50.0, num_minibatches=4, entropy_coef=0.005, actor_hidden=(512, 256, 128),
+        critic_hidden=(512, 256, 128), student_hidden=(512, 256, 128)),
 }  # fmt: skip
 
 # Of vecsim_torch.make's `perturb`, one at a time on the robot that is not randomised.

@@ -2514,7 +2514,8 @@ class QuadrupedFlat(Task):
     torque_weight: float = -2e-4
     joint_acceleration_weight: float = -2.5e-7
     action_rate_weight: float = -0.01
-    air_time_weight: float = 1.0
+    air_time_weight: float = 0.5
+    air_time_target: float = 0.25  # s; a foot that lands sooner costs, one that lands later pays
     collision_weight: float = -1.0
     joint_limit_weight: float = -10.0
     penalty_scale: float = 0.02  # of the reward, see `total`: a penalty of 1 per second costs a factor of e
@@ -2645,7 +2646,8 @@ class QuadrupedFlat(Task):
         yaw_error = (command[2] - p.qvel[5]).abs()
         contact = (sensed["foot_force"] > 1.0) | (memory["contact"] > 0)
         landed = contact & (memory["air_time"] > 0)
-        air_time = ((memory["air_time"] + seconds - 0.5) * landed).sum(0) * (torch.hypot(command[0], command[1]) > 0.1)
+        air_time = ((memory["air_time"] + seconds - self.air_time_target) * landed).sum(0)
+        air_time = air_time * (torch.hypot(command[0], command[1]) > 0.1)
         centre, half = (model.ctrl_high + model.ctrl_low) / 2, (model.ctrl_high - model.ctrl_low) / 2
         terms = {
             "track_velocity": torch.exp(-error.square() / 0.25),
@@ -3626,13 +3628,14 @@ class QuadrupedInMujoco(gymnasium.Env):
 
     def _sense(self, measured: Measured) -> dict[str, Tensor]:
         """The task's measurements; forces and torques are those of MuJoCo's last evaluation, as vecsim's are."""
-        pressed: dict[str, list[float]] = {}
-        force = np.zeros(6)
-        for k, contact in enumerate(self.data.contact):
-            mujoco.mj_contactForce(self.mj_model, self.data, k, force)
-            pressed.setdefault(self.mj_model.geom(contact.geom[1]).name, []).append(force[0])
-        slots = [(pressed.get(name) or [0.0]).pop(0) for name in self.model.contact_names]
-        force = torch.tensor(slots, dtype=torch.float64)[:, None]
+        data, geoms = self.data, self.model.contact_geom
+        force, wrench = torch.zeros(len(geoms), 1, dtype=torch.float64), np.zeros(6)
+        for k, contact in enumerate(data.contact):
+            mujoco.mj_contactForce(self.mj_model, data, k, wrench)
+            geom = contact.geom[1]
+            along = data.geom_xmat[geom].reshape(3, 3)[:, 2] @ (contact.pos - data.geom_xpos[geom])
+            of_a_capsule = geoms.count(geom) == 2  # two ends, that along the axis first
+            force[geoms.index(geom) + int(of_a_capsule and along < 0)] = wrench[0]
         torque = torch.as_tensor(self.data.qfrc_actuator[6:].copy())[:, None]
         return self.task.sense(self.model, measured) | self.task.pressures(self.model, force) | {"torque": torque}
 

@@ -144,7 +144,7 @@ def test_control_step_equals_mujoco():
             "torque": -2e-4 * (torque**2).sum(),
             "joint_acceleration": -2.5e-7 * (((qvel[6:] - old["joint_velocity"]) / seconds) ** 2).sum(),
             "action_rate": -0.01 * ((action[k].numpy() - old["last_action"]) ** 2).sum(),
-            "air_time": ((old["air_time"] + seconds - 0.5) * contact * (old["air_time"] > 0)).sum()
+            "air_time": 0.5 * ((old["air_time"] + seconds - 0.25) * contact * (old["air_time"] > 0)).sum()
             * (np.hypot(*command[:2]) > 0.1),
             "collision": -1.0 * sum(f > 0.1 for f in legs),
             "joint_limit": -10.0 * np.maximum(beyond, 0).sum(),
@@ -191,6 +191,7 @@ def test_the_robot_in_mujoco_plays_by_the_same_rules():
         _, expected, terminated, _, found = env.step(action)
         assert np.allclose(obs, found["final_obs"][0], atol=1e-4)
         assert reward == pytest.approx(expected.item(), abs=1e-6) and fell == terminated.item()
+        assert np.allclose(info.pop("critic_obs"), found["final_critic_obs"][0], atol=1e-4)
         assert info == pytest.approx({name: found[name].item() for name in info}, abs=1e-4)
         if fell:
             break
@@ -251,7 +252,7 @@ def test_air_time_by_hand():
         p = p._replace(memory=task.remember(model, p, sensed, state.qpos[7:], state.qpos[:9]))
         counted.append(float(p.memory["air_time"][0]))
     assert counted == pytest.approx([0, 0, 0.02, 0.04, 0.06, 0, 0])
-    assert paid == pytest.approx([0, 0, 0, 0, 0, 0.02 * (0.08 - 0.5), 0])
+    assert paid == pytest.approx([0, 0, 0, 0, 0, 0.02 * 0.5 * (0.08 - 0.25), 0])
 
 
 def test_privileged_observation():
