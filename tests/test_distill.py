@@ -751,7 +751,7 @@ def test_a_perturbation_that_the_task_cannot_have_is_refused_before_the_training
     "arguments, message",
     [
         (
-            ["--student-timesteps", "20480", "--total-timesteps", "20000", "--num-envs", "128"],
+            ["--student-timesteps", "20480", "--total-timesteps", "40000", "--num-envs", "128"],
             "was trained with num_envs = 64, not 128; leave that flag away",
         ),
         (
