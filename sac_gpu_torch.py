@@ -212,7 +212,7 @@ TASK_DEFAULTS = {
                                 actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Hopper-v5": dict(total_timesteps=2_000_000),
     "Walker2d-v5": dict(total_timesteps=3_000_000),
-    "HalfCheetah-v5": dict(total_timesteps=2_000_000),
+    "HalfCheetah-v5": dict(total_timesteps=160_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.98),
     "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
     "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
