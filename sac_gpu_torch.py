@@ -208,11 +208,12 @@ COMMON = dict(
     noise_repeat_max=16, learning_rate=1e-3, learning_rate_final=3e-4, temperature_learning_rate=1e-3,
 )  # fmt: skip
 TASK_DEFAULTS = {
-    "InvertedPendulum-v5": dict(num_envs=32, total_timesteps=60_000, learning_starts=2_000, batch_size=256, updates_per_step=4,
-                                actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "InvertedPendulum-v5": dict(num_envs=32, total_timesteps=16_384, learning_starts=1_000, batch_size=256, updates_per_step=8,
+                                actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min",
+                                normalize_rewards=False, reward_scale=0.04),  # returns of at most 100 fit as they are
     "Hopper-v5": dict(total_timesteps=2_000_000),
     "Walker2d-v5": dict(total_timesteps=3_000_000),
-    "HalfCheetah-v5": dict(total_timesteps=2_000_000),
+    "HalfCheetah-v5": dict(total_timesteps=160_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.98),
     "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
     "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
@@ -221,7 +222,7 @@ TASK_DEFAULTS = {
 PRESETS = {
     "best": dict(),
     "vanilla": dict(
-        normalize_rewards=False, normalize_observations=False, policy_frequency=1, network="mlp", actor_hidden=(256, 256),
+        reward_scale=1.0, normalize_rewards=False, normalize_observations=False, policy_frequency=1, network="mlp", actor_hidden=(256, 256),
         critic_hidden=(256, 256), weight_projection=False, critic="scalar", critic_reduction="min", n_step=1, tau=0.005,
         target_entropy=-1.0, temperature_init=1.0, noise_repeat_max=1, learning_rate=3e-4, learning_rate_final=3e-4,
         temperature_learning_rate=3e-4),
@@ -366,13 +367,18 @@ def linear_layer(inputs: int, outputs: int, gain: float, bias: bool = True) -> n
 
 
 class PlainNetwork(nn.Module):
-    """ReLU layers; or, normalised, layers each followed by layer norm and SiLU. The head starts near zero."""
+    """ReLU layers; or, normalised, layers each followed by layer norm and SiLU. The head starts near zero.
+
+    Layer norm alone would divide the size of the input away: x and 2 x would look the same, and a robot near its target has only
+    small errors to tell apart. So normalised layers start with biases of the size that torch.nn.Linear gives them, not with zeros."""
 
     def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int, normalized: bool):
         super().__init__()
         sizes, layers = [inputs, *hidden], []
         for i in range(len(hidden)):
-            layers += [linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0), bias=not normalized)]
+            layers += [linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0))]
+            if normalized:
+                nn.init.uniform_(layers[-1].bias, -(sizes[i] ** -0.5), sizes[i] ** -0.5)
             layers += [nn.LayerNorm(sizes[i + 1]), nn.SiLU()] if normalized else [nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.head = linear_layer(sizes[-1], outputs, gain=0.01)

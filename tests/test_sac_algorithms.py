@@ -508,6 +508,15 @@ def test_each_loss_has_gradients_for_its_own_networks_only(kind):
     assert all(p.grad.abs().sum() > 0 for p in (*agent.actor.parameters(), *agent.temperature.parameters()))
 
 
+def test_layer_norm_leaves_the_size_of_the_observation_visible():
+    """Without biases before it, layer norm sees the direction alone: near its target a robot could not tell a small error from a large one."""
+    torch.manual_seed(0)
+    network = sac.make_network("layer_norm", 4, (64, 64), 1)
+    x = torch.randn(256, 4)
+    small, large = network.hidden(x), network.hidden(3.0 * x)
+    assert (small - large).std() > 0.2 * large.std()
+
+
 def test_batch_norm_uses_the_batch_when_learning_and_running_means_otherwise():
     norm = sac.BatchNorm(2)
     x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * 3.0 + 5.0
