@@ -228,10 +228,10 @@ TASK_DEFAULTS = {
     # reward_scale: rewards per second, so that returns are large beside what an untrained value function says
     "Quadruped-Flat": dict(
         total_timesteps=75_000_000, integrator="implicitfast", env_kwargs={"randomize": True}, reward_scale=50.0,
-        num_minibatches=4, entropy_coef=0.005),
+        num_minibatches=4, entropy_coef=0.005, desired_kl=0.02),
     "Quadruped-Rough": dict(
         total_timesteps=300_000_000, num_envs=4096, integrator="implicitfast", env_kwargs={"randomize": True},
-        reward_scale=50.0, num_minibatches=4, entropy_coef=0.005, actor_hidden=(512, 256, 128),
+        reward_scale=50.0, num_minibatches=4, entropy_coef=0.005, desired_kl=0.02, actor_hidden=(512, 256, 128),
         critic_hidden=(512, 256, 128), student_hidden=(512, 256, 128)),
 }  # fmt: skip
 

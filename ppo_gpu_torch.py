@@ -201,10 +201,11 @@ TASK_DEFAULTS = {
     # reward_scale: rewards per second, so that returns are large beside what an untrained value function says
     "Quadruped-Flat": dict(
         total_timesteps=50_000_000, integrator="implicitfast", env_kwargs={"velocity_in_observation": True},
-        reward_scale=50.0, num_steps=24, num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005),
+        reward_scale=50.0, num_steps=24, num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005, desired_kl=0.02),
     "Quadruped-Rough": dict(
         total_timesteps=200_000_000, num_envs=4096, integrator="implicitfast", reward_scale=50.0, num_steps=24,
-        num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005, actor_hidden=(512, 256, 128), critic_hidden=(512, 256, 128)),
+        num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005, desired_kl=0.02, actor_hidden=(512, 256, 128),
+        critic_hidden=(512, 256, 128)),
 }  # fmt: skip
 
 
