@@ -93,6 +93,8 @@ class Args:
     """auto (CUDA where there is a GPU, else CPU), cpu, cuda or cuda:N"""
     compile: bool = True
     """compile physics, policy step and losses with torch.compile (a minute or so, reported apart)"""
+    cpu_threads: int | None = None
+    """threads of PyTorch on a CPU (>= 1; default: 1 with --no-compile, whose many small operations more threads only delay, else PyTorch's choice)"""
     cuda_graphs: bool = True
     """capture the policy step and the gradient steps in CUDA graphs (no effect on a CPU)"""
     bf16: bool = False
@@ -243,6 +245,7 @@ def with_task_defaults(args: Args, common: dict = COMMON, tasks: dict = TASK_DEF
         run_dir=str(Path(args.resume).parent) if args.resume else f"runs/{name}",
         checkpoint_every=max(1, args.total_timesteps // 10),
         log_every=max(1, args.total_timesteps // 200),
+        cpu_threads=torch.get_num_threads() if args.compile else 1,
     )
     return dataclasses.replace(args, **{name: value for name, value in derived.items() if getattr(args, name) is None})
 
@@ -265,7 +268,7 @@ class Sizes(NamedTuple):
 def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFILED) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
-    counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every"
+    counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every cpu_threads"
     rates = "learning_rate learning_rate_final temperature_learning_rate"
     rules = (  # flags, what is legal, and how to say it
         (counts, lambda x: x >= 1, ">= 1"),
@@ -1519,6 +1522,8 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     if checkpoint:
         check_resumable(checkpoint, args, device, world_size)
     preparation_started = time.perf_counter()
+    if device.type == "cpu":
+        torch.set_num_threads(args.cpu_threads)
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))

@@ -467,6 +467,7 @@ def test_step_and_reset_refuse():
 
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 AT_SETUP = {"load_model", "__init__", "state_dict"}  # before the first step, or once a checkpoint
+ON_THE_CPU = {"_begin", "_look"}  # the quadruped in MuJoCo C, one robot
 
 
 def test_no_host_reads():
@@ -480,7 +481,7 @@ def test_no_host_reads():
             name = child.name if isinstance(child, ast.FunctionDef) else function
             if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in HOST_READS:
                 last = lines[child.func.end_lineno - 1]
-                if name not in AT_SETUP and "# host sync" not in last and child.lineno < banner:
+                if name not in AT_SETUP | ON_THE_CPU and "# host sync" not in last and child.lineno < banner:
                     found.append(f"line {child.lineno}, {name}: {last.strip()}")
             visit(child, name)
 
