@@ -62,7 +62,7 @@ import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from mujoco import mjx
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
@@ -94,7 +94,8 @@ mujoco.set_mju_user_warning(show_mujoco_warning)
 
 @dataclasses.dataclass
 class Args:
-    """A flag left at None takes the value of its task in TASK_DEFAULTS. All counts are environment steps over all environments."""
+    """Flags of a run. None means the value of the task's row in TASK_DEFAULTS, else of COMMON, unless the help says otherwise.
+    total_timesteps and every *_every count environment steps over all environments, of each agent."""
 
     env_id: str = "InvertedPendulum-v5"
     """task: one of TASK_DEFAULTS, Gymnasium's own"""
@@ -290,22 +291,29 @@ def resolve(args: Args) -> Args:
 def check(args: Args):
     """Refuse what breaks a rule, with the rule."""
     counts = "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches solver_iterations ls_iterations"
-    positive = "reward_scale clip_coef max_grad_norm learning_rate desired_kl learning_rate_min"
+    positive = "reward_scale learning_rate desired_kl learning_rate_min learning_rate_max"
+    lowest, highest = args.learning_rate_min, args.learning_rate_max
     rules = (  # flags, what is legal, and how to say it
         (f"{counts} checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
-        ("seed eval_episodes entropy_coef bounds_coef", lambda x: x >= 0, ">= 0"),
-        (positive, lambda x: x > 0, "> 0"),
-        ("desired_kl_final", lambda x: x is None or x > 0, "> 0"),
+        ("seed eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("entropy_coef bounds_coef", lambda x: 0 <= x < np.inf, ">= 0 and finite"),
+        ("clip_coef max_grad_norm", lambda x: x > 0, "> 0"),
+        (positive, lambda x: 0 < x < np.inf, "> 0 and finite"),
+        ("desired_kl_final", lambda x: x is None or 0 < x < np.inf, "> 0 and finite"),
+        ("log_std_init", np.isfinite, "finite"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
-        ("learning_rate_max", lambda x: x >= args.learning_rate_min, f">= learning_rate_min = {args.learning_rate_min:g}"),
+        ("learning_rate_max", lambda x: x >= lowest, f">= learning_rate_min = {lowest:g}"),
         ("log_std_min", lambda x: x <= args.log_std_init, f"<= log_std_init = {args.log_std_init:g}"),
         ("device", lambda x: x in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
     )  # fmt: skip
     for names, legal, rule in rules:
         for name in names.split():
             require(legal(getattr(args, name)), f"{name} = {getattr(args, name)} must be {rule}")
+    require(args.learning_rate_schedule != "adaptive" or lowest <= args.learning_rate <= highest,
+            f"learning_rate = {args.learning_rate:g} must be between learning_rate_min = {lowest:g} and learning_rate_max = {highest:g} "
+            "under the adaptive schedule")  # fmt: skip
     require(not args.clip_value_loss or np.isfinite(args.clip_coef),
             "clip_value_loss needs a finite clip_coef; use --clip-coef 0.2 or --no-clip-value-loss")  # fmt: skip
     require(
@@ -761,7 +769,7 @@ class Statistics(NamedTuple):
 
 
 SAME_POLICY = "env_id env_kwargs actor_hidden critic_hidden normalize_observations num_envs num_seeds sweep"  # to play a checkpoint
-SAME_RUN = SAME_POLICY + " num_steps seed"  # to resume it
+SAME_RUN = SAME_POLICY + " num_steps seed normalize_values log_std_init random_initial_ages"  # to resume it
 
 
 class AgentState(NamedTuple):
@@ -1021,7 +1029,7 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
     # Log
     ended = rollout.terminated | rollout.truncated
     metrics = {name: term.mean() for name, term in terms.items()} | dict(
-        episodes=ended.sum(), return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),
+        episodes=ended.sum(), success_sum=(rollout.truncated & ~rollout.terminated).sum(), return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),
         invalid=rollout.invalid.sum(), learning_rate=state.learning_rate, action_std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
         explained_variance=explained_variance,
     )  # fmt: skip
@@ -1136,7 +1144,9 @@ def cpu_cores() -> int:
 
 
 def hardware() -> str:
-    return f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {cpu_cores()} CPU cores"
+    """Of the devices in use."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return f"{len(jax.local_devices(backend=device.platform))} x {device.device_kind}, {cpu_cores()} CPU cores"
 
 
 def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
@@ -1150,12 +1160,14 @@ def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
 
 
 def load_header(path: str) -> dict:
+    require(not Path(path).is_dir(), f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.npz'}")
     require(Path(path).is_file(), f"there is no checkpoint {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return json.loads(str(file["header"]))
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
-        raise InputError(f"{path} is not a checkpoint of this script") from None
+            header = json.loads(str(file["header"]))
+            return header | {name: dict(header[name]) for name in ("args", "counters")}
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path} is not a checkpoint of this script, or it is damaged") from None
 
 
 def saved_args(path: str) -> Args:
@@ -1200,16 +1212,33 @@ def load_state(path: str, like: AgentState) -> AgentState:
         return jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])
 
 
+def check_run_dir(args: Args):
+    """Make the folder. A run must not write over another one; only a resumed run goes on in its own folder."""
+    folder = Path(args.run_dir)
+    own = args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    advice = ", or --resume its checkpoint.npz" if (folder / "checkpoint.npz").exists() else ""
+    rule = f"run_dir = {args.run_dir} holds a run already; choose another{advice}"
+    require(bool(own) or not (folder / "metrics.jsonl").exists(), rule)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir = {args.run_dir} cannot be made: {error.strerror}") from None
+
+
 class Log:
     """metrics.jsonl, TensorBoard and a progress bar."""
 
     def __init__(self, run_dir: Path, args: Args, first_step: int):
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of its last line
         # What an interrupted run logged after its checkpoint is run, and logged, again.
-        path.write_text("".join(line for line in lines if json.loads(line)["env_steps"] <= first_step))
+        path.write_text("".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
         self.file = open(path, "a")
         self.events = EventFileWriter(str(run_dir))
+        if first_step:  # TensorBoard drops what comes after the checkpoint
+            start = SessionLog(status=SessionLog.START)
+            self.events.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
         patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
         self.bar = tqdm(
             total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
@@ -1261,14 +1290,13 @@ def metrics_row(sums: dict, iterations: int, counters: dict, steps_per_second: f
         return float(finite.mean()) if len(finite) else None
 
     sums = {name: np.asarray(value, dtype=np.float64) for name, value in sums.items()}  # host sync
-    episodes, returns, lengths, invalid = (
-        sums.pop(name) for name in ("episodes", "return_sum", "length_sum", "invalid")
-    )
+    names = "episodes return_sum length_sum invalid success_sum"
+    episodes, returns, lengths, invalid, successes = (sums.pop(name) for name in names.split())
     total = episodes.sum()
     row = dict(
         env_steps=counters["env_steps"], wall_seconds=counters["train_seconds"], steps_per_second=steps_per_second,
         episode_return=returns.sum() / total if total else None, episode_length=lengths.sum() / total if total else None,
-        episodes=int(total), success=None, invalid=int(invalid.sum()),
+        episodes=int(total), success=successes.sum() / total if total else None, invalid=int(invalid.sum()),
         **{name: mean(value / iterations) for name, value in sums.items()},
     )  # fmt: skip
     if len(episodes) > 1:
@@ -1341,7 +1369,7 @@ def shardings(setup: Setup, state: AgentState) -> AgentState:
 
 
 def configure(args: Args):
-    """JAX's own settings, before it looks for devices. Compiled programs are kept on disk: the second run compiles nothing."""
+    """JAX's own settings, before it looks for devices. Compiled programs are kept on disk, where the second run reads them."""
     if "xla_cpu_multi_thread_eigen" not in os.environ.get("XLA_FLAGS", ""):
         # XLA's CPU thread pool waits for itself and hangs when batched LAPACK calls of MJX run in it (seen with 8 agents, jaxlib 0.10.2).
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -1378,6 +1406,7 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     """The whole run; returns what eval.json holds. `env` replaces the task by one of the caller's own (its env_id then only names it)."""
     # Set-up
     args = resolve(args)
+    require(env is None or args.eval_every is None, "eval_every: Gymnasium has no such environment to evaluate in; leave that flag away")
     configure(args)
     counters = dict(env_steps=0, train_seconds=0.0, compile_seconds=0.0)
     if args.resume:
@@ -1386,13 +1415,14 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
         join_hosts()
     devices = devices or pick_devices(args)
     leads = jax.process_index() == 0
+    if leads:  # the one writer
+        check_run_dir(args)
     own_env = env is not None
     setup = make_setup(env or make_environment(make_task(args)), args, devices)
     hyper, seeds = hyperparameters(args)
     steps_per_iteration = args.num_envs * args.num_steps
     run_dir = Path(args.run_dir)
     if leads:
-        run_dir.mkdir(parents=True, exist_ok=True)
         config = dataclasses.asdict(args) | dict(versions=versions(), hardware=hardware())
         (run_dir / "config.json").write_text(json.dumps(config, indent=2))
         print(f"{run_dir}: {len(seeds)} agent(s), {setup.mesh.size} device(s), {setup.iterations:,} iterations of {args.num_envs:,} x "
@@ -1404,7 +1434,10 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     shapes = jax.eval_shape(create, hyper, seeds)
     placement = shardings(setup, shapes)
     if args.resume:
-        state = jax.device_put(load_state(args.resume, shapes), placement)
+        state = load_state(args.resume, shapes)
+        if args.learning_rate != saved_args(args.resume).learning_rate:  # a rate given anew wins over the adapted ones
+            state = state._replace(learning_rate=hyper.learning_rate)
+        state = jax.device_put(state, placement)
     else:
         state = jax.jit(create, out_shardings=placement)(hyper, seeds)
     run = jax.vmap(functools.partial(advance, setup), in_axes=(0, 0, None))
@@ -1432,7 +1465,8 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
         snapshot = gather(state) if evaluate_now or save_now else None  # all hosts take part
         if leads and evaluate_now and args.eval_every and not own_env:
             scores = [score and score["mean"] for score in gymnasium_scores(setup, snapshot, seeds)]
-            row["gymnasium_return"] = float(np.mean([score for score in scores if score is not None]))
+            known = [score for score in scores if score is not None]
+            row["gymnasium_return"] = float(np.mean(known)) if known else None
             row |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
         if leads:
             log.write(row)
@@ -1512,7 +1546,7 @@ def print_agent(agent: dict):
 
 def play(args: Args) -> list[dict]:
     """Score the agents of a checkpoint; with capture_video also film the best of them."""
-    args = dataclasses.replace(args, eval_episodes=max(1, args.eval_episodes))
+    require(args.eval_episodes >= 1, f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
     configure(args)
     check_same_run(args.play, args, SAME_POLICY)
     setup = make_setup(make_environment(make_task(args)), args, pick_devices(args)[:1])
@@ -1618,8 +1652,11 @@ def mujoco_c_speed(model: mujoco.MjModel, ctrl: np.ndarray) -> float:
 def benchmark(args: Args) -> dict:
     """Speed of the physics, and of whole environment steps with rewards and resets, under random actions; error of this very configuration."""
     args = resolve(args)
+    folder = Path(args.benchmark).parent
+    rule = f"benchmark = {args.benchmark} cannot be written; give a file in an existing folder"
+    require(folder.is_dir() and not Path(args.benchmark).is_dir(), rule)
     configure(args)
-    pick_devices(args)
+    device = pick_devices(args)[0]
     task = make_task(args)
     env, length = make_environment(task), 50  # environment steps in one call
     draw = functools.partial(jax.random.uniform, shape=(args.num_envs, len(env.action_low)), minval=-1.0, maxval=1.0)
@@ -1649,7 +1686,7 @@ def benchmark(args: Args) -> dict:
     errors = {f"{name}_p{p}": float(np.percentile(x, p)) for name, x in errors.items() for p in (50, 99, 100)}
     steps = args.num_envs * length
     result = dict(
-        env_id=args.env_id, num_envs=args.num_envs, device=str(jax.devices()[0]), dtype=str(states.qpos.dtype), integrator=args.integrator,
+        env_id=args.env_id, num_envs=args.num_envs, device=str(device), dtype=str(states.qpos.dtype), integrator=args.integrator,
         iterations=args.solver_iterations, ls_iterations=args.ls_iterations, physics_steps_per_second=steps * task.frame_skip / physics_seconds,
         env_steps_per_second=steps / env_seconds, compile_seconds=env_compile + physics_compile,
         **{name.replace("p100", "max"): value for name, value in errors.items()},
@@ -1677,7 +1714,9 @@ def parse_args(argv: list[str]) -> Args:
             raise InputError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue()).split())) from None
 
     args = parse(Args())
-    require(not (args.resume and args.play), "--resume continues training and --play plays: give one of them")
+    modes = [name for name in ("resume", "play", "benchmark") if getattr(args, name)]
+    require(len(modes) < 2, "--resume continues, --play plays and --benchmark measures: give one of them")
+    require(bool(args.play) or not args.capture_video, "--capture-video films a checkpoint: give --play, after training")
     checkpoint = args.resume or args.play
     return resolve(parse(saved_args(checkpoint)) if checkpoint else args)
 
@@ -1689,6 +1728,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: --resume the run's checkpoint.npz to go on from where it was last saved", file=sys.stderr)
+        return 1
     return 0
 
 
