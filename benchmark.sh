@@ -2635,7 +2635,7 @@ run_profile() {
   done <<'TRAINERS'
 ppo_gpu_torch.py Ant-v5 --total-timesteps 400000
 ppo_gpu_torch.py HalfCheetah-v5 --total-timesteps 400000
-sac_gpu_torch.py HalfCheetah-v5
+sac_gpu_torch.py HalfCheetah-v5 --total-timesteps 25600
 TRAINERS
 }
 
