@@ -7,7 +7,8 @@
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
     torchrun --nproc-per-node=2 ppo_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
-Scores, times and hardware: the results table in README.md. A flag whose default reads None takes the value of its task in TASK_DEFAULTS.
+On one AMD EPYC core: InvertedPendulum-v5 1,000 in 12 s, HalfCheetah-v5 8,506 in 6 minutes, Hopper-v5 3,478 in 8, Ant-v5 4,578 in 14 (medians
+of 3 seeds in Gymnasium's own environments; README.md has all). A flag whose default reads None takes the value of its task in TASK_DEFAULTS.
 A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
 
     python ppo_gpu_torch.py --update-epochs 1 --num-minibatches 1 --clip-coef inf --num-steps 5 --learning-rate-schedule constant

@@ -9,11 +9,11 @@
     python ppo_mjx_jax.py --play runs/NAME/checkpoint.npz --capture-video   score a checkpoint, film one episode
     python ppo_mjx_jax.py --env-id Ant-v5 --benchmark ant.json              physics steps/s, and error against MuJoCo C
 
-The first command ends at 1000 in Gymnasium's own environment in all of 20 episodes; a test runs it. What else has been measured is in
-results/mjx/, each file with its versions and hardware.
+The first command ends at 1000 in Gymnasium's own environment in all of 20 episodes, in 2 s of training and 24 s of compilation on one
+AMD EPYC core; a test runs it. What else has been measured is in results/mjx/, each file with its versions and hardware.
 
 The whole iteration is one program: MJX steps, resets to fresh random states, rollout, advantages, epochs over minibatches, learning
-rate, log sums. `train` calls it for as many iterations as the host has nothing to do. An agent is a pure function of its
+rate, log sums. `train` calls it for as many iterations as pass before the host must log, evaluate or save. An agent is a pure function of its
 hyperparameters and seed, so `vmap` makes it many.
 
 The tasks are Gymnasium's own: model and options from gymnasium.make, observation, reward and termination as in its source. The physics
@@ -24,7 +24,8 @@ Training defaults are cheaper: Euler where the MJCF asks for RK4, 4 Newton itera
 model. A policy that they fool shows in the score, which is taken in MuJoCo C with the MJCF's settings.
 
 Sources: Schulman et al. 2016 (GAE, eq. 16) and 2017 (PPO, eq. 7); Pardo et al. 2018 (time limits); rsl_rl's adaptive learning rate
-(Rudin et al. 2022); PureJaxRL's idea of training as one function (Lu et al. 2022). The PyTorch twin with the same flags, defaults and algorithm is ppo_gpu_torch.py; this file imports no other.
+(Rudin et al. 2022); PureJaxRL's idea of training as one function (Lu et al. 2022). The PyTorch twin with the same flags, defaults and
+algorithm is ppo_gpu_torch.py; this file imports no other.
 
 Read in this order: arguments, physics, tasks, auto-reset, networks, algorithm, evaluation, log, train.
 """
