@@ -301,13 +301,18 @@ def linear_layer(inputs: int, outputs: int, gain: float, bias: bool = True) -> n
 
 
 class PlainNetwork(nn.Module):
-    """ReLU layers; or, normalised, layers each followed by layer norm and SiLU. The head starts near zero."""
+    """ReLU layers; or, normalised, layers each followed by layer norm and SiLU. The head starts near zero.
+
+    Layer norm alone would divide the size of the input away: x and 2 x would look the same, and a robot near its target has only
+    small errors to tell apart. So normalised layers start with biases of the size that torch.nn.Linear gives them, not with zeros."""
 
     def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int, normalized: bool):
         super().__init__()
         sizes, layers = [inputs, *hidden], []
         for i in range(len(hidden)):
-            layers += [linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0), bias=not normalized)]
+            layers += [linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0))]
+            if normalized:
+                nn.init.uniform_(layers[-1].bias, -(sizes[i] ** -0.5), sizes[i] ** -0.5)
             layers += [nn.LayerNorm(sizes[i + 1]), nn.SiLU()] if normalized else [nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.head = linear_layer(sizes[-1], outputs, gain=0.01)
@@ -482,8 +487,12 @@ class Subject(NamedTuple):
 
 
 def with_actor_state(policy: Policy, state: dict[str, Tensor]) -> Policy:
-    """The policy with its part of an agent's state_dict."""
-    policy.load_state_dict({name: state[name] for name in policy.state_dict()})
+    """The policy with its part of an agent's state_dict: all of the actor, or it would act as another than was trained."""
+    own = policy.state_dict().keys()
+    others = {name for name in state if name.startswith("actor.")} ^ {name for name in own if name.startswith("actor.")}
+    if others:
+        raise InputError(f"the checkpoint's actor is of another version than this panel: they differ in {', '.join(sorted(others))}")
+    policy.load_state_dict({name: state[name] for name in own})
     return policy
 
 

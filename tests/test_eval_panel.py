@@ -86,6 +86,17 @@ def test_copies_are_the_trainers_word_for_word():
             assert inspect.getsource(getattr(ours, name)) == inspect.getsource(getattr(theirs, name)), name
 
 
+def test_an_actor_with_weights_that_the_panel_does_not_know_is_refused():
+    policy = panel.Policy.__new__(panel.Policy)
+    torch.nn.Module.__init__(policy)
+    policy.actor = torch.nn.Linear(2, 1, bias=False)
+    state = {"actor.weight": torch.zeros(1, 2), "actor.bias": torch.zeros(1), "critic.weight": torch.zeros(1, 2)}
+    with pytest.raises(panel.InputError, match="another version than this panel: they differ in actor.bias"):
+        panel.with_actor_state(policy, state)
+    del state["actor.bias"]
+    panel.with_actor_state(policy, state)
+
+
 @pytest.mark.parametrize(
     "trainer, algorithm, flags",
     [
