@@ -2576,9 +2576,9 @@ TASKS
 
 # Rows: name of the variant, its flags. Each trick stands alone on top of the textbook; what it cannot do without comes with it.
 run_ablate() {
-  local env_id=${env_ids:-InvertedPendulum-v5} seed name flags budget
-  budget="--num-envs 32 --learning-starts 1000 --batch-size 256 --updates-per-step 8 --no-compile" # the same for all
-  : "${total_timesteps:=16384}"
+  local env_id=${env_ids:-HalfCheetah-v5} seed name flags budget
+  budget="--num-envs 128 --learning-starts 5000 --batch-size 256 --updates-per-step 8" # the same for all
+  : "${total_timesteps:=102400}"
   for seed in 1 2 3; do # seed by seed: cut short, every variant has as many
     while read -r name flags; do
       run_training scores "sac/ablation/$env_id/$name-seed$seed" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 8)) 1000 2 "$flags $budget" || true
@@ -2596,6 +2596,7 @@ held-noise --preset vanilla --noise-repeat-max 16
 faster-targets --preset vanilla --tau 0.05
 higher-learning-rate --preset vanilla --learning-rate 1e-3 --temperature-learning-rate 1e-3
 all --preset best
+all-with-half-precision-replay --preset best --half-precision-replay
 VARIANTS
   done
 }
