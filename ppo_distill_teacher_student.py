@@ -120,6 +120,8 @@ class Args:
     """with --play: write a strip of pictures, MuJoCo's, beside the checkpoint; the evidence has one in any case"""
     track: bool = False
     """mirror the metrics to Weights & Biases, a run for each stage (needs `pip install wandb`)"""
+    profile: bool = False
+    """time the parts of ten iterations of each stage, after three of warm-up, then trace one more: profile.json and trace.json.gz in the stage's folder, and a printed table"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] | None = None
@@ -251,6 +253,8 @@ EVIDENCE_OPTIONS = {"Quadruped-Rough": {"curriculum": False}}
 FORWARD = {"command_forward": (0.6, 0.6), "command_sideways": (0.0, 0.0), "standing_share": 0.0}
 FILM_OPTIONS = {"Quadruped-Flat": FORWARD, "Quadruped-Rough": FORWARD | {"terrain_level": 2}}
 
+PROFILED = 3, 10  # iterations before --profile starts to time, and iterations timed
+
 
 def with_task_defaults(
     args: Args, common: dict = COMMON, tasks: dict = TASK_DEFAULTS, panel: dict = PERTURBATIONS
@@ -306,7 +310,9 @@ def check_divides(parts: int, name: str, whole: int, what: str) -> None:
         raise InputError(f"{name} = {parts} does not divide {what} = {whole:,}; use {choices}")
 
 
-def derive_sizes(args: Args, world_size: int, panel: dict = PERTURBATIONS) -> Sizes:
+def derive_sizes(
+    args: Args, world_size: int, panel: dict = PERTURBATIONS, profiled: tuple[int, int] = PROFILED
+) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     counts = "num_envs student_timesteps finetune_timesteps checkpoint_every log_every eval_episodes solver_iterations"
     counts += " student_history student_memory num_steps update_epochs num_minibatches microbatch_size distill_steps"
@@ -361,6 +367,11 @@ def derive_sizes(args: Args, world_size: int, panel: dict = PERTURBATIONS) -> Si
         stage: Plan(steps, per_iteration, math.ceil(timesteps / per_iteration), gradient_steps)
         for stage, (timesteps, (steps, per_iteration, gradient_steps)) in budgets.items()
     }
+    for stage, plan in plans.items():
+        if args.profile and stage in args.stages and plan.iterations < (least := sum(profiled) + 1):
+            raise InputError(
+                f"profile needs {least} iterations of each stage; {stage}, of {budgets[stage][0]:,} steps, has {plan.iterations}"
+            )
     return Sizes(envs, minibatch, microbatch, envs // args.distill_minibatches, plans)
 
 
@@ -1181,6 +1192,55 @@ class RunLog:
             self.wandb.finish()
 
 
+class Profile:
+    """Where the time of an iteration goes, with --profile; without it, nothing happens here.
+
+    A profiled stage waits for the device, so that its time is its own; on a GPU that makes the profiled iterations slower."""
+
+    def __init__(self, enabled: bool, device: torch.device, warm_up: int, timed: int):
+        self.enabled, self.device, self.warm_up, self.timed = enabled, device, warm_up, timed  # one more is traced
+        self.iteration, self.seconds, self.started, self.tracer = 0, {}, 0.0, None
+
+    def wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        if not self.enabled:
+            yield
+            return
+        started = self.wait()
+        with torch.profiler.record_function(name):
+            yield
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.wait() - started
+
+    def start_iteration(self) -> None:
+        if self.enabled and self.iteration == self.warm_up:
+            self.seconds, self.started = {}, self.wait()
+
+    def end_iteration(self, run_dir: Path, steps: int) -> None:
+        """After the last timed iteration print and write the table; after the traced one write the trace."""
+        if not self.enabled:
+            return
+        self.iteration += 1
+        if self.iteration == self.warm_up + self.timed:
+            seconds = self.wait() - self.started
+            stages = self.seconds | {"the rest": seconds - sum(self.seconds.values())}
+            table = {name: dict(seconds=x / self.timed, share=x / seconds) for name, x in stages.items()}
+            (run_dir / "profile.json").write_text(json.dumps(dict(steps=steps, stages=table), indent=2))
+            lines = [f"{name:<10} {x['seconds'] * 1e3:9.1f} ms {x['share']:6.1%}" for name, x in table.items()]
+            tqdm.write("\n".join([f"an iteration of {steps:,} environment steps, mean of {self.timed}:", *lines]))
+            self.tracer = torch.profiler.profile()
+            self.tracer.start()
+        elif self.tracer:
+            self.wait()
+            self.tracer.stop()
+            self.tracer.export_chrome_trace(str(run_dir / "trace.json.gz"))
+            self.enabled = False
+
+
 def plot_curve(run_dir: Path, title: str) -> None:
     """curve.png: return of the training episodes, and scores in Gymnasium where there are any, over steps and over time."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -1479,6 +1539,7 @@ def train_stage(
     starts: dict[str, dict],
     checkpoint: dict | None,
     rank: int,
+    profiled: tuple[int, int],
 ) -> tuple[dict, dict]:
     """One training stage, from `starts` or from its own checkpoint; writes its folder, returns its last checkpoint and its results."""
     # Set-up: the stage alone decides its random numbers, so that it comes out the same within a run and by itself.
@@ -1526,17 +1587,21 @@ def train_stage(
             f"{plan.iterations:,} times"
         )
     kind = ImitationTerms if stage == "student" else LossTerms
+    profile = Profile(args.profile and rank == 0, device, *profiled)
     terms, record, state, clock = torch.zeros(len(kind._fields), device=device), {}, {}, time.perf_counter()
 
     for iteration in range(first_iteration, plan.iterations):
         # Rollout: copies into the storage, because the simulator's tensors live until its next step.
+        profile.start_iteration()
         noise = torch.randn(plan.num_steps, sizes.envs, action_size, generator=generator, device=device)
         rollout.memory.copy_(memory)
         for t in range(plan.num_steps):
             seen = view.of(obs, privileged_obs)
             rollout.obs[t], rollout.fresh[t], rollout.critic_obs[t] = seen, fresh, privileged_obs
-            rollout.mean[t], rollout.action[t], env_action, memory = policy(agent, seen, memory, fresh, noise[t])
-            obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
+            with profile.stage("infer"):
+                rollout.mean[t], rollout.action[t], env_action, memory = policy(agent, seen, memory, fresh, noise[t])
+            with profile.stage("simulate"):
+                obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
             rollout.reward[t], rollout.invalid[t] = reward * args.reward_scale, info["invalid"]
             rollout.final_critic_obs[t] = privileged_observation(info["final_obs"], info, "final_")
             fresh = rollout.terminated[t] | rollout.truncated[t] | rollout.invalid[t]
@@ -1549,16 +1614,21 @@ def train_stage(
             learning_rate.fill_(args.learning_rate if policy_stands else args.finetune_learning_rate)
         if stage == "student":
             learning_rate.fill_(args.distill_learning_rate * (1.0 - iteration / plan.iterations))
-            label = teacher_actions(teacher, views["teacher"], rollout.critic_obs)
-            terms += imitate(agent, optimizer, rollout, label, order, sizes, loss_function, args)
+            with profile.stage("targets"):
+                label = teacher_actions(teacher, views["teacher"], rollout.critic_obs)
+            with profile.stage("update"):
+                terms += imitate(agent, optimizer, rollout, label, order, sizes, loss_function, args)
         else:
-            rows = sizes.microbatch * plan.num_steps
-            value, advantage = values_and_advantages(agent, rollout, rows, args.gamma, args.gae_lambda)
-            batch = make_batch(agent, rollout, value, advantage, order)
-            terms += update(agent, optimizer, batch, learning_rate, policy_stands, sizes, loss_function, args)
+            with profile.stage("targets"):
+                rows = sizes.microbatch * plan.num_steps
+                value, advantage = values_and_advantages(agent, rollout, rows, args.gamma, args.gae_lambda)
+                batch = make_batch(agent, rollout, value, advantage, order)
+            with profile.stage("update"):
+                terms += update(agent, optimizer, batch, learning_rate, policy_stands, sizes, loss_function, args)
             agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
         if not policy_stands:  # a policy whose statistics move does not stand
             agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
+        profile.end_iteration(run_dir, plan.steps_per_iteration)
 
         # Log and save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * plan.steps_per_iteration
@@ -1630,13 +1700,13 @@ def prepare_functions(
     return policy, loss_function
 
 
-def train(args: Args, make_env=vecsim_torch.make) -> dict:
+def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED) -> dict:
     """Run the stages and write the run folder; returns the results of each."""
     # Everything is checked before anything is trained.
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
-    sizes = derive_sizes(args, world_size)
+    sizes = derive_sizes(args, world_size, profiled=profiled)
     check_env_kwargs(args)
     checkpoint = load_checkpoint(args.resume, "distill") if args.resume else None
     stages = stages_to_run(args, checkpoint, sizes)
@@ -1671,7 +1741,7 @@ def train(args: Args, make_env=vecsim_torch.make) -> dict:
     for stage in stages:
         if stage != "evidence":
             own = checkpoint if stage == resumed else None
-            starts[stage], results[stage] = train_stage(stage, args, sizes, env, views, starts, own, rank)
+            starts[stage], results[stage] = train_stage(stage, args, sizes, env, views, starts, own, rank, profiled)
     action_space = env.single_action_space
     env.close()
 
@@ -1736,7 +1806,7 @@ def parse_args(argv: list[str]) -> Args:
     path = args.resume or args.play
     if path is None:
         return args
-    forgotten = dict(resume=None, play=None, run_dir=None, capture_video=False)
+    forgotten = dict(resume=None, play=None, run_dir=None, capture_video=False, profile=False)
     saved = load_checkpoint(path, "distill")["args"] | forgotten
     return parse(Args(**saved))
 

@@ -526,6 +526,21 @@ def test_a_finished_stage_goes_on_with_the_next_and_another_seed_is_another_run(
     assert_same(saved(tmp_path, "student")["teacher"], saved(tmp_path, "teacher")["agent"])  # inside its checkpoint
 
 
+def test_profile_times_the_parts_of_each_stage_and_leaves_the_training_as_it_was(tmp_path):
+    flags = dict(total_timesteps=14 * 384 + 14 * 768 + 1, student_timesteps=14 * 768, finetune_timesteps=1)
+    flags |= dict(stages=("teacher", "student"))
+    for name in ("plain", "profiled"):
+        distill.train(small_args(tmp_path / name, profile=name == "profiled", **flags), RecallEnv)
+    assert_same(state_of(tmp_path / "plain", "student"), state_of(tmp_path / "profiled", "student"))
+    for stage, steps in (("teacher", 384), ("student", 768)):
+        table = json.loads((tmp_path / "profiled" / stage / "profile.json").read_text())
+        assert table["steps"] == steps
+        assert list(table["stages"]) == ["infer", "simulate", "targets", "update", "the rest"]
+        assert all(part["seconds"] > 0 for part in table["stages"].values())
+        assert (tmp_path / "profiled" / stage / "trace.json.gz").stat().st_size > 1000
+    assert not list((tmp_path / "plain").glob("*/profile.json"))
+
+
 def test_run_folder_has_the_names_that_machines_read(whole_run):
     folder, _ = whole_run
     assert {path.name for path in folder.iterdir()} == {"config.json", "teacher", "student", "finetune", "baseline"}
@@ -692,6 +707,10 @@ def test_a_student_of_another_network_is_refused(whole_run, tmp_path):
         (dict(evidence_perturbations=("wind",)), "must be some of: nominal, observation_noise"),
         (dict(student_history=0), "student_history = 0 must be >= 1"),
         (dict(gamma=math.nan), "gamma = nan must be between 0 and 1"),
+        (
+            dict(profile=True, finetune_timesteps=4_000),
+            "profile needs 14 iterations of each stage; finetune, of 4,000 steps, has 11",
+        ),
     ],
 )
 def test_illegal_flags_name_the_rule_and_legal_values(changes, message):
