@@ -44,7 +44,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -126,6 +128,8 @@ class Args:
     """with --play: write one episode, rendered by Gymnasium, beside the checkpoint (needs `pip install imageio[ffmpeg]`); of many agents the best"""
     track: bool = False
     """mirror the metrics to Weights & Biases (needs `pip install wandb`)"""
+    profile: bool = False
+    """before the training, time the parts of an iteration, each as a program of its own, and trace one whole iteration: profile.json and trace.json.gz in the run folder, and a printed table"""
 
     # many agents in one program
     num_seeds: int = 1
@@ -233,6 +237,9 @@ TASK_DEFAULTS = {
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
 }  # fmt: skip
+
+
+PROFILED = 3, 10  # runs of each part before --profile starts to time, and runs timed
 
 
 class Hyperparameters(NamedTuple):
@@ -892,19 +899,29 @@ def advantages_gae(reward, value, next_value, terminated, truncated, invalid, ga
     return advantage
 
 
+def explore(setup: Setup, state: AgentState, obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sampled actions and their means, both (N, actions)."""
+    mean = policy_mean(setup, state.parameters, state.obs_statistics, obs)
+    return mean + jnp.exp(state.parameters["actor"]["log_std"]) * jax.random.normal(key, mean.shape, mean.dtype), mean
+
+
+def environment_steps(setup: Setup) -> Callable:
+    """One step of every environment: (slots, action, mean, key) -> (slots, transition)."""
+    spec = PartitionSpec("envs")
+    # No robot talks to another device.
+    step = jax.vmap(functools.partial(autoreset_step, setup.env))
+    step = shard_map(step, mesh=setup.mesh, in_specs=spec, out_specs=spec)
+    return lambda slots, action, mean, key: step(slots, action, mean, jax.random.split(key, setup.args.num_envs))
+
+
 def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Transition]:
     """num_steps steps of every environment: the slots afterwards, and all transitions (T, N, ...)."""
-    log_std = state.parameters["actor"]["log_std"]
-    spec = PartitionSpec("envs")
-    step = jax.vmap(functools.partial(autoreset_step, setup.env))
-    # No robot talks to another device.
-    step = shard_map(step, mesh=setup.mesh, in_specs=spec, out_specs=spec)
+    step = environment_steps(setup)
 
     def rollout_step(slots: Slot, key: jax.Array) -> tuple[Slot, Transition]:
         key_noise, key_reset = jax.random.split(key)
-        mean = policy_mean(setup, state.parameters, state.obs_statistics, slots.obs)
-        action = mean + jnp.exp(log_std) * jax.random.normal(key_noise, mean.shape, mean.dtype)
-        return step(slots, action, mean, jax.random.split(key_reset, setup.args.num_envs))
+        action, mean = explore(setup, state, slots.obs, key_noise)
+        return step(slots, action, mean, key_reset)
 
     return jax.lax.scan(rollout_step, state.slots, jax.random.split(key, setup.args.num_steps))
 
@@ -1002,6 +1019,17 @@ def update_minibatch(
     return state._replace(parameters=parameters, adam=adam_state, learning_rate=learning_rate), terms
 
 
+def update(setup: Setup, hyper: Hyperparameters, state: AgentState, batch: Batch) -> tuple[AgentState, dict]:
+    """All gradient steps on a batch (minibatches, B, ...); the loss terms of each."""
+    args, old_log_std = setup.args, state.parameters["actor"]["log_std"]
+
+    def gradient_step(state: AgentState, step: jax.Array) -> tuple[AgentState, dict]:
+        minibatch = jax.tree.map(lambda x: x[step % args.num_minibatches], batch)
+        return update_minibatch(setup, hyper, old_log_std, state, minibatch, moved=step > 0)
+
+    return jax.lax.scan(gradient_step, state, jnp.arange(args.update_epochs * args.num_minibatches))
+
+
 def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[AgentState, dict]:
     """Rollout, targets, update; also sums and means for the log."""
     args, (key, key_collect, key_batch) = setup.args, jax.random.split(state.key, 3)
@@ -1015,13 +1043,7 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
     state = state._replace(slots=slots, return_statistics=return_statistics, key=key)
 
     # Update. The observation statistics follow it, so that its ratios compare like with like.
-    old_log_std = state.parameters["actor"]["log_std"]
-
-    def update(state: AgentState, step: jax.Array) -> tuple[AgentState, dict]:
-        minibatch = jax.tree.map(lambda x: x[step % args.num_minibatches], batch)
-        return update_minibatch(setup, hyper, old_log_std, state, minibatch, moved=step > 0)
-
-    state, terms = jax.lax.scan(update, state, jnp.arange(args.update_epochs * args.num_minibatches))
+    state, terms = update(setup, hyper, state, batch)
     obs_statistics = state.obs_statistics
     if args.normalize_observations:
         rows = rollout.obs.reshape(-1, rollout.obs.shape[-1])
@@ -1176,7 +1198,7 @@ def saved_args(path: str) -> Args:
     saved = load_header(path)["args"]
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     try:
-        return Args(**saved | dict(run_dir=None, resume=None, play=None, capture_video=False, benchmark=None))
+        return Args(**saved | dict(run_dir=None, resume=None, play=None, capture_video=False, benchmark=None, profile=False))
     except TypeError as error:
         raise InputError(f"{path} was written by another version of this script: {error}") from None
 
@@ -1446,6 +1468,8 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     run = jax.jit(run, in_shardings=(whole, placement, whole), out_shardings=(placement, whole))
     run = run.lower(hyper, state, np.int32(1)).compile()
     counters["compile_seconds"] += time.perf_counter() - start
+    if args.profile:
+        profile(setup, hyper, state, run)
 
     # Train: the program runs until the next thing that the host has to do
     log = Log(run_dir, args, counters["env_steps"]) if leads else None
@@ -1481,6 +1505,49 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
         return report(setup, args, run_dir, gather(state), counters, own_env)
     gather(state)
     return {}
+
+
+def profile(setup: Setup, hyper: Hyperparameters, state: AgentState, whole: Callable, profiled: tuple[int, int] = PROFILED):
+    """Where the time of an iteration goes: profile.json, trace.json.gz and a printed table. Nothing of it changes the state.
+
+    The training is one program, whose parts share buffers and overlap. Here each part is a program of its own, run on the data
+    of one iteration; "the rest" is what the whole takes longer than the parts together, or shorter, where it is negative."""
+    args, run_dir, (warm_up, timed) = setup.args, Path(setup.args.run_dir), profiled
+
+    def infer(state: AgentState, rollout: Transition) -> jax.Array:
+        keys = jax.random.split(state.key, args.num_steps)
+        return jax.lax.map(lambda x: explore(setup, state, *x), (rollout.obs, keys))
+
+    def simulate(state: AgentState, rollout: Transition) -> Slot:
+        step, keys = environment_steps(setup), jax.random.split(state.key, args.num_steps)
+        return jax.lax.scan(lambda slots, x: step(slots, *x), state.slots, (rollout.action, rollout.mean, keys))
+
+    def seconds(program: Callable, *inputs: Any) -> tuple[float, Any]:
+        program, times = jax.jit(jax.vmap(program)), []
+        for _ in range(warm_up + timed):
+            begin = time.perf_counter()
+            output = jax.block_until_ready(program(*inputs))  # host sync
+            times.append(time.perf_counter() - begin)
+        return sum(times[warm_up:]) / timed, output
+
+    _, (_, rollout) = seconds(functools.partial(collect, setup), state, state.key)
+    stages = dict(infer=seconds(infer, state, rollout)[0], simulate=seconds(simulate, state, rollout)[0])
+    targets = functools.partial(make_batch, setup)
+    stages["targets"], (batch, _) = seconds(targets, hyper, state, rollout, state.key)
+    stages["update"], _ = seconds(functools.partial(update, setup), hyper, state, batch)
+    total, _ = seconds(functools.partial(iterate, setup), hyper, state)
+    stages["the rest"] = total - sum(stages.values())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(whole(hyper, state, np.int32(1)))  # host sync
+        for path in Path(folder).rglob("*.trace.json.gz"):
+            shutil.copy(path, run_dir / "trace.json.gz")
+    table = {name: dict(seconds=x, share=x / total) for name, x in stages.items()}
+    steps = len(hyper.gamma) * args.num_envs * args.num_steps
+    if jax.process_index() == 0:
+        (run_dir / "profile.json").write_text(json.dumps(dict(steps=steps, stages=table), indent=2))
+        lines = [f"{name:<10} {x['seconds'] * 1e3:9.1f} ms {x['share']:6.1%}" for name, x in table.items()]
+        print("\n".join([f"an iteration of {steps:,} environment steps, {total * 1e3:.1f} ms; its parts by themselves, mean of {timed}:", *lines]))
 
 
 def gymnasium_scores(setup: Setup, state: AgentState, seeds: np.ndarray) -> list[dict | None]:

@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 import ast
 import dataclasses
 import functools
+import gzip
 import importlib.util
 import json
 import re
@@ -276,6 +277,21 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
     assert any((whole[name] != other[name]).any() for name in whole if "kernel" in name)
+
+
+def test_profile_times_the_parts_and_leaves_the_training_as_it_was(tmp_path, capsys):
+    _, plain = run(tmp_path, "plain", probe("action"))
+    _, profiled = run(tmp_path, "profiled", probe("action"), profile=True)
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], profiled[name], err_msg=name)
+    table = json.loads((tmp_path / "profiled" / "profile.json").read_text())
+    assert list(table["stages"]) == ["infer", "simulate", "targets", "update", "the rest"] and table["steps"] == 128
+    assert all(table["stages"][name]["seconds"] > 0 for name in ("infer", "simulate", "targets", "update"))
+    assert sum(part["share"] for part in table["stages"].values()) == pytest.approx(1.0)
+    with gzip.open(tmp_path / "profiled" / "trace.json.gz") as file:
+        assert len(json.load(file)["traceEvents"]) > 10
+    assert "an iteration of 128 environment steps" in capsys.readouterr().out
+    assert not (tmp_path / "plain" / "profile.json").exists()
 
 
 def test_eight_seeds_in_one_program_equal_eight_separate_runs(tmp_path):
@@ -577,7 +593,7 @@ def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
         assert len({(args.desired_kl, args.desired_kl_final, str(args.env_kwargs)) for args in filled}) == 1
     mine, theirs = ({field.name: field.default for field in dataclasses.fields(module.Args)} for module in (ppo, twin))
     own = {"env_id": "InvertedPendulum-v5"}  # a CPU takes minutes to compile Ant in MJX
-    only_torch = {"compile", "cuda_graphs", "bf16", "cpu_threads", "microbatch_size", "profile"}
+    only_torch = {"compile", "cuda_graphs", "bf16", "cpu_threads", "microbatch_size"}
     assert theirs.keys() - mine.keys() <= only_torch
     assert {name: mine[name] for name in theirs.keys() & mine.keys()} == {
         name: theirs[name] for name in theirs.keys() & mine.keys()
