@@ -10,7 +10,7 @@
 #     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, each trick alone on top of it, and all, on the same budget
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
-#     ./benchmark.sh profile    where an iteration's time goes: stages of PPO and SAC, by their own --profile
+#     ./benchmark.sh profile    where an iteration's time goes: parts of it, by the trainers' own --profile
 #     ./benchmark.sh film       README's moving picture: the trained robots of `scores` in Gymnasium's own environments
 #     ./benchmark.sh plot       redraws the pictures in results/
 #     ./benchmark.sh table      prints README's tables from results/
@@ -1783,7 +1783,9 @@ PYTHON
 
 program_stages() {
   cat <<'PYTHON'
-"""A short training under --profile; writes results/profile/<script>-<task>.json, the trainer's own table and what it was measured on."""
+"""A short training under --profile; writes results/profile/<script>-<task>.json, the trainer's own table and what it was measured on.
+
+A trainer of several stages has a table, and so a file, for each."""
 
 import json
 import os
@@ -1796,8 +1798,8 @@ from pathlib import Path
 
 job = json.loads(sys.argv[1])
 path = Path(job["path"])
-if path.exists() and not job["force"]:
-    print(f"profile {path.stem}: finished, in {path} (--force measures again)", file=sys.stderr)
+if (done := [*path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*.json")]) and not job["force"]:
+    print(f"profile {path.stem}: finished, in {done[0]} (--force measures again)", file=sys.stderr)
     sys.exit(0)
 if job["dry_run"]:
     print(f"profile {path.stem}: {job['command']}\n  about 3 minutes, 1.5 GiB (guessed)")
@@ -1809,13 +1811,16 @@ with tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
     status = subprocess.run(trainer, cwd=job["root"], stdout=subprocess.DEVNULL).returncode
     if status:
         sys.exit(f"error: profile {path.stem}: the trainer stopped with status {status}")
-    record = json.loads((run_dir / "profile.json").read_text())
-record |= {name: job[name] for name in ("script", "env_id", "command", "hardware", "commit")}
-record |= dict(versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")})
-beside = path.with_suffix(".tmp")
+    tables = {file.parent.relative_to(run_dir).name: json.loads(file.read_text()) for file in run_dir.rglob("profile.json")}
+packages = ("jax", "mujoco-mjx", "gymnasium") if "jax" in job["script"] else ("torch", "mujoco", "gymnasium")
 path.parent.mkdir(parents=True, exist_ok=True)
-beside.write_text(json.dumps(record, indent=1) + "\n")
-os.replace(beside, path)
+for stage, record in tables.items():  # "" where a trainer has but one
+    record |= {name: job[name] for name in ("script", "env_id", "command", "hardware", "commit")} | dict(stage=stage)
+    record |= dict(versions={name: metadata.version(name) for name in packages})
+    file = path.with_stem(f"{path.stem}-{stage}" if stage else path.stem)
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(beside, file)
 PYTHON
 }
 
@@ -2101,7 +2106,8 @@ def profile_table(records):
     for run in records:
         stages = [run["stages"].get(name) for name in names]
         cells = [f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-" for stage in stages]
-        rows.append([f"`{run['script']}`", run["env_id"], f"{run['steps']:,}", *cells])
+        script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
+        rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
     print("\n**where an iteration's time goes**\n")
     print_table(["script", "task", "environment steps", *names], rows)
     print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
@@ -2627,7 +2633,7 @@ run_profile() {
   local script env_id flags command
   while read -r script env_id flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
-    command="python $script --env-id $env_id --profile --eval-episodes 0 --device $device${flags:+ $flags}"
+    command="python $script --env-id $env_id --profile --device $device${flags:+ $flags}"
     "$project_python" "$work/programs/stages.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
       root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" \
       path "$results/profile/${script%.py}-$env_id-$place.json" force "${force:-0}" dry_run "${dry_run:-0}")" || {
@@ -2635,9 +2641,11 @@ run_profile() {
       failures=$((failures + 1))
     }
   done <<'TRAINERS'
-ppo_gpu_torch.py Ant-v5 --total-timesteps 400000
-ppo_gpu_torch.py HalfCheetah-v5 --total-timesteps 400000
-sac_gpu_torch.py HalfCheetah-v5 --total-timesteps 25600
+ppo_gpu_torch.py Ant-v5 --eval-episodes 0 --total-timesteps 400000
+ppo_gpu_torch.py HalfCheetah-v5 --eval-episodes 0 --total-timesteps 400000
+sac_gpu_torch.py HalfCheetah-v5 --eval-episodes 0 --total-timesteps 25600
+ppo_mjx_jax.py HalfCheetah-v5 --eval-episodes 0 --num-envs 256 --num-steps 64 --total-timesteps 16384
+ppo_distill_teacher_student.py Quadruped-Flat --num-envs 512 --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6 --stages teacher student --total-timesteps 1200000 --student-timesteps 920000
 TRAINERS
 }
 

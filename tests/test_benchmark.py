@@ -323,7 +323,9 @@ score = dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
 result = dict(env_id=flags["--env-id"], algorithm="ppo_mjx", seed=1, env_steps=500, train_seconds=10.0 + agents, compile_seconds=7.0)
 (folder / "eval.json").write_text(json.dumps(result | dict(gymnasium=score, versions={"jax": "0.10.2"}, flags=flags)))
 stages = {"simulate": dict(seconds=0.75, share=0.75), "update": dict(seconds=0.25, share=0.25)}
-(folder / "profile.json").write_text(json.dumps(dict(steps=16384, stages=stages)))
+for place in [folder / stage for stage in flags.get("--stages", "").split()] or [folder]:
+    place.mkdir(exist_ok=True)
+    (place / "profile.json").write_text(json.dumps(dict(steps=16384, stages=stages)))
 curve = [dict(env_steps=500, wall_seconds=11.0, gymnasium_return=1000.0)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in curve))
 """
@@ -336,7 +338,7 @@ def project(tmp_path):
     folder.mkdir()
     (folder / "benchmark.sh").write_text(SCRIPT.read_text())
     (folder / "benchmark.sh").chmod(0o755)
-    for name in ("ppo_gpu_torch.py", "sac_gpu_torch.py", "ppo_mjx_jax.py"):
+    for name in ("ppo_gpu_torch.py", "sac_gpu_torch.py", "ppo_mjx_jax.py", "ppo_distill_teacher_student.py"):
         (folder / name).write_text(TRAINER)
 
     def benchmark(*words):
@@ -405,6 +407,18 @@ def test_profile_keeps_the_trainers_own_table(project):
     assert {"command", "hardware", "commit", "versions", "stages"} <= record.keys()
     assert "| `ppo_gpu_torch.py` | Ant-v5 | 16,384 | 750.0 ms (75%) | - | - | - | 250.0 ms (25%) | - |" in answer.stdout
     assert "finished" in benchmark("profile", "--env-id", "Ant-v5", "--cores", "0").stderr
+
+
+def test_profile_has_a_row_for_each_stage(project):
+    folder, benchmark = project
+    answer = benchmark("profile", "--env-id", "Quadruped-Flat", "--cores", "0")
+    assert answer.returncode == 0, answer.stderr
+    names = {path.name for path in (folder / "results" / "profile").iterdir()}
+    script = "ppo_distill_teacher_student"
+    assert names == {f"{script}-Quadruped-Flat-cpu1-{stage}.json" for stage in ("teacher", "student")}
+    for stage in ("teacher", "student"):
+        assert f"| `{script}.py`, {stage} | Quadruped-Flat | 16,384 |" in answer.stdout
+    assert "finished" in benchmark("profile", "--env-id", "Quadruped-Flat", "--cores", "0").stderr
 
 
 def test_a_dry_run_runs_nothing(tmp_path):
