@@ -1315,8 +1315,8 @@ def terrain_contacts(
     Every sphere and every end of a capsule touches the field's tangent plane under its centre: one contact each, exact
     on slopes. MuJoCo's own height field is made of triangles, collides whole capsules, and feels an edge beside a sphere
     before its centre is there. For a foot pressed 5 mm into the ground (tests/test_vecsim_quadruped.py, half-way
-    difficulty), distances differ by over 1 mm at 1% of the places on slopes, 33% on rough ground (7 mm at most), 5% on
-    stairs (20 mm at most) and 3% among blocks (25 mm at most): where the other model meets the riser first.
+    difficulty), distances differ by over 1 mm at 1% of the places on slopes, 18% on rough ground (5 mm at most), 5% on
+    stairs (18 mm at most) and 2% among blocks (20 mm at most): where the other model meets the riser first.
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
     centre = at + apply(turn, model.contact_point)
@@ -2794,7 +2794,7 @@ TERRAIN_SHARES = (0.1, 0.1, 0.35, 0.25, 0.2)
 
 
 def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: float = 0.1) -> Terrain:
-    """Tiles of all types, in numpy: difficulty row / rows, column k of the type that the shares give it."""
+    """Tiles of all types, in numpy: difficulty (row + 1) / rows, column k of the type that the shares give it."""
     for name, count in (("terrain_rows", rows), ("terrain_columns", columns)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
@@ -2806,7 +2806,7 @@ def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: f
         for column in range(columns):
             rng = np.random.default_rng((seed, row, column))
             kind = TERRAIN_TYPES[kinds[column]]
-            part = tile_heights(kind, row / rows, column % 2 == 0, points, cell, rng)
+            part = tile_heights(kind, (row + 1) / rows, column % 2 == 0, points, cell, rng)
             i, j = border + row * points, border + column * points
             heights[i : i + points + 1, j : j + points + 1] = part
             origins[row * columns + column] = (row + 0.5) * tile, (column + 0.5) * tile, part[points // 2, points // 2]
@@ -2818,8 +2818,8 @@ def tile_heights(
 ) -> np.ndarray:
     """(points + 1, points + 1) m, zero at the edge, level within 1 m of the middle but for the roughness.
 
-    Slopes to 0.4, roughness of 5 cm, steps of 5 to 23 cm every 31 cm, blocks of 5 to 25 cm. Stairs up lead out of a
-    pit, stairs down from a mound; `inward` makes slopes climb to the edge.
+    At difficulty 1 slopes of 0.4, roughness of 6 cm, steps of 23 cm every 31 cm, blocks of 25 cm; all in proportion to it.
+    Stairs up lead out of a pit, stairs down from a mound; `inward` makes slopes climb to the edge.
     """
     along = np.abs(np.arange(points + 1) - points / 2) * cell
     ring = np.maximum(along[:, None], along[None, :])  # m from the middle, in the shape of the tile
@@ -2827,7 +2827,7 @@ def tile_heights(
     if "slope" in kind:
         heights = 0.4 * difficulty * (half - np.maximum(ring, 1.0)) * (-1 if inward else 1)
         if kind == "rough slope":
-            coarse = np.round(rng.uniform(-0.05, 0.05, (points // 2 + 1, points // 2 + 1)) / 0.005) * 0.005
+            coarse = 0.06 * difficulty * rng.uniform(-1, 1, (points // 2 + 1, points // 2 + 1))
             coarse[[0, -1], :] = coarse[:, [0, -1]] = 0  # every 0.2 m, linear in between
             fine = np.arange(points + 1) / 2
             low, high, part = fine.astype(int), np.ceil(fine).astype(int), (fine % 1)[:, None]
@@ -2835,10 +2835,10 @@ def tile_heights(
             heights = heights + (1 - part.T) * lines[:, low] + part.T * lines[:, high]
     elif "stairs" in kind:
         steps = np.ceil((half - np.maximum(ring, 1.0)) / 0.31)
-        heights = (0.05 + 0.18 * difficulty) * steps * (-1 if kind == "stairs up" else 1)
+        heights = 0.23 * difficulty * steps * (-1 if kind == "stairs up" else 1)
     else:
         heights = np.zeros_like(ring)
-        tallest = 0.05 + 0.2 * difficulty
+        tallest = 0.25 * difficulty
         for _ in range(20):
             width, depth = rng.integers(round(1 / cell), round(2 / cell), 2)
             i, j = rng.integers(1, points - width), rng.integers(1, points - depth)

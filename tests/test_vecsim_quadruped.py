@@ -380,10 +380,10 @@ BALL = """<mujoco><asset><hfield name="f" nrow="{ny}" ncol="{nx}" size="{sx} {sy
 # kind: share of positions where the distance differs by over 1 mm, its 95% quantile in mm, that of the normal in degrees
 DEPARTURE = {
     "slope": (0.02, 0.01, 0.01),
-    "rough slope": (0.4, 4.0, 12.0),
-    "stairs up": (0.07, 1.0, 22.0),
-    "stairs down": (0.07, 1.5, 27.0),
-    "blocks": (0.04, 0.1, 0.1),
+    "rough slope": (0.2, 2.1, 7.0),
+    "stairs up": (0.05, 0.3, 9.0),
+    "stairs down": (0.05, 0.4, 14.0),
+    "blocks": (0.03, 0.1, 0.1),
 }
 
 
@@ -447,7 +447,7 @@ def test_tiles():
         assert np.ptp(vecsim.tile_heights(kind, 0.9, True, 80, 0.1, rng(3))) > np.ptp(tile)
     up, down = (vecsim.tile_heights(f"stairs {way}", 0.5, True, 80, 0.1, rng(3)) for way in ("up", "down"))
     rises = np.diff(up[40:, 40])
-    assert np.allclose(rises[rises != 0], 0.05 + 0.18 * 0.5) and (rises > 0).sum() == 10  # ceil(3 m / 0.31 m)
+    assert np.allclose(rises[rises != 0], 0.23 * 0.5) and (rises > 0).sum() == 10  # ceil(3 m / 0.31 m)
     assert np.array_equal(up, -down) and up[40, 40] < 0  # out of a pit, from a mound
     slope = vecsim.tile_heights("slope", 0.5, False, 80, 0.1, rng(3))
     assert np.allclose(np.diff(slope[55:80, 40]), -0.4 * 0.5 * 0.1)
