@@ -2607,7 +2607,8 @@ VARIANTS
   done
 }
 
-run_walk() { # the same kind of row, one a task
+run_walk() { # the same kind of row, one a task; as many steps as a CPU core makes in a quarter of an hour
+  : "${total_timesteps:=12000000}"
   local file script env_id seed every threshold minutes flags row
   while read -r file script env_id seed every threshold minutes flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
