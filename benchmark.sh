@@ -6,6 +6,7 @@
 #     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
 #     ./benchmark.sh walk       a quadruped trained here, judged here and in MuJoCo C (about half an hour on one core)
+#     ./benchmark.sh distill    teacher, student, fine-tuned student and blind baseline under perturbations (hours)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, each trick alone on top of it, and all, on the same budget
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
@@ -28,7 +29,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk seeds ablate scaling cost profile film plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk distill seeds ablate scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -77,8 +78,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | walk | seeds | ablate | scaling | cost | profile | film | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk seeds ablate scaling cost profile film plot table programs" ;;
+  sim | learner | train | scores | walk | distill | seeds | ablate | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk distill seeds ablate scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -1716,6 +1717,67 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# distill: teacher, student, fine-tuned student and blind baseline
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_distill() {
+  cat <<'PYTHON'
+"""One run of ppo_distill_teacher_student.py; writes results/distill/<task>/: its evidence, its pictures and the curves of its stages.
+
+An interrupted run goes on from its last checkpoint."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+run_dir, folder = Path(job["run_dir"]), Path(job["path"])
+path, stages = folder / "evidence.json", ("teacher", "student", "finetune", "baseline")
+if path.exists() and not job["force"]:
+    print(f"distill {folder.name}: finished, in {folder} (--force trains again)", file=sys.stderr)
+    sys.exit(0)
+if job["dry_run"]:
+    print(f"distill {folder.name}: {job['command']}\n  about {job['minutes']} minutes on one core, 2 GiB (guessed)")
+    sys.exit(0)
+
+if job["force"] and (run_dir / "evidence.json").exists():
+    shutil.rmtree(run_dir)  # a finished run; one that was interrupted goes on, forced or not
+if not (run_dir / "evidence.json").exists():
+    checkpoints = [file for stage in stages if (file := run_dir / stage / "checkpoint.pt").exists()]
+    if checkpoints:
+        how = ["--resume", str(checkpoints[-1])]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)  # cut off before its first checkpoint
+        how = ["--run-dir", str(run_dir)]
+    launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
+    status = subprocess.run([*launch, job["python"], *shlex.split(job["command"])[1:], *how], cwd=job["root"]).returncode
+    if status:
+        sys.exit(f"error: distill {folder.name}: the trainer stopped with status {status}; the same command goes on from {run_dir}")
+
+record = json.loads((run_dir / "evidence.json").read_text())
+columns = ["env_steps", "wall_seconds", "velocity_error", "episode_length", "terrain_level", "imitation_loss"]
+logs = {stage: [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()] for stage in stages}
+curves = {
+    stage: [[x if (x := line.get(name)) is None else float(f"{x:.6g}") for name in columns] for line in log]
+    for stage, log in logs.items()
+}
+record |= dict(command=job["command"], hardware=job["hardware"], commit=job["commit"], curve_columns=columns, curves=curves)
+record["args"] |= dict(run_dir=None, resume=None)
+folder.mkdir(parents=True, exist_ok=True)
+for name in ("evidence.csv", "evidence.png", "pictures.png"):
+    if (run_dir / name).exists():
+        shutil.copy(run_dir / name, folder / name)
+beside = path.with_suffix(".tmp")
+beside.write_text(json.dumps(record, indent=1) + "\n")
+os.replace(beside, path)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # seeds: many agents in one program of ppo_mjx_jax.py
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2123,6 +2185,22 @@ def walk_table(record):
     print(f"\n{record['hardware']}. Commit {record['commit']}, `{record['command']}`.")
 
 
+def distill_table(record):
+    """Tracking score and share of falls of each policy under each perturbation."""
+    summary, policies = record["summary"], list(record["policies"])
+    rows = [
+        [name.replace("_", " "), *(f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})" for policy in policies),
+         *(f"{summary[policy][name]['tracking_of_teacher']:.0%}" for policy in policies[1:])]
+        for name in record["perturbations"]
+    ]  # fmt: skip
+    print(f"\n**teacher and students, {record['env_id']}: tracking score (falls), and share of the teacher's score**\n")
+    print_table(["", *policies, *(f"{policy}, of teacher" for policy in policies[1:])], rows)
+    rows = [[policy, f"{x['env_steps']:,}", f"{x['train_seconds']:,.0f} s"] for policy, x in record["policies"].items()]
+    print()
+    print_table(["", "environment steps", "training"], rows)
+    print(f"\n{record['hardware']}. Commit {record['commit']}, `{record['command']}`.")
+
+
 records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
 if "physics" in modes:
     if (results / "parity.json").exists():
@@ -2148,6 +2226,9 @@ if "ablate" in modes:
 if "walk" in modes:
     for path in sorted(results.glob("quadruped/*.json")):
         walk_table(json.loads(path.read_text()))
+if "distill" in modes:
+    for path in sorted(results.glob("distill/*/evidence.json")):
+        distill_table(json.loads(path.read_text()))
 if "seeds" in modes and (results / "mjx/seeds.json").exists():
     seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
 PYTHON
@@ -2159,7 +2240,7 @@ PYTHON
 
 program_plot() {
   cat <<'PYTHON'
-"""python plot.py RESULTS: curves.png, mjx/curves.png, sac/curves.png, speed.png and scaling.png from the files in RESULTS."""
+"""python plot.py RESULTS: the curves.png of each folder, speed.png and scaling.png from the files in RESULTS."""
 
 import json
 import re
@@ -2173,7 +2254,8 @@ from matplotlib.ticker import FuncFormatter
 
 results = Path(sys.argv[1])
 INK, FAINT, OURS, THEIRS = "#22262b", "#8a9099", "#1f6feb", "#b6bec9"
-COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e", "distill": "#7048e8"}
+COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e", "distill": "#7048e8",
+           "teacher": "#2b8a3e", "student": "#1f6feb", "finetune": "#d9480f", "baseline": "#8a9099"}  # fmt: skip
 rcParams.update({
     "font.size": 10, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
     "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
@@ -2320,6 +2402,29 @@ def plot_off_policy():
     save(figure, "sac/curves.png")
 
 
+def plot_stages():
+    """Of each distillation: velocity error, and terrain level where there is terrain, over the steps of each stage in its log."""
+    for path in sorted(results.glob("distill/*/evidence.json")):
+        record = json.loads(path.read_text())
+        column = {name: k for k, name in enumerate(record["curve_columns"])}
+        titles = dict(velocity_error="velocity error, m/s", terrain_level="mean terrain level", imitation_loss="imitation loss of the student")
+        shown = {name: title for name, title in titles.items() if any(row[column[name]] is not None for rows in record["curves"].values() for row in rows)}
+        figure = Figure(figsize=(4.4 * len(shown), 3.4), layout="constrained")
+        for axis, (name, title) in zip(grid(figure, 1, len(shown), len(shown)), shown.items()):
+            for stage, rows in record["curves"].items():
+                points = [(row[column["env_steps"]], row[column[name]]) for row in rows if row[column[name]] is not None]
+                if points:
+                    axis.plot(*zip(*points), color=COLOURS[stage], lw=1.6, label=stage)
+            axis.set_title(title)
+            axis.set_xlabel("environment steps of the stage")
+            axis.xaxis.set_major_formatter(FuncFormatter(short))
+            axis.set_ylim(bottom=0)
+            axis.grid(axis="y", color="#eceff2")
+            axis.legend(frameon=False, fontsize=8)
+        figure.suptitle(f"{record['env_id']}: training, with exploration noise and randomised robots", x=0.01, ha="left", size=11)
+        save(figure, f"distill/{path.parent.name}/curves.png")
+
+
 def compare(ratio):
     """How many times as fast the reference is, in words that fit a bar."""
     if ratio >= 10:
@@ -2399,6 +2504,7 @@ def plot_scaling():
 plot_curves()
 plot_twins()
 plot_off_policy()
+plot_stages()
 plot_speed()
 plot_scaling()
 PYTHON
@@ -2411,7 +2517,7 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores walk seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee scores walk distill seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
@@ -2619,6 +2725,25 @@ quadruped/Quadruped-Flat ppo_gpu_torch.py Quadruped-Flat 1 1000000 20 30 --num-e
 TASKS
 }
 
+# Rows: task, minutes, flags; robots, networks and steps that a CPU core manages.
+run_distill() {
+  local env_id minutes flags command
+  while read -r env_id minutes flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    command="python ppo_distill_teacher_student.py --env-id $env_id $flags${total_timesteps:+ --total-timesteps $total_timesteps}"
+    [ "$device" = cuda ] || command+=" --device cpu"
+    "$project_python" "$work/programs/distill.py" "$(json command "$command" minutes "$minutes" python "$project_python" root "$root" \
+      cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" run_dir "$cache/distill/${commit// /-}/$env_id" \
+      path "$results/distill/$env_id" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      [ $? -le 1 ] || exit 130
+      failures=$((failures + 1))
+    }
+  done <<'TASKS'
+Quadruped-Flat 45 --num-envs 512 --total-timesteps 10000000 --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6
+Quadruped-Rough 110 --num-envs 512 --total-timesteps 24000000 --env-kwargs first_levels 1 --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6
+TASKS
+}
+
 run_seeds() {
   local command="python ppo_mjx_jax.py --env-id InvertedPendulum-v5 --eval-episodes 0 --compilation-cache ''${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
@@ -2680,7 +2805,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,seeds,ablate,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,cost "$dollars_per_hour"
     exit 0
     ;;
   film)
@@ -2717,6 +2842,7 @@ case "$mode" in
   train) run_train ;;
   scores) run_scores ;;
   walk) run_walk ;;
+  distill) run_distill ;;
   seeds) run_seeds ;;
   ablate) run_ablate ;;
   scaling) run_scaling ;;

@@ -328,6 +328,17 @@ for place in [folder / stage for stage in flags.get("--stages", "").split()] or 
     (place / "profile.json").write_text(json.dumps(dict(steps=16384, stages=stages)))
 curve = [dict(env_steps=500, wall_seconds=11.0, gymnasium_return=1000.0)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in curve))
+if "distill" in sys.argv[0] and "--stages" not in flags:
+    policies = ("teacher", "student", "finetune", "baseline")
+    summary = {name: {"nominal": dict(tracking=0.8, falls=0.05, tracking_of_teacher=1.0)} for name in policies}
+    for name in policies:
+        (folder / name).mkdir()
+        line = dict(env_steps=500, wall_seconds=1.0, velocity_error=0.3, terrain_level=2.0)
+        (folder / name / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
+    sources = {name: dict(stage=name, env_steps=500, train_seconds=9.0) for name in policies}
+    evidence = dict(env_id=flags["--env-id"], perturbations=dict(nominal={}), policies=sources, summary=summary, rows=[], args=flags)
+    (folder / "evidence.json").write_text(json.dumps(evidence))
+    (folder / "evidence.csv").write_text("policy\\n")
 """
 
 
@@ -397,6 +408,23 @@ def test_seeds_compares_eight_agents_with_one(project):
     assert [row["train_seconds"] for row in record["rows"]] == [[11.0] * 3, [18.0] * 3]
     assert {"command", "hardware", "commit", "versions"} <= record.keys() and "| 8 | 18.0 s" in answer.stdout
     assert "finished" in benchmark("seeds", "--repeats", "3").stderr
+
+
+def test_distill_keeps_evidence_and_curves_and_draws_them(project):
+    folder, benchmark = project
+    answer = benchmark("distill", "--cores", "0")
+    assert answer.returncode == 0, answer.stderr
+    for env_id in ("Quadruped-Flat", "Quadruped-Rough"):
+        kept = folder / "results" / "distill" / env_id
+        record = json.loads((kept / "evidence.json").read_text())
+        assert {"command", "hardware", "commit", "summary"} <= record.keys() and (kept / "evidence.csv").exists()
+        assert dict(zip(record["curve_columns"], record["curves"]["baseline"][0], strict=True))["terrain_level"] == 2.0
+        assert f"{env_id}: tracking score" in answer.stdout
+    assert "| nominal | 0.80 (5%) | 0.80 (5%) | 0.80 (5%) | 0.80 (5%) | 100% | 100% | 100% |" in answer.stdout
+    assert "| student | 500 | 9 s |" in answer.stdout
+    assert benchmark("distill", "--cores", "0").stderr.count("finished") == 2
+    assert benchmark("plot").returncode == 0
+    assert (folder / "results" / "distill" / "Quadruped-Rough" / "curves.png").stat().st_size > 10_000
 
 
 def test_profile_keeps_the_trainers_own_table(project):
