@@ -2690,10 +2690,10 @@ TASKS
 run_ablate() {
   local env_id=${env_ids:-HalfCheetah-v5} seed name flags budget
   budget="--num-envs 128 --learning-starts 5000 --batch-size 256 --updates-per-step 8" # the same for all
-  : "${total_timesteps:=102400}"
+  : "${total_timesteps:=61440}"
   for seed in 1 2 3; do # seed by seed: cut short, every variant has as many
     while read -r name flags; do
-      run_training scores "sac/ablation/$env_id/$name-seed$seed" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 8)) 1000 2 "$flags $budget" || true
+      run_training scores "sac/ablation/$env_id/$name-seed$seed" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 4)) 1000 2 "$flags $budget" || true
     done <<'VARIANTS'
 textbook --preset vanilla
 scaled-rewards --preset vanilla --normalize-rewards True
