@@ -2708,7 +2708,7 @@ class QuadrupedRough(QuadrupedFlat):
 
     heading_command: bool = True  # a circling robot leaves no tile
     heights_in_observation: bool = False
-    terrain_rows: int = 10  # levels of difficulty
+    terrain_rows: int = 10  # levels of difficulty, the lowest as flat as Quadruped-Flat
     terrain_columns: int = 20  # of terrain types, see `build_terrain`; a robot keeps its column
     terrain_seed: int = 0
     curriculum: bool = True  # False draws the level of every episode
@@ -2794,7 +2794,7 @@ TERRAIN_SHARES = (0.1, 0.1, 0.35, 0.25, 0.2)
 
 
 def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: float = 0.1) -> Terrain:
-    """Tiles of all types, in numpy: difficulty (row + 1) / rows, column k of the type that the shares give it."""
+    """Tiles in numpy: level ground in the first row, difficulty 1 in the last; column k of the type that the shares give it."""
     for name, count in (("terrain_rows", rows), ("terrain_columns", columns)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
@@ -2806,7 +2806,7 @@ def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: f
         for column in range(columns):
             rng = np.random.default_rng((seed, row, column))
             kind = TERRAIN_TYPES[kinds[column]]
-            part = tile_heights(kind, (row + 1) / rows, column % 2 == 0, points, cell, rng)
+            part = tile_heights(kind, row / max(rows - 1, 1), column % 2 == 0, points, cell, rng)
             i, j = border + row * points, border + column * points
             heights[i : i + points + 1, j : j + points + 1] = part
             origins[row * columns + column] = (row + 0.5) * tile, (column + 0.5) * tile, part[points // 2, points // 2]

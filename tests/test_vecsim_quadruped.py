@@ -451,7 +451,9 @@ def test_tiles():
     assert np.array_equal(up, -down) and up[40, 40] < 0  # out of a pit, from a mound
     slope = vecsim.tile_heights("slope", 0.5, False, 80, 0.1, rng(3))
     assert np.allclose(np.diff(slope[55:80, 40]), -0.4 * 0.5 * 0.1)
-    assert not np.array_equal(*(vecsim.build_terrain(1, 20, seed).heights for seed in (0, 1)))
+    assert not np.array_equal(*(vecsim.build_terrain(2, 20, seed).heights for seed in (0, 1)))
+    first, last = (terrain.heights[20 + 80 * row : 20 + 80 * (row + 1)] for row in (0, 9))
+    assert not first.any() and np.isclose(last.max(), 10 * 0.23)  # level ground, and a mound of full steps
 
 
 def test_height_scan_by_hand():
