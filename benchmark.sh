@@ -8,7 +8,7 @@
 #     ./benchmark.sh walk       a quadruped trained here, judged here and in MuJoCo C (about half an hour on one core)
 #     ./benchmark.sh distill    teacher, student, fine-tuned student and blind baseline under perturbations (hours)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
-#     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, each trick alone on top of it, and all, on the same budget
+#     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, trick upon trick, and all, on the same budget
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
 #     ./benchmark.sh profile    where an iteration's time goes: parts of it, by the trainers' own --profile
@@ -2099,24 +2099,28 @@ def score_line(runs):
 
 
 def ablation_tables():
-    """One line for each variant of a task: scores after the whole budget, and over the curve, which luck at the end moves less."""
+    """The ladder, rung by rung, then the variants of the highest; each with the flags that it adds. Scores after the whole budget, and
+    over the curve, which luck at the end moves less."""
     for folder in sorted(results.glob("sac/ablation/*")):
         runs = {}
         for path in sorted(folder.glob("*-seed*.json")):
             runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
-        rows = []
-        for name, members in runs.items():
+        flags_of = {name: members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --num-envs")[0] for name, members in runs.items()}
+        ladder = sorted((name for name, flags in flags_of.items() if "vanilla" in flags), key=lambda name: len(flags_of[name]))
+        rows, below = [], ""
+        for name in ladder + [name for name in flags_of if name not in ladder]:
+            members, rung = runs[name], name in ladder
             last = [run["gymnasium"]["mean"] for run in members]
             over_curve = [statistics.fmean(score for _, _, score in run["curve"]) for run in members]
             numbers = [statistics.median(last), min(last), statistics.median(over_curve), min(over_curve)]
-            flags = members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --num-envs")[0]
-            rows.append((numbers[2], [name.replace("-", " "), *(f"{x:,.0f}" for x in numbers), str(len(members)), f"`{flags}`"]))
+            added = flags_of[name].removeprefix(below).strip()
+            words = ("+ " if rung and below else "") + name.replace("-", " ")
+            rows.append([words, *(f"{x:,.0f}" for x in numbers), str(len(members)), f"`{added}`"])
+            below = flags_of[name] if rung else below
         if rows:
-            rows.sort(key=lambda row: -row[0])
             steps = members[0]["env_steps"]
-            print(f"\n**SAC's tricks one by one, {folder.name}, {steps:,} environment steps of each**\n")
-            header = ["", "score, median", "worst", "mean over the curve, median", "worst", "seeds", "flags"]
-            print_table(header, [cells for _, cells in rows])
+            print(f"\n**SAC, trick upon trick, {folder.name}, {steps:,} environment steps of each**\n")
+            print_table(["", "score, median", "worst", "mean over the curve, median", "worst", "seeds", "flags"], rows)
             print(f"\nScores of 20 episodes in Gymnasium's own environment. Commit {members[0]['commit']}, `./benchmark.sh ablate`.")
 
 
@@ -2686,28 +2690,33 @@ mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-
 TASKS
 }
 
-# Rows: name of the variant, its flags. Each trick stands alone on top of the textbook; what it cannot do without comes with it.
+# Rows: name of the variant, its flags. A ladder from the textbook to all tricks, each rung with those before it, then what is off
+# by default on top of all. (Alone on top of the textbook no trick scores in so few updates: see the commit that says so.)
 run_ablate() {
-  local env_id=${env_ids:-HalfCheetah-v5} seed name flags budget
+  local env_id=${env_ids:-HalfCheetah-v5} seed name flags budget rung=""
   budget="--num-envs 128 --learning-starts 5000 --batch-size 256 --updates-per-step 8" # the same for all
   : "${total_timesteps:=61440}"
   for seed in 1 2 3; do # seed by seed: cut short, every variant has as many
+    rung="--preset vanilla"
     while read -r name flags; do
+      case "$flags" in
+        --preset*) ;;
+        *) rung+="${flags:+ $flags}" flags=$rung ;;
+      esac
       run_training scores "sac/ablation/$env_id/$name-seed$seed" sac_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 4)) 1000 2 "$flags $budget" || true
     done <<'VARIANTS'
-textbook --preset vanilla
-scaled-rewards --preset vanilla --normalize-rewards True
-categorical-critic --preset vanilla --normalize-rewards True --critic categorical
-scaled-observations --preset vanilla --normalize-observations True
-layer-norm --preset vanilla --network layer_norm
-unit-weight-rows --preset vanilla --network layer_norm --weight-projection True
-flash-blocks --preset vanilla --network flash --actor-hidden 128 128 --critic-hidden 128 128
-mean-of-critics --preset vanilla --critic-reduction mean
-3-step-returns --preset vanilla --n-step 3
-held-noise --preset vanilla --noise-repeat-max 16
-faster-targets --preset vanilla --tau 0.05
-higher-learning-rate --preset vanilla --learning-rate 1e-3 --temperature-learning-rate 1e-3
-all --preset best
+textbook
+faster-learning --learning-rate 1e-3 --temperature-learning-rate 1e-3 --tau 0.05 --policy-frequency 2
+little-noise --temperature-init 0.01 --target-entropy -0.5
+scaled-observations --normalize-observations True
+layer-norm --network layer_norm
+scaled-rewards --normalize-rewards True
+categorical-critic --critic categorical
+mean-of-critics --critic-reduction mean
+held-noise --noise-repeat-max 16
+all-with-unit-weight-rows --preset best --weight-projection True
+all-with-flash-blocks --preset best --network flash --actor-hidden 128 128 --critic-hidden 128 128
+all-with-3-step-returns --preset best --n-step 3
 all-with-half-precision-replay --preset best --half-precision-replay
 VARIANTS
   done

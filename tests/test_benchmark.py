@@ -271,9 +271,11 @@ def results(tmp_path):
     off_policy = run | dict(algorithm="sac", cores_shared=True, seconds_to_threshold=None, steps_to_threshold=500_000)
     (tmp_path / "sac" / "Ant-v5-seed1.json").write_text(json.dumps(off_policy))
     for seed, (textbook, all_together) in enumerate(((10.0, 40.0), (30.0, 50.0), (20.0, 90.0)), 1):
-        for name, score in (("textbook", textbook), ("all", all_together)):
+        rungs = dict(textbook="vanilla", faster="vanilla --tau 0.05", layer="vanilla --tau 0.05 --network layer_norm")
+        for name, flags in rungs.items() | {("all", "best")}:
+            score = all_together if name in ("layer", "all") else textbook
             one = off_policy | dict(gymnasium=dict(mean=score), curve=[[1, 1.0, 0.0], [2, 2.0, score]])
-            one |= dict(command=f"python sac_gpu_torch.py --env-id Ant-v5 --preset {name} --num-envs 32 --seed {seed}")
+            one |= dict(command=f"python sac_gpu_torch.py --env-id Ant-v5 --preset {flags} --num-envs 32 --seed {seed}")
             (tmp_path / "sac" / "ablation" / "Ant-v5" / f"{name}-seed{seed}.json").write_text(json.dumps(one))
     seeds = [dict(num_seeds=k, env_steps=500, train_seconds=[x, 2.0 * x, 3.0 * x], median_train_seconds=2.0 * x,
                   compile_seconds=[9.0, 7.0, 8.0], median_compile_seconds=8.0) for k, x in ((1, 5.0), (8, 15.0))]  # fmt: skip
@@ -298,7 +300,13 @@ def test_tables_follow_from_the_files(programs, results):
         assert f"| Ant-v5 | {algorithm} | 1 | 2,000,000 | 120 | 40 | 4,000 ± 10 | 4,100 (60) | 3,000 | 60 |" in text
     assert "| 8 | 30.0 s (15.0 to 45.0) | 3.00 | 8.0 s | 37.0 s | 2.18 | 500 |" in text  # 30 + 7 against 10 + 7
     assert "| Ant-v5 | SAC | 1 | 2,000,000 | - | - | 4,000 ± 10 | 4,100 (60) | 3,000 | 500,000 steps |" in text
-    assert text.index("| all | 50 | 40 | 25 | 20 | 3 | `--preset all` |") < text.index("| textbook | 20 | 10 | 10 | 5 | 3 |")
+    ladder = (
+        "| textbook | 20 | 10 | 10 | 5 | 3 | `--preset vanilla` |\n"
+        "| + faster | 20 | 10 | 10 | 5 | 3 | `--tau 0.05` |\n"
+        "| + layer | 50 | 40 | 25 | 20 | 3 | `--network layer_norm` |\n"
+        "| all | 50 | 40 | 25 | 20 | 3 | `--preset best` |\n"
+    )
+    assert ladder in text
 
 
 def test_pictures_are_drawn(programs, results):
@@ -393,10 +401,10 @@ def test_ablate_gives_every_variant_the_same_budget_and_goes_on_where_it_was_cut
     budget = "--num-envs --learning-starts --batch-size --updates-per-step --total-timesteps --eval-every".split()
     assert len({tuple(run["flags"][name] for name in budget) for run in runs}) == 1
     (rows / "held-noise-seed3.json").unlink()
-    kept = (rows / "all-seed3.json").read_text()
+    kept = (rows / "textbook-seed3.json").read_text()
     answer = benchmark("ablate")
     assert answer.stderr.count("finished") == len(runs) - 1 and (rows / "held-noise-seed3.json").exists()
-    assert (rows / "all-seed3.json").read_text() == kept and "| held noise | 1,000 | 1,000 |" in answer.stdout
+    assert (rows / "textbook-seed3.json").read_text() == kept and "| + held noise | 1,000 | 1,000 |" in answer.stdout
 
 
 def test_seeds_compares_eight_agents_with_one(project):
