@@ -369,6 +369,11 @@ def derive_sizes(
         stage: Plan(steps, per_iteration, math.ceil(timesteps / per_iteration), gradient_steps)
         for stage, (timesteps, (steps, per_iteration, gradient_steps)) in budgets.items()
     }
+    if "finetune" in args.stages and plans["finetune"].iterations <= args.critic_warmup_iterations:
+        raise InputError(
+            f"finetune has {plans['finetune'].iterations} iterations of {plans['finetune'].steps_per_iteration:,} steps, all of them "
+            f"warm-up of the value function; give more --finetune-timesteps, or fewer --critic-warmup-iterations"
+        )
     for stage, plan in plans.items():
         if args.profile and stage in args.stages and plan.iterations < (least := sum(profiled) + 1):
             raise InputError(
@@ -441,6 +446,9 @@ def check_start(whose: str, start: dict, views: dict[str, View], actions: int, a
         check_groups(f"{whose}, {name},", start["groups"][part], views[part].groups, args.env_id)
     if len(start["agent"]["action_centre"]) != actions:
         raise InputError(f"{whose} has {len(start['agent']['action_centre'])} actions; {args.env_id} has {actions}")
+    then, now = (x["env_kwargs"].get("action_scale") for x in (start["args"], dataclasses.asdict(args)))
+    if then != now:  # None: the task's own
+        raise InputError(f"{whose} acts in units of action_scale = {then}, not {now}; give --env-kwargs action_scale as it was")
     memory = {"mlp": "student_history", "gru": "student_memory"}[args.student_network]
     flags = dict(teacher="actor_hidden", student=f"student_network student_hidden {memory}")[role]
     for flag in f"{flags} critic_hidden".split():
@@ -888,8 +896,7 @@ def imitate(
 
     Slices of gradient_length steps follow one another in time, one Adam step each; the memory goes on from slice to slice, its
     gradient does not. label: (T, N, actions), half ranges; order: (N,) in which the environments fall into minibatches."""
-    obs, weight = agent.obs_statistics.normalize(rollout.obs), (~rollout.invalid).float()
-    sequences = obs, rollout.fresh, label, weight
+    sequences = agent.obs_statistics.normalize(rollout.obs), rollout.fresh, label, (~rollout.invalid).float()
     total = torch.zeros(len(ImitationTerms._fields), device=label.device)
     for _ in range(args.distill_epochs):
         for part in order.split(sizes.distill_minibatch):
@@ -1074,7 +1081,7 @@ def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_si
     """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     names = "env_id env_kwargs teacher_groups student_groups actor_hidden critic_hidden student_network student_hidden"
     names += " student_history student_memory num_envs num_steps distill_steps seed log_std_init distill_noise"
-    check_unchanged(checkpoint, args, f"{names} finetune_log_std random_initial_ages")
+    check_unchanged(checkpoint, args, f"{names} finetune_log_std random_initial_ages teacher student")
     if len(checkpoint["processes"]) != world_size:
         raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["device"] != device.type:
@@ -1318,37 +1325,44 @@ def first_episode_outcomes(
 
 
 def score(outcomes: dict[str, np.ndarray], levels: int | None, largest_error: float = 0.5) -> dict:
-    """Means over the environments that were not quarantined; None where the task has no such thing.
+    """Shares of all robots; other means over those that were not quarantined; None where the task has no such thing.
 
-    success: share of the episodes without a fall and, where velocities are commanded, with a mean error under largest_error
-    (m/s). terrain_level: how many levels, from the easiest on, at least half of the robots that were put on them master."""
+    success: share of the robots that neither fell nor were quarantined and, where velocities are commanded, had a mean error under
+    largest_error (m/s). falls: share that fell or were quarantined. by_level: of each terrain level how many robots were put on
+    it, and how many succeeded."""
     valid = outcomes["failed"] == 0
     if not valid.any():
         raise RuntimeError("every environment of the evaluation was quarantined: the policy breaks the simulator")
-    kept = {name: x[valid] for name, x in outcomes.items()}
-    success = kept["fell"] == 0
-    if "velocity_error" in kept:
-        success = success & (kept["velocity_error"] < largest_error)
-    mean = {name: float(x.mean()) for name, x in kept.items()}
-    reached, by_level = None, None
-    if levels is not None and "terrain_level" in kept:
-        rows = [success[kept["terrain_level"].round() == k] for k in range(levels)]
-        by_level = [float(row.mean()) if len(row) else None for row in rows]  # None: no robot was put there
-        failed = [k for k, rate in enumerate(by_level) if rate is not None and rate < 0.5]
-        reached = float(min(failed, default=levels))
+    success = valid & (outcomes["fell"] == 0)
+    if "velocity_error" in outcomes:
+        success = success & (outcomes["velocity_error"] < largest_error)
+    mean = {name: float(x[valid].mean()) for name, x in outcomes.items()}
+    by_level = None
+    if levels is not None and "terrain_level" in outcomes:
+        put = [outcomes["terrain_level"].round() == k for k in range(levels)]
+        by_level = [[int(row.sum()), int(success[row].sum())] for row in put]
     return dict(
         success=float(success.mean()),
-        falls=mean["fell"],
+        falls=float(((outcomes["fell"] > 0) | ~valid).mean()),
         velocity_error=mean.get("velocity_error"),
         yaw_error=mean.get("yaw_error"),
-        tracking=mean.get("tracking"),
-        terrain_level=reached,
+        tracking=float(outcomes["tracking"].mean()) if "tracking" in outcomes else None,  # what was left counts as nothing
+        terrain_level=mean.get("terrain_level"),
         episode_return=mean["episode_return"],
         length=mean["length"],
-        episodes=int(valid.sum()),
+        episodes=len(valid),
         quarantined=int((~valid).sum()),
-        success_by_level=by_level,
+        by_level=by_level,
     )
+
+
+def levels_mastered(by_level: list[list[list[int]]], share: float = 0.5) -> int:
+    """How many levels, from the lowest on, at least `share` of the robots put on them master; by_level of each seed, added up."""
+    for level, cells in enumerate(zip(*by_level, strict=True)):
+        robots, successes = (sum(x) for x in zip(*cells, strict=True))
+        if successes < share * max(robots, 1):  # nobody there: nothing is known of it, nor of what is above
+            return level
+    return len(by_level[0])
 
 
 def versions() -> dict[str, str]:
@@ -1384,13 +1398,16 @@ def make_evidence_env(
         return make_env(args.env_id, iterations=args.solver_iterations, **(kept | options))
 
 
-def check_perturbations(args: Args, make_env, device: torch.device, panel: dict = PERTURBATIONS) -> None:
-    """Refuse now, rather than after the training, a perturbation that the task cannot have."""
-    for name in args.evidence_perturbations:
+def check_evidence(
+    args: Args, make_env, device: torch.device, panel: dict = PERTURBATIONS, film_options: dict = FILM_OPTIONS
+) -> None:
+    """Refuse now, rather than after the training, a perturbation or a film that the task cannot have."""
+    conditions = {f"perturbation {name}": dict(perturb=panel[name]) for name in args.evidence_perturbations}
+    for name, options in (conditions | {"film": film_options.get(args.env_id, {})}).items():
         try:
-            make_evidence_env(args, make_env, device, 1, False, perturb=panel[name]).close()
+            make_evidence_env(args, make_env, device, 1, False, **options).close()
         except InputError as error:
-            raise InputError(f"evidence_perturbations: {name}: {error}") from error
+            raise InputError(f"evidence, {name}: {error}") from error
 
 
 def gather_evidence(
@@ -1425,7 +1442,7 @@ def write_evidence(
     rows: list[dict], sources: dict, args: Args, device: torch.device, run_dir: Path, panel: dict = PERTURBATIONS
 ) -> dict:
     """evidence.json, with what made it, evidence.csv and evidence.png; returns what the JSON holds."""
-    metrics = "success falls velocity_error yaw_error tracking terrain_level episode_return length".split()
+    metrics = "success falls velocity_error yaw_error tracking episode_return length quarantined".split()
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     summary = {
         policy: {
@@ -1439,6 +1456,8 @@ def write_evidence(
         for policy in policies:
             mine = summary[policy][name]
             mine["tracking_of_teacher"] = mine["tracking"] / reference if reference else None
+            by_level = [row["by_level"] for row in rows if (row["policy"], row["perturbation"]) == (policy, name)]
+            mine["levels_mastered"] = None if None in by_level else levels_mastered(by_level)
     on_gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if on_gpu else vecsim_torch.cpu_name()
     evidence = dict(env_id=args.env_id, algorithm="distill", seeds=args.evidence_seeds, episodes=args.eval_episodes)
@@ -1446,34 +1465,34 @@ def write_evidence(
     evidence |= dict(summary=summary, rows=rows, args=dataclasses.asdict(args), versions=versions(), hardware=hardware)
     (run_dir / "evidence.json").write_text(json.dumps(evidence, indent=2))
     with (run_dir / "evidence.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [x for x in rows[0] if x != "success_by_level"], extrasaction="ignore")
+        writer = csv.DictWriter(file, [x for x in rows[0] if x != "by_level"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    plot_evidence(rows, policies, args, run_dir / "evidence.png")
+    plot_evidence(rows, summary, args, run_dir / "evidence.png")
     return evidence
 
 
-def plot_evidence(rows: list[dict], policies: list[str], args: Args, path: Path) -> None:
-    """Bars: means over seeds; dots: the seeds."""
-    titles = dict(success="success rate", velocity_error="velocity error, m/s", falls="share of falls", terrain_level="levels reached", tracking="tracking score")  # fmt: skip
-    shown = {metric: title for metric, title in titles.items() if rows[0][metric] is not None}
-    figure = Figure(figsize=(11, 2.2 * len(shown) + 1), layout="constrained")
-    width, names = 0.8 / len(policies), args.evidence_perturbations
-    for axis, (metric, title) in zip(
-        np.atleast_1d(figure.subplots(len(shown), sharex=True)), shown.items(), strict=True
-    ):
+def plot_evidence(rows: list[dict], summary: dict, args: Args, path: Path) -> None:
+    """Bars: means over seeds, or over all robots; dots: the seeds."""
+    titles = dict(success="success rate", velocity_error="velocity error, m/s", falls="share of falls", levels_mastered="levels mastered", tracking="tracking score")  # fmt: skip
+    policies, names = list(summary), args.evidence_perturbations
+    shown = {metric: title for metric, title in titles.items() if summary[policies[0]][names[0]][metric] is not None}
+    figure, width = Figure(figsize=(11, 2.2 * len(shown) + 1), layout="constrained"), 0.8 / len(policies)
+    axes = np.atleast_1d(figure.subplots(len(shown), sharex=True))
+    for axis, (metric, title) in zip(axes, shown.items(), strict=True):
         for k, policy in enumerate(policies):
             places = [i + (k - (len(policies) - 1) / 2) * width for i in range(len(names))]
-            means = [mean_over_seeds(rows, policy, name, metric) or 0.0 for name in names]
-            axis.bar(places, means, width, label=policy)
+            means = [summary[policy][name][metric] for name in names]
+            axis.bar(places, [math.nan if x is None else x for x in means], width, label=policy)
             for place, name in zip(places, names, strict=True):
-                dots = [row[metric] for row in rows if (row["policy"], row["perturbation"]) == (policy, name)]
-                axis.plot([place] * len(dots), [math.nan if x is None else x for x in dots], "k.", markersize=2)
+                seeds = [row.get(metric) for row in rows if (row["policy"], row["perturbation"]) == (policy, name)]
+                dots = [x for x in seeds if x is not None]
+                axis.plot([place] * len(dots), dots, "k.", markersize=2)
         axis.set_ylabel(title)
         axis.grid(axis="y", alpha=0.3)
-    figure.axes[-1].set_xticks(range(len(names)), names, rotation=15, ha="right")
-    figure.axes[0].legend(ncols=len(policies))
-    figure.suptitle(f"{args.env_id}: {len(args.evidence_seeds)} seeds x {args.eval_episodes} episodes")
+    axes[-1].set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=15, ha="right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(policies))
+    figure.suptitle(f"{args.env_id}: {len(args.evidence_seeds)} seeds x {args.eval_episodes} episodes", x=0.01, ha="left")
     figure.savefig(path, dpi=120)
 
 
@@ -1571,6 +1590,8 @@ def train_stage(
     first_iteration, train_seconds = 0, 0.0
     if checkpoint:
         load_training_state(checkpoint, agent, optimizer, learning_rate)
+        if args.learning_rate != checkpoint["args"]["learning_rate"]:  # a rate given anew wins over the adapted one
+            learning_rate.fill_(args.learning_rate)
         mine = checkpoint["processes"][rank]
         with refusals_of_the_simulator():
             env.load_state_dict(mine["env"])
@@ -1678,7 +1699,9 @@ def train_stage(
     evaluation |= dict(outcomes=score(outcomes, levels=None), gymnasium=None)
     evaluation |= dict(vecsim=summarize(outcomes["episode_return"][valid], outcomes["length"][valid]))
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
-    print(f"{stage}, vecsim: {describe(evaluation['vecsim'])}")
+    level = evaluation["outcomes"]["terrain_level"]
+    where = "" if level is None else f", on level {level:.1f} of the terrain, where the curriculum begins"
+    print(f"{stage}, vecsim: {describe(evaluation['vecsim'])}{where}")
     return state, record | evaluation
 
 
@@ -1727,7 +1750,7 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     for stage, start in starts.items():
         check_start(f"the {stage}", start, views, env.single_action_space.shape[0], args)
     if "evidence" in stages and rank == 0:
-        check_perturbations(args, make_env, device)
+        check_evidence(args, make_env, device)
 
     # The training stages share one simulator.
     compile_started = time.perf_counter()
@@ -1765,13 +1788,14 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     return results
 
 
-def play(args: Args, make_env=vecsim_torch.make) -> dict:
-    """Score a checkpoint of any stage deterministically, in the environment it was trained in; pictures on request."""
+def play(args: Args, make_env=vecsim_torch.make, task_options: dict = EVIDENCE_OPTIONS) -> dict:
+    """Score a checkpoint of any stage deterministically, in the environment it was trained in, on all its levels alike; pictures on request."""
     checkpoint = load_checkpoint(args.play, "distill")
     args = with_task_defaults(dataclasses.replace(args, device="cpu"))
     check_unchanged(checkpoint, args, "env_id")
     check_env_kwargs(args)
     options = dict(integrator=args.integrator, iterations=args.solver_iterations) | args.env_kwargs
+    options |= task_options.get(args.env_id, {})
     with refusals_of_the_simulator():
         env = make_env(args.env_id, num_envs=args.eval_episodes, device="cpu", seed=args.seed, **options)
     views, stage = make_views(env, args), checkpoint["stage"]

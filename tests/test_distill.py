@@ -73,6 +73,22 @@ class RecallEnv(probe_envs.ProbeEnv):
         return self.observation(), reward, ended, torch.zeros_like(ended), info
 
 
+class DriftEnv(RecallEnv):
+    """The state adds up the actions that were taken and is seen by everybody; a time limit of three steps cuts every episode."""
+
+    observation_slices = critic_slices = {"place": slice(0, 1), "age": slice(1, 2)}
+
+    def observation(self):
+        return torch.stack([self.x, self.age], 1)
+
+    def step(self, action):
+        obs, reward, ended, _, info = super().step(action)
+        self.x = torch.where(ended, self.x, self.x + action[:, 0].detach())
+        info["final_obs"] = torch.where(ended[:, None], info["final_obs"], self.observation())
+        info["final_critic_obs"], info["critic_obs"] = info["final_obs"], self.privileged()
+        return self.observation(), reward, torch.zeros_like(ended), ended, info
+
+
 class NoiseEnv(RecallEnv):
     """Observations are Gaussian noise, three numbers anew in every step, and nothing is privileged."""
 
@@ -362,6 +378,36 @@ def test_student_with_a_memory_learns_what_it_saw_earlier_and_the_loss_falls(net
     assert len(loss) == 20 and loss[-1] < 0.1 * loss[0]
     assert result["action_error"] < 0.03 and result["vecsim"]["mean"] > -0.05
     assert result["action_std"] == pytest.approx(0.1)  # the noise with which it drives
+
+
+def test_the_student_drives_with_noise_and_its_memory_restarts_after_a_truncation(tmp_path, monkeypatch):
+    """States depend on actions here: only who drives himself meets his own states."""
+    rollouts, taken = [], []
+
+    class Watched(DriftEnv):
+        def step(self, action):
+            taken.append(action.clone())
+            return super().step(action)
+
+    def watch(agent, optimizer, rollout, *rest):
+        rollouts.append([x.clone() for x in (rollout.obs, rollout.fresh, rollout.mean, rollout.action, rollout.truncated)])
+        rollouts[-1].append(rollout.final_critic_obs.clone())
+        return imitate(agent, optimizer, rollout, *rest)
+
+    imitate = distill.imitate
+    monkeypatch.setattr(distill, "imitate", watch)
+    flags = small_args(tmp_path, env_id="drift", stages=("teacher", "student"), total_timesteps=4_000, student_timesteps=1_536, finetune_timesteps=1)  # fmt: skip
+    distill.train(flags, Watched)
+    start = len(taken) - 2 * 12 - 3  # two iterations of the student, then the three steps of its score
+    for k, (obs, fresh, mean, action, truncated, final_critic_obs) in enumerate(rollouts):
+        sent = torch.stack(taken[start + 12 * k : start + 12 * (k + 1)])
+        torch.testing.assert_close(sent, 2.0 * action)  # in half ranges of 2
+        noise = action - mean
+        assert 0.08 < noise.std() < 0.12 and noise.mean().abs() < 0.02
+        assert truncated.any() and torch.equal(fresh[1:], truncated[:-1])
+        assert (final_critic_obs[truncated][:, 1] == 3).all()  # the last of the episode, not the first of the next
+        moved = obs[1:, :, 0] - obs[:-1, :, 0]
+        torch.testing.assert_close(moved[~truncated[:-1]], sent[:-1, :, 0][~truncated[:-1]])
 
 
 def test_student_without_a_memory_cannot(recall_teacher, tmp_path):
@@ -708,6 +754,10 @@ def test_a_student_of_another_network_is_refused(whole_run, tmp_path):
         (dict(student_history=0), "student_history = 0 must be >= 1"),
         (dict(gamma=math.nan), "gamma = nan must be between 0 and 1"),
         (
+            dict(critic_warmup_iterations=16),
+            "finetune has 16 iterations of 384 steps, all of them warm-up of the value function",
+        ),
+        (
             dict(profile=True, finetune_timesteps=4_000),
             "profile needs 14 iterations of each stage; finetune, of 4,000 steps, has 11",
         ),
@@ -762,8 +812,28 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, cap
 
 def test_a_perturbation_that_the_task_cannot_have_is_refused_before_the_training():
     args = distill.with_task_defaults(distill.Args(env_id="InvertedPendulum-v5", device="cpu", evidence_perturbations=("shove",)))
-    with pytest.raises(distill.InputError, match="evidence_perturbations: shove: .*friction_scale"):
-        distill.check_perturbations(args, vecsim_torch.make, torch.device("cpu"), panel={"shove": {"friction_scale": -1.0}})
+    with pytest.raises(distill.InputError, match="evidence, perturbation shove: .*friction_scale"):
+        distill.check_evidence(args, vecsim_torch.make, torch.device("cpu"), panel={"shove": {"friction_scale": -1.0}})
+
+
+def test_a_film_that_the_task_cannot_have_is_refused_before_the_training():
+    args = distill.with_task_defaults(distill.Args(device="cpu", env_kwargs={"terrain_rows": 2}, evidence_perturbations=("nominal",)))
+    with pytest.raises(distill.InputError, match="evidence, film: terrain_level must be under terrain_rows = 2"):
+        distill.check_evidence(args, vecsim_torch.make, torch.device("cpu"))
+
+
+def test_the_evidence_is_taken_under_its_perturbation_without_randomisation():
+    made = []
+
+    def make(env_id, **options):
+        made.append(options)
+        return RecallEnv(env_id, options["num_envs"])
+
+    args = make_args(evidence_perturbations=("nominal", "pushes"), env_kwargs={"randomize": True, "perturb.push": 1.0, "gait": 2})
+    distill.gather_evidence({}, args, make, torch.device("cpu"), task_options={"recall": {"curriculum": False}})
+    assert [options["perturb"] for options in made] == [{}, {"push": 1.5, "push_interval": 3.0}]
+    assert all(options["gait"] == 2 and options["curriculum"] is False and options["num_envs"] == 8 for options in made)
+    assert not any(name.split(".")[0] == "randomize" or name.startswith("perturb.") for options in made for name in options)
 
 
 @pytest.mark.parametrize(
@@ -830,18 +900,29 @@ def test_score_by_hand():
         yaw_error=[0.1] * 6, tracking=[0.9, 0.9, 0.2, 0.4, 0.6, 0.0], terrain_level=[0, 0, 1, 1, 2, 2],
         episode_return=[1.0, 2.0, 3.0, 4.0, 5.0, 9.0], length=[10.0, 10.0, 5.0, 10.0, 10.0, 1.0],
     )  # fmt: skip
-    result = distill.score({name: np.array(x, dtype=float) for name, x in outcomes.items()}, levels=3)
-    assert result["success"] == pytest.approx(3 / 5) and result["falls"] == pytest.approx(1 / 5)
-    assert result["velocity_error"] == pytest.approx(0.3) and result["tracking"] == pytest.approx(0.6)
-    assert (
-        result["success_by_level"] == [1.0, 0.0, 1.0] and result["terrain_level"] == 1.0
-    )  # the second is not mastered
-    assert (result["episodes"], result["quarantined"]) == (5, 1)
+    result = distill.score({name: np.array(x, dtype=float) for name, x in outcomes.items()}, levels=4)
+    assert result["success"] == pytest.approx(3 / 6) and result["falls"] == pytest.approx(2 / 6)
+    assert result["velocity_error"] == pytest.approx(0.3) and result["tracking"] == pytest.approx(0.5)
+    assert result["by_level"] == [[2, 2], [2, 0], [2, 1], [0, 0]]
+    assert (result["episodes"], result["quarantined"]) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    "seeds, mastered",
+    [
+        ([[[2, 2], [2, 1], [2, 0]]], 2),  # half of them is enough
+        ([[[2, 2], [2, 0], [2, 2]]], 1),  # what lies above a level that is not mastered does not count
+        ([[[2, 2], [1, 0], [1, 1]], [[1, 0], [2, 2], [1, 1]]], 3),  # the seeds together, though each fails somewhere
+        ([[[0, 0], [2, 2]]], 0),  # nobody was put on the lowest
+    ],
+)
+def test_levels_mastered_by_hand(seeds, mastered):
+    assert distill.levels_mastered(seeds) == mastered
 
 
 def test_all_stages_on_the_quadruped_with_evidence(tmp_path, monkeypatch, capsys):
     flags = "--env-id Quadruped-Flat --device cpu --no-compile --num-envs 8 --num-steps 4 --num-minibatches 2 --distill-steps 6"
-    flags += " --gradient-length 3 --distill-minibatches 1 --total-timesteps 144 --student-timesteps 48 --finetune-timesteps 32"
+    flags += " --gradient-length 3 --distill-minibatches 1 --total-timesteps 176 --student-timesteps 48 --finetune-timesteps 64"
     flags += (
         " --actor-hidden 16 --critic-hidden 16 --student-hidden 16 --student-history 2 --critic-warmup-iterations 1"
     )
@@ -860,6 +941,7 @@ def test_all_stages_on_the_quadruped_with_evidence(tmp_path, monkeypatch, capsys
             assert cell["velocity_error"] == pytest.approx(sum(row["velocity_error"] for row in rows) / 2)
             teacher = evidence["summary"]["teacher"][name]["tracking"]
             assert cell["tracking_of_teacher"] == pytest.approx(cell["tracking"] / teacher)
+            assert cell["levels_mastered"] is None and cell["quarantined"] == 0
     rows = list(csv.DictReader((tmp_path / "evidence.csv").open()))
     assert (
         len(rows) == 16 and {"policy", "perturbation", "seed", "success", "velocity_error", "falls"} <= rows[0].keys()
@@ -867,7 +949,7 @@ def test_all_stages_on_the_quadruped_with_evidence(tmp_path, monkeypatch, capsys
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     groups = saved(tmp_path, "student")["groups"]
     assert groups["student"].keys().isdisjoint({"velocity", "heights"}) and "velocity" in groups["teacher"]
-    assert evidence["policies"]["baseline"]["env_steps"] >= 144
+    assert evidence["policies"]["baseline"]["env_steps"] >= 176
     play = ["--play", tmp_path / "student" / "checkpoint.pt", "--eval-episodes", "2"]
     assert run_main(monkeypatch, capsys, *play)[0] == 0
 
