@@ -369,11 +369,6 @@ def derive_sizes(
         stage: Plan(steps, per_iteration, math.ceil(timesteps / per_iteration), gradient_steps)
         for stage, (timesteps, (steps, per_iteration, gradient_steps)) in budgets.items()
     }
-    if "finetune" in args.stages and plans["finetune"].iterations <= args.critic_warmup_iterations:
-        raise InputError(
-            f"finetune has {plans['finetune'].iterations} iterations of {plans['finetune'].steps_per_iteration:,} steps, all of them "
-            f"warm-up of the value function; give more --finetune-timesteps, or fewer --critic-warmup-iterations"
-        )
     for stage, plan in plans.items():
         if args.profile and stage in args.stages and plan.iterations < (least := sum(profiled) + 1):
             raise InputError(
@@ -1609,6 +1604,8 @@ def train_stage(
             f"{plan.num_steps} steps = {plan.steps_per_iteration:,} samples, {plan.gradient_steps} gradient steps, "
             f"{plan.iterations:,} times"
         )
+        if stage == "finetune" and plan.iterations <= args.critic_warmup_iterations:
+            tqdm.write("finetune: all of it is warm-up of the value function, the policy will not move; see --critic-warmup-iterations")
     kind = ImitationTerms if stage == "student" else LossTerms
     profile = Profile(args.profile and rank == 0, device, *profiled)
     terms, record, state, clock = torch.zeros(len(kind._fields), device=device), {}, {}, time.perf_counter()
