@@ -91,6 +91,113 @@ def test_policy_learns(env_id, changes, tmp_path):
         assert result["invalid"] == 20_032 // 64 and result["vecsim"]["episodes"] == 63
 
 
+# What train does with what it is given ------------------------------------------------------------------------------------
+
+
+class Recorder(ProbeEnv):
+    """Keeps what the steps after the compiling one gave, in the order of Replay's fields but for the action."""
+
+    def __init__(self, *arguments, **options):
+        self.columns, self.after_reset = [], []
+        super().__init__(*arguments, **options)
+
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        self.columns, self.after_reset, self.before = [], [], (obs.clone(), info["critic_obs"].clone())
+        return obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        after = obs.clone(), info["critic_obs"].clone()
+        ends = reward, terminated, truncated, info["invalid"]
+        columns = *self.before, info["final_obs"], info["final_critic_obs"], *ends
+        self.columns.append([x.clone() for x in columns])
+        self.after_reset.append(after)
+        self.before = after
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("env_id", ["truncation", "privileged", "broken"])
+def test_the_replay_gets_what_a_step_led_to_and_not_the_state_after_its_reset(env_id, tmp_path, monkeypatch):
+    environments, stored, store = [], [], sac.store
+
+    def make(*arguments, **options):
+        environments.append(Recorder(*arguments, **options))
+        return environments[0]
+
+    def recording(replay, step, *columns):
+        stored.append([x.clone() for x in columns])
+        assert step == len(stored) - 1
+        store(replay, step, *columns)
+
+    monkeypatch.setattr(sac, "store", recording)
+    sac.train(probe_args(tmp_path, env_id, total_timesteps=12 * 64, eval_episodes=0), make)
+    (env,) = environments
+    privileged = env_id == "privileged"
+    assert len(stored) == len(env.columns) == 12
+    for (obs, critic_obs, final_obs, final_critic_obs, *given), (*columns, action, reward, terminated, truncated, invalid) in zip(
+        env.columns, stored, strict=True
+    ):
+        if not privileged:
+            critic_obs, final_critic_obs = obs, final_obs
+        expected = obs, critic_obs, final_obs, final_critic_obs, *given
+        for x, y in zip(expected, (*columns, reward, terminated, truncated, invalid), strict=True):
+            torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+        assert action.abs().max() <= 1.0
+    ended = torch.stack([columns[-3] | columns[-2] for columns in env.columns])
+    for k in (0, 1):
+        final, fresh = torch.stack([x[2 + k] for x in env.columns]), torch.stack([x[k] for x in env.after_reset])
+        assert not torch.equal(final[ended], fresh[ended])  # or the comparison above would show nothing
+
+
+def test_statistics_follow_both_observations_and_skip_quarantined_rows(tmp_path):
+    class Quarantining(Recorder):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            info["invalid"][0] = True
+            return obs, reward, terminated, truncated, info
+
+    environments = []
+
+    def make(*arguments, **options):
+        environments.append(Quarantining(*arguments, **options))
+        return environments[0]
+
+    sac.train(probe_args(tmp_path, "privileged", total_timesteps=12 * 64, eval_episodes=0), make)
+    state = trained_agent(tmp_path)[0].state_dict()
+    for k, name in enumerate(("obs_statistics", "critic_obs_statistics")):
+        rows = torch.cat([columns[k][1:] for columns in environments[0].columns]).double()
+        assert state[f"{name}.count"] == len(rows) == 12 * 63
+        torch.testing.assert_close(state[f"{name}.mean"], rows.mean(0))
+        torch.testing.assert_close(state[f"{name}.variance"], rows.var(0, correction=0))
+
+
+def test_the_policy_acts_on_noise_that_is_held(tmp_path, monkeypatch):
+    given, policy_step = [], sac.policy_step
+
+    def recording(agent, obs, noise):
+        given.append(noise.clone())
+        return policy_step(agent, obs, noise)
+
+    monkeypatch.setattr(sac, "policy_step", recording)
+    for longest, least, most in ((1, 0.0, 0.0), (16, 0.3, 0.9)):
+        given.clear()
+        run = tmp_path / str(longest)
+        sac.train(probe_args(run, total_timesteps=18 * 64, noise_repeat_max=longest, eval_episodes=0), ProbeEnv)
+        noise = torch.stack(given[1:])  # the first call compiles
+        same = (noise[1:] == noise[:-1]).float().mean().item()
+        assert len(noise) == 8 and least <= same <= most
+        assert (noise[1:] != noise[:-1]).any()
+
+
+def test_the_learning_rate_moves_linearly_to_its_final_value(tmp_path):
+    rates = dict(learning_rate=1e-3, learning_rate_final=2e-4)
+    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, log_every=64, eval_episodes=0, **rates), ProbeEnv)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()][10:]  # learning starts at the 10th
+    expected = [1e-3 - 8e-4 * iteration / 20 for iteration in range(10, 20)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
+
+
 # Reproducibility and resume -----------------------------------------------------------------------------------------------
 
 

@@ -431,6 +431,18 @@ def test_rewards_are_scaled_so_that_returns_fit_the_atoms():
     assert make_agent(make_args(normalize_rewards=False)).reward_divisor() == 1.0
 
 
+def test_a_batch_has_rewards_in_the_learners_scale():
+    """reward_scale times the reward, over the divisor."""
+    for normalized, expected in ((False, 1.5), (True, 0.375)):
+        args = make_args(reward_scale=0.5, normalize_rewards=normalized, value_limit=5.0)
+        agent = make_agent(args)
+        agent.largest_return.fill_(20.0)  # over 5: a divisor of 4
+        replay = sac.allocate_replay(1, 2, 3, None, 2, False, torch.device("cpu"))
+        replay.reward.fill_(3.0)
+        batch = sac.gather_batch(agent, replay, torch.tensor([0]), torch.tensor([1]), args)
+        assert batch.reward.item() == expected
+
+
 def test_quarantined_rewards_do_not_reach_the_scale():
     agent = make_agent(make_args())
     invalid = torch.tensor([True, False])
@@ -442,9 +454,9 @@ def test_quarantined_rewards_do_not_reach_the_scale():
 # Losses and gradient steps ------------------------------------------------------------------------------------------------
 
 
-def constant_agent(args, critic_value, target_value):
-    """Policy N(0, 1) before squashing, one action; critics and target critics that say two numbers each."""
-    agent = make_agent(args, obs_size=1, actions=1)
+def constant_agent(args, critic_value, target_value, actions=1):
+    """Policy N(0, 1) before squashing; critics and target critics that say two numbers each."""
+    agent = make_agent(args, obs_size=1, actions=actions)
     with torch.no_grad():
         for parameter in (*agent.actor.parameters(), *agent.critics.parameters(), *agent.target_critics.parameters()):
             parameter.zero_()
@@ -477,6 +489,43 @@ def test_scalar_losses_by_hand():
     assert loss.item() == pytest.approx(terms.policy_loss - 0.5 * (log_prob - 1.0))
     terminal = batch._replace(discount=column(0.0))
     assert sac.critic_loss(agent, row(0.0), terminal, args)[0].item() == pytest.approx(0.5 * (1 - 1) ** 2 + 0.5 * 3**2)
+
+
+def test_the_entropy_to_hold_counts_every_action():
+    """Two actions of target -0.5 each: together -1. Noise 0: log pi = -log(2 pi)."""
+    args = make_args(
+        network="mlp", critic="scalar", temperature_init=0.5, target_entropy=-0.5, log_std_min=-1.0, log_std_max=1.0
+    )
+    agent = constant_agent(args, (1.0, 1.0), (1.0, 1.0), actions=2)
+    zeros, one = torch.zeros(1, 2), torch.ones(1)
+    batch = sac.Batch(zeros[:, :1], zeros[:, :1], zeros, one, one, zeros[:, :1], zeros[:, :1], one)
+    loss, terms = sac.policy_loss(agent, zeros, batch, args)
+    log_prob = -math.log(2.0 * math.pi)
+    assert loss.item() == pytest.approx(terms[0].item() - 0.5 * (log_prob - 1.0))
+    loss.backward()
+    assert agent.temperature.log_value.grad.item() == pytest.approx(-0.5 * (log_prob - 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_what_the_networks_compute_in(kind):
+    """The heads of all networks, in both losses and when acting; losses and terms stay float32, and a gradient step stays finite."""
+    args = make_args(network=kind, bf16=True)
+    agent = make_agent(args)
+    heads = {name: module for name, module in agent.named_modules() if name.endswith("head")}
+    seen = collections.defaultdict(set)
+    for name, head in heads.items():
+        head.register_forward_hook(lambda module, inputs, output, name=name: seen[name].add(output.dtype))
+    optimizers = sac.make_optimizers(agent, torch.tensor(1e-2), 1e-2)
+    batch, noise = random_batch()
+    loss, terms = sac.critic_loss(agent, noise, batch, args)
+    loss.backward()
+    assert loss.dtype == terms.dtype == torch.float32
+    sac.critic_step(agent, optimizers["critics"], 0.05, weight_projection=False)
+    sac.policy_loss(agent, noise, batch, args)[0].backward()
+    sac.actor_step(agent, optimizers, weight_projection=False)
+    assert sac.policy_step(agent, batch.obs, noise)[0].dtype == torch.float32
+    assert len(heads) == 5 and dict(seen) == dict.fromkeys(heads, {torch.bfloat16})
+    assert all(x.isfinite().all() and x.dtype != torch.bfloat16 for x in agent.state_dict().values())
 
 
 def test_categorical_loss_is_the_cross_entropy_with_the_projected_target():
