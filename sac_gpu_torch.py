@@ -597,18 +597,31 @@ def free_bytes(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_replay_fits(bytes_per_slot: int, slots: int, num_envs: int, free: int, device: torch.device) -> str:
-    """How large the replay will be, in words; ValueError with the largest that fits nine tenths of the free memory."""
-    needed, largest = slots * bytes_per_slot, int(0.9 * free) // bytes_per_slot
+def check_replay_fits(bytes_per_slot: int, slots: int, free: int, device: torch.device, args: Args) -> str:
+    """How large the replay will be, in words; InputError with the largest that fits nine tenths of the free memory.
+
+    On a CPU a checkpoint that holds the replay takes a copy of it from the same memory while it is written."""
+    copied = args.checkpoint_replay and device.type == "cpu"
+    taken = bytes_per_slot * (2 if copied else 1)
+    needed, largest = slots * taken, int(0.9 * free) // taken
     if slots > largest:
-        choice = f"use at most --replay-capacity {largest * num_envs}" if largest else "use fewer environments"
+        most = largest * args.num_envs
+        choice = f"use at most --replay-capacity {most}" if most else "use fewer environments"
+        if 0 < most < args.learning_starts:
+            choice += f" with --learning-starts {most}"
+        if 0 < largest < args.n_step:
+            choice += f" with --n-step {largest}"
+        choice += ", or --half-precision-replay" if not args.half_precision_replay else ""
+        choice += ", or leave --checkpoint-replay away" if copied else ""
         raise InputError(
-            f"replay_capacity = {slots * num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process, and 90% of what is free "
-            f"on {device} is {0.9 * free / 2**30:.2f} GiB; {choice}, or --half-precision-replay"
+            f"replay_capacity = {slots * args.num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process"
+            f"{', the copy for a checkpoint included' if copied else ''}, and 90% of what is free on {device} is "
+            f"{0.9 * free / 2**30:.2f} GiB; {choice}"
         )
     return (
-        f"replay: {slots:,} steps x {num_envs:,} environments = {slots * num_envs:,} transitions; "
-        f"{needed / 2**20:,.1f} MiB on {device} in each process"
+        f"replay: {slots:,} steps x {args.num_envs:,} environments = {slots * args.num_envs:,} transitions; "
+        f"{slots * bytes_per_slot / 2**20:,.1f} MiB on {device} in each process"
+        f"{', twice that while a checkpoint is written' if copied else ''}"
     )
 
 
@@ -1145,17 +1158,17 @@ def stream_seed(seed: int, rank: int, stream: int) -> int:
 
 
 def on_cpu(tree):
-    """The same tree of dicts and lists with every tensor copied to the CPU."""
+    """The same tree of dicts and lists with every tensor copied, once, to the CPU."""
     if isinstance(tree, dict):
         return {key: on_cpu(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(on_cpu(value) for value in tree)
-    return tree.detach().cpu().clone() if isinstance(tree, Tensor) else tree
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write beside, then rename: an interrupted run never leaves half a file."""
-    torch.save(on_cpu(checkpoint), path.with_suffix(".tmp"))
+    """Write what on_cpu made beside, then rename: an interrupted run never leaves half a file."""
+    torch.save(checkpoint, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
@@ -1540,7 +1553,7 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     optimizers = make_optimizers(agent, learning_rate, args.temperature_learning_rate)
     row_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
     bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *row_sizes, torch.device("meta"))))
-    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, args.num_envs, free_bytes(device), device)
+    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, free_bytes(device), device, args)
     if rank == 0:
         print(replay_size)
     replay = allocate_replay(sizes.slots, *row_sizes, device)
@@ -1569,6 +1582,7 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         written = load_replay_state(replay, mine["replay"]) if checkpoint["replay_inside"] else 0
         if rank == 0:
             print(describe_resumed_replay(checkpoint["replay_inside"], written, sizes, args.num_envs))
+        del checkpoint, mine  # a second replay may hang on them
     compile_seconds = time.perf_counter() - preparation_started
     run_dir, log = Path(args.run_dir), None
     logged_step, logged_seconds = first_iteration * args.num_envs, train_seconds
@@ -1667,7 +1681,9 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
             state |= dict(versions=versions(), replay_inside=args.checkpoint_replay)
             state |= dict(processes=gather_from_processes(on_cpu(mine)))
             if log:
-                save_checkpoint(run_dir / "checkpoint.pt", state | training_state(agent, optimizers, learning_rate))
+                state |= on_cpu(training_state(agent, optimizers, learning_rate))
+                save_checkpoint(run_dir / "checkpoint.pt", state)
+            del state, mine  # a second replay may hang on them
         critic_terms.zero_(), policy_terms.zero_()
         logged_step, logged_seconds, logged_updates, policy_updates = env_steps, train_seconds, updates, 0
         clock = time.perf_counter()

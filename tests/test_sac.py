@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,35 @@ def test_resumed_run_with_its_replay_equals_uninterrupted_run(env_id, changes, t
     stored = min(50 * 64, changes.get("replay_capacity", 10_000))
     assert f"the checkpoint holds the replay, {stored:,} transitions" in capsys.readouterr().out
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
+
+
+def test_nothing_keeps_a_second_replay_alive(tmp_path, monkeypatch):
+    """Neither a checkpoint that was loaded nor one that was written."""
+    alive, load, on_cpu, gather = [], sac.load_replay_state, sac.on_cpu, sac.gather_batch
+
+    def loading(replay, saved):
+        alive.append(weakref.ref(saved["rings"][0]))
+        return load(replay, saved)
+
+    def copying(tree):
+        copied = on_cpu(tree)
+        if isinstance(tree, dict) and "replay" in tree:
+            alive.append(weakref.ref(copied["replay"]["rings"][0]))
+        return copied
+
+    def gathering(*inputs):
+        assert not any(reference() is not None for reference in alive)
+        return gather(*inputs)
+
+    monkeypatch.setattr(sac, "load_replay_state", loading)
+    monkeypatch.setattr(sac, "on_cpu", copying)
+    monkeypatch.setattr(sac, "gather_batch", gathering)
+    common = dict(checkpoint_replay=True, eval_episodes=0, checkpoint_every=5 * 64)
+    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, **common), ProbeEnv)
+    assert len(alive) == 4
+    resume = str(tmp_path / "checkpoint.pt")
+    sac.train(probe_args(tmp_path, total_timesteps=22 * 64, resume=resume, **common), ProbeEnv)
+    assert len(alive) == 6
 
 
 def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(tmp_path, capsys):

@@ -314,14 +314,41 @@ def test_replay_size_is_known_before_it_is_allocated_and_refused_where_it_does_n
     assert per_slot == 2 * (4 * (30 + 7 + 30 + 7 + 2 + 1) + 3)
     real = sac.allocate_replay(5, *sizes, torch.device("cpu"))
     assert sum(x.nbytes for x in sac.distinct_tensors(real)) == 5 * per_slot
-    cpu = torch.device("cpu")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     free = math.ceil(100 * per_slot / 0.9)  # 100 steps fit
-    assert "100 steps x 2 environments = 200 transitions" in sac.check_replay_fits(per_slot, 100, 2, free, cpu)
-    with pytest.raises(ValueError, match=r"use at most --replay-capacity 200, or --half-precision-replay"):
-        sac.check_replay_fits(per_slot, 101, 2, free, cpu)
-    with pytest.raises(ValueError, match="use fewer environments"):
-        sac.check_replay_fits(per_slot, 1, 2, per_slot, cpu)
+    args = make_args(num_envs=2, learning_starts=10)
+    said = sac.check_replay_fits(per_slot, 100, free, cpu, args)
+    assert "100 steps x 2 environments = 200 transitions" in said and "checkpoint" not in said
+
+    def refusal(slots, free, device=cpu, **changes):
+        with pytest.raises(sac.InputError) as error:
+            sac.check_replay_fits(per_slot, slots, free, device, dataclasses.replace(args, **changes))
+        return str(error.value).split("; ")[1]
+
+    assert refusal(101, free) == "use at most --replay-capacity 200, or --half-precision-replay"
+    assert refusal(101, free, half_precision_replay=True) == "use at most --replay-capacity 200"
+    few = refusal(101, free, learning_starts=500, half_precision_replay=True)
+    assert few == "use at most --replay-capacity 200 with --learning-starts 200"
+    few = refusal(101, free, learning_starts=500, n_step=101, half_precision_replay=True)
+    assert few == "use at most --replay-capacity 200 with --learning-starts 200 with --n-step 100"
+    assert refusal(1, per_slot, half_precision_replay=True) == "use fewer environments"
+    copied = dict(checkpoint_replay=True, half_precision_replay=True)  # a checkpoint's copy counts where the replay lies
+    assert refusal(51, free, **copied) == "use at most --replay-capacity 100, or leave --checkpoint-replay away"
+    said = sac.check_replay_fits(per_slot, 50, free, cpu, dataclasses.replace(args, **copied))
+    assert "twice that while a checkpoint is written" in said
+    sac.check_replay_fits(per_slot, 100, free, gpu, dataclasses.replace(args, **copied))
     assert 0 < sac.free_bytes(cpu) < 2**50
+
+
+def test_a_checkpoint_copies_the_replay_once_and_only_what_it_holds(tmp_path, monkeypatch):
+    replay = sac.allocate_replay(8, 2, 3, None, 2, False, torch.device("cpu"))
+    copied = sac.on_cpu(sac.replay_state(replay, 5))
+    for ring, x in zip(sac.distinct_tensors(replay), copied["rings"], strict=True):
+        assert x.data_ptr() != ring.data_ptr() and x.untyped_storage().nbytes() == x.nbytes == ring.nbytes * 5 // 8
+    monkeypatch.setattr(torch, "save", lambda tree, path: path.touch() or saved.append(tree))
+    saved = []
+    sac.save_checkpoint(tmp_path / "checkpoint.pt", copied)
+    assert saved[0] is copied
 
 
 # Policy and temperature ---------------------------------------------------------------------------------------------------
