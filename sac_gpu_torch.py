@@ -265,7 +265,7 @@ class Sizes(NamedTuple):
     iterations: int  # vector steps of the whole run
 
 
-def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFILED) -> Sizes:
+def derive_sizes(args: Args, world_size: int) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
     counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every cpu_threads"
@@ -279,6 +279,7 @@ def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFIL
         ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("tau", lambda x: 0 < x <= 1, "> 0 and <= 1"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
+        ("target_entropy log_std_min log_std_max", math.isfinite, "finite"),
         ("log_std_max", lambda x: x > args.log_std_min, f"> log_std_min = {args.log_std_min:g}"),
         ("replay_capacity", lambda x: x >= args.learning_starts, f">= learning_starts = {args.learning_starts:,}"),
     )  # fmt: skip
@@ -314,9 +315,37 @@ def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFIL
         )
     first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
     iterations = math.ceil(args.total_timesteps / args.num_envs)
-    if args.profile and iterations < (least := first_slots + sum(profiled) + 1):
-        raise InputError(f"profile needs {least} iterations; use --total-timesteps {least * args.num_envs} or more")
     return Sizes(args.num_envs // world_size, args.batch_size // world_size, slots, first_slots, iterations)
+
+
+def check_length(args: Args, sizes: Sizes, checkpoint: dict | None, profiled: tuple[int, int]) -> None:
+    """Refuse a run that would end before its first update, or before the iterations that --profile times and traces."""
+    done, written = 0, 0
+    if checkpoint:
+        replay = checkpoint["processes"][0]["replay"]
+        done, written = checkpoint["iteration"], replay["written"] if replay else 0
+    least = done + max(1, sizes.first_slots - written)  # vector steps up to and with the first that is followed by updates
+    missed = "the first update"
+    if args.profile:
+        least, missed = least + sum(profiled), "the end of the profile"  # the first of these counts, and one more is traced
+    if sizes.iterations < least:
+        refill = " (the checkpoint holds no replay, so it is filled anew)" if checkpoint and not written else ""
+        raise InputError(
+            f"total_timesteps = {args.total_timesteps:,} ends before {missed}{refill}; "
+            f"use --total-timesteps {least * args.num_envs} or more"
+        )
+
+
+def clipping_warning(args: Args) -> str | None:
+    """One line where a categorical critic was given neither scaled rewards nor a range of its own: larger values look alike to it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    fitted = args.normalize_rewards or args.reward_scale != 1.0 or args.value_limit != defaults["value_limit"]
+    if args.critic == "scalar" or fitted:
+        return None
+    return (
+        f"warning: the categorical critic clips returns beyond +-{args.value_limit:g}, and rewards come as they are; "
+        "use --normalize-rewards True, a --reward-scale or a --value-limit that fits them"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -585,8 +614,9 @@ def distinct_tensors(replay: Replay) -> list[Tensor]:
     return list({id(x): x for x in replay}.values())
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that one process may still take on the device; on a CPU the machine's, shared by its processes."""
+def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that one process may still take on the device; on a CPU the machine's, or its container's where that is less, shared by
+    its processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -594,6 +624,10 @@ def free_bytes(device: torch.device) -> int:
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1])
     else:  # no way to ask what is free: all there is
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = (cgroup / "memory.max").read_text().strip() if (cgroup / "memory.max").exists() else "max"
+    if limit.isdecimal():  # a container's; "max" says that it has none
+        cached = int(re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)[1])  # given up on demand
+        free = min(free, max(0, int(limit) - int((cgroup / "memory.current").read_text()) + cached))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -1206,10 +1240,11 @@ def check_same_task(checkpoint: dict, args: Args) -> None:
     check_unchanged(checkpoint, args, f"env_id env_kwargs {networks} normalize_observations normalize_rewards")
 
 
-def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
+def check_resumable(checkpoint: dict, args: Args, sizes: Sizes, device: torch.device, world_size: int) -> None:
     """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     check_same_task(checkpoint, args)
-    check_unchanged(checkpoint, args, "num_envs seed temperature_init random_initial_ages")
+    held = "preset num_envs seed temperature_init random_initial_ages log_std_min log_std_max"  # a preset was filled in before
+    check_unchanged(checkpoint, args, held)
     if args.total_timesteps <= checkpoint["env_steps"]:
         raise InputError(
             f"the checkpoint has {checkpoint['env_steps']:,} steps already; give a larger --total-timesteps"
@@ -1220,6 +1255,16 @@ def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_si
         raise InputError(
             f"the checkpoint was written on {checkpoint['device']}, where alone its random generators go on, not on {device.type}"
         )
+    if checkpoint["replay_inside"]:
+        saved, dtype = checkpoint["processes"][0]["replay"], torch.float16 if args.half_precision_replay else torch.float32
+        if saved["slots"] != sizes.slots:
+            raise InputError(
+                f"the checkpoint's replay has {saved['slots']:,} steps, not {sizes.slots:,}; leave --replay-capacity away"
+            )
+        if saved["rings"][0].dtype != dtype:
+            raise InputError(
+                f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
+            )
 
 
 def training_state(agent: Agent, optimizers: dict[str, torch.optim.Optimizer], learning_rate: Tensor) -> dict:
@@ -1247,15 +1292,6 @@ def replay_state(replay: Replay, written: int) -> dict:
 
 def load_replay_state(replay: Replay, saved: dict) -> int:
     """Copy in place; returns the number of steps stored so far."""
-    slots, dtype = len(replay.reward), replay.obs.dtype
-    if saved["slots"] != slots:
-        raise InputError(
-            f"the checkpoint's replay has {saved['slots']:,} steps, not {slots:,}; leave --replay-capacity away"
-        )
-    if saved["rings"][0].dtype != dtype:
-        raise InputError(
-            f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
-        )
     for ring, x in zip(distinct_tensors(replay), saved["rings"], strict=True):
         ring[: len(x)] = x.to(ring.device)
     return saved["written"]
@@ -1527,13 +1563,16 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
-    sizes = derive_sizes(args, world_size, profiled)
+    sizes = derive_sizes(args, world_size)
     check_env_kwargs(args)
     if rank == 0:  # the one writer
         check_run_dir(args)
     checkpoint = load_checkpoint(args.resume, "sac") if args.resume else None
     if checkpoint:
-        check_resumable(checkpoint, args, device, world_size)
+        check_resumable(checkpoint, args, sizes, device, world_size)
+    check_length(args, sizes, checkpoint, profiled)
+    if rank == 0 and (warning := clipping_warning(args)):
+        print(warning)
     preparation_started = time.perf_counter()
     if device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)

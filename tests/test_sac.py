@@ -299,25 +299,36 @@ def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(t
     assert before["replay_inside"] is False and before["processes"][0]["replay"] is None
     assert "checkpoint holds" not in capsys_text
     resume = dict(resume=str(tmp_path / "checkpoint.pt"), log_every=64)
-    sac.train(probe_args(tmp_path, total_timesteps=3_200 + 9 * 64, **resume), ProbeEnv)  # 10 steps are needed
+    with pytest.raises(sac.InputError, match="before the first update .*no replay.* use --total-timesteps 3840 or more"):
+        sac.train(probe_args(tmp_path, total_timesteps=3_200 + 9 * 64, **resume), ProbeEnv)  # 10 steps are needed
+
+    def mortal(*arguments, **options):
+        env = ProbeEnv(*arguments, **options)
+        env.steps_left = 1 + 9  # the compiling step, and those of the refill
+        return env
+
+    long = dict(total_timesteps=3_200 + 19 * 64, checkpoint_every=3_200 + 9 * 64)
+    with pytest.raises(KeyboardInterrupt):
+        sac.train(probe_args(tmp_path, **long, **resume), mortal)
     assert "holds no replay (--checkpoint-replay puts it there), so it starts empty" in capsys.readouterr().out
     after = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert after["env_steps"] == 3_200 + 9 * 64
     assert after["updates"] == before["updates"] == 2 * 41  # from the 10th of 50 steps on
     for key, value in before["agent"].items():  # no gradient step; the observation statistics go on
         assert "statistics" in key or torch.equal(value, after["agent"][key]), key
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["replay_transitions"] == 9 * 64 and line["critic_loss"] is None
-    sac.train(probe_args(tmp_path, total_timesteps=3_200 + 19 * 64, **resume), ProbeEnv)
+    sac.train(probe_args(tmp_path, **long, **resume), ProbeEnv)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["updates"] == 2 * 42
 
 
 def test_resume_refuses_a_replay_of_another_shape(tmp_path):
     sac.train(probe_args(tmp_path, total_timesteps=1_280, checkpoint_replay=True, eval_episodes=0), ProbeEnv)
     resume = dict(total_timesteps=2_560, resume=str(tmp_path / "checkpoint.pt"))
-    with pytest.raises(ValueError, match="replay has 157 steps, not 313; leave --replay-capacity away"):
-        sac.train(probe_args(tmp_path, replay_capacity=20_000, **resume), ProbeEnv)
-    with pytest.raises(ValueError, match="leave --half-precision-replay away"):
-        sac.train(probe_args(tmp_path, half_precision_replay=True, **resume), ProbeEnv)
+    with pytest.raises(sac.InputError, match="replay has 157 steps, not 313; leave --replay-capacity away"):
+        sac.train(probe_args(tmp_path, replay_capacity=20_000, **resume), make_env=None)  # before there is a simulator
+    with pytest.raises(sac.InputError, match="leave --half-precision-replay away"):
+        sac.train(probe_args(tmp_path, half_precision_replay=True, **resume), make_env=None)
 
 
 def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(tmp_path):
@@ -551,6 +562,9 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
         (["--critic", "scalar"], "was trained with critic = categorical, not scalar"),
         (["--seed", "2"], "was trained with seed = 1, not 2"),
         (["--temperature-init", "2"], "was trained with temperature_init = 0.01, not 2.0"),
+        (["--preset", "vanilla"], "was trained with preset = best, not vanilla"),
+        (["--log-std-min", "-4"], "was trained with log_std_min = -5.0, not -4.0"),
+        (["--log-std-max", "1"], "was trained with log_std_max = 2.0, not 1.0"),
         (["--no-random-initial-ages"], "was trained with random_initial_ages = True, not False"),
         ([], "has 6,400 steps already; give a larger --total-timesteps"),
     ],
@@ -629,12 +643,22 @@ def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
 
 
 def test_profile_times_the_stages_of_learning(tmp_path):
-    sac.train(probe_args(tmp_path, total_timesteps=64 * 121, learning_starts=640, profile=True, eval_episodes=0), ProbeEnv)
+    sac.train(probe_args(tmp_path, total_timesteps=64 * 120, learning_starts=640, profile=True, eval_episodes=0), ProbeEnv)
     table = json.loads((tmp_path / "profile.json").read_text())
     assert list(table["stages"]) == ["infer", "simulate", "sample", "update", "the rest"] and table["steps"] == 64
     assert sum(stage["share"] for stage in table["stages"].values()) == pytest.approx(1.0)
     with gzip.open(tmp_path / "trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("update") == names.count("simulate") == 1
-    with pytest.raises(sac.InputError, match="profile needs 121 iterations; use --total-timesteps 7744 or more"):
-        sac.train(probe_args(tmp_path, total_timesteps=64 * 120, learning_starts=640, profile=True), ProbeEnv)
+    with pytest.raises(sac.InputError, match="before the end of the profile; use --total-timesteps 7680 or more"):
+        sac.train(probe_args(tmp_path / "short", total_timesteps=64 * 119, learning_starts=640, profile=True), ProbeEnv)
+
+
+def test_profile_counts_from_where_a_run_resumes(tmp_path):
+    """Ten steps refill the replay, the last of them learns already; then 2 of warm-up, 3 timed and one traced end at the 15th."""
+    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, eval_episodes=0), ProbeEnv)
+    resume = dict(resume=str(tmp_path / "checkpoint.pt"), profile=True, eval_episodes=0)
+    with pytest.raises(sac.InputError, match="use --total-timesteps 2240 or more"):
+        sac.train(probe_args(tmp_path, total_timesteps=34 * 64, **resume), ProbeEnv, profiled=(2, 3))
+    sac.train(probe_args(tmp_path, total_timesteps=35 * 64, **resume), ProbeEnv, profiled=(2, 3))
+    assert (tmp_path / "profile.json").exists() and (tmp_path / "trace.json.gz").exists()

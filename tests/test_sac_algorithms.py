@@ -340,6 +340,19 @@ def test_replay_size_is_known_before_it_is_allocated_and_refused_where_it_does_n
     assert 0 < sac.free_bytes(cpu) < 2**50
 
 
+def test_free_memory_is_that_of_the_container_where_it_is_less(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu = torch.device("cpu")
+    (tmp_path / "memory.current").write_text("350\n")
+    (tmp_path / "memory.stat").write_text("anon 250\nfile 100\ninactive_file 50\nactive_file 50\n")
+    for limit, free in (("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert sac.free_bytes(cpu, tmp_path) == free
+    for limit in ("max\n", f"{2**60}\n"):
+        (tmp_path / "memory.max").write_text(limit)
+        assert 2**20 < sac.free_bytes(cpu, tmp_path) < 2**50
+
+
 def test_a_checkpoint_copies_the_replay_once_and_only_what_it_holds(tmp_path, monkeypatch):
     replay = sac.allocate_replay(8, 2, 3, None, 2, False, torch.device("cpu"))
     copied = sac.on_cpu(sac.replay_state(replay, 5))
@@ -678,6 +691,10 @@ def test_fixed_temperature_stays():
         (dict(n_step=0), "n_step = 0 must be >= 1"),
         (dict(num_atoms=1), "num_atoms = 1 must be >= 2"),
         (dict(noise_repeat_max=0), "noise_repeat_max = 0 must be >= 1"),
+        (dict(log_std_max=-5.0), "log_std_max = -5.0 must be > log_std_min = -5"),
+        (dict(log_std_max=math.inf), "log_std_max = inf must be finite"),
+        (dict(log_std_min=-math.inf), "log_std_min = -inf must be finite"),
+        (dict(target_entropy=math.nan), "target_entropy = nan must be finite"),
         (dict(log_std_max=-6.0), "log_std_max = -6.0 must be > log_std_min = -5"),
         (dict(replay_capacity=100), "replay_capacity = 100 must be >= learning_starts = 10,000"),
         (
@@ -709,6 +726,45 @@ def test_environments_and_batches_must_split_over_the_processes():
     assert sac.derive_sizes(args, world_size=2) == sac.Sizes(50, 32, 11, 3, 5)
 
 
+@pytest.mark.parametrize(
+    "changes, checkpoint, profile, least",
+    [
+        ({}, None, False, 10),  # 10 steps fill the replay far enough, and the 10th is followed by updates
+        ({}, None, True, 10 + 110),
+        (dict(n_step=30), None, False, 30),
+        ({}, dict(iteration=50, written=0), False, 50 + 10),
+        ({}, dict(iteration=50, written=50), False, 50 + 1),
+        ({}, dict(iteration=7, written=7), False, 10),
+        ({}, dict(iteration=50, written=50), True, 50 + 1 + 110),
+        ({}, dict(iteration=50, written=0), True, 50 + 10 + 110),
+    ],
+)
+def test_a_run_too_short_to_learn_is_refused(changes, checkpoint, profile, least):
+    changes |= dict(num_envs=64, learning_starts=640, profile=profile)
+    if checkpoint:
+        replay = dict(written=checkpoint["written"]) if checkpoint["written"] else None
+        checkpoint = dict(iteration=checkpoint["iteration"], processes=[dict(replay=replay)])
+    for iterations in (least, least - 1):
+        args = make_args(**changes, total_timesteps=64 * iterations)
+        sizes = sac.derive_sizes(args, world_size=1)
+        if iterations == least:
+            sac.check_length(args, sizes, checkpoint, sac.PROFILED)
+        else:
+            with pytest.raises(sac.InputError, match=f"use --total-timesteps {64 * least} or more"):
+                sac.check_length(args, sizes, checkpoint, sac.PROFILED)
+
+
+def test_a_categorical_critic_on_unscaled_rewards_is_warned_of():
+    unscaled = dict(critic="categorical", normalize_rewards=False, reward_scale=1.0)
+    assert "clips returns beyond +-5, and" in sac.clipping_warning(make_args(**unscaled))
+    for change in (dict(critic="scalar"), dict(normalize_rewards=True), dict(reward_scale=0.1), dict(value_limit=50.0)):
+        assert sac.clipping_warning(make_args(**(unscaled | change))) is None
+    for task in sac.TASK_DEFAULTS:
+        for preset in sac.PRESETS:
+            args = sac.with_task_defaults(sac.Args(env_id=task, preset=preset, device="cpu"))
+            assert sac.clipping_warning(args) is None
+
+
 def test_flags_win_over_presets_and_presets_over_tasks():
     args = sac.with_task_defaults(sac.Args(env_id="InvertedPendulum-v5", preset="vanilla", tau=0.5, device="cpu"))
     assert (args.tau, args.critic, args.num_envs) == (0.5, "scalar", 32)  # flag, preset, task
@@ -720,7 +776,7 @@ def test_flags_win_over_presets_and_presets_over_tasks():
     for task in sac.TASK_DEFAULTS:
         for preset in sac.PRESETS:
             args = sac.with_task_defaults(sac.Args(env_id=task, preset=preset, device="cpu"))
-            sac.derive_sizes(args, world_size=1)
+            sac.check_length(args, sac.derive_sizes(args, world_size=1), None, sac.PROFILED)
     known = {field.name for field in dataclasses.fields(sac.Args)}
     assert all(set(row) <= set(sac.COMMON) <= known for row in (*sac.TASK_DEFAULTS.values(), *sac.PRESETS.values()))
 
