@@ -9,11 +9,12 @@
     torchrun --nproc-per-node=2 sac_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
 A flag whose default reads None takes its value from PRESETS, then from its task in TASK_DEFAULTS, then from COMMON. Each trick beyond
-the textbook is one flag, so that an ablation is a loop over flags:
+the textbook is one flag, so that an ablation is a loop over flags. (--preset vanilla turns all of them off, and sets the textbook's
+learning rates, tau, temperature, target entropy, network sizes and policy_frequency too: an ablation starts from one preset or the other.)
 
     trick                          off (textbook)               on
     categorical critic             --critic scalar              --critic categorical (needs scaled rewards or a --value-limit)
-    normalised layers              --network mlp                --network layer_norm, or flash (residual, batch norm)
+    normalised layers              --network mlp                --network layer_norm, or flash (residual, batch norm; off by default)
     unit weight rows               --weight-projection False    --weight-projection True (off by default)
     scaled observations            --normalize-observations False   --normalize-observations True
     scaled rewards                 --normalize-rewards False    --normalize-rewards True
@@ -82,7 +83,7 @@ class Args:
     env_id: str = "Ant-v5"
     """task: any id that vecsim_torch.make knows"""
     preset: Literal["best", "vanilla"] = "best"
-    """best: the newer tricks together, as in the table at the top; vanilla: textbook SAC; other flags still win over the preset"""
+    """best: the tricks of the table at the top but those marked off by default; vanilla: textbook SAC, its learning rates, tau, temperature and policy_frequency included; other flags still win over the preset"""
     num_envs: int | None = None
     """environments stepped in parallel, over all processes (>= 1)"""
     total_timesteps: int | None = None
@@ -152,7 +153,7 @@ class Args:
 
     # the networks
     network: Literal["mlp", "layer_norm", "flash"] | None = None
-    """mlp: ReLU; layer_norm: layer norm and SiLU after each layer; flash: FlashSAC's residual blocks with batch norm"""
+    """mlp: ReLU; layer_norm: layer norm and SiLU after each layer; flash: FlashSAC's residual blocks with batch norm, where each of several processes takes the moments of its own share of the batch, so that together they are not exactly one"""
     actor_hidden: tuple[int, ...] | None = None
     """hidden layer sizes of the policy; flash: one residual block per entry, all of one width"""
     critic_hidden: tuple[int, ...] | None = None
@@ -703,7 +704,7 @@ class Batch(NamedTuple):
 
 
 class CriticTerms(NamedTuple):
-    """Means over a batch, in the order in which critic_loss stacks them."""
+    """Means over all B rows of a batch, in which quarantined ones count as 0, in the order in which critic_loss stacks them."""
 
     critic_loss: Tensor
     value: Tensor  # of the first critic, in scaled rewards
@@ -711,7 +712,7 @@ class CriticTerms(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """Means over a batch, in the order in which policy_loss stacks them."""
+    """Means over all B rows of a batch, in which quarantined ones count as 0, in the order in which policy_loss stacks them."""
 
     policy_loss: Tensor
     entropy: Tensor
@@ -914,9 +915,12 @@ def policy_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[
 
 @torch.no_grad()
 def project_weights(module: nn.Module) -> None:
-    """Scale each weight row of the hidden layers to norm 1.
+    """Scale each weight row of the hidden layers to norm 1, so that Adam's steps go on turning rows, which grow where nothing stops them.
 
-    What follows them is normalised, so it is their direction that matters; but the larger the weights, the less a step turns them."""
+    Batch norm right behind a layer (flash's blocks) divides a row's length out: there only its direction counted anyway. Layer norm
+    divides out one length for the whole layer, and its bias is not scaled along: there unit rows also fix how much a unit weighs
+    beside others and beside its bias. Behind flash's first layer nothing is normalised before blocks add to it: there they fix its
+    share of the sum."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not name.endswith("head"):
             layer.weight.div_(layer.weight.norm(dim=1, keepdim=True))
@@ -1065,7 +1069,8 @@ def update(
     policy_terms, policy_updates = torch.zeros(len(PolicyTerms._fields), device=noise.device), 0
     for k, rows in enumerate(zip(*(x.chunk(args.updates_per_step) for x in batch), strict=True)):
         terms = functions.critic_gradients(noise[k, 0], *rows)
-        average_over_processes([*(p.grad for p in agent.critics.parameters()), *agent.critics.buffers(), terms])
+        buffers = *agent.critics.buffers(), *agent.target_critics.buffers()
+        average_over_processes([*(p.grad for p in agent.critics.parameters()), *buffers, terms])
         functions.critic_step()
         critic_terms += terms
         done = first_update + k

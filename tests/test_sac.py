@@ -6,6 +6,7 @@ everything else. test_sac_algorithms.py holds the hand-computed cases."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -364,11 +365,19 @@ def test_exploration_noise_is_squashed_into_the_action_space(tmp_path):
 # Compiled, reduced precision, on a GPU ------------------------------------------------------------------------------------
 
 
-def test_compiled_and_eager_runs_agree(tmp_path):
-    """Same noise, same order: 12 updates differ by rounding only."""
+@pytest.mark.parametrize(
+    "backend, changes",
+    [("inductor", {}), ("aot_eager", dict(network="flash", critic_reduction="min", weight_projection=True))],
+    ids=["layer_norm", "flash"],
+)
+def test_compiled_and_eager_runs_agree(backend, changes, tmp_path, monkeypatch):
+    """Same noise, same order: 12 updates differ by rounding only.
+
+    What flash adds to a graph are moments that it must write; tracing shows that, without the two minutes of Inductor's kernels."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     agents = []
     for name, compiled in (("eager", False), ("compiled", True)):
-        args = probe_args(tmp_path / name, "delayed", total_timesteps=15 * 64, n_step=2, compile=compiled)
+        args = probe_args(tmp_path / name, "delayed", total_timesteps=15 * 64, n_step=2, compile=compiled, **changes)
         sac.train(args, ProbeEnv)
         agents.append(trained_agent(tmp_path / name)[0].state_dict())
     eager, compiled = agents
@@ -464,12 +473,23 @@ def test_two_processes_with_half_the_batch_each_equal_one(two_processes):
     """Same data, split: statistics, masks, gradients, targets and temperature agree after 12 updates. Tolerance 1e-4: sums of
     float32 in another order, through 12 steps of Adam."""
     single = updates_on_fixed_data(rank=0, world_size=1)
-    first, second = (torch.load(two_processes / f"update-{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(two_processes / f"layer_norm-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(first, second)  # bit for bit between the processes, or they would drift apart
     assert single["policy_updates"] == first["policy_updates"] == 2
     for key, value in single["agent"].items():
         torch.testing.assert_close(first["agent"][key], value, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first["terms"], single["terms"], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_of_batch_norm_stay_equal_to_each_other_though_not_to_one(two_processes):
+    """Running moments included, of the target critics too; each normalises its own half, so one process goes another way."""
+    single = updates_on_fixed_data(rank=0, world_size=1, network="flash")
+    first, second = (torch.load(two_processes / f"flash-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same(first, second)
+    assert any(key.endswith("norm.mean") and value.any() for key, value in first["agent"].items())
+    key = "critics.first.blocks.0.widen.weight"
+    difference = (first["agent"][key] - single["agent"][key]).abs().max()
+    assert 1e-5 < difference < 0.2  # another way, not far away
 
 
 def test_two_processes_train_one_run_and_resume_it(two_processes):
