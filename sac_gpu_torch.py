@@ -107,7 +107,7 @@ class Args:
     checkpoint_every: int | None = None
     """environment steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     checkpoint_replay: bool = False
-    """put the replay into the checkpoint, so that a run resumes bit for bit; without it a resumed run starts with an empty replay"""
+    """put the replay into the checkpoint, so that a run resumes bit for bit (on a CPU writing it takes the replay's memory once more); without it a resumed run starts with an empty replay"""
     log_every: int | None = None
     """environment steps between log lines, at most; checkpoints and evaluations log too (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
@@ -339,8 +339,7 @@ def check_length(args: Args, sizes: Sizes, checkpoint: dict | None, profiled: tu
 
 def clipping_warning(args: Args) -> str | None:
     """One line where a categorical critic was given neither scaled rewards nor a range of its own: larger values look alike to it."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    fitted = args.normalize_rewards or args.reward_scale != 1.0 or args.value_limit != defaults["value_limit"]
+    fitted = args.normalize_rewards or args.reward_scale != 1.0 or args.value_limit != Args.value_limit
     if args.critic == "scalar" or fitted:
         return None
     return (
@@ -643,11 +642,11 @@ def check_replay_fits(bytes_per_slot: int, slots: int, free: int, device: torch.
         most = largest * args.num_envs
         choice = f"use at most --replay-capacity {most}" if most else "use fewer environments"
         if 0 < most < args.learning_starts:
-            choice += f" with --learning-starts {most}"
+            choice += f" --learning-starts {most}"
         if 0 < largest < args.n_step:
-            choice += f" with --n-step {largest}"
-        choice += ", or --half-precision-replay" if not args.half_precision_replay else ""
-        choice += ", or leave --checkpoint-replay away" if copied else ""
+            choice += f" --n-step {largest}"
+        choice += ", or more with --half-precision-replay" if not args.half_precision_replay else ""
+        choice += ", or leave --checkpoint-replay away" if copied and slots * bytes_per_slot <= 0.9 * free else ""
         raise InputError(
             f"replay_capacity = {slots * args.num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process"
             f"{', the copy for a checkpoint included' if copied else ''}, and 90% of what is free on {device} is "
@@ -915,7 +914,7 @@ def policy_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[
 
 @torch.no_grad()
 def project_weights(module: nn.Module) -> None:
-    """Scale each weight row of the hidden layers to norm 1, so that Adam's steps go on turning rows, which grow where nothing stops them.
+    """Scale each weight row of the hidden layers to norm 1: the longer a row has grown, the less a step of Adam turns it.
 
     Batch norm right behind a layer (flash's blocks) divides a row's length out: there only its direction counted anyway. Layer norm
     divides out one length for the whole layer, and its bias is not scaled along: there unit rows also fix how much a unit weighs
@@ -1570,14 +1569,14 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     rank, world_size = start_processes(device)
     sizes = derive_sizes(args, world_size)
     check_env_kwargs(args)
-    if rank == 0:  # the one writer
-        check_run_dir(args)
     checkpoint = load_checkpoint(args.resume, "sac") if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, sizes, device, world_size)
     check_length(args, sizes, checkpoint, profiled)
-    if rank == 0 and (warning := clipping_warning(args)):
-        print(warning)
+    if rank == 0:  # the one writer
+        check_run_dir(args)
+        if warning := clipping_warning(args):
+            print(warning)
     preparation_started = time.perf_counter()
     if device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)
@@ -1597,7 +1596,10 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     optimizers = make_optimizers(agent, learning_rate, args.temperature_learning_rate)
     row_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
     bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *row_sizes, torch.device("meta"))))
-    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, free_bytes(device), device, args)
+    free = free_bytes(device)
+    if checkpoint and checkpoint["replay_inside"] and args.checkpoint_replay and device.type == "cpu":
+        free += sum(x.nbytes for x in checkpoint["processes"][rank]["replay"]["rings"])  # dropped before the copy is made
+    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, free, device, args)
     if rank == 0:
         print(replay_size)
     replay = allocate_replay(sizes.slots, *row_sizes, device)

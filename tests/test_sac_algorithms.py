@@ -325,15 +325,16 @@ def test_replay_size_is_known_before_it_is_allocated_and_refused_where_it_does_n
             sac.check_replay_fits(per_slot, slots, free, device, dataclasses.replace(args, **changes))
         return str(error.value).split("; ")[1]
 
-    assert refusal(101, free) == "use at most --replay-capacity 200, or --half-precision-replay"
+    assert refusal(101, free) == "use at most --replay-capacity 200, or more with --half-precision-replay"
     assert refusal(101, free, half_precision_replay=True) == "use at most --replay-capacity 200"
     few = refusal(101, free, learning_starts=500, half_precision_replay=True)
-    assert few == "use at most --replay-capacity 200 with --learning-starts 200"
+    assert few == "use at most --replay-capacity 200 --learning-starts 200"
     few = refusal(101, free, learning_starts=500, n_step=101, half_precision_replay=True)
-    assert few == "use at most --replay-capacity 200 with --learning-starts 200 with --n-step 100"
+    assert few == "use at most --replay-capacity 200 --learning-starts 200 --n-step 100"
     assert refusal(1, per_slot, half_precision_replay=True) == "use fewer environments"
     copied = dict(checkpoint_replay=True, half_precision_replay=True)  # a checkpoint's copy counts where the replay lies
     assert refusal(51, free, **copied) == "use at most --replay-capacity 100, or leave --checkpoint-replay away"
+    assert refusal(101, free, **copied) == "use at most --replay-capacity 100"
     said = sac.check_replay_fits(per_slot, 50, free, cpu, dataclasses.replace(args, **copied))
     assert "twice that while a checkpoint is written" in said
     sac.check_replay_fits(per_slot, 100, free, gpu, dataclasses.replace(args, **copied))
