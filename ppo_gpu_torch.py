@@ -810,17 +810,17 @@ def stream_seed(seed: int, rank: int, stream: int) -> int:
 
 
 def on_cpu(tree):
-    """The same tree of dicts and lists with every tensor copied to the CPU."""
+    """The same tree of dicts and lists with every tensor copied, once, to the CPU."""
     if isinstance(tree, dict):
         return {key: on_cpu(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(on_cpu(value) for value in tree)
-    return tree.detach().cpu().clone() if isinstance(tree, Tensor) else tree
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write beside, then rename: an interrupted run never leaves half a file."""
-    torch.save(on_cpu(checkpoint), path.with_suffix(".tmp"))
+    """Write what on_cpu made beside, then rename: an interrupted run never leaves half a file."""
+    torch.save(checkpoint, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
@@ -1275,7 +1275,8 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
             )
             state |= dict(processes=gather_from_processes(on_cpu(mine)))
             if log:
-                save_checkpoint(run_dir / "checkpoint.pt", state | training_state(agent, optimizer, learning_rate))
+                state |= on_cpu(training_state(agent, optimizer, learning_rate))
+                save_checkpoint(run_dir / "checkpoint.pt", state)
         terms.zero_()
         logged_step, logged_seconds, clock = env_steps, train_seconds, time.perf_counter()
 

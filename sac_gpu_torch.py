@@ -9,11 +9,12 @@
     torchrun --nproc-per-node=2 sac_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
 A flag whose default reads None takes its value from PRESETS, then from its task in TASK_DEFAULTS, then from COMMON. Each trick beyond
-the textbook is one flag, so that an ablation is a loop over flags:
+the textbook is one flag, so that an ablation is a loop over flags. (--preset vanilla turns all of them off, and sets the textbook's
+learning rates, tau, temperature, target entropy, network sizes and policy_frequency too: an ablation starts from one preset or the other.)
 
     trick                          off (textbook)               on
     categorical critic             --critic scalar              --critic categorical (needs scaled rewards or a --value-limit)
-    normalised layers              --network mlp                --network layer_norm, or flash (residual, batch norm)
+    normalised layers              --network mlp                --network layer_norm, or flash (residual, batch norm; off by default)
     unit weight rows               --weight-projection False    --weight-projection True (off by default)
     scaled observations            --normalize-observations False   --normalize-observations True
     scaled rewards                 --normalize-rewards False    --normalize-rewards True
@@ -82,7 +83,7 @@ class Args:
     env_id: str = "Ant-v5"
     """task: any id that vecsim_torch.make knows"""
     preset: Literal["best", "vanilla"] = "best"
-    """best: the newer tricks together, as in the table at the top; vanilla: textbook SAC; other flags still win over the preset"""
+    """best: the tricks of the table at the top but those marked off by default; vanilla: textbook SAC, its learning rates, tau, temperature and policy_frequency included; other flags still win over the preset"""
     num_envs: int | None = None
     """environments stepped in parallel, over all processes (>= 1)"""
     total_timesteps: int | None = None
@@ -106,7 +107,7 @@ class Args:
     checkpoint_every: int | None = None
     """environment steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     checkpoint_replay: bool = False
-    """put the replay into the checkpoint, so that a run resumes bit for bit; without it a resumed run starts with an empty replay"""
+    """put the replay into the checkpoint, so that a run resumes bit for bit (on a CPU writing it takes the replay's memory once more); without it a resumed run starts with an empty replay"""
     log_every: int | None = None
     """environment steps between log lines, at most; checkpoints and evaluations log too (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
@@ -152,7 +153,7 @@ class Args:
 
     # the networks
     network: Literal["mlp", "layer_norm", "flash"] | None = None
-    """mlp: ReLU; layer_norm: layer norm and SiLU after each layer; flash: FlashSAC's residual blocks with batch norm"""
+    """mlp: ReLU; layer_norm: layer norm and SiLU after each layer; flash: FlashSAC's residual blocks with batch norm, where each of several processes takes the moments of its own share of the batch, so that together they are not exactly one"""
     actor_hidden: tuple[int, ...] | None = None
     """hidden layer sizes of the policy; flash: one residual block per entry, all of one width"""
     critic_hidden: tuple[int, ...] | None = None
@@ -265,7 +266,7 @@ class Sizes(NamedTuple):
     iterations: int  # vector steps of the whole run
 
 
-def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFILED) -> Sizes:
+def derive_sizes(args: Args, world_size: int) -> Sizes:
     """Check every flag before anything is allocated, then compute the sizes."""
     counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
     counts += " policy_frequency n_step noise_repeat_max checkpoint_every log_every cpu_threads"
@@ -279,6 +280,7 @@ def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFIL
         ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("tau", lambda x: 0 < x <= 1, "> 0 and <= 1"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "made of sizes >= 1"),
+        ("target_entropy log_std_min log_std_max", math.isfinite, "finite"),
         ("log_std_max", lambda x: x > args.log_std_min, f"> log_std_min = {args.log_std_min:g}"),
         ("replay_capacity", lambda x: x >= args.learning_starts, f">= learning_starts = {args.learning_starts:,}"),
     )  # fmt: skip
@@ -314,9 +316,36 @@ def derive_sizes(args: Args, world_size: int, profiled: tuple[int, int] = PROFIL
         )
     first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
     iterations = math.ceil(args.total_timesteps / args.num_envs)
-    if args.profile and iterations < (least := first_slots + sum(profiled) + 1):
-        raise InputError(f"profile needs {least} iterations; use --total-timesteps {least * args.num_envs} or more")
     return Sizes(args.num_envs // world_size, args.batch_size // world_size, slots, first_slots, iterations)
+
+
+def check_length(args: Args, sizes: Sizes, checkpoint: dict | None, profiled: tuple[int, int]) -> None:
+    """Refuse a run that would end before its first update, or before the iterations that --profile times and traces."""
+    done, written = 0, 0
+    if checkpoint:
+        replay = checkpoint["processes"][0]["replay"]
+        done, written = checkpoint["iteration"], replay["written"] if replay else 0
+    least = done + max(1, sizes.first_slots - written)  # vector steps up to and with the first that is followed by updates
+    missed = "the first update"
+    if args.profile:
+        least, missed = least + sum(profiled), "the end of the profile"  # the first of these counts, and one more is traced
+    if sizes.iterations < least:
+        refill = " (the checkpoint holds no replay, so it is filled anew)" if checkpoint and not written else ""
+        raise InputError(
+            f"total_timesteps = {args.total_timesteps:,} ends before {missed}{refill}; "
+            f"use --total-timesteps {least * args.num_envs} or more"
+        )
+
+
+def clipping_warning(args: Args) -> str | None:
+    """One line where a categorical critic was given neither scaled rewards nor a range of its own: larger values look alike to it."""
+    fitted = args.normalize_rewards or args.reward_scale != 1.0 or args.value_limit != Args.value_limit
+    if args.critic == "scalar" or fitted:
+        return None
+    return (
+        f"warning: the categorical critic clips returns beyond +-{args.value_limit:g}, and rewards come as they are; "
+        "use --normalize-rewards True, a --reward-scale or a --value-limit that fits them"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -585,8 +614,9 @@ def distinct_tensors(replay: Replay) -> list[Tensor]:
     return list({id(x): x for x in replay}.values())
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that one process may still take on the device; on a CPU the machine's, shared by its processes."""
+def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that one process may still take on the device; on a CPU the machine's, or its container's where that is less, shared by
+    its processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -594,21 +624,38 @@ def free_bytes(device: torch.device) -> int:
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1])
     else:  # no way to ask what is free: all there is
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = (cgroup / "memory.max").read_text().strip() if (cgroup / "memory.max").exists() else "max"
+    if limit.isdecimal():  # a container's; "max" says that it has none
+        cached = int(re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)[1])  # given up on demand
+        free = min(free, max(0, int(limit) - int((cgroup / "memory.current").read_text()) + cached))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_replay_fits(bytes_per_slot: int, slots: int, num_envs: int, free: int, device: torch.device) -> str:
-    """How large the replay will be, in words; ValueError with the largest that fits nine tenths of the free memory."""
-    needed, largest = slots * bytes_per_slot, int(0.9 * free) // bytes_per_slot
+def check_replay_fits(bytes_per_slot: int, slots: int, free: int, device: torch.device, args: Args) -> str:
+    """How large the replay will be, in words; InputError with the largest that fits nine tenths of the free memory.
+
+    On a CPU a checkpoint that holds the replay takes a copy of it from the same memory while it is written."""
+    copied = args.checkpoint_replay and device.type == "cpu"
+    taken = bytes_per_slot * (2 if copied else 1)
+    needed, largest = slots * taken, int(0.9 * free) // taken
     if slots > largest:
-        choice = f"use at most --replay-capacity {largest * num_envs}" if largest else "use fewer environments"
+        most = largest * args.num_envs
+        choice = f"use at most --replay-capacity {most}" if most else "use fewer environments"
+        if 0 < most < args.learning_starts:
+            choice += f" --learning-starts {most}"
+        if 0 < largest < args.n_step:
+            choice += f" --n-step {largest}"
+        choice += ", or more with --half-precision-replay" if not args.half_precision_replay else ""
+        choice += ", or leave --checkpoint-replay away" if copied and slots * bytes_per_slot <= 0.9 * free else ""
         raise InputError(
-            f"replay_capacity = {slots * num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process, and 90% of what is free "
-            f"on {device} is {0.9 * free / 2**30:.2f} GiB; {choice}, or --half-precision-replay"
+            f"replay_capacity = {slots * args.num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process"
+            f"{', the copy for a checkpoint included' if copied else ''}, and 90% of what is free on {device} is "
+            f"{0.9 * free / 2**30:.2f} GiB; {choice}"
         )
     return (
-        f"replay: {slots:,} steps x {num_envs:,} environments = {slots * num_envs:,} transitions; "
-        f"{needed / 2**20:,.1f} MiB on {device} in each process"
+        f"replay: {slots:,} steps x {args.num_envs:,} environments = {slots * args.num_envs:,} transitions; "
+        f"{slots * bytes_per_slot / 2**20:,.1f} MiB on {device} in each process"
+        f"{', twice that while a checkpoint is written' if copied else ''}"
     )
 
 
@@ -656,7 +703,7 @@ class Batch(NamedTuple):
 
 
 class CriticTerms(NamedTuple):
-    """Means over a batch, in the order in which critic_loss stacks them."""
+    """Means over all B rows of a batch, in which quarantined ones count as 0, in the order in which critic_loss stacks them."""
 
     critic_loss: Tensor
     value: Tensor  # of the first critic, in scaled rewards
@@ -664,7 +711,7 @@ class CriticTerms(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """Means over a batch, in the order in which policy_loss stacks them."""
+    """Means over all B rows of a batch, in which quarantined ones count as 0, in the order in which policy_loss stacks them."""
 
     policy_loss: Tensor
     entropy: Tensor
@@ -867,9 +914,12 @@ def policy_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[
 
 @torch.no_grad()
 def project_weights(module: nn.Module) -> None:
-    """Scale each weight row of the hidden layers to norm 1.
+    """Scale each weight row of the hidden layers to norm 1: the longer a row has grown, the less a step of Adam turns it.
 
-    What follows them is normalised, so it is their direction that matters; but the larger the weights, the less a step turns them."""
+    Batch norm right behind a layer (flash's blocks) divides a row's length out: there only its direction counted anyway. Layer norm
+    divides out one length for the whole layer, and its bias is not scaled along: there unit rows also fix how much a unit weighs
+    beside others and beside its bias. Behind flash's first layer nothing is normalised before blocks add to it: there they fix its
+    share of the sum."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not name.endswith("head"):
             layer.weight.div_(layer.weight.norm(dim=1, keepdim=True))
@@ -1018,7 +1068,8 @@ def update(
     policy_terms, policy_updates = torch.zeros(len(PolicyTerms._fields), device=noise.device), 0
     for k, rows in enumerate(zip(*(x.chunk(args.updates_per_step) for x in batch), strict=True)):
         terms = functions.critic_gradients(noise[k, 0], *rows)
-        average_over_processes([*(p.grad for p in agent.critics.parameters()), *agent.critics.buffers(), terms])
+        buffers = *agent.critics.buffers(), *agent.target_critics.buffers()
+        average_over_processes([*(p.grad for p in agent.critics.parameters()), *buffers, terms])
         functions.critic_step()
         critic_terms += terms
         done = first_update + k
@@ -1145,17 +1196,17 @@ def stream_seed(seed: int, rank: int, stream: int) -> int:
 
 
 def on_cpu(tree):
-    """The same tree of dicts and lists with every tensor copied to the CPU."""
+    """The same tree of dicts and lists with every tensor copied, once, to the CPU."""
     if isinstance(tree, dict):
         return {key: on_cpu(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(on_cpu(value) for value in tree)
-    return tree.detach().cpu().clone() if isinstance(tree, Tensor) else tree
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write beside, then rename: an interrupted run never leaves half a file."""
-    torch.save(on_cpu(checkpoint), path.with_suffix(".tmp"))
+    """Write what on_cpu made beside, then rename: an interrupted run never leaves half a file."""
+    torch.save(checkpoint, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
@@ -1193,10 +1244,11 @@ def check_same_task(checkpoint: dict, args: Args) -> None:
     check_unchanged(checkpoint, args, f"env_id env_kwargs {networks} normalize_observations normalize_rewards")
 
 
-def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
+def check_resumable(checkpoint: dict, args: Args, sizes: Sizes, device: torch.device, world_size: int) -> None:
     """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     check_same_task(checkpoint, args)
-    check_unchanged(checkpoint, args, "num_envs seed temperature_init random_initial_ages")
+    held = "preset num_envs seed temperature_init random_initial_ages log_std_min log_std_max"  # a preset was filled in before
+    check_unchanged(checkpoint, args, held)
     if args.total_timesteps <= checkpoint["env_steps"]:
         raise InputError(
             f"the checkpoint has {checkpoint['env_steps']:,} steps already; give a larger --total-timesteps"
@@ -1207,6 +1259,16 @@ def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_si
         raise InputError(
             f"the checkpoint was written on {checkpoint['device']}, where alone its random generators go on, not on {device.type}"
         )
+    if checkpoint["replay_inside"]:
+        saved, dtype = checkpoint["processes"][0]["replay"], torch.float16 if args.half_precision_replay else torch.float32
+        if saved["slots"] != sizes.slots:
+            raise InputError(
+                f"the checkpoint's replay has {saved['slots']:,} steps, not {sizes.slots:,}; leave --replay-capacity away"
+            )
+        if saved["rings"][0].dtype != dtype:
+            raise InputError(
+                f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
+            )
 
 
 def training_state(agent: Agent, optimizers: dict[str, torch.optim.Optimizer], learning_rate: Tensor) -> dict:
@@ -1234,15 +1296,6 @@ def replay_state(replay: Replay, written: int) -> dict:
 
 def load_replay_state(replay: Replay, saved: dict) -> int:
     """Copy in place; returns the number of steps stored so far."""
-    slots, dtype = len(replay.reward), replay.obs.dtype
-    if saved["slots"] != slots:
-        raise InputError(
-            f"the checkpoint's replay has {saved['slots']:,} steps, not {slots:,}; leave --replay-capacity away"
-        )
-    if saved["rings"][0].dtype != dtype:
-        raise InputError(
-            f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
-        )
     for ring, x in zip(distinct_tensors(replay), saved["rings"], strict=True):
         ring[: len(x)] = x.to(ring.device)
     return saved["written"]
@@ -1514,13 +1567,16 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
-    sizes = derive_sizes(args, world_size, profiled)
+    sizes = derive_sizes(args, world_size)
     check_env_kwargs(args)
-    if rank == 0:  # the one writer
-        check_run_dir(args)
     checkpoint = load_checkpoint(args.resume, "sac") if args.resume else None
     if checkpoint:
-        check_resumable(checkpoint, args, device, world_size)
+        check_resumable(checkpoint, args, sizes, device, world_size)
+    check_length(args, sizes, checkpoint, profiled)
+    if rank == 0:  # the one writer
+        check_run_dir(args)
+        if warning := clipping_warning(args):
+            print(warning)
     preparation_started = time.perf_counter()
     if device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)
@@ -1540,7 +1596,10 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     optimizers = make_optimizers(agent, learning_rate, args.temperature_learning_rate)
     row_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
     bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *row_sizes, torch.device("meta"))))
-    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, args.num_envs, free_bytes(device), device)
+    free = free_bytes(device)
+    if checkpoint and checkpoint["replay_inside"] and args.checkpoint_replay and device.type == "cpu":
+        free += sum(x.nbytes for x in checkpoint["processes"][rank]["replay"]["rings"])  # dropped before the copy is made
+    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, free, device, args)
     if rank == 0:
         print(replay_size)
     replay = allocate_replay(sizes.slots, *row_sizes, device)
@@ -1569,6 +1628,7 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         written = load_replay_state(replay, mine["replay"]) if checkpoint["replay_inside"] else 0
         if rank == 0:
             print(describe_resumed_replay(checkpoint["replay_inside"], written, sizes, args.num_envs))
+        del checkpoint, mine  # a second replay may hang on them
     compile_seconds = time.perf_counter() - preparation_started
     run_dir, log = Path(args.run_dir), None
     logged_step, logged_seconds = first_iteration * args.num_envs, train_seconds
@@ -1667,7 +1727,9 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
             state |= dict(versions=versions(), replay_inside=args.checkpoint_replay)
             state |= dict(processes=gather_from_processes(on_cpu(mine)))
             if log:
-                save_checkpoint(run_dir / "checkpoint.pt", state | training_state(agent, optimizers, learning_rate))
+                state |= on_cpu(training_state(agent, optimizers, learning_rate))
+                save_checkpoint(run_dir / "checkpoint.pt", state)
+            del state, mine  # a second replay may hang on them
         critic_terms.zero_(), policy_terms.zero_()
         logged_step, logged_seconds, logged_updates, policy_updates = env_steps, train_seconds, updates, 0
         clock = time.perf_counter()

@@ -505,12 +505,29 @@ def test_no_host_read_without_its_comment(name):
     assert not source_lint.unmarked_host_reads(FUNCTIONS[name], SOURCE)
 
 
-@pytest.mark.parametrize("read", ["x.item()", "float(x)", "int(x)", "bool(x)", "x.nonzero()"])
+READS = ["x.item()", "float(x)", "int(x)", "bool(x)", "x.nonzero()", "torch.unique(x)", "torch.cuda.synchronize()"]
+READS += ["x[x > 0]", "x[:, ~y]", "x[y & z]", "x[y | (x > 0)]", "0 if x.any() else 1", "0 if y and not x.all() else 1"]
+
+
+@pytest.mark.parametrize("read", READS)
 def test_the_lint_sees_a_host_read_in_a_function_and_in_the_method_of_its_name(read):
     source = f"def update(x):\n    {read}\n\n\nclass Statistics:\n    def update(self, x):\n        return {read}\n"
     found = source_lint.functions(source)
     assert source_lint.unmarked_host_reads(found["update"], source) == [read]
     assert source_lint.unmarked_host_reads(found["Statistics.update"], source) == [f"return {read}"]
+
+
+@pytest.mark.parametrize("head", ["if x.any():", "while not (x > 0).all():"])
+def test_the_lint_sees_a_condition_on_a_tensor(head):
+    for comment, expected in (("", [head]), ("  # host sync", [])):
+        source = f"def update(x):\n    {head}{comment}\n        pass\n"
+        assert source_lint.unmarked_host_reads(source_lint.functions(source)["update"], source) == expected
+
+
+@pytest.mark.parametrize("line", ["x[slot, env]", "x[:, -1:]", "names['a' if y == 0 else 'b']", "z: int | None = x[0]", "x.any(1)"])
+def test_the_lint_lets_pass_what_does_not_wait(line):
+    source = f"def update(x: dict[str, int | None]):\n    {line}\n"
+    assert not source_lint.host_reads(source_lint.functions(source)["update"])
 
 
 def test_the_loop_of_train_reads_the_host_only_when_it_logs():

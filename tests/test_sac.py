@@ -6,12 +6,14 @@ everything else. test_sac_algorithms.py holds the hand-computed cases."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,113 @@ def test_policy_learns(env_id, changes, tmp_path):
         assert result["invalid"] == 20_032 // 64 and result["vecsim"]["episodes"] == 63
 
 
+# What train does with what it is given ------------------------------------------------------------------------------------
+
+
+class Recorder(ProbeEnv):
+    """Keeps what the steps after the compiling one gave, in the order of Replay's fields but for the action."""
+
+    def __init__(self, *arguments, **options):
+        self.columns, self.after_reset = [], []
+        super().__init__(*arguments, **options)
+
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        self.columns, self.after_reset, self.before = [], [], (obs.clone(), info["critic_obs"].clone())
+        return obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        after = obs.clone(), info["critic_obs"].clone()
+        ends = reward, terminated, truncated, info["invalid"]
+        columns = *self.before, info["final_obs"], info["final_critic_obs"], *ends
+        self.columns.append([x.clone() for x in columns])
+        self.after_reset.append(after)
+        self.before = after
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("env_id", ["truncation", "privileged", "broken"])
+def test_the_replay_gets_what_a_step_led_to_and_not_the_state_after_its_reset(env_id, tmp_path, monkeypatch):
+    environments, stored, store = [], [], sac.store
+
+    def make(*arguments, **options):
+        environments.append(Recorder(*arguments, **options))
+        return environments[0]
+
+    def recording(replay, step, *columns):
+        stored.append([x.clone() for x in columns])
+        assert step == len(stored) - 1
+        store(replay, step, *columns)
+
+    monkeypatch.setattr(sac, "store", recording)
+    sac.train(probe_args(tmp_path, env_id, total_timesteps=12 * 64, eval_episodes=0), make)
+    (env,) = environments
+    privileged = env_id == "privileged"
+    assert len(stored) == len(env.columns) == 12
+    for (obs, critic_obs, final_obs, final_critic_obs, *given), (*columns, action, reward, terminated, truncated, invalid) in zip(
+        env.columns, stored, strict=True
+    ):
+        if not privileged:
+            critic_obs, final_critic_obs = obs, final_obs
+        expected = obs, critic_obs, final_obs, final_critic_obs, *given
+        for x, y in zip(expected, (*columns, reward, terminated, truncated, invalid), strict=True):
+            torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+        assert action.abs().max() <= 1.0
+    ended = torch.stack([columns[-3] | columns[-2] for columns in env.columns])
+    for k in (0, 1):
+        final, fresh = torch.stack([x[2 + k] for x in env.columns]), torch.stack([x[k] for x in env.after_reset])
+        assert not torch.equal(final[ended], fresh[ended])  # or the comparison above would show nothing
+
+
+def test_statistics_follow_both_observations_and_skip_quarantined_rows(tmp_path):
+    class Quarantining(Recorder):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            info["invalid"][0] = True
+            return obs, reward, terminated, truncated, info
+
+    environments = []
+
+    def make(*arguments, **options):
+        environments.append(Quarantining(*arguments, **options))
+        return environments[0]
+
+    sac.train(probe_args(tmp_path, "privileged", total_timesteps=12 * 64, eval_episodes=0), make)
+    state = trained_agent(tmp_path)[0].state_dict()
+    for k, name in enumerate(("obs_statistics", "critic_obs_statistics")):
+        rows = torch.cat([columns[k][1:] for columns in environments[0].columns]).double()
+        assert state[f"{name}.count"] == len(rows) == 12 * 63
+        torch.testing.assert_close(state[f"{name}.mean"], rows.mean(0))
+        torch.testing.assert_close(state[f"{name}.variance"], rows.var(0, correction=0))
+
+
+def test_the_policy_acts_on_noise_that_is_held(tmp_path, monkeypatch):
+    given, policy_step = [], sac.policy_step
+
+    def recording(agent, obs, noise):
+        given.append(noise.clone())
+        return policy_step(agent, obs, noise)
+
+    monkeypatch.setattr(sac, "policy_step", recording)
+    for longest, least, most in ((1, 0.0, 0.0), (16, 0.3, 0.9)):
+        given.clear()
+        run = tmp_path / str(longest)
+        sac.train(probe_args(run, total_timesteps=18 * 64, noise_repeat_max=longest, eval_episodes=0), ProbeEnv)
+        noise = torch.stack(given[1:])  # the first call compiles
+        same = (noise[1:] == noise[:-1]).float().mean().item()
+        assert len(noise) == 8 and least <= same <= most
+        assert (noise[1:] != noise[:-1]).any()
+
+
+def test_the_learning_rate_moves_linearly_to_its_final_value(tmp_path):
+    rates = dict(learning_rate=1e-3, learning_rate_final=2e-4)
+    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, log_every=64, eval_episodes=0, **rates), ProbeEnv)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()][10:]  # learning starts at the 10th
+    expected = [1e-3 - 8e-4 * iteration / 20 for iteration in range(10, 20)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
+
+
 # Reproducibility and resume -----------------------------------------------------------------------------------------------
 
 
@@ -156,31 +265,71 @@ def test_resumed_run_with_its_replay_equals_uninterrupted_run(env_id, changes, t
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
 
 
+def test_nothing_keeps_a_second_replay_alive(tmp_path, monkeypatch):
+    """Neither a checkpoint that was loaded nor one that was written."""
+    alive, load, on_cpu, gather = [], sac.load_replay_state, sac.on_cpu, sac.gather_batch
+
+    def loading(replay, saved):
+        alive.append(weakref.ref(saved["rings"][0]))
+        return load(replay, saved)
+
+    def copying(tree):
+        copied = on_cpu(tree)
+        if isinstance(tree, dict) and "replay" in tree:
+            alive.append(weakref.ref(copied["replay"]["rings"][0]))
+        return copied
+
+    def gathering(*inputs):
+        assert not any(reference() is not None for reference in alive)
+        return gather(*inputs)
+
+    monkeypatch.setattr(sac, "load_replay_state", loading)
+    monkeypatch.setattr(sac, "on_cpu", copying)
+    monkeypatch.setattr(sac, "gather_batch", gathering)
+    common = dict(checkpoint_replay=True, eval_episodes=0, checkpoint_every=5 * 64)
+    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, **common), ProbeEnv)
+    assert len(alive) == 4
+    resume = str(tmp_path / "checkpoint.pt")
+    sac.train(probe_args(tmp_path, total_timesteps=22 * 64, resume=resume, **common), ProbeEnv)
+    assert len(alive) == 6
+
+
 def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(tmp_path, capsys):
     sac.train(probe_args(tmp_path, total_timesteps=3_200), ProbeEnv)
     before, capsys_text = torch.load(tmp_path / "checkpoint.pt", weights_only=True), capsys.readouterr().out
     assert before["replay_inside"] is False and before["processes"][0]["replay"] is None
     assert "checkpoint holds" not in capsys_text
     resume = dict(resume=str(tmp_path / "checkpoint.pt"), log_every=64)
-    sac.train(probe_args(tmp_path, total_timesteps=3_200 + 9 * 64, **resume), ProbeEnv)  # 10 steps are needed
+    with pytest.raises(sac.InputError, match="before the first update .*no replay.* use --total-timesteps 3840 or more"):
+        sac.train(probe_args(tmp_path, total_timesteps=3_200 + 9 * 64, **resume), ProbeEnv)  # 10 steps are needed
+
+    def mortal(*arguments, **options):
+        env = ProbeEnv(*arguments, **options)
+        env.steps_left = 1 + 9  # the compiling step, and those of the refill
+        return env
+
+    long = dict(total_timesteps=3_200 + 19 * 64, checkpoint_every=3_200 + 9 * 64)
+    with pytest.raises(KeyboardInterrupt):
+        sac.train(probe_args(tmp_path, **long, **resume), mortal)
     assert "holds no replay (--checkpoint-replay puts it there), so it starts empty" in capsys.readouterr().out
     after = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert after["env_steps"] == 3_200 + 9 * 64
     assert after["updates"] == before["updates"] == 2 * 41  # from the 10th of 50 steps on
     for key, value in before["agent"].items():  # no gradient step; the observation statistics go on
         assert "statistics" in key or torch.equal(value, after["agent"][key]), key
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["replay_transitions"] == 9 * 64 and line["critic_loss"] is None
-    sac.train(probe_args(tmp_path, total_timesteps=3_200 + 19 * 64, **resume), ProbeEnv)
+    sac.train(probe_args(tmp_path, **long, **resume), ProbeEnv)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["updates"] == 2 * 42
 
 
 def test_resume_refuses_a_replay_of_another_shape(tmp_path):
     sac.train(probe_args(tmp_path, total_timesteps=1_280, checkpoint_replay=True, eval_episodes=0), ProbeEnv)
     resume = dict(total_timesteps=2_560, resume=str(tmp_path / "checkpoint.pt"))
-    with pytest.raises(ValueError, match="replay has 157 steps, not 313; leave --replay-capacity away"):
-        sac.train(probe_args(tmp_path, replay_capacity=20_000, **resume), ProbeEnv)
-    with pytest.raises(ValueError, match="leave --half-precision-replay away"):
-        sac.train(probe_args(tmp_path, half_precision_replay=True, **resume), ProbeEnv)
+    with pytest.raises(sac.InputError, match="replay has 157 steps, not 313; leave --replay-capacity away"):
+        sac.train(probe_args(tmp_path, replay_capacity=20_000, **resume), make_env=None)  # before there is a simulator
+    with pytest.raises(sac.InputError, match="leave --half-precision-replay away"):
+        sac.train(probe_args(tmp_path, half_precision_replay=True, **resume), make_env=None)
 
 
 def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(tmp_path):
@@ -216,11 +365,19 @@ def test_exploration_noise_is_squashed_into_the_action_space(tmp_path):
 # Compiled, reduced precision, on a GPU ------------------------------------------------------------------------------------
 
 
-def test_compiled_and_eager_runs_agree(tmp_path):
-    """Same noise, same order: 12 updates differ by rounding only."""
+@pytest.mark.parametrize(
+    "backend, changes",
+    [("inductor", {}), ("aot_eager", dict(network="flash", critic_reduction="min", weight_projection=True))],
+    ids=["layer_norm", "flash"],
+)
+def test_compiled_and_eager_runs_agree(backend, changes, tmp_path, monkeypatch):
+    """Same noise, same order: 12 updates differ by rounding only.
+
+    What flash adds to a graph are moments that it must write; tracing shows that, without the two minutes of Inductor's kernels."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     agents = []
     for name, compiled in (("eager", False), ("compiled", True)):
-        args = probe_args(tmp_path / name, "delayed", total_timesteps=15 * 64, n_step=2, compile=compiled)
+        args = probe_args(tmp_path / name, "delayed", total_timesteps=15 * 64, n_step=2, compile=compiled, **changes)
         sac.train(args, ProbeEnv)
         agents.append(trained_agent(tmp_path / name)[0].state_dict())
     eager, compiled = agents
@@ -316,12 +473,23 @@ def test_two_processes_with_half_the_batch_each_equal_one(two_processes):
     """Same data, split: statistics, masks, gradients, targets and temperature agree after 12 updates. Tolerance 1e-4: sums of
     float32 in another order, through 12 steps of Adam."""
     single = updates_on_fixed_data(rank=0, world_size=1)
-    first, second = (torch.load(two_processes / f"update-{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(two_processes / f"layer_norm-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(first, second)  # bit for bit between the processes, or they would drift apart
     assert single["policy_updates"] == first["policy_updates"] == 2
     for key, value in single["agent"].items():
         torch.testing.assert_close(first["agent"][key], value, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first["terms"], single["terms"], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_of_batch_norm_stay_equal_to_each_other_though_not_to_one(two_processes):
+    """Running moments included, of the target critics too; each normalises its own half, so one process goes another way."""
+    single = updates_on_fixed_data(rank=0, world_size=1, network="flash")
+    first, second = (torch.load(two_processes / f"flash-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same(first, second)
+    assert any(key.endswith("norm.mean") and value.any() for key, value in first["agent"].items())
+    key = "critics.first.blocks.0.widen.weight"
+    difference = (first["agent"][key] - single["agent"][key]).abs().max()
+    assert 1e-5 < difference < 0.2  # another way, not far away
 
 
 def test_two_processes_train_one_run_and_resume_it(two_processes):
@@ -414,6 +582,9 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
         (["--critic", "scalar"], "was trained with critic = categorical, not scalar"),
         (["--seed", "2"], "was trained with seed = 1, not 2"),
         (["--temperature-init", "2"], "was trained with temperature_init = 0.01, not 2.0"),
+        (["--preset", "vanilla"], "was trained with preset = best, not vanilla"),
+        (["--log-std-min", "-4"], "was trained with log_std_min = -5.0, not -4.0"),
+        (["--log-std-max", "1"], "was trained with log_std_max = 2.0, not 1.0"),
         (["--no-random-initial-ages"], "was trained with random_initial_ages = True, not False"),
         ([], "has 6,400 steps already; give a larger --total-timesteps"),
     ],
@@ -492,12 +663,22 @@ def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
 
 
 def test_profile_times_the_stages_of_learning(tmp_path):
-    sac.train(probe_args(tmp_path, total_timesteps=64 * 121, learning_starts=640, profile=True, eval_episodes=0), ProbeEnv)
+    sac.train(probe_args(tmp_path, total_timesteps=64 * 120, learning_starts=640, profile=True, eval_episodes=0), ProbeEnv)
     table = json.loads((tmp_path / "profile.json").read_text())
     assert list(table["stages"]) == ["infer", "simulate", "sample", "update", "the rest"] and table["steps"] == 64
     assert sum(stage["share"] for stage in table["stages"].values()) == pytest.approx(1.0)
     with gzip.open(tmp_path / "trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("update") == names.count("simulate") == 1
-    with pytest.raises(sac.InputError, match="profile needs 121 iterations; use --total-timesteps 7744 or more"):
-        sac.train(probe_args(tmp_path, total_timesteps=64 * 120, learning_starts=640, profile=True), ProbeEnv)
+    with pytest.raises(sac.InputError, match="before the end of the profile; use --total-timesteps 7680 or more"):
+        sac.train(probe_args(tmp_path / "short", total_timesteps=64 * 119, learning_starts=640, profile=True), ProbeEnv)
+
+
+def test_profile_counts_from_where_a_run_resumes(tmp_path):
+    """Ten steps refill the replay, the last of them learns already; then 2 of warm-up, 3 timed and one traced end at the 15th."""
+    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, eval_episodes=0), ProbeEnv)
+    resume = dict(resume=str(tmp_path / "checkpoint.pt"), profile=True, eval_episodes=0)
+    with pytest.raises(sac.InputError, match="use --total-timesteps 2240 or more"):
+        sac.train(probe_args(tmp_path, total_timesteps=34 * 64, **resume), ProbeEnv, profiled=(2, 3))
+    sac.train(probe_args(tmp_path, total_timesteps=35 * 64, **resume), ProbeEnv, profiled=(2, 3))
+    assert (tmp_path / "profile.json").exists() and (tmp_path / "trace.json.gz").exists()

@@ -314,14 +314,55 @@ def test_replay_size_is_known_before_it_is_allocated_and_refused_where_it_does_n
     assert per_slot == 2 * (4 * (30 + 7 + 30 + 7 + 2 + 1) + 3)
     real = sac.allocate_replay(5, *sizes, torch.device("cpu"))
     assert sum(x.nbytes for x in sac.distinct_tensors(real)) == 5 * per_slot
-    cpu = torch.device("cpu")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     free = math.ceil(100 * per_slot / 0.9)  # 100 steps fit
-    assert "100 steps x 2 environments = 200 transitions" in sac.check_replay_fits(per_slot, 100, 2, free, cpu)
-    with pytest.raises(ValueError, match=r"use at most --replay-capacity 200, or --half-precision-replay"):
-        sac.check_replay_fits(per_slot, 101, 2, free, cpu)
-    with pytest.raises(ValueError, match="use fewer environments"):
-        sac.check_replay_fits(per_slot, 1, 2, per_slot, cpu)
+    args = make_args(num_envs=2, learning_starts=10)
+    said = sac.check_replay_fits(per_slot, 100, free, cpu, args)
+    assert "100 steps x 2 environments = 200 transitions" in said and "checkpoint" not in said
+
+    def refusal(slots, free, device=cpu, **changes):
+        with pytest.raises(sac.InputError) as error:
+            sac.check_replay_fits(per_slot, slots, free, device, dataclasses.replace(args, **changes))
+        return str(error.value).split("; ")[1]
+
+    assert refusal(101, free) == "use at most --replay-capacity 200, or more with --half-precision-replay"
+    assert refusal(101, free, half_precision_replay=True) == "use at most --replay-capacity 200"
+    few = refusal(101, free, learning_starts=500, half_precision_replay=True)
+    assert few == "use at most --replay-capacity 200 --learning-starts 200"
+    few = refusal(101, free, learning_starts=500, n_step=101, half_precision_replay=True)
+    assert few == "use at most --replay-capacity 200 --learning-starts 200 --n-step 100"
+    assert refusal(1, per_slot, half_precision_replay=True) == "use fewer environments"
+    copied = dict(checkpoint_replay=True, half_precision_replay=True)  # a checkpoint's copy counts where the replay lies
+    assert refusal(51, free, **copied) == "use at most --replay-capacity 100, or leave --checkpoint-replay away"
+    assert refusal(101, free, **copied) == "use at most --replay-capacity 100"
+    said = sac.check_replay_fits(per_slot, 50, free, cpu, dataclasses.replace(args, **copied))
+    assert "twice that while a checkpoint is written" in said
+    sac.check_replay_fits(per_slot, 100, free, gpu, dataclasses.replace(args, **copied))
     assert 0 < sac.free_bytes(cpu) < 2**50
+
+
+def test_free_memory_is_that_of_the_container_where_it_is_less(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu = torch.device("cpu")
+    (tmp_path / "memory.current").write_text("350\n")
+    (tmp_path / "memory.stat").write_text("anon 250\nfile 100\ninactive_file 50\nactive_file 50\n")
+    for limit, free in (("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert sac.free_bytes(cpu, tmp_path) == free
+    for limit in ("max\n", f"{2**60}\n"):
+        (tmp_path / "memory.max").write_text(limit)
+        assert 2**20 < sac.free_bytes(cpu, tmp_path) < 2**50
+
+
+def test_a_checkpoint_copies_the_replay_once_and_only_what_it_holds(tmp_path, monkeypatch):
+    replay = sac.allocate_replay(8, 2, 3, None, 2, False, torch.device("cpu"))
+    copied = sac.on_cpu(sac.replay_state(replay, 5))
+    for ring, x in zip(sac.distinct_tensors(replay), copied["rings"], strict=True):
+        assert x.data_ptr() != ring.data_ptr() and x.untyped_storage().nbytes() == x.nbytes == ring.nbytes * 5 // 8
+    monkeypatch.setattr(torch, "save", lambda tree, path: path.touch() or saved.append(tree))
+    saved = []
+    sac.save_checkpoint(tmp_path / "checkpoint.pt", copied)
+    assert saved[0] is copied
 
 
 # Policy and temperature ---------------------------------------------------------------------------------------------------
@@ -431,6 +472,18 @@ def test_rewards_are_scaled_so_that_returns_fit_the_atoms():
     assert make_agent(make_args(normalize_rewards=False)).reward_divisor() == 1.0
 
 
+def test_a_batch_has_rewards_in_the_learners_scale():
+    """reward_scale times the reward, over the divisor."""
+    for normalized, expected in ((False, 1.5), (True, 0.375)):
+        args = make_args(reward_scale=0.5, normalize_rewards=normalized, value_limit=5.0)
+        agent = make_agent(args)
+        agent.largest_return.fill_(20.0)  # over 5: a divisor of 4
+        replay = sac.allocate_replay(1, 2, 3, None, 2, False, torch.device("cpu"))
+        replay.reward.fill_(3.0)
+        batch = sac.gather_batch(agent, replay, torch.tensor([0]), torch.tensor([1]), args)
+        assert batch.reward.item() == expected
+
+
 def test_quarantined_rewards_do_not_reach_the_scale():
     agent = make_agent(make_args())
     invalid = torch.tensor([True, False])
@@ -442,9 +495,9 @@ def test_quarantined_rewards_do_not_reach_the_scale():
 # Losses and gradient steps ------------------------------------------------------------------------------------------------
 
 
-def constant_agent(args, critic_value, target_value):
-    """Policy N(0, 1) before squashing, one action; critics and target critics that say two numbers each."""
-    agent = make_agent(args, obs_size=1, actions=1)
+def constant_agent(args, critic_value, target_value, actions=1):
+    """Policy N(0, 1) before squashing; critics and target critics that say two numbers each."""
+    agent = make_agent(args, obs_size=1, actions=actions)
     with torch.no_grad():
         for parameter in (*agent.actor.parameters(), *agent.critics.parameters(), *agent.target_critics.parameters()):
             parameter.zero_()
@@ -477,6 +530,43 @@ def test_scalar_losses_by_hand():
     assert loss.item() == pytest.approx(terms.policy_loss - 0.5 * (log_prob - 1.0))
     terminal = batch._replace(discount=column(0.0))
     assert sac.critic_loss(agent, row(0.0), terminal, args)[0].item() == pytest.approx(0.5 * (1 - 1) ** 2 + 0.5 * 3**2)
+
+
+def test_the_entropy_to_hold_counts_every_action():
+    """Two actions of target -0.5 each: together -1. Noise 0: log pi = -log(2 pi)."""
+    args = make_args(
+        network="mlp", critic="scalar", temperature_init=0.5, target_entropy=-0.5, log_std_min=-1.0, log_std_max=1.0
+    )
+    agent = constant_agent(args, (1.0, 1.0), (1.0, 1.0), actions=2)
+    zeros, one = torch.zeros(1, 2), torch.ones(1)
+    batch = sac.Batch(zeros[:, :1], zeros[:, :1], zeros, one, one, zeros[:, :1], zeros[:, :1], one)
+    loss, terms = sac.policy_loss(agent, zeros, batch, args)
+    log_prob = -math.log(2.0 * math.pi)
+    assert loss.item() == pytest.approx(terms[0].item() - 0.5 * (log_prob - 1.0))
+    loss.backward()
+    assert agent.temperature.log_value.grad.item() == pytest.approx(-0.5 * (log_prob - 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_what_the_networks_compute_in(kind):
+    """The heads of all networks, in both losses and when acting; losses and terms stay float32, and a gradient step stays finite."""
+    args = make_args(network=kind, bf16=True)
+    agent = make_agent(args)
+    heads = {name: module for name, module in agent.named_modules() if name.endswith("head")}
+    seen = collections.defaultdict(set)
+    for name, head in heads.items():
+        head.register_forward_hook(lambda module, inputs, output, name=name: seen[name].add(output.dtype))
+    optimizers = sac.make_optimizers(agent, torch.tensor(1e-2), 1e-2)
+    batch, noise = random_batch()
+    loss, terms = sac.critic_loss(agent, noise, batch, args)
+    loss.backward()
+    assert loss.dtype == terms.dtype == torch.float32
+    sac.critic_step(agent, optimizers["critics"], 0.05, weight_projection=False)
+    sac.policy_loss(agent, noise, batch, args)[0].backward()
+    sac.actor_step(agent, optimizers, weight_projection=False)
+    assert sac.policy_step(agent, batch.obs, noise)[0].dtype == torch.float32
+    assert len(heads) == 5 and dict(seen) == dict.fromkeys(heads, {torch.bfloat16})
+    assert all(x.isfinite().all() and x.dtype != torch.bfloat16 for x in agent.state_dict().values())
 
 
 def test_categorical_loss_is_the_cross_entropy_with_the_projected_target():
@@ -602,6 +692,10 @@ def test_fixed_temperature_stays():
         (dict(n_step=0), "n_step = 0 must be >= 1"),
         (dict(num_atoms=1), "num_atoms = 1 must be >= 2"),
         (dict(noise_repeat_max=0), "noise_repeat_max = 0 must be >= 1"),
+        (dict(log_std_max=-5.0), "log_std_max = -5.0 must be > log_std_min = -5"),
+        (dict(log_std_max=math.inf), "log_std_max = inf must be finite"),
+        (dict(log_std_min=-math.inf), "log_std_min = -inf must be finite"),
+        (dict(target_entropy=math.nan), "target_entropy = nan must be finite"),
         (dict(log_std_max=-6.0), "log_std_max = -6.0 must be > log_std_min = -5"),
         (dict(replay_capacity=100), "replay_capacity = 100 must be >= learning_starts = 10,000"),
         (
@@ -633,6 +727,45 @@ def test_environments_and_batches_must_split_over_the_processes():
     assert sac.derive_sizes(args, world_size=2) == sac.Sizes(50, 32, 11, 3, 5)
 
 
+@pytest.mark.parametrize(
+    "changes, checkpoint, profile, least",
+    [
+        ({}, None, False, 10),  # 10 steps fill the replay far enough, and the 10th is followed by updates
+        ({}, None, True, 10 + 110),
+        (dict(n_step=30), None, False, 30),
+        ({}, dict(iteration=50, written=0), False, 50 + 10),
+        ({}, dict(iteration=50, written=50), False, 50 + 1),
+        ({}, dict(iteration=7, written=7), False, 10),
+        ({}, dict(iteration=50, written=50), True, 50 + 1 + 110),
+        ({}, dict(iteration=50, written=0), True, 50 + 10 + 110),
+    ],
+)
+def test_a_run_too_short_to_learn_is_refused(changes, checkpoint, profile, least):
+    changes |= dict(num_envs=64, learning_starts=640, profile=profile)
+    if checkpoint:
+        replay = dict(written=checkpoint["written"]) if checkpoint["written"] else None
+        checkpoint = dict(iteration=checkpoint["iteration"], processes=[dict(replay=replay)])
+    for iterations in (least, least - 1):
+        args = make_args(**changes, total_timesteps=64 * iterations)
+        sizes = sac.derive_sizes(args, world_size=1)
+        if iterations == least:
+            sac.check_length(args, sizes, checkpoint, sac.PROFILED)
+        else:
+            with pytest.raises(sac.InputError, match=f"use --total-timesteps {64 * least} or more"):
+                sac.check_length(args, sizes, checkpoint, sac.PROFILED)
+
+
+def test_a_categorical_critic_on_unscaled_rewards_is_warned_of():
+    unscaled = dict(critic="categorical", normalize_rewards=False, reward_scale=1.0)
+    assert "clips returns beyond +-5, and" in sac.clipping_warning(make_args(**unscaled))
+    for change in (dict(critic="scalar"), dict(normalize_rewards=True), dict(reward_scale=0.1), dict(value_limit=50.0)):
+        assert sac.clipping_warning(make_args(**(unscaled | change))) is None
+    for task in sac.TASK_DEFAULTS:
+        for preset in sac.PRESETS:
+            args = sac.with_task_defaults(sac.Args(env_id=task, preset=preset, device="cpu"))
+            assert sac.clipping_warning(args) is None
+
+
 def test_flags_win_over_presets_and_presets_over_tasks():
     args = sac.with_task_defaults(sac.Args(env_id="InvertedPendulum-v5", preset="vanilla", tau=0.5, device="cpu"))
     assert (args.tau, args.critic, args.num_envs) == (0.5, "scalar", 32)  # flag, preset, task
@@ -644,7 +777,7 @@ def test_flags_win_over_presets_and_presets_over_tasks():
     for task in sac.TASK_DEFAULTS:
         for preset in sac.PRESETS:
             args = sac.with_task_defaults(sac.Args(env_id=task, preset=preset, device="cpu"))
-            sac.derive_sizes(args, world_size=1)
+            sac.check_length(args, sac.derive_sizes(args, world_size=1), None, sac.PROFILED)
     known = {field.name for field in dataclasses.fields(sac.Args)}
     assert all(set(row) <= set(sac.COMMON) <= known for row in (*sac.TASK_DEFAULTS.values(), *sac.PRESETS.values()))
 

@@ -25,9 +25,9 @@ def probe_args(run_dir, env_id="action", **changes):
     return sac.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
 
 
-def updates_on_fixed_data(rank: int, world_size: int) -> dict:
+def updates_on_fixed_data(rank: int, world_size: int, network: str = "layer_norm") -> dict:
     """3 vector steps of 4 updates on random batches that are the same however many processes share them."""
-    args = probe_args(None, num_envs=32, batch_size=64, updates_per_step=4, weight_projection=True)
+    args = probe_args(None, num_envs=32, batch_size=64, updates_per_step=4, network=network, weight_projection=True)
     args = sac.with_task_defaults(args)
     sizes = sac.derive_sizes(args, world_size)
     torch.manual_seed(0)
@@ -53,7 +53,8 @@ def updates_on_fixed_data(rank: int, world_size: int) -> dict:
 
 def main(folder: Path) -> None:
     rank, world_size = sac.start_processes(torch.device("cpu"))
-    torch.save(updates_on_fixed_data(rank, world_size), folder / f"update-{rank}.pt")
+    for network in ("layer_norm", "flash"):
+        torch.save(updates_on_fixed_data(rank, world_size, network), folder / f"{network}-{rank}.pt")
     for name, steps, resume in (
         ("whole", 12_800, None),
         ("parts", 6_400, None),
