@@ -2855,12 +2855,14 @@ def height_field_model(terrain: Terrain) -> mujoco.MjModel:
     half = [(count - 1) * terrain.cell / 2 for count in (rows, columns)]
     field = f'<asset><hfield name="field" nrow="{columns}" ncol="{rows}" size="{half[0]} {half[1]} {span} 1"/></asset>'
     place = f'pos="{terrain.corner[0] + half[0]} {terrain.corner[1] + half[1]} {low}"'
-    floor = f'<geom name="floor" type="hfield" hfield="field" {place} contype="1" conaffinity="0"'
+    colour = 'rgba="0.55 0.5 0.42 1"'  # of earth, lest a grey robot vanish on grey ground
+    floor = f'<geom name="floor" type="hfield" hfield="field" {place} {colour} contype="1" conaffinity="0"'
     text = quadruped_mjcf().replace(
         '<geom name="floor" type="plane" size="0 0 0.05" contype="1" conaffinity="0"', floor
     )
     m = mujoco.MjModel.from_xml_string(text.replace("<worldbody>", field + "<worldbody>"))
     m.hfield_data[:] = ((heights - low) / span).T.ravel()  # MuJoCo's rows run along y
+    m.vis.map.znear = 0.05 / m.stat.extent  # in units of the extent, a field's of 200 m: a camera is 2 m off the robot
     return m
 
 

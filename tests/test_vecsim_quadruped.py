@@ -430,6 +430,8 @@ def test_the_same_field_in_mujoco():
         start = np.array([terrain.corner[0] + 0.1 * i, terrain.corner[1] + 0.1 * j, 10.0])
         down = mujoco.mj_ray(m, d, start, np.array([0.0, 0, -1]), None, 1, -1, geom)
         assert abs(10 - down - terrain.heights[i, j]) <= 1e-5 and m.geom(geom[0]).name == "floor"  # float32 data
+    assert m.vis.map.znear * m.stat.extent < 0.1 and m.vis.map.zfar * m.stat.extent > 200  # m: the robot, the far edge
+    assert np.abs(m.geom("floor").rgba - m.geom("trunk_left").rgba).max() > 0.1
 
 
 def test_tiles():
