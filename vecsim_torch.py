@@ -2122,6 +2122,7 @@ class Measured(NamedTuple):
     dynamics: Dynamics | None
     memory: dict[str, Tensor]  # what the task carries from step to step
     push: Tensor  # `Carry.push`
+    invalid: Tensor | None = None  # (N,) bool: diverged in this step; known where an episode may end
 
 
 @dataclass(frozen=True)
@@ -2741,11 +2742,12 @@ class QuadrupedRough(QuadrupedFlat):
             level = torch.floor(anywhere * min(self.first_levels, rows))
         else:
             column, walked = ended.memory["column"][0], ended.qpos[:2] - ended.memory["start"]
-            command = ended.memory["command"]
+            command, old = ended.memory["command"], ended.memory["level"][0]
             level = next_level(
-                ended.memory["level"][0], torch.hypot(*walked), torch.hypot(command[0], command[1]),
+                old, torch.hypot(*walked), torch.hypot(command[0], command[1]),
                 limit * self.frame_skip * model.timestep, terrain, anywhere,
             )  # fmt: skip
+            level = torch.where(ended.invalid, old, level)  # a diverged robot has walked nowhere
         if not self.curriculum:
             level = torch.floor(anywhere * rows)
         if self.terrain_level >= 0:
@@ -3063,7 +3065,9 @@ def settle(
     truncated = (age >= settings.max_episode_steps) & ~terminated
 
     limit = settings.max_episode_steps - (carry.age - carry.episode_length)  # steps this episode could have had
-    fresh, fresh_measured, fresh_sensed = begin_episode(task, next_model, settings, random, after, limit)
+    fresh, fresh_measured, fresh_sensed = begin_episode(
+        task, next_model, settings, random, after._replace(invalid=invalid), limit
+    )
     after = after._replace(memory=task.remember(model, after, sensed, action, random["task"]))
     fresh_obs, fresh_critic_obs = observations(task, next_model, settings, fresh_measured, fresh_sensed, random)
     final_obs, final_critic_obs = observations(task, model, settings, after, sensed, random)

@@ -536,6 +536,25 @@ def test_curriculum_moves_robots():
     assert (env.state().qpos[:2] - origins).abs().max() < 1.1
 
 
+def test_a_diverged_robot_keeps_its_level():
+    """Robots out of their tile: one on foot, one beyond RUNAWAY, one faster than it; and one that got nowhere."""
+    env = make("Quadruped-Rough", 4, max_episode_steps=500, terminate_when_unhealthy=False, terrain_rows=4)
+    env.reset(seed=0)
+    state = env.state_dict()
+    carry = {name: x.clone() for name, x in state["carry"].items()}
+    rows = dict(zip(env.task.memory, np.cumsum([0, *env.task.memory.values()]), strict=False))
+    carry["memory"][rows["level"]] = 1
+    carry["memory"][rows["command"]], carry["memory"][rows["command"] + 1] = 1.0, 0
+    carry["qpos"][:2] = carry["memory"][rows["start"] : rows["start"] + 2]
+    carry["qpos"][0] += torch.tensor([4.5, 2e6, 0.0, 0.0])
+    carry["qvel"][0, 2] = 5e6
+    carry["age"][:], carry["episode_length"][:] = 499, 499
+    env.load_state_dict(state | {"carry": carry})
+    _, _, _, truncated, info = env.step(torch.zeros(4, 12))
+    assert truncated.all() and info["invalid"].tolist() == [False, True, True, False]
+    assert env.state_dict()["carry"]["memory"][rows["level"]].tolist() == [2, 1, 1, 0]
+
+
 def test_levels_without_a_curriculum():
     anywhere = make("Quadruped-Rough", 256, curriculum=False)
     fixed = make("Quadruped-Rough", 16, terrain_level=2, max_episode_steps=1)
