@@ -2499,9 +2499,7 @@ class QuadrupedFlat(Task):
     command_forward: Range = (-1.0, 1.0)  # m/s
     command_sideways: Range = (-1.0, 1.0)  # m/s
     command_yaw: Range = (-1.0, 1.0)  # rad/s
-    heading_command: bool = (
-        False  # command a direction, drawn anew with the speeds; the turning speed steers towards it
-    )
+    heading_command: bool = False  # command a direction, drawn with the speeds; the turning speed steers towards it
     standing_share: float = 0.1  # of the commands are zero
     resample_seconds: float = 10.0
     velocity_in_observation: bool = False  # the base's linear velocity, which no robot senses directly
@@ -2571,8 +2569,8 @@ class QuadrupedFlat(Task):
         quat = quat_multiply(yaw, qpos[3:7] * torch.rsqrt(dot(qpos[3:7], qpos[3:7])))
         qpos = torch.cat((x, y, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
         memory = {name: zero.expand(rows, -1) for name, rows in self.memory.items()}
-        memory |= dict(zip(("command", "heading"), self.draw_command(noise), strict=True))
-        return qpos, memory
+        command, heading = self.draw_command(noise)
+        return qpos, memory | {"command": self.steered(command, heading, quat), "heading": heading}
 
     def draw_command(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Speeds (3, N) and a direction (1, N); speeds too small to be worth a step, and some others, are zero."""
@@ -2582,6 +2580,15 @@ class QuadrupedFlat(Task):
         moving = (noise[3] >= self.standing_share) * speeds.new_ones(())
         speeds = torch.stack((speeds[0] * walk * moving, speeds[1] * walk * moving, speeds[2] * moving))
         return speeds, 2 * math.pi * noise[2:3] - math.pi
+
+    def steered(self, command: Tensor, heading: Tensor, quat: Tensor) -> Tensor:
+        """The command (3, N); of a walking robot with a `heading` (1, N) rad to keep, the turning speed leads there."""
+        if not self.heading_command:
+            return command
+        off = heading[0] - yaw_of(quat_to_matrix(quat))
+        turn = (0.5 * torch.atan2(torch.sin(off), torch.cos(off))).clamp(*self.command_yaw)
+        turn = turn * (torch.hypot(command[0], command[1]) > 0)
+        return torch.stack((command[0], command[1], turn))
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
         turn = quat_to_matrix(p.qpos[3:7])
@@ -2593,7 +2600,7 @@ class QuadrupedFlat(Task):
             "position": p.qpos[:3],
             "velocity": apply(turn.transpose(0, 1), p.qvel[:3]),
             "gravity": -turn[2],
-            "yaw": torch.atan2(turn[1, 0], turn[0, 0]),
+            "yaw": yaw_of(turn),
             "torque": torque,
             **self.pressures(model, force),
         }
@@ -2684,15 +2691,10 @@ class QuadrupedFlat(Task):
         fresh_command, fresh_heading = self.draw_command(noise)
         command = torch.where(due, fresh_command, p.memory["command"])
         heading = torch.where(due, fresh_heading, p.memory["heading"])
-        if self.heading_command:
-            off = heading[0] - sensed["yaw"]
-            turn = (0.5 * torch.atan2(torch.sin(off), torch.cos(off))).clamp(*self.command_yaw)
-            turn = turn * (torch.hypot(command[0], command[1]) > 0)
-            command = torch.stack((command[0], command[1], turn))
         touching = (sensed["foot_force"] > 1.0).to(age.dtype)
         contact = torch.maximum(touching, p.memory["contact"])  # of this step or the last: forces flicker
         return p.memory | {
-            "command": command,
+            "command": self.steered(command, heading, p.qpos[3:7]),
             "heading": heading,
             "command_age": torch.where(due, 0.0, age),
             "last_action": action,
@@ -2700,6 +2702,11 @@ class QuadrupedFlat(Task):
             "air_time": torch.where(contact > 0, 0.0, p.memory["air_time"] + seconds),
             "contact": touching,
         }
+
+
+def yaw_of(turn: Tensor) -> Tensor:
+    """(N,) rad: the direction that a robot of rotation (3, 3, N) faces, seen from above."""
+    return torch.atan2(turn[1, 0], turn[0, 0])
 
 
 @dataclass(frozen=True)

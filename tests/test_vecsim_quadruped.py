@@ -224,16 +224,21 @@ def test_commands():
 
 
 def test_heading_command_steers():
-    env = make(n=64, heading_command=True, dtype=torch.float64)
-    env.reset(seed=0)
-    obs = env.step(torch.zeros(64, 12, dtype=torch.float64))[4]["final_obs"]
-    memory, q = vecsim.split_rows(env._get_carry().memory, env.task.memory), env.state().qpos[3:7]
-    yaw = torch.atan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
-    off = (memory["heading"][0] - yaw + math.pi) % (2 * math.pi) - math.pi
-    walking = torch.hypot(*memory["command"][:2]) > 0
-    expected = torch.where(walking, (0.5 * off).clamp(-1, 1), 0.0)
-    assert (obs[:, env.observation_slices["command"]][:, 2] - expected).abs().max() <= 1e-9
-    assert expected.max() == 1 and expected.min() == -1
+    """The turning speed that the policy sees, and is paid for: of the first command, under way, and after a reset."""
+    env = make(n=64, heading_command=True, dtype=torch.float64, max_episode_steps=2, standing_share=0.3)
+    obs = env.reset(seed=0)[0]
+    for t in range(4):
+        memory, q = vecsim.split_rows(env._get_carry().memory, env.task.memory), env.state().qpos[3:7]
+        yaw = torch.atan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
+        off = (memory["heading"][0] - yaw + math.pi) % (2 * math.pi) - math.pi
+        walking = torch.hypot(*memory["command"][:2]) > 0
+        expected = torch.where(walking, (0.5 * off).clamp(-1, 1), 0.0)
+        assert (obs[:, env.observation_slices["command"]][:, 2] - expected).abs().max() <= 1e-9
+        assert expected.max() == 1 and expected.min() == -1 and (~walking).any()
+        obs, _, _, truncated, info = env.step(torch.zeros(64, 12, dtype=torch.float64))
+        turned = info["final_critic_obs"][:, env.critic_slices["angular_velocity"]][:, 2]
+        assert (info["yaw_error"] - (expected - turned).abs()).abs().max() <= 1e-9
+        assert truncated.all() if t % 2 else not truncated.all()
 
 
 def test_air_time_by_hand():
