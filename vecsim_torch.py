@@ -1936,6 +1936,7 @@ class Randomize:
             if value is None or (name == "push_interval" and self.push is None):
                 continue
             centre = 1.0 if name in FACTORS else 0.0
+            value = typed_range(value)
             if isinstance(value, (int, float)):
                 spread = {"push": (0.0, value), "push_interval": (value, value)}
                 value = spread.get(name, (centre - value, centre + value))
@@ -1981,6 +1982,15 @@ class Perturb:
                 nearest = 1.0 if positive else 0.0
                 rule = "positive" if positive else "at least 0"
                 raise ValueError(f"perturb.{name} = {value} must be finite and {rule}; nearest is {nearest:g}")
+
+
+def typed_range(value: Any) -> Any:
+    """(low, high) of text such as "0.2:0.8", which a command line can give; anything else as it is."""
+    ends = value.split(":") if isinstance(value, str) else ()
+    try:
+        return (float(ends[0]), float(ends[1])) if len(ends) == 2 else value
+    except ValueError:
+        return value
 
 
 def option_group(kind: type, given: Any, fields: dict[str, Any], default: Any) -> Any:
@@ -2127,6 +2137,16 @@ class Measured(NamedTuple):
     invalid: Tensor | None = None  # (N,) bool: diverged in this step; known where an episode may end
 
 
+FINITE = (-sys.float_info.max, sys.float_info.max, "finite")
+POSITIVE = (math.ulp(0.0), sys.float_info.max, "finite and positive")
+
+
+def is_range(value: Any) -> bool:
+    """Two numbers, the lower one first."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and all(isinstance(end, (int, float)) for end in value) and value[0] <= value[1]
+
+
 @dataclass(frozen=True)
 class Task:
     """Options are Gymnasium's keyword arguments. Shapes: actions (nu, N), rewards (N,), observations (obs, N)."""
@@ -2141,6 +2161,32 @@ class Task:
         mass=0.1, centre_of_mass=0.01, friction=0.3, damping=0.2, armature=0.2, motor_strength=0.1, gravity=0.05
     )
     noise_scale = {}  # scale of `perturb`'s observation noise, by group; 1 where nothing is said
+    limits = {  # of options: lowest and highest value, and the rule in words; other numbers need only be finite
+        "frame_skip": (1, math.inf, "at least 1"),
+        "reset_noise_scale": (0.0, FINITE[1], "finite and at least 0"),
+    }
+
+    def check(self) -> None:
+        """ValueError for an option that is not of its default's kind, or breaks `limits`."""
+        for field in dataclasses.fields(self):
+            name, value, default = field.name, getattr(self, field.name), field.default
+            limits = self.limits.get(name)
+            if isinstance(default, bool):
+                legal, rule = isinstance(value, bool), "True or False"
+            elif isinstance(default, tuple):
+                legal, rule = is_range(value), "a range (low, high) with low <= high"
+            elif isinstance(default, int):
+                legal, rule = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+            elif isinstance(default, float):
+                legal, rule = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+                limits = limits or FINITE
+            else:
+                continue
+            if legal and limits:
+                ends = value if isinstance(default, tuple) else (value,)
+                legal, rule = all(limits[0] <= end <= limits[1] for end in ends), limits[2]
+            if not legal:
+                raise ValueError(f"{name} must be {rule}, not {value!r}")
 
     def source(self) -> str | Path:
         """MJCF, a path or the text itself."""
@@ -2533,6 +2579,17 @@ class QuadrupedFlat(Task):
               "contact": 4}  # fmt: skip
     random_rows = 7  # four of a command, then x, y and yaw of a start
     maps_actions = True
+    limits = Task.limits | {
+        "action_scale": POSITIVE,
+        "command_forward": FINITE,
+        "command_sideways": FINITE,
+        "command_yaw": FINITE,
+        "standing_share": (0.0, 1.0, "from 0 to 1"),
+        "resample_seconds": POSITIVE,
+        "healthy_tilt": (POSITIVE[0], math.pi, "positive and at most pi"),
+        "air_time_target": (0.0, FINITE[1], "finite and at least 0"),
+        "penalty_scale": POSITIVE,
+    }
     averaged = (
         "velocity_error", "yaw_error", "reward_track_velocity", "reward_track_yaw", "reward_vertical_velocity",
         "reward_roll_pitch", "reward_orientation", "reward_torque", "reward_joint_acceleration", "reward_action_rate",
@@ -2728,12 +2785,22 @@ class QuadrupedRough(QuadrupedFlat):
     memory = QuadrupedFlat.memory | {"level": 1, "column": 1, "start": 2}
     random_rows = QuadrupedFlat.random_rows + 2
     averaged = (*QuadrupedFlat.averaged, "terrain_level")
+    limits = QuadrupedFlat.limits | {
+        "terrain_rows": (1, math.inf, "at least 1"),
+        "terrain_columns": (1, math.inf, "at least 1"),
+        "terrain_seed": (0, math.inf, "at least 0"),
+        "first_levels": (1, math.inf, "at least 1"),
+        "terrain_level": (-1, math.inf, "at least -1, which fixes no level"),
+    }
 
-    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
-        if self.terrain_level >= self.terrain_rows >= 1:
+    def check(self) -> None:
+        super().check()
+        if self.terrain_level >= self.terrain_rows:
             raise ValueError(
                 f"terrain_level must be under terrain_rows = {self.terrain_rows}, not {self.terrain_level}"
             )
+
+    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
         model = super().furnish(model, m)
         terrain = build_terrain(self.terrain_rows, self.terrain_columns, self.terrain_seed)
         to = {"dtype": model.qpos0.dtype, "device": model.qpos0.device}
@@ -2891,6 +2958,22 @@ TASKS: dict[str, type[Task]] = {
     "Quadruped-Flat": QuadrupedFlat,
     "Quadruped-Rough": QuadrupedRough,
 }
+
+
+def build_task(env_id: str, options: dict[str, Any]) -> Task:
+    """The task with its options, checked. The quadrupeds' ranges may be text, "0.2:0.8"; Gymnasium's tasks read none."""
+    kind = TASKS.get(env_id)
+    if kind is None:
+        raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
+    legal = [field.name for field in dataclasses.fields(kind) if field.init]
+    for name in options:
+        if name not in legal:
+            raise ValueError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
+    if issubclass(kind, QuadrupedFlat):
+        options = {name: typed_range(value) for name, value in options.items()}
+    task = kind(**options)
+    task.check()
+    return task
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3199,22 +3282,13 @@ class VecSim(gymnasium.vector.VectorEnv):
     ):
         """Arguments: `make`."""
         self.device = check_device(device)
-        task_class = TASKS.get(env_id)
-        if task_class is None:
-            raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
         single, task_options = single_fields(task_options)
-        options = [field.name for field in dataclasses.fields(task_class) if field.init]
-        for name in task_options:
-            if name not in options:
-                raise ValueError(f"unknown option {name!r} of {env_id}; it takes {', '.join(options)}")
-        self.task = task_class(**task_options)
+        self.task = build_task(env_id, task_options)
         counts = {"num_envs": num_envs, "iterations": iterations, "pair_slots": pair_slots}
-        counts |= {"max_episode_steps": max_episode_steps, "frame_skip": self.task.frame_skip}
+        counts |= {"max_episode_steps": max_episode_steps}
         for name, value in counts.items():
             if not isinstance(value, int) or value < 1:  # whole numbers only
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if not 0 <= self.task.reset_noise_scale < math.inf:
-            raise ValueError(f"reset_noise_scale must be finite and at least 0, not {self.task.reset_noise_scale}")
         if integrator not in (None, *INTEGRATORS.values()):
             raise ValueError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
         if chunk is not None and chunk < 1:
@@ -3605,7 +3679,8 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     randomize           True for the task's own ranges, or a `Randomize`, or a dict of its fields: {"friction": (0.5, 1.25)}
     perturb             a `Perturb`, or a dict of its fields: {"action_delay_ms": 120}
     **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...), and single fields
-                        of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can give
+                        of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can
+                        give; there a range, but for those of Gymnasium's own tasks, is "0.2:0.8"
     """
     return VecSim(env_id, num_envs, **options)
 
@@ -3620,7 +3695,7 @@ class QuadrupedInMujoco(gymnasium.Env):
 
     def __init__(self, render_mode: str | None = None, camera_name: str = "track", **options: Any):
         self.render_mode, self.camera_name, self._renderer = render_mode, camera_name, None
-        self.task = QuadrupedFlat(**options)
+        self.task = build_task("Quadruped-Flat", options)
         self.mj_model = compile_mjcf(self.task.source())
         self.data = mujoco.MjData(self.mj_model)
         self.model = self.task.furnish(load_model(self.mj_model, dtype=torch.float64), self.mj_model)

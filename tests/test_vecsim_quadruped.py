@@ -575,11 +575,46 @@ def test_levels_without_a_curriculum():
         ({"terrain_rows": 0}, "terrain_rows must be at least 1, not 0"),
         ({"terrain_columns": 0}, "terrain_columns must be at least 1, not 0"),
         ({"terrain_level": 3}, "terrain_level must be under terrain_rows = 3, not 3"),
+        ({"terrain_level": -2}, "terrain_level must be at least -1, which fixes no level, not -2"),
+        ({"terrain_level": 1.5}, "terrain_level must be a whole number, not 1.5"),
+        ({"terrain_seed": -1}, "terrain_seed must be at least 0, not -1"),
+        ({"first_levels": 0}, "first_levels must be at least 1, not 0"),
+        ({"curriculum": "false"}, "curriculum must be True or False, not 'false'"),
+        ({"heading_command": 1}, "heading_command must be True or False, not 1"),
+        ({"standing_share": 1.1}, "standing_share must be from 0 to 1, not 1.1"),
+        ({"standing_share": -0.1}, "standing_share must be from 0 to 1, not -0.1"),
+        ({"penalty_scale": 0}, "penalty_scale must be finite and positive, not 0"),
+        ({"resample_seconds": -1.0}, "resample_seconds must be finite and positive, not -1.0"),
+        ({"healthy_tilt": 0.0}, "healthy_tilt must be positive and at most pi, not 0.0"),
+        ({"healthy_tilt": 4.0}, "healthy_tilt must be positive and at most pi, not 4.0"),
+        ({"action_scale": math.nan}, "action_scale must be finite and positive, not nan"),
+        ({"air_time_target": -0.1}, "air_time_target must be finite and at least 0, not -0.1"),
+        ({"torque_weight": math.inf}, "torque_weight must be finite, not inf"),
+        ({"torque_weight": "small"}, "torque_weight must be a number, not 'small'"),
+        ({"command_forward": (1.0, -1.0)}, r"command_forward must be a range \(low, high\) with low <= high, not \(1.0, -1.0\)"),
+        ({"command_forward": "1:-1"}, r"command_forward must be a range .*, not \(1.0, -1.0\)"),
+        ({"command_forward": "1:fast"}, "command_forward must be a range .*, not '1:fast'"),
+        ({"command_yaw": 1.0}, "command_yaw must be a range .*, not 1.0"),
+        ({"command_sideways": (0.0, math.inf)}, r"command_sideways must be finite, not \(0.0, inf\)"),
+        ({"frame_skip": 0}, "frame_skip must be at least 1, not 0"),
+        ({"reset_noise_scale": -1}, "reset_noise_scale must be finite and at least 0, not -1"),
     ],
 )
 def test_make_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         make("Quadruped-Rough", 2, **options)
+    if not any(name in vars(vecsim.QuadrupedRough) and name != "heading_command" for name in options):
+        with pytest.raises(ValueError, match=message):  # the robot in MuJoCo, too
+            gymnasium.make("Quadruped-Flat", **options)
+
+
+def test_ranges_as_text():
+    """As a command line gives them: of the task, in both simulators, and of what is randomised."""
+    env = make("Quadruped-Flat", 2, command_forward="0.2:0.8", **{"randomize.friction": "0.4:1.25"})
+    assert env.task.command_forward == (0.2, 0.8) and env.settings.ranges == {"friction": (0.4, 1.25)}
+    assert gymnasium.make("Quadruped-Flat", command_forward="0.2:0.8").unwrapped.task.command_forward == (0.2, 0.8)
+    with pytest.raises(ValueError, match="healthy_z_range must be a range .*, not '0.7:2.0'"):
+        make("Hopper-v5", 2, healthy_z_range="0.7:2.0")  # gymnasium.make would read it as text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
