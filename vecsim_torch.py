@@ -1314,9 +1314,11 @@ def terrain_contacts(
 
     Every sphere and every end of a capsule touches the field's tangent plane under its centre: one contact each, exact
     on slopes. MuJoCo's own height field is made of triangles, collides whole capsules, and feels an edge beside a sphere
-    before its centre is there. For a foot pressed 5 mm into the ground (tests/test_vecsim_quadruped.py, half-way
-    difficulty), distances differ by over 1 mm at 1% of the places on slopes, 18% on rough ground (5 mm at most), 5% on
-    stairs (18 mm at most) and 2% among blocks (20 mm at most): where the other model meets the riser first.
+    before its centre is there. For a foot, a sphere of 23 mm, pressed 5 mm into ground of half the full difficulty
+    (tests/test_vecsim_quadruped.py), distances differ by over 1 mm at 1% of the places on slopes, 18% on rough ground
+    (5 mm at most), 5% on stairs (18 mm at most) and 2% among blocks (20 mm at most): where the other model meets the
+    riser first. There normals differ, too: by 10 degrees at most at a slope's ridges, 19 on rough ground, 49 on stairs
+    and 61 among blocks. Nothing of the kind was measured for capsules.
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
     centre = at + apply(turn, model.contact_point)
@@ -1934,6 +1936,7 @@ class Randomize:
             if value is None or (name == "push_interval" and self.push is None):
                 continue
             centre = 1.0 if name in FACTORS else 0.0
+            value = typed_range(value)
             if isinstance(value, (int, float)):
                 spread = {"push": (0.0, value), "push_interval": (value, value)}
                 value = spread.get(name, (centre - value, centre + value))
@@ -1979,6 +1982,15 @@ class Perturb:
                 nearest = 1.0 if positive else 0.0
                 rule = "positive" if positive else "at least 0"
                 raise ValueError(f"perturb.{name} = {value} must be finite and {rule}; nearest is {nearest:g}")
+
+
+def typed_range(value: Any) -> Any:
+    """(low, high) of text such as "0.2:0.8", which a command line can give; anything else as it is."""
+    ends = value.split(":") if isinstance(value, str) else ()
+    try:
+        return (float(ends[0]), float(ends[1])) if len(ends) == 2 else value
+    except ValueError:
+        return value
 
 
 def option_group(kind: type, given: Any, fields: dict[str, Any], default: Any) -> Any:
@@ -2122,6 +2134,17 @@ class Measured(NamedTuple):
     dynamics: Dynamics | None
     memory: dict[str, Tensor]  # what the task carries from step to step
     push: Tensor  # `Carry.push`
+    invalid: Tensor | None = None  # (N,) bool: diverged in this step; known where an episode may end
+
+
+FINITE = (-sys.float_info.max, sys.float_info.max, "finite")
+POSITIVE = (math.ulp(0.0), sys.float_info.max, "finite and positive")
+
+
+def is_range(value: Any) -> bool:
+    """Two numbers, the lower one first."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and all(isinstance(end, (int, float)) for end in value) and value[0] <= value[1]
 
 
 @dataclass(frozen=True)
@@ -2138,6 +2161,32 @@ class Task:
         mass=0.1, centre_of_mass=0.01, friction=0.3, damping=0.2, armature=0.2, motor_strength=0.1, gravity=0.05
     )
     noise_scale = {}  # scale of `perturb`'s observation noise, by group; 1 where nothing is said
+    limits = {  # of options: lowest and highest value, and the rule in words; other numbers need only be finite
+        "frame_skip": (1, math.inf, "at least 1"),
+        "reset_noise_scale": (0.0, FINITE[1], "finite and at least 0"),
+    }
+
+    def check(self) -> None:
+        """ValueError for an option that is not of its default's kind, or breaks `limits`."""
+        for field in dataclasses.fields(self):
+            name, value, default = field.name, getattr(self, field.name), field.default
+            limits = self.limits.get(name)
+            if isinstance(default, bool):
+                legal, rule = isinstance(value, bool), "True or False"
+            elif isinstance(default, tuple):
+                legal, rule = is_range(value), "a range (low, high) with low <= high"
+            elif isinstance(default, int):
+                legal, rule = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+            elif isinstance(default, float):
+                legal, rule = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+                limits = limits or FINITE
+            else:
+                continue
+            if legal and limits:
+                ends = value if isinstance(default, tuple) else (value,)
+                legal, rule = all(limits[0] <= end <= limits[1] for end in ends), limits[2]
+            if not legal:
+                raise ValueError(f"{name} must be {rule}, not {value!r}")
 
     def source(self) -> str | Path:
         """MJCF, a path or the text itself."""
@@ -2498,9 +2547,7 @@ class QuadrupedFlat(Task):
     command_forward: Range = (-1.0, 1.0)  # m/s
     command_sideways: Range = (-1.0, 1.0)  # m/s
     command_yaw: Range = (-1.0, 1.0)  # rad/s
-    heading_command: bool = (
-        False  # command a direction, drawn anew with the speeds; the turning speed steers towards it
-    )
+    heading_command: bool = False  # command a direction, drawn with the speeds; the turning speed steers towards it
     standing_share: float = 0.1  # of the commands are zero
     resample_seconds: float = 10.0
     velocity_in_observation: bool = False  # the base's linear velocity, which no robot senses directly
@@ -2532,6 +2579,17 @@ class QuadrupedFlat(Task):
               "contact": 4}  # fmt: skip
     random_rows = 7  # four of a command, then x, y and yaw of a start
     maps_actions = True
+    limits = Task.limits | {
+        "action_scale": POSITIVE,
+        "command_forward": FINITE,
+        "command_sideways": FINITE,
+        "command_yaw": FINITE,
+        "standing_share": (0.0, 1.0, "from 0 to 1"),
+        "resample_seconds": POSITIVE,
+        "healthy_tilt": (POSITIVE[0], math.pi, "positive and at most pi"),
+        "air_time_target": (0.0, FINITE[1], "finite and at least 0"),
+        "penalty_scale": POSITIVE,
+    }
     averaged = (
         "velocity_error", "yaw_error", "reward_track_velocity", "reward_track_yaw", "reward_vertical_velocity",
         "reward_roll_pitch", "reward_orientation", "reward_torque", "reward_joint_acceleration", "reward_action_rate",
@@ -2570,8 +2628,8 @@ class QuadrupedFlat(Task):
         quat = quat_multiply(yaw, qpos[3:7] * torch.rsqrt(dot(qpos[3:7], qpos[3:7])))
         qpos = torch.cat((x, y, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
         memory = {name: zero.expand(rows, -1) for name, rows in self.memory.items()}
-        memory |= dict(zip(("command", "heading"), self.draw_command(noise), strict=True))
-        return qpos, memory
+        command, heading = self.draw_command(noise)
+        return qpos, memory | {"command": self.steered(command, heading, quat), "heading": heading}
 
     def draw_command(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Speeds (3, N) and a direction (1, N); speeds too small to be worth a step, and some others, are zero."""
@@ -2581,6 +2639,15 @@ class QuadrupedFlat(Task):
         moving = (noise[3] >= self.standing_share) * speeds.new_ones(())
         speeds = torch.stack((speeds[0] * walk * moving, speeds[1] * walk * moving, speeds[2] * moving))
         return speeds, 2 * math.pi * noise[2:3] - math.pi
+
+    def steered(self, command: Tensor, heading: Tensor, quat: Tensor) -> Tensor:
+        """The command (3, N); of a walking robot with a `heading` (1, N) rad to keep, the turning speed leads there."""
+        if not self.heading_command:
+            return command
+        off = heading[0] - yaw_of(quat_to_matrix(quat))
+        turn = (0.5 * torch.atan2(torch.sin(off), torch.cos(off))).clamp(*self.command_yaw)
+        turn = turn * (torch.hypot(command[0], command[1]) > 0)
+        return torch.stack((command[0], command[1], turn))
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
         turn = quat_to_matrix(p.qpos[3:7])
@@ -2592,7 +2659,7 @@ class QuadrupedFlat(Task):
             "position": p.qpos[:3],
             "velocity": apply(turn.transpose(0, 1), p.qvel[:3]),
             "gravity": -turn[2],
-            "yaw": torch.atan2(turn[1, 0], turn[0, 0]),
+            "yaw": yaw_of(turn),
             "torque": torque,
             **self.pressures(model, force),
         }
@@ -2683,15 +2750,10 @@ class QuadrupedFlat(Task):
         fresh_command, fresh_heading = self.draw_command(noise)
         command = torch.where(due, fresh_command, p.memory["command"])
         heading = torch.where(due, fresh_heading, p.memory["heading"])
-        if self.heading_command:
-            off = heading[0] - sensed["yaw"]
-            turn = (0.5 * torch.atan2(torch.sin(off), torch.cos(off))).clamp(*self.command_yaw)
-            turn = turn * (torch.hypot(command[0], command[1]) > 0)
-            command = torch.stack((command[0], command[1], turn))
         touching = (sensed["foot_force"] > 1.0).to(age.dtype)
         contact = torch.maximum(touching, p.memory["contact"])  # of this step or the last: forces flicker
         return p.memory | {
-            "command": command,
+            "command": self.steered(command, heading, p.qpos[3:7]),
             "heading": heading,
             "command_age": torch.where(due, 0.0, age),
             "last_action": action,
@@ -2699,6 +2761,11 @@ class QuadrupedFlat(Task):
             "air_time": torch.where(contact > 0, 0.0, p.memory["air_time"] + seconds),
             "contact": touching,
         }
+
+
+def yaw_of(turn: Tensor) -> Tensor:
+    """(N,) rad: the direction that a robot of rotation (3, 3, N) faces, seen from above."""
+    return torch.atan2(turn[1, 0], turn[0, 0])
 
 
 @dataclass(frozen=True)
@@ -2718,12 +2785,22 @@ class QuadrupedRough(QuadrupedFlat):
     memory = QuadrupedFlat.memory | {"level": 1, "column": 1, "start": 2}
     random_rows = QuadrupedFlat.random_rows + 2
     averaged = (*QuadrupedFlat.averaged, "terrain_level")
+    limits = QuadrupedFlat.limits | {
+        "terrain_rows": (1, math.inf, "at least 1"),
+        "terrain_columns": (1, math.inf, "at least 1"),
+        "terrain_seed": (0, math.inf, "at least 0"),
+        "first_levels": (1, math.inf, "at least 1"),
+        "terrain_level": (-1, math.inf, "at least -1, which fixes no level"),
+    }
 
-    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
-        if self.terrain_level >= self.terrain_rows >= 1:
+    def check(self) -> None:
+        super().check()
+        if self.terrain_level >= self.terrain_rows:
             raise ValueError(
                 f"terrain_level must be under terrain_rows = {self.terrain_rows}, not {self.terrain_level}"
             )
+
+    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
         model = super().furnish(model, m)
         terrain = build_terrain(self.terrain_rows, self.terrain_columns, self.terrain_seed)
         to = {"dtype": model.qpos0.dtype, "device": model.qpos0.device}
@@ -2741,11 +2818,12 @@ class QuadrupedRough(QuadrupedFlat):
             level = torch.floor(anywhere * min(self.first_levels, rows))
         else:
             column, walked = ended.memory["column"][0], ended.qpos[:2] - ended.memory["start"]
-            command = ended.memory["command"]
+            command, old = ended.memory["command"], ended.memory["level"][0]
             level = next_level(
-                ended.memory["level"][0], torch.hypot(*walked), torch.hypot(command[0], command[1]),
+                old, torch.hypot(*walked), torch.hypot(command[0], command[1]),
                 limit * self.frame_skip * model.timestep, terrain, anywhere,
             )  # fmt: skip
+            level = torch.where(ended.invalid, old, level)  # a diverged robot has walked nowhere
         if not self.curriculum:
             level = torch.floor(anywhere * rows)
         if self.terrain_level >= 0:
@@ -2794,7 +2872,10 @@ TERRAIN_SHARES = (0.1, 0.1, 0.35, 0.25, 0.2)
 
 
 def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: float = 0.1) -> Terrain:
-    """Tiles in numpy: level ground in the first row, difficulty 1 in the last; column k of the type that the shares give it."""
+    """Tiles in numpy; column k is of the type that the shares give it.
+
+    Difficulty grows evenly from 0 in the first row, level ground, to 1 in the last; a single row is level.
+    """
     for name, count in (("terrain_rows", rows), ("terrain_columns", columns)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
@@ -2818,7 +2899,8 @@ def tile_heights(
 ) -> np.ndarray:
     """(points + 1, points + 1) m, zero at the edge, level within 1 m of the middle but for the roughness.
 
-    At difficulty 1 slopes of 0.4, roughness of 6 cm, steps of 23 cm every 31 cm, blocks of 25 cm; all in proportion to it.
+    At difficulty 1 slopes of 0.4, roughness of +-6 cm, steps of 23 cm every 31 cm, blocks up to 25 cm high or deep; all
+    in proportion to it, level ground at 0. Heights are given every `cell` metres, and a riser is one cell wide.
     Stairs up lead out of a pit, stairs down from a mound; `inward` makes slopes climb to the edge.
     """
     along = np.abs(np.arange(points + 1) - points / 2) * cell
@@ -2855,12 +2937,14 @@ def height_field_model(terrain: Terrain) -> mujoco.MjModel:
     half = [(count - 1) * terrain.cell / 2 for count in (rows, columns)]
     field = f'<asset><hfield name="field" nrow="{columns}" ncol="{rows}" size="{half[0]} {half[1]} {span} 1"/></asset>'
     place = f'pos="{terrain.corner[0] + half[0]} {terrain.corner[1] + half[1]} {low}"'
-    floor = f'<geom name="floor" type="hfield" hfield="field" {place} contype="1" conaffinity="0"'
+    colour = 'rgba="0.55 0.5 0.42 1"'  # of earth, lest a grey robot vanish on grey ground
+    floor = f'<geom name="floor" type="hfield" hfield="field" {place} {colour} contype="1" conaffinity="0"'
     text = quadruped_mjcf().replace(
         '<geom name="floor" type="plane" size="0 0 0.05" contype="1" conaffinity="0"', floor
     )
     m = mujoco.MjModel.from_xml_string(text.replace("<worldbody>", field + "<worldbody>"))
     m.hfield_data[:] = ((heights - low) / span).T.ravel()  # MuJoCo's rows run along y
+    m.vis.map.znear = 0.05 / m.stat.extent  # in units of the extent, a field's of 200 m: a camera is 2 m off the robot
     return m
 
 
@@ -2874,6 +2958,22 @@ TASKS: dict[str, type[Task]] = {
     "Quadruped-Flat": QuadrupedFlat,
     "Quadruped-Rough": QuadrupedRough,
 }
+
+
+def build_task(env_id: str, options: dict[str, Any]) -> Task:
+    """The task with its options, checked. The quadrupeds' ranges may be text, "0.2:0.8"; Gymnasium's tasks read none."""
+    kind = TASKS.get(env_id)
+    if kind is None:
+        raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
+    legal = [field.name for field in dataclasses.fields(kind) if field.init]
+    for name in options:
+        if name not in legal:
+            raise ValueError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
+    if issubclass(kind, QuadrupedFlat):
+        options = {name: typed_range(value) for name, value in options.items()}
+    task = kind(**options)
+    task.check()
+    return task
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3061,7 +3161,9 @@ def settle(
     truncated = (age >= settings.max_episode_steps) & ~terminated
 
     limit = settings.max_episode_steps - (carry.age - carry.episode_length)  # steps this episode could have had
-    fresh, fresh_measured, fresh_sensed = begin_episode(task, next_model, settings, random, after, limit)
+    fresh, fresh_measured, fresh_sensed = begin_episode(
+        task, next_model, settings, random, after._replace(invalid=invalid), limit
+    )
     after = after._replace(memory=task.remember(model, after, sensed, action, random["task"]))
     fresh_obs, fresh_critic_obs = observations(task, next_model, settings, fresh_measured, fresh_sensed, random)
     final_obs, final_critic_obs = observations(task, model, settings, after, sensed, random)
@@ -3180,22 +3282,13 @@ class VecSim(gymnasium.vector.VectorEnv):
     ):
         """Arguments: `make`."""
         self.device = check_device(device)
-        task_class = TASKS.get(env_id)
-        if task_class is None:
-            raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
         single, task_options = single_fields(task_options)
-        options = [field.name for field in dataclasses.fields(task_class) if field.init]
-        for name in task_options:
-            if name not in options:
-                raise ValueError(f"unknown option {name!r} of {env_id}; it takes {', '.join(options)}")
-        self.task = task_class(**task_options)
+        self.task = build_task(env_id, task_options)
         counts = {"num_envs": num_envs, "iterations": iterations, "pair_slots": pair_slots}
-        counts |= {"max_episode_steps": max_episode_steps, "frame_skip": self.task.frame_skip}
+        counts |= {"max_episode_steps": max_episode_steps}
         for name, value in counts.items():
             if not isinstance(value, int) or value < 1:  # whole numbers only
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if not 0 <= self.task.reset_noise_scale < math.inf:
-            raise ValueError(f"reset_noise_scale must be finite and at least 0, not {self.task.reset_noise_scale}")
         if integrator not in (None, *INTEGRATORS.values()):
             raise ValueError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
         if chunk is not None and chunk < 1:
@@ -3586,7 +3679,8 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     randomize           True for the task's own ranges, or a `Randomize`, or a dict of its fields: {"friction": (0.5, 1.25)}
     perturb             a `Perturb`, or a dict of its fields: {"action_delay_ms": 120}
     **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...), and single fields
-                        of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can give
+                        of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can
+                        give; there a range, but for those of Gymnasium's own tasks, is "0.2:0.8"
     """
     return VecSim(env_id, num_envs, **options)
 
@@ -3601,7 +3695,7 @@ class QuadrupedInMujoco(gymnasium.Env):
 
     def __init__(self, render_mode: str | None = None, camera_name: str = "track", **options: Any):
         self.render_mode, self.camera_name, self._renderer = render_mode, camera_name, None
-        self.task = QuadrupedFlat(**options)
+        self.task = build_task("Quadruped-Flat", options)
         self.mj_model = compile_mjcf(self.task.source())
         self.data = mujoco.MjData(self.mj_model)
         self.model = self.task.furnish(load_model(self.mj_model, dtype=torch.float64), self.mj_model)

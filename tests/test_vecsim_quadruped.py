@@ -224,16 +224,21 @@ def test_commands():
 
 
 def test_heading_command_steers():
-    env = make(n=64, heading_command=True, dtype=torch.float64)
-    env.reset(seed=0)
-    obs = env.step(torch.zeros(64, 12, dtype=torch.float64))[4]["final_obs"]
-    memory, q = vecsim.split_rows(env._get_carry().memory, env.task.memory), env.state().qpos[3:7]
-    yaw = torch.atan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
-    off = (memory["heading"][0] - yaw + math.pi) % (2 * math.pi) - math.pi
-    walking = torch.hypot(*memory["command"][:2]) > 0
-    expected = torch.where(walking, (0.5 * off).clamp(-1, 1), 0.0)
-    assert (obs[:, env.observation_slices["command"]][:, 2] - expected).abs().max() <= 1e-9
-    assert expected.max() == 1 and expected.min() == -1
+    """The turning speed that the policy sees, and is paid for: of the first command, under way, and after a reset."""
+    env = make(n=64, heading_command=True, dtype=torch.float64, max_episode_steps=2, standing_share=0.3)
+    obs = env.reset(seed=0)[0]
+    for t in range(4):
+        memory, q = vecsim.split_rows(env._get_carry().memory, env.task.memory), env.state().qpos[3:7]
+        yaw = torch.atan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
+        off = (memory["heading"][0] - yaw + math.pi) % (2 * math.pi) - math.pi
+        walking = torch.hypot(*memory["command"][:2]) > 0
+        expected = torch.where(walking, (0.5 * off).clamp(-1, 1), 0.0)
+        assert (obs[:, env.observation_slices["command"]][:, 2] - expected).abs().max() <= 1e-9
+        assert expected.max() == 1 and expected.min() == -1 and (~walking).any()
+        obs, _, _, truncated, info = env.step(torch.zeros(64, 12, dtype=torch.float64))
+        turned = info["final_critic_obs"][:, env.critic_slices["angular_velocity"]][:, 2]
+        assert (info["yaw_error"] - (expected - turned).abs()).abs().max() <= 1e-9
+        assert truncated.all() if t % 2 else not truncated.all()
 
 
 def test_air_time_by_hand():
@@ -430,6 +435,8 @@ def test_the_same_field_in_mujoco():
         start = np.array([terrain.corner[0] + 0.1 * i, terrain.corner[1] + 0.1 * j, 10.0])
         down = mujoco.mj_ray(m, d, start, np.array([0.0, 0, -1]), None, 1, -1, geom)
         assert abs(10 - down - terrain.heights[i, j]) <= 1e-5 and m.geom(geom[0]).name == "floor"  # float32 data
+    assert m.vis.map.znear * m.stat.extent < 0.1 and m.vis.map.zfar * m.stat.extent > 200  # m: the robot, the far edge
+    assert np.abs(m.geom("floor").rgba - m.geom("trunk_left").rgba).max() > 0.1
 
 
 def test_tiles():
@@ -534,6 +541,25 @@ def test_curriculum_moves_robots():
     assert (env.state().qpos[:2] - origins).abs().max() < 1.1
 
 
+def test_a_diverged_robot_keeps_its_level():
+    """Robots out of their tile: one on foot, one beyond RUNAWAY, one faster than it; and one that got nowhere."""
+    env = make("Quadruped-Rough", 4, max_episode_steps=500, terminate_when_unhealthy=False, terrain_rows=4)
+    env.reset(seed=0)
+    state = env.state_dict()
+    carry = {name: x.clone() for name, x in state["carry"].items()}
+    rows = dict(zip(env.task.memory, np.cumsum([0, *env.task.memory.values()]), strict=False))
+    carry["memory"][rows["level"]] = 1
+    carry["memory"][rows["command"]], carry["memory"][rows["command"] + 1] = 1.0, 0
+    carry["qpos"][:2] = carry["memory"][rows["start"] : rows["start"] + 2]
+    carry["qpos"][0] += torch.tensor([4.5, 2e6, 0.0, 0.0])
+    carry["qvel"][0, 2] = 5e6
+    carry["age"][:], carry["episode_length"][:] = 499, 499
+    env.load_state_dict(state | {"carry": carry})
+    _, _, _, truncated, info = env.step(torch.zeros(4, 12))
+    assert truncated.all() and info["invalid"].tolist() == [False, True, True, False]
+    assert env.state_dict()["carry"]["memory"][rows["level"]].tolist() == [2, 1, 1, 0]
+
+
 def test_levels_without_a_curriculum():
     anywhere = make("Quadruped-Rough", 256, curriculum=False)
     fixed = make("Quadruped-Rough", 16, terrain_level=2, max_episode_steps=1)
@@ -549,11 +575,46 @@ def test_levels_without_a_curriculum():
         ({"terrain_rows": 0}, "terrain_rows must be at least 1, not 0"),
         ({"terrain_columns": 0}, "terrain_columns must be at least 1, not 0"),
         ({"terrain_level": 3}, "terrain_level must be under terrain_rows = 3, not 3"),
+        ({"terrain_level": -2}, "terrain_level must be at least -1, which fixes no level, not -2"),
+        ({"terrain_level": 1.5}, "terrain_level must be a whole number, not 1.5"),
+        ({"terrain_seed": -1}, "terrain_seed must be at least 0, not -1"),
+        ({"first_levels": 0}, "first_levels must be at least 1, not 0"),
+        ({"curriculum": "false"}, "curriculum must be True or False, not 'false'"),
+        ({"heading_command": 1}, "heading_command must be True or False, not 1"),
+        ({"standing_share": 1.1}, "standing_share must be from 0 to 1, not 1.1"),
+        ({"standing_share": -0.1}, "standing_share must be from 0 to 1, not -0.1"),
+        ({"penalty_scale": 0}, "penalty_scale must be finite and positive, not 0"),
+        ({"resample_seconds": -1.0}, "resample_seconds must be finite and positive, not -1.0"),
+        ({"healthy_tilt": 0.0}, "healthy_tilt must be positive and at most pi, not 0.0"),
+        ({"healthy_tilt": 4.0}, "healthy_tilt must be positive and at most pi, not 4.0"),
+        ({"action_scale": math.nan}, "action_scale must be finite and positive, not nan"),
+        ({"air_time_target": -0.1}, "air_time_target must be finite and at least 0, not -0.1"),
+        ({"torque_weight": math.inf}, "torque_weight must be finite, not inf"),
+        ({"torque_weight": "small"}, "torque_weight must be a number, not 'small'"),
+        ({"command_forward": (1.0, -1.0)}, r"command_forward must be a range \(low, high\) with low <= high, not \(1.0, -1.0\)"),
+        ({"command_forward": "1:-1"}, r"command_forward must be a range .*, not \(1.0, -1.0\)"),
+        ({"command_forward": "1:fast"}, "command_forward must be a range .*, not '1:fast'"),
+        ({"command_yaw": 1.0}, "command_yaw must be a range .*, not 1.0"),
+        ({"command_sideways": (0.0, math.inf)}, r"command_sideways must be finite, not \(0.0, inf\)"),
+        ({"frame_skip": 0}, "frame_skip must be at least 1, not 0"),
+        ({"reset_noise_scale": -1}, "reset_noise_scale must be finite and at least 0, not -1"),
     ],
 )
 def test_make_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         make("Quadruped-Rough", 2, **options)
+    if not any(name in vars(vecsim.QuadrupedRough) and name != "heading_command" for name in options):
+        with pytest.raises(ValueError, match=message):  # the robot in MuJoCo, too
+            gymnasium.make("Quadruped-Flat", **options)
+
+
+def test_ranges_as_text():
+    """As a command line gives them: of the task, in both simulators, and of what is randomised."""
+    env = make("Quadruped-Flat", 2, command_forward="0.2:0.8", **{"randomize.friction": "0.4:1.25"})
+    assert env.task.command_forward == (0.2, 0.8) and env.settings.ranges == {"friction": (0.4, 1.25)}
+    assert gymnasium.make("Quadruped-Flat", command_forward="0.2:0.8").unwrapped.task.command_forward == (0.2, 0.8)
+    with pytest.raises(ValueError, match="healthy_z_range must be a range .*, not '0.7:2.0'"):
+        make("Hopper-v5", 2, healthy_z_range="0.7:2.0")  # gymnasium.make would read it as text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -167,6 +167,33 @@ def test_drawn_at_reset_and_only_then(env_id):
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "Quadruped-Flat"])
+def test_a_step_is_that_of_the_randomised_robots(env_id):
+    """`env.step` runs the physics on `env.robots()`: in the middle of an episode, and for fresh robots after a reset."""
+    off = {"randomize.push": None} if env_id == "Quadruped-Flat" else {}
+    env = vecsim.make(env_id, 8, dtype=torch.float64, randomize=True, max_episode_steps=3, **off, **FAST)
+    env.reset(seed=0)
+    for t in range(6):
+        robots, before, action = env.robots(), env.state(), random_actions(env, t)
+        _, _, _, _, info = env.step(action)
+        ends = {}
+        for name, model in (("theirs", robots), ("nominal", env.model)):
+            state = before
+            for _ in range(env.task.frame_skip):
+                state, _ = vecsim.step(model, state, env.task.control(env.model, action.T), "euler", 2)
+            ends[name] = state.qpos, state.qvel
+        measured = vecsim.Measured(*ends["theirs"], None, vecsim.split_rows(env._get_carry().memory, env.task.memory), before.qpos[:0])  # fmt: skip
+        groups = env.task.observe(robots, measured, env.task.sense(robots, measured))
+        for name in groups.keys() - {"command", "last_action"}:  # of the memory, which a reset renews
+            assert torch.equal(info["final_obs"][:, env.observation_slices[name]], groups[name].T), (t, name)
+        if t % 3 < 2:  # nothing has ended
+            assert all(torch.equal(a, b) for a, b in zip(env.state()[:2], ends["theirs"], strict=True))
+        assert ((ends["nominal"][1] - ends["theirs"][1]).abs().amax(0) > 1e-3).all()  # the parameters matter
+        if env_id == "Quadruped-Flat":  # the critic is told of the robots that acted, and then of those that follow
+            for told, model in (("final_critic_obs", robots), ("critic_obs", env.robots())):
+                assert torch.equal(info[told][:, env.critic_slices["mass"]].T, model.mass)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Quadruped-Flat"])
 def test_resume_with_everything_on(env_id, tmp_path):
     options = {
         "max_episode_steps": 6, "random_initial_ages": True, "randomize": True, "randomize.push": 1.0,
@@ -194,15 +221,39 @@ def test_chunks_change_nothing():
 
 
 def test_off_is_off():
-    """Nothing drawn, nothing carried, nothing changed."""
-    plain = vecsim.make("Hopper-v5", 8, **FAST)
-    off = vecsim.make("Hopper-v5", 8, randomize=False, perturb=vecsim.Perturb(), **FAST)
-    assert torch.equal(plain.reset(seed=0)[0], off.reset(seed=0)[0])
-    assert same(rollout(plain, 5), rollout(off, 5))
-    assert off.robots() is off.model and off.parameters() == {}
-    carry = off.state_dict()["carry"]
+    """Nothing drawn, nothing carried: bit for bit the physics of the plain model, from resets that draw qpos and qvel
+    alone. Written out here, so that what randomisation adds to a step cannot creep in unseen."""
+    env = vecsim.make("Hopper-v5", 8, randomize=False, perturb=vecsim.Perturb(), max_episode_steps=3, **FAST)
+    model = vecsim.load_model(env.mj_model, pair_slots=8)
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh():
+        position, velocity = (torch.rand(rows, 8, generator=generator) for rows in (model.nq, model.nv))
+        return vecsim.State(
+            model.qpos0 + 5e-3 * (2 * position - 1), 5e-3 * (2 * velocity - 1), torch.zeros(model.nv, 8)
+        )
+
+    def observed(state):
+        return torch.cat((state.qpos[1:], state.qvel.clamp(-10, 10))).T
+
+    state = fresh()
+    assert torch.equal(env.reset(seed=0)[0], observed(state))
+    for t in range(1, 8):
+        action = random_actions(env, t)
+        obs, _, terminated, truncated, info = env.step(action)
+        for _ in range(4):
+            state, _ = vecsim.step(model, state, action.T, "euler", 2)
+        assert torch.equal(info["final_obs"], observed(state))
+        ended = terminated | truncated
+        assert ended.all() if t % 3 == 0 else not ended.any()
+        drawn = fresh()  # every step draws, whether or not an episode ends
+        state = drawn if t % 3 == 0 else state
+        assert all(torch.equal(a, b) for a, b in zip(env.state(), state, strict=True))
+        assert torch.equal(obs, observed(state))
+    assert env.robots() is env.model and env.parameters() == {}
+    carry = env.state_dict()["carry"]
     assert all(carry[name].numel() == 0 for name in ("parameters", "push", "delayed", "memory"))
-    assert sum(off.settings.noise.values()) == off.model.nq + off.model.nv
+    assert sum(env.settings.noise.values()) == env.model.nq + env.model.nv
 
 
 def test_initial_state():
