@@ -1494,7 +1494,7 @@ def plot_evidence(rows: list[dict], summary: dict, args: Args, path: Path) -> No
 def film(
     agent: Agent, view: View, args: Args, make_env, path: Path, task_options: dict = FILM_OPTIONS, pictures: int = 8
 ) -> str:
-    """Pictures of one episode, side by side, at most 6 s: the first robot on stairs where there are any, whatever becomes of it.
+    """Pictures of one episode, in two lines, at most 6 s: the first robot on stairs where there are any, whatever becomes of it.
 
     Returns a line that says where they are, or why there are none."""
     import imageio.v2 as imageio
@@ -1537,7 +1537,8 @@ def film(
         renderer.close()
     except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:  # what its OpenGL back ends raise
         return f"no pictures: MuJoCo cannot draw here ({type(error).__name__}: {error}); try MUJOCO_GL=osmesa"
-    imageio.imwrite(path, np.concatenate(frames, 1))
+    lines = np.concatenate(frames[: pictures // 2], 1), np.concatenate(frames[pictures // 2 :], 1)
+    imageio.imwrite(path, np.concatenate(lines, 0))
     return f"pictures over {int(length[robot]) / env.metadata['render_fps']:.1f} s: {path}"
 
 
