@@ -2690,8 +2690,8 @@ mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-
 TASKS
 }
 
-# Rows: name of the variant, its flags. A ladder from the textbook to all tricks, each rung with those before it, then what is off
-# by default on top of all. (Alone on top of the textbook no trick scores in so few updates: see the commit that says so.)
+# Rows: name of the variant, its flags. A ladder from the textbook to all tricks, each rung with those before it, then one trick more on
+# top of all, by itself. (Alone on top of the textbook no trick scores in so few updates: see the commit that says so.)
 run_ablate() {
   local env_id=${env_ids:-HalfCheetah-v5} seed name flags budget rung=""
   budget="--num-envs 128 --learning-starts 5000 --batch-size 256 --updates-per-step 8" # the same for all
@@ -2714,10 +2714,10 @@ scaled-rewards --normalize-rewards True
 categorical-critic --critic categorical
 mean-of-critics --critic-reduction mean
 held-noise --noise-repeat-max 16
-all-with-unit-weight-rows --preset best --weight-projection True
-all-with-flash-blocks --preset best --network flash --actor-hidden 128 128 --critic-hidden 128 128
-all-with-3-step-returns --preset best --n-step 3
-all-with-half-precision-replay --preset best --half-precision-replay
+all-with-unit-weight-rows --preset best --n-step 1 --critic-reduction mean --weight-projection True
+all-with-flash-blocks --preset best --n-step 1 --critic-reduction mean --network flash --actor-hidden 128 128 --critic-hidden 128 128
+all-with-3-step-returns --preset best --n-step 3 --critic-reduction mean
+all-with-half-precision-replay --preset best --n-step 1 --critic-reduction mean --half-precision-replay
 VARIANTS
   done
 }

@@ -24,7 +24,7 @@ KINDS = ("mlp", "layer_norm", "flash")
 
 
 def make_args(**changes):
-    small = dict(env_id="probe", device="cpu", actor_hidden=(16,), critic_hidden=(16,), compile=False)
+    small = dict(env_id="probe", device="cpu", actor_hidden=(16,), critic_hidden=(16,), n_step=1, compile=False)
     return sac.with_task_defaults(sac.Args(**(small | changes)))
 
 

@@ -19,7 +19,7 @@ def probe_args(run_dir, env_id="action", **changes):
     """Flags under which a probe environment is solved in seconds."""
     small = dict(
         num_envs=64, total_timesteps=20_000, learning_starts=640, replay_capacity=10_000, batch_size=128, updates_per_step=2,
-        actor_hidden=(32,), critic_hidden=(32,), learning_rate=3e-3, learning_rate_final=3e-3, gamma=0.9, tau=0.05,
+        actor_hidden=(32,), critic_hidden=(32,), learning_rate=3e-3, learning_rate_final=3e-3, gamma=0.9, tau=0.05, n_step=1,
         noise_repeat_max=1, eval_episodes=1, compile=False, device="cpu", checkpoint_every=10**9, log_every=10**9,
     )  # fmt: skip
     return sac.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
