@@ -2716,10 +2716,10 @@ scaled-rewards --normalize-rewards True
 categorical-critic --critic categorical
 mean-of-critics --critic-reduction mean
 held-noise --noise-repeat-max 16
-all-with-unit-weight-rows --preset best --n-step 1 --critic-reduction mean --weight-projection True
-all-with-flash-blocks --preset best --n-step 1 --critic-reduction mean --network flash --actor-hidden 128 128 --critic-hidden 128 128
-all-with-3-step-returns --preset best --n-step 3 --critic-reduction mean
-all-with-half-precision-replay --preset best --n-step 1 --critic-reduction mean --half-precision-replay
+all-with-unit-weight-rows --preset best --weight-projection True
+all-with-flash-blocks --preset best --network flash --actor-hidden 128 128 --critic-hidden 128 128
+all-with-3-step-returns --preset best --n-step 3
+all-with-half-precision-replay --preset best --half-precision-replay
 VARIANTS
   done
 }

@@ -18,9 +18,9 @@ learning rates, tau, temperature, target entropy, network sizes and policy_frequ
     unit weight rows               --weight-projection False    --weight-projection True (off by default)
     scaled observations            --normalize-observations False   --normalize-observations True
     scaled rewards                 --normalize-rewards False    --normalize-rewards True
-    longer returns                 --n-step 1                   --n-step 3
+    longer returns                 --n-step 1                   --n-step 3 (on for Hopper only)
     held exploration noise         --noise-repeat-max 1         --noise-repeat-max 16
-    mean of the two critics        --critic-reduction min       --critic-reduction mean (off by default)
+    mean of the two critics        --critic-reduction min       --critic-reduction mean
 
 Needs `vecsim_torch.py` beside it and nothing else of this project: copy the two files and they are yours.
 
@@ -207,14 +207,15 @@ COMMON = dict(
     num_envs=128, total_timesteps=2_000_000, env_kwargs={}, integrator="euler", solver_iterations=4, reward_scale=1.0, normalize_rewards=True,
     replay_capacity=1_000_000, learning_starts=10_000, batch_size=512, updates_per_step=4, policy_frequency=2,
     network="layer_norm", actor_hidden=(256, 256), critic_hidden=(256, 256), weight_projection=False, normalize_observations=True,
-    critic="categorical", critic_reduction="min", gamma=0.99, n_step=3, tau=0.05, target_entropy=-0.5, temperature_init=0.01,
+    critic="categorical", critic_reduction="mean", gamma=0.99, n_step=1, tau=0.05, target_entropy=-0.5, temperature_init=0.01,
     noise_repeat_max=16, learning_rate=1e-3, learning_rate_final=3e-4, temperature_learning_rate=1e-3,
 )  # fmt: skip
 TASK_DEFAULTS = {
     "InvertedPendulum-v5": dict(num_envs=32, total_timesteps=16_384, learning_starts=1_000, batch_size=256, updates_per_step=8,
-                                actor_hidden=(64, 64), critic_hidden=(64, 64), n_step=1,
+                                actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min",
                                 normalize_rewards=False, reward_scale=0.04),  # returns of at most 100 fit as they are
-    "Hopper-v5": dict(total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8),
+    "Hopper-v5": dict(total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8,
+                      critic_reduction="min", n_step=3),
     "Walker2d-v5": dict(total_timesteps=3_000_000),
     "HalfCheetah-v5": dict(total_timesteps=160_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.98),
     "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
