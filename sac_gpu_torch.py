@@ -8,6 +8,9 @@
     python sac_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
     torchrun --nproc-per-node=2 sac_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
+On one AMD EPYC core: HalfCheetah-v5 5,156 after 160 thousand environment steps, Hopper-v5 3,342 after 200 thousand (medians of three
+seeds, in Gymnasium's own environments, two to seven minutes on shared cores), InvertedPendulum-v5 1,000 from 6 to 10 thousand on.
+
 A flag whose default reads None takes its value from PRESETS, then from its task in TASK_DEFAULTS, then from COMMON. Each trick beyond
 the textbook is one flag, so that an ablation is a loop over flags. (--preset vanilla turns all of them off, and sets the textbook's
 learning rates, tau, temperature, target entropy, network sizes and policy_frequency too: an ablation starts from one preset or the other.)
