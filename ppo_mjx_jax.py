@@ -1514,11 +1514,11 @@ def profile(setup: Setup, hyper: Hyperparameters, state: AgentState, whole: Call
     of one iteration; "the rest" is what the whole takes longer than the parts together, or shorter, where it is negative."""
     args, run_dir, (warm_up, timed) = setup.args, Path(setup.args.run_dir), profiled
 
-    def infer(state: AgentState, rollout: Transition) -> jax.Array:
+    def infer(state: AgentState, rollout: Transition) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(state.key, args.num_steps)
         return jax.lax.map(lambda x: explore(setup, state, *x), (rollout.obs, keys))
 
-    def simulate(state: AgentState, rollout: Transition) -> Slot:
+    def simulate(state: AgentState, rollout: Transition) -> tuple[Slot, Transition]:
         step, keys = environment_steps(setup), jax.random.split(state.key, args.num_steps)
         return jax.lax.scan(lambda slots, x: step(slots, *x), state.slots, (rollout.action, rollout.mean, keys))
 
@@ -1530,7 +1530,7 @@ def profile(setup: Setup, hyper: Hyperparameters, state: AgentState, whole: Call
             times.append(time.perf_counter() - begin)
         return sum(times[warm_up:]) / timed, output
 
-    _, (_, rollout) = seconds(functools.partial(collect, setup), state, state.key)
+    _, rollout = jax.jit(jax.vmap(functools.partial(collect, setup)))(state, state.key)
     stages = dict(infer=seconds(infer, state, rollout)[0], simulate=seconds(simulate, state, rollout)[0])
     targets = functools.partial(make_batch, setup)
     stages["targets"], (batch, _) = seconds(targets, hyper, state, rollout, state.key)
@@ -1541,7 +1541,8 @@ def profile(setup: Setup, hyper: Hyperparameters, state: AgentState, whole: Call
         with jax.profiler.trace(folder):
             jax.block_until_ready(whole(hyper, state, np.int32(1)))  # host sync
         for path in Path(folder).rglob("*.trace.json.gz"):
-            shutil.copy(path, run_dir / "trace.json.gz")
+            if jax.process_index() == 0:  # the one writer
+                shutil.copy(path, run_dir / "trace.json.gz")
     table = {name: dict(seconds=x, share=x / total) for name, x in stages.items()}
     steps = len(hyper.gamma) * args.num_envs * args.num_steps
     if jax.process_index() == 0:
