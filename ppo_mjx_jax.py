@@ -54,6 +54,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# XLA's pool on a CPU has a thread for each core. Each of MJX's batched Cholesky factorisations holds one while it waits for tasks
+# queued behind it, so as many at once as there are cores wait for ever (seen with jaxlib 0.10.2 on two; one core runs them inline).
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if 1 < cores < 16:
+    os.environ.setdefault("NPROC", "16")  # XLA reads it once, when JAX first computes
+
 import flax.linen as nn
 import gymnasium
 import jax
