@@ -2,8 +2,8 @@
 # Every figure of README, measured again: this project beside what a user would pick instead.
 #
 #     ./benchmark.sh sim        physics steps/s and one-step error: vecsim, MuJoCo C, MJX, Brax, mujoco-torch, MuJoCo Warp
-#     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games; SAC updates/s against skrl
-#     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games
+#     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC updates/s against skrl
+#     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games, Brax
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
 #     ./benchmark.sh walk       a quadruped trained here, judged here and in MuJoCo C (about half an hour on one core)
 #     ./benchmark.sh distill    teacher, student, fine-tuned student and blind baseline under perturbations (hours)
@@ -406,11 +406,6 @@ program_sim_jax() {
   cat <<'PYTHON'
 """MJX (variant mjx) and Brax's generalized-coordinates engine (variant brax): one compiled program for an environment step."""
 
-# Without this XLA's thread pool now and then waits for itself in batched LAPACK calls (jaxlib 0.10.2).
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-if device == "cpu":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
 import jax
 import jax.numpy as jnp
 
@@ -466,6 +461,15 @@ while True:
         key, key_now = jax.random.split(key)
         now = jax.block_until_ready(advance(now, random_ctrl(key_now), frame_skip))
         meter.tick(num_envs * frame_skip)
+PYTHON
+}
+
+program_jax() {
+  cat <<'PYTHON'
+if 1 < threads < 16:  # else XLA's pool may wait for itself in batched LAPACK calls: see ppo_mjx_jax.py
+    os.environ.setdefault("NPROC", "16")
+if device == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
 PYTHON
 }
 
@@ -657,7 +661,7 @@ PYTHON
 program_ppo_batch() {
   cat <<'PYTHON'
 num_steps, epochs, minibatches = (settings[x] for x in ("num_steps", "epochs", "minibatches"))
-samples = num_envs * num_steps
+samples = settings["num_envs"] * num_steps
 PYTHON
 }
 
@@ -783,6 +787,59 @@ def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden):
 
 def describe_spaces(observation_space, action_space):
     return dict(observation_space=observation_space, action_space=action_space, agents=1, value_size=1)
+PYTHON
+}
+
+program_brax_ppo() {
+  cat <<'PYTHON'
+import functools
+
+import jax
+from brax import envs
+from brax.training.agents.ppo import networks, train as ppo
+from flax import linen
+
+
+def train(env, num_steps, rows, minibatches, **options):
+    """Brax's PPO, one iteration of rows x num_steps transitions between two calls of the meter; its evaluations are left out."""
+    iterations, work = 10**6, rows * num_steps
+    ppo.train(
+        env, num_timesteps=iterations * work, num_evals=iterations + 1, run_evals=False, progress_fn=lambda *_: meter.tick(work),
+        unroll_length=num_steps, batch_size=rows // minibatches, num_minibatches=minibatches, episode_length=1000,
+        normalize_observations=True, **options,
+    )  # fmt: skip
+PYTHON
+}
+
+program_learner_brax() {
+  cat <<'PYTHON'
+"""Brax's PPO on an environment of random numbers: its rollout, one more pass of the policy for each sample, is inside."""
+
+import jax.numpy as jnp
+
+
+class RandomNumbers(envs.Env):
+    observation_size, action_size, backend = settings["obs_size"], settings["action_size"], None
+
+    def reset(self, rng):
+        obs = jax.random.normal(rng, (self.observation_size,))
+        return envs.State(None, obs, jnp.zeros(()), jnp.zeros(()), {}, {"rng": rng})
+
+    def step(self, state, action):
+        rng, key_obs, key_end = jax.random.split(state.info["rng"], 3)
+        obs = jax.random.normal(key_obs, (self.observation_size,))
+        done = jax.random.bernoulli(key_end, 0.01).astype(jnp.float32)
+        return state.replace(obs=obs, reward=obs[0], done=done, info=state.info | {"rng": rng})
+
+
+hidden = tuple(settings["hidden"])
+train(
+    RandomNumbers(), num_steps, settings["num_envs"], minibatches, num_envs=settings["num_envs"], num_updates_per_batch=epochs,
+    learning_rate=1e-3, learning_rate_schedule="ADAPTIVE_KL", max_grad_norm=1.0, entropy_cost=0.0,
+    network_factory=functools.partial(
+        networks.make_ppo_networks, policy_hidden_layer_sizes=hidden, value_hidden_layer_sizes=hidden, activation=linen.elu
+    ),
+)  # fmt: skip
 PYTHON
 }
 
@@ -1252,6 +1309,21 @@ class GymnasiumEnvs(IVecEnv):
 
 
 make_agent(GymnasiumEnvs(), num_envs, num_steps, 2048, 4, [256, 128, 64]).train()
+PYTHON
+}
+
+program_train_brax() {
+  cat <<'PYTHON'
+"""Brax's PPO in its own environment of the task, generalized coordinates; options as in its notebook for Ant, on a smaller batch.
+
+A GPU has the notebook's 4,096 environments; a CPU 128, for as many transitions an iteration as they make in some ten seconds."""
+
+num_envs, rows = (4096, 2048 * 32) if device == "cuda" else (128, 512)
+env = envs.get_environment(settings["env_id"].split("-")[0].lower(), backend="generalized")
+train(
+    env, 5, rows, 32 if device == "cuda" else 4, num_envs=num_envs, num_updates_per_batch=4, learning_rate=3e-4,
+    entropy_cost=1e-2, discounting=0.97, reward_scaling=10.0,
+)  # fmt: skip
 PYTHON
 }
 
@@ -2524,16 +2596,19 @@ write_programs() { # FOLDER: each program as a file; a contender's begins with t
   local name
   mkdir -p "$1"
   for name in states referee scores walk distill seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
-  contender_program "$1" sim sim_vecsim sim_mujoco sim_jax sim_mujoco_torch sim_mujoco_warp
+  contender_program "$1" sim sim_vecsim sim_mujoco sim_mujoco_torch sim_mujoco_warp
+  contender_program "$1" "jax sim" sim_jax
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
   contender_program "$1" "learner ppo_batch skrl_models" learner_skrl
   contender_program "$1" "learner ppo_batch rl_games_agent" learner_rl_games
+  contender_program "$1" "jax ppo_batch brax_ppo" learner_brax
   contender_program "$1" "learner random_numbers" learner_sac_ours
   contender_program "$1" "learner skrl_models" learner_sac_skrl
   contender_program "$1" "" train_ours train_sb3 scaling_processes
   contender_program "$1" gymnasium_envs train_cleanrl train_rsl_rl
   contender_program "$1" "gymnasium_envs skrl_models" train_skrl
   contender_program "$1" "gymnasium_envs rl_games_agent" train_rl_games
+  contender_program "$1" "jax brax_ppo" train_brax
 }
 
 contender_program() { # FOLDER "SHARED..." NAME...: the meter, the shared parts and the program itself, in one file
@@ -2629,7 +2704,7 @@ run_learner() {
     "ours, compiled|project|learner_ours|compiled" "ours, eager|project|learner_ours|eager" \
     "rsl_rl, compiled|rsl_rl|learner_rsl_rl|compiled" "rsl_rl, eager|rsl_rl|learner_rsl_rl|eager" \
     "skrl|skrl|learner_skrl|" "rl_games|rl_games|learner_rl_games|" \
-    "ours, bf16|project|learner_ours|bf16" "rsl_rl, bf16|rsl_rl|learner_rsl_rl|bf16"
+    "Brax|brax|learner_brax|" "ours, bf16|project|learner_ours|bf16" "rsl_rl, bf16|rsl_rl|learner_rsl_rl|bf16"
   [ -f "$root/sac_gpu_torch.py" ] || return 0
   settings=$(json device "$device" num_envs 128 batch_size 4096 updates_per_step 8 first_steps 40 replay_steps 2000 \
     obs_size 27 action_size 8 hidden "[256,256]")
@@ -2645,7 +2720,7 @@ run_train() {
     measure train "$env_id-$place" "environment steps/s" "$settings" \
       "ours|project|train_ours|1" ${per_core:+"$per_core"} "ours$words, networks 64-64 as theirs|project|train_ours|$processes,64,64" "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
       "CleanRL-style, SyncVectorEnv|project|train_cleanrl|sync" "CleanRL-style, AsyncVectorEnv|project|train_cleanrl|async" \
-      "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|"
+      "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|" "Brax, its own environment|brax|train_brax|"
   done
 }
 
@@ -2782,7 +2857,7 @@ ppo_gpu_torch.py Ant-v5 --eval-episodes 0 --total-timesteps 400000
 ppo_gpu_torch.py HalfCheetah-v5 --eval-episodes 0 --total-timesteps 400000
 sac_gpu_torch.py HalfCheetah-v5 --eval-episodes 0 --total-timesteps 25600
 ppo_mjx_jax.py HalfCheetah-v5 --eval-episodes 0 --num-envs 256 --num-steps 64 --total-timesteps 16384
-ppo_distill_teacher_student.py Quadruped-Flat --num-envs 512 --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6 --stages teacher student --total-timesteps 1200000 --student-timesteps 920000
+ppo_distill_teacher_student.py Quadruped-Flat --num-envs 512 --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6 --stages teacher student --total-timesteps 1120000 --student-timesteps 920000 --finetune-timesteps 20000
 TRAINERS
 }
 
