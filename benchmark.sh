@@ -793,8 +793,14 @@ PYTHON
 program_brax_ppo() {
   cat <<'PYTHON'
 import functools
+import itertools
 
 import jax
+import jax.numpy as jnp
+
+# Brax 0.14.2 calls this, and JAX 0.10 has it no more.
+jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
+
 from brax import envs
 from brax.training.agents.ppo import networks, train as ppo
 from flax import linen
@@ -802,9 +808,14 @@ from flax import linen
 
 def train(env, num_steps, rows, minibatches, **options):
     """Brax's PPO, one iteration of rows x num_steps transitions between two calls of the meter; its evaluations are left out."""
-    iterations, work = 10**6, rows * num_steps
+    iterations, work, begun = 10**6, rows * num_steps, itertools.count()
+
+    def progress(*_):
+        if next(begun):  # JAX compiles the first iteration, and the second once more
+            meter.tick(work)
+
     ppo.train(
-        env, num_timesteps=iterations * work, num_evals=iterations + 1, run_evals=False, progress_fn=lambda *_: meter.tick(work),
+        env, num_timesteps=iterations * work, num_evals=iterations + 1, run_evals=False, progress_fn=progress,
         unroll_length=num_steps, batch_size=rows // minibatches, num_minibatches=minibatches, episode_length=1000,
         normalize_observations=True, **options,
     )  # fmt: skip
@@ -814,8 +825,6 @@ PYTHON
 program_learner_brax() {
   cat <<'PYTHON'
 """Brax's PPO on an environment of random numbers: its rollout, one more pass of the policy for each sample, is inside."""
-
-import jax.numpy as jnp
 
 
 class RandomNumbers(envs.Env):
