@@ -792,7 +792,6 @@ PYTHON
 
 program_brax_ppo() {
   cat <<'PYTHON'
-import functools
 import itertools
 
 import jax
@@ -802,8 +801,7 @@ import jax.numpy as jnp
 jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
 
 from brax import envs
-from brax.training.agents.ppo import networks, train as ppo
-from flax import linen
+from brax.training.agents.ppo import train as ppo
 
 
 def train(env, num_steps, rows, minibatches, **options):
@@ -825,6 +823,11 @@ PYTHON
 program_learner_brax() {
   cat <<'PYTHON'
 """Brax's PPO on an environment of random numbers: its rollout, one more pass of the policy for each sample, is inside."""
+
+import functools
+
+from brax.training.agents.ppo import networks
+from flax import linen
 
 
 class RandomNumbers(envs.Env):
@@ -1325,7 +1328,7 @@ program_train_brax() {
   cat <<'PYTHON'
 """Brax's PPO in its own environment of the task, generalized coordinates; options as in its notebook for Ant, on a smaller batch.
 
-A GPU has the notebook's 4,096 environments; a CPU 128, for as many transitions an iteration as they make in some ten seconds."""
+A GPU has the notebook's 4,096 environments and batch; a CPU 128, and 2,560 transitions an iteration."""
 
 num_envs, rows = (4096, 2048 * 32) if device == "cuda" else (128, 512)
 env = envs.get_environment(settings["env_id"].split("-")[0].lower(), backend="generalized")
