@@ -9,6 +9,7 @@
 #     ./benchmark.sh distill    teacher, student, fine-tuned student and blind baseline under perturbations (hours)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
 #     ./benchmark.sh ablate     sac_gpu_torch.py: textbook SAC, trick upon trick, and all, on the same budget
+#     ./benchmark.sh sizes      ppo_gpu_torch.py: environments, horizon, minibatches and networks, on the same budget (half an hour)
 #     ./benchmark.sh scaling    vecsim over the number of environments; training over the number of processes
 #     ./benchmark.sh cost       steps per joule and per dollar, and memory, of the trainings that `train` measured
 #     ./benchmark.sh profile    where an iteration's time goes: parts of it, by the trainers' own --profile
@@ -29,7 +30,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk distill seeds ablate scaling cost profile film plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk distill seeds ablate sizes scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -78,8 +79,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | walk | distill | seeds | ablate | scaling | cost | profile | film | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk distill seeds ablate scaling cost profile film plot table programs" ;;
+  sim | learner | train | scores | walk | distill | seeds | ablate | sizes | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk distill seeds ablate sizes scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -111,7 +112,7 @@ for name in num_envs solver_iterations max_envs max_processes total_timesteps re
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
 [[ "$set" =~ ^(ppo|sac|mjx)?$ ]] || refuse "--set must be ppo, sac or mjx, not $set"
-[[ "$mode" != ablate || "$env_ids" != *" "* ]] || refuse "ablate takes one task, not $env_ids"
+[[ "$mode" != ablate && "$mode" != sizes || "$env_ids" != *" "* ]] || refuse "$mode takes one task, not $env_ids"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
 : "${repeats:=$([ -n "$quick" ] && echo 3 || echo 5)}"
 : "${seconds:=$([ -n "$quick" ] && echo 3 || echo 10)}"
@@ -2208,6 +2209,24 @@ def ablation_tables():
             print(f"\nScores of 20 episodes in Gymnasium's own environment. Commit {members[0]['commit']}, `./benchmark.sh ablate`.")
 
 
+def sizes_tables():
+    """PPO with other sizes on the same budget."""
+    for folder in sorted(results.glob("ppo/sizes/*")):
+        runs = {}
+        for path in sorted(folder.glob("*-seed*.json")):
+            runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
+        rows = []
+        for members in runs.values():
+            flags = members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --seed")[0]
+            last = [run["gymnasium"]["mean"] for run in members]
+            seconds = statistics.median(run["train_seconds"] for run in members)
+            rows.append([f"`{flags}`", f"{statistics.median(last):,.0f}", f"{min(last):,.0f}", f"{seconds:,.0f}", str(len(members))])
+        first = members[0]
+        print(f"\n**PPO by its sizes, {folder.name}, {first['env_steps']:,} environment steps**\n")
+        print_table(["sizes", "score, median", "worst", "training, s", "seeds"], rows)
+        print(f"\nScores of 20 episodes in Gymnasium's own environment. {first['hardware']}. Commit {first['commit']}, `./benchmark.sh sizes`.")
+
+
 def seeds_table(record):
     def both(row):  # of each run, what its user waits for
         return statistics.median(map(sum, zip(row["train_seconds"], row["compile_seconds"], strict=True)))
@@ -2311,6 +2330,8 @@ if "scores" in modes:
     score_tables()
 if "ablate" in modes:
     ablation_tables()
+if "sizes" in modes:
+    sizes_tables()
 if "walk" in modes:
     for path in sorted(results.glob("quadruped/*.json")):
         walk_table(json.loads(path.read_text()))
@@ -2811,6 +2832,24 @@ VARIANTS
   done
 }
 
+# Rows: name of the variant, its flags, beside the row of the task: for HalfCheetah 1,024 environments of 16 steps, 8 minibatches.
+run_sizes() {
+  local env_id=${env_ids:-HalfCheetah-v5} seed name flags
+  : "${total_timesteps:=1000000}"
+  for seed in 1 2 3; do
+    while read -r name flags; do
+      run_training scores "ppo/sizes/$env_id/$name-seed$seed" ppo_gpu_torch.py "$env_id" "$seed" $((total_timesteps / 4)) 3000 3 "$flags" || true
+    done <<'VARIANTS'
+1024x16-in-8-minibatches --num-envs 1024 --num-steps 16 --num-minibatches 8
+256x64-in-8-minibatches --num-envs 256 --num-steps 64 --num-minibatches 8
+4096x4-in-8-minibatches --num-envs 4096 --num-steps 4 --num-minibatches 8
+1024x16-in-2-minibatches --num-envs 1024 --num-steps 16 --num-minibatches 2
+1024x16-in-32-minibatches --num-envs 1024 --num-steps 16 --num-minibatches 32
+1024x16-networks-of-64-64 --num-envs 1024 --num-steps 16 --num-minibatches 8 --actor-hidden 64 64 --critic-hidden 64 64
+VARIANTS
+  done
+}
+
 run_walk() { # the same kind of row, one a task; as many steps as a CPU core makes in a quarter of an hour
   : "${total_timesteps:=12000000}"
   local file script env_id seed every threshold minutes flags row
@@ -2903,7 +2942,7 @@ case "$mode" in
     exit 0
     ;;
   table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,cost "$dollars_per_hour"
+    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,sizes,cost "$dollars_per_hour"
     exit 0
     ;;
   film)
@@ -2943,6 +2982,7 @@ case "$mode" in
   distill) run_distill ;;
   seeds) run_seeds ;;
   ablate) run_ablate ;;
+  sizes) run_sizes ;;
   scaling) run_scaling ;;
   profile) run_profile ;;
   cost) run_train ;;
