@@ -51,8 +51,8 @@ Parity with MuJoCo C 4.0 in float64, unmodified Gymnasium models, worst of 500 r
     humanoid             2e-13             5e-16                 2e-14                    21
     quadruped            8e-15             (150 states; with any parameter randomised, 8e-15 or better)
 
-In float32 with the default 4 Newton iterations, p99 under random actions is 3e-7 to 1.2e-5 (results/vecsim). On one core
-of an Intel Xeon an environment step of Ant, Hopper, Walker2d or HalfCheetah runs at 1.06 to 1.27 times MuJoCo C's rate.
+In float32 with the default 4 Newton iterations, p99 under random actions is 2e-7 to 1.2e-5. On one AMD EPYC core whole
+environment steps run at 0.87 to 1.21 times the rate of MuJoCo C's physics alone, Humanoid's at 0.42 (results/vecsim).
 
 Needs torch, mujoco (to compile MJCF) and gymnasium (spaces, the tasks' MJCF). Copy me.
 """
