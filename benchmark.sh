@@ -139,11 +139,13 @@ interpreter_of() { # PEER -> its Python; `project` is this project's own
   if [ "$1" = project ]; then echo "$project_python"; else echo "$cache/$1/bin/python"; fi
 }
 
+is_installed() { # PEER; the marker is written last and holds the list of packages: half an environment, or an older list, is built again
+  [ "$1" = project ] || [ "$(cat "$cache/$1/.complete" 2>/dev/null)" = "$(packages_of "$1")" ]
+}
+
 prepare_peer() { # PEER: builds its environment unless it stands; on failure prints the reason in one line
   local peer=$1 folder=$cache/$1 line
-  [ "$peer" = project ] && return 0
-  # The marker is written last and holds the list of packages: half an environment, or an older list, is built again.
-  [ "$(cat "$folder/.complete" 2>/dev/null)" = "$(packages_of "$peer")" ] && return 0
+  is_installed "$peer" && return 0
   say "installing $peer: $(packages_of "$peer" | tr '\n' ' ')"
   mkdir -p "$cache" && rm -rf "$folder" && "$project_python" -m venv "$folder" >"$cache/$peer.log" 2>&1 || {
     one_line "no virtual environment" "$cache/$peer.log"
@@ -792,12 +794,8 @@ PYTHON
 
 program_brax_ppo() {
   cat <<'PYTHON'
-import functools
-
-import jax
 from brax import envs
-from brax.training.agents.ppo import networks, train as ppo
-from flax import linen
+from brax.training.agents.ppo import train as ppo
 
 
 def train(env, num_steps, rows, minibatches, **options):
@@ -815,7 +813,12 @@ program_learner_brax() {
   cat <<'PYTHON'
 """Brax's PPO on an environment of random numbers: its rollout, one more pass of the policy for each sample, is inside."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
+from brax.training.agents.ppo import networks
+from flax import linen
 
 
 class RandomNumbers(envs.Env):
@@ -1363,8 +1366,9 @@ program_referee() {
   cat <<'PYTHON'
 """python referee.py COMPARISON.json: one comparison from start to finish, or from where it was interrupted.
 
-The comparison names mode, case, unit, settings, contenders {name, python, program, variant}, repeats, seconds, patience, cores,
-command, commit and the file of its rows. Exit status 0: the rows stand; 1: no contender could be measured, or the disk is full."""
+The comparison names mode, case, unit, settings, contenders {name, peer, python, program, variant, installed}, the reference among them,
+repeats, seconds, patience, cores, command, commit, the file of its rows, and the file that lists what this run has to show. Exit status 0:
+the rows stand, or those of other hardware or settings are kept; 1: no contender could be measured, or the disk is full."""
 
 import json
 import os
@@ -1377,6 +1381,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 
@@ -1508,67 +1513,139 @@ def summarize(row):
     return row | dict(median=statistics.median(values), minimum=min(values), maximum=max(values))
 
 
-def earlier_rounds(path, comparison):
-    """The rows of an unfinished run of the very same comparison, else none."""
-    if comparison["force"] or not path.exists():
-        return [], {}
-    record = json.loads(path.read_text())
-    same = all(record[name] == comparison[name] for name in ("settings", "commit", "seconds", "cores"))
-    # What cannot be resumed is measured afresh; a finished comparison never comes here.
-    return (record["rows"], record["failed"]) if same and record["hardware"] == comparison["hardware"] else ([], {})
+PATHS = "states", "xml"  # settings that only say where files lie, in another folder each time: neither compared nor saved
 
 
-def finished(path, comparison):
-    if comparison["force"] or not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    return min((len(row["values"]) for row in record["rows"]), default=0) >= comparison["repeats"]
+def lasting(settings):
+    return {name: value for name, value in settings.items() if name not in PATHS}
 
 
-def describe_plan(path, comparison):
-    """What --dry-run prints: one line for the comparison, with time and memory from earlier rows where there are any."""
-    known = {}
-    for file in Path(comparison["results"]).glob("*.json"):
-        rows = json.loads(file.read_text()).get("rows", [])
-        known |= {row["contender"]: row for row in rows if row.get("mode") == comparison["mode"]}
-    contenders = [c["name"] for c in comparison["contenders"]]
-    typical = dict(warmup_seconds=60.0, peak_memory_mib={"host": 1200.0})
-    rows = [known.get(name, typical) for name in contenders]
+def differences(record, comparison):
+    """In what an earlier record differs from this comparison, so that its windows are none of these."""
+    then, now = ({name: x[name] for name in ("hardware", "seconds")} | lasting(x["settings"]) for x in (record, comparison))
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    return [f"{name.replace('_', ' ')} ({then.get(name, 'not named')} there, {now.get(name, 'not named')} here)" for name in names]
+
+
+def other_versions(record, comparison):
+    """Packages of this project's own programs that have another version than in the record."""
+    own = {c["name"] for c in comparison["contenders"] if c["peer"] == "project"}
+    then = {}
+    for row in record["rows"]:
+        then |= row["versions"] if row["contender"] in own else {}
+    now = {"python": sys.version.split()[0]}
+    for name in then.keys() - now:
+        try:
+            now[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            now[name] = "none"
+    return [f"{name} ({version} there, {now[name]} here)" for name, version in sorted(then.items()) if now[name] != version]
+
+
+class Standing:
+    """What an earlier run left: `rows` to keep or to go on from, and `wanted`, the contenders that have yet to measure.
+
+    A contender that failed, stopped, or was not known yet measures all its windows, later than the others. Where the others have not all
+    theirs, and commit, cores or versions are other ones, all is measured afresh: windows of two programs do not mix in a row."""
+
+    def __init__(self, record, comparison):
+        self.record, self.rows, self.older, self.note = record, {}, {}, ""
+        self.wanted, failed = comparison["contenders"], {}
+        rows = {row["contender"]: row for row in record["rows"]} if record else {}
+        lengths = [len(row["values"]) for row in rows.values() if "stopped" not in row]
+        self.complete = min(lengths, default=0) >= comparison["repeats"]
+        other = other_versions(record, comparison) if record else []
+        same = record and not other and all(record[name] == comparison[name] for name in ("commit", "cores"))
+        if self.complete or same:
+            self.rows = {name: row for name, row in rows.items() if "stopped" not in row}
+            self.older = {name: row for name, row in rows.items() if "stopped" in row}  # kept where a new attempt measures less
+            short = {name for name, row in self.rows.items() if len(row["values"]) < comparison["repeats"]}
+            self.wanted = [c for c in comparison["contenders"] if c["name"] in short or c["name"] not in self.rows]
+            failed = record["failed"]
+        if self.complete and self.wanted and other:
+            self.note = f"; {', '.join(c['name'] for c in self.wanted)} not measured beside other versions: {', '.join(other)}"
+            self.wanted = []
+        names = {c["name"] for c in self.wanted} | self.rows.keys() | self.older.keys()
+        self.failed = {name: why for name, why in (failed | comparison["skipped"]).items() if name not in names}
+        self.rounds = max(map(len, (row["values"] for row in self.rows.values())), default=0)
+
+    def save(self, path, comparison):
+        """The file anew: every row that has a window, in the order of the contenders. False: there is none, and what stood there stays."""
+        order = [c["name"] for c in comparison["contenders"]]
+        rows = {name: row for name, row in self.rows.items() if row["values"]}
+        for name, row in self.older.items():
+            if name not in rows or len(rows[name]["values"]) < len(row["values"]):
+                rows[name] = row
+        if not rows:
+            return False
+        names = sorted(rows, key=lambda name: order.index(name) if name in order else len(order))
+        record = {k: comparison[k] for k in ("mode", "case", "unit", "seconds", "cores", "hardware", "commit", "command", "reference")}
+        if self.complete:  # by then the file was whole: what came later says so in its row
+            record |= {k: self.record[k] for k in ("cores", "commit", "command")}
+        record |= dict(settings=lasting(comparison["settings"]), failed=self.failed)
+        save(path, record | dict(rows=[summarize(rows[name]) for name in names]))
+        return True
+
+
+def describe_plan(comparison, wanted):
+    """What --dry-run prints: time and memory from earlier rows of the same task, device and number of environments, where there are any."""
+    known, same = {}, ("env_id", "device", "num_envs")
+    for file in sorted(Path(comparison["results"]).glob("*.json")):
+        record = json.loads(file.read_text())
+        if record["mode"] == comparison["mode"] and all(record["settings"].get(x) == comparison["settings"].get(x) for x in same):
+            known |= {row["contender"]: row for row in record["rows"]}
+    names = [c["name"] for c in wanted]
+    rows = [known[name] for name in names if name in known]
+    print(f"{comparison['mode']} {comparison['case']}: {' | '.join(names)}")
     overrun = 1.5  # a window ends with the piece of work in which it runs out
     seconds = sum(row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
-    memory = sum(row["peak_memory_mib"]["host"] for row in rows)
-    guessed = sum(name not in known for name in contenders)
-    print(f"{comparison['mode']} {comparison['case']}: {' | '.join(contenders)}")
-    print(f"  about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded); {guessed} of {len(contenders)} guessed")
+    memory = sum(row["peak_memory_mib"].get("host", 0.0) for row in rows)
+    words = [f"about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded)"] if rows else []
+    unknown = [name for name in names if name not in known]
+    words += [f"minutes and GiB unknown of {' | '.join(unknown)}"] if unknown else []
+    missing = dict.fromkeys(c["peer"] for c in wanted if not c["installed"])
+    words += [f"not installed yet: {', '.join(missing)}"] if missing else []
+    print(f"  {'; '.join(words)}")
+
+
+def show(path, comparison):
+    """Name the file for the tables that end a run."""
+    with Path(comparison["shown"]).open("a") as shown:
+        shown.write(f"{path}\n")
 
 
 def main():
     comparison = json.loads(Path(sys.argv[1]).read_text())
-    path = Path(comparison["path"])
-    label = f"{comparison['mode']} {comparison['case']}"
-    if finished(path, comparison):
-        say(f"{label}: finished, in {path} (--force measures again)")
+    path, label = Path(comparison["path"]), f"{comparison['mode']} {comparison['case']}"
+    comparison["hardware"] = hardware(comparison["settings"].get("device", "cpu"))
+    record = json.loads(path.read_text()) if path.exists() and not comparison["force"] else None
+    if record and (other := differences(record, comparison)):
+        say(f"{label}: not measured: {path} differs in {', '.join(other)} and is kept; --force measures again, --results DIR keeps both")
+        return 0
+    standing = Standing(record, comparison)
+    if not standing.wanted:
+        say(f"{label}: finished, in {path} (--force measures again){standing.note}")
+        show(path, comparison)
         return 0
     if comparison["dry_run"]:
-        describe_plan(path, comparison)
+        describe_plan(comparison, standing.wanted)
         return 0
-    comparison["hardware"] = hardware(comparison["settings"].get("device", "cpu"))
-    rows, failed = earlier_rounds(path, comparison)
-    failed |= comparison["skipped"]
-    rows = {row["contender"]: row for row in rows}
-    wanted = [c for c in comparison["contenders"] if not rows or c["name"] in rows]
-    contenders, patience = {}, comparison["patience"]
+    if standing.complete:
+        say(f"{label}: {path} stands; measured beside it: {', '.join(c['name'] for c in standing.wanted)}")
+    contenders, rows, failed, patience = {}, standing.rows, standing.failed, comparison["patience"]
     try:
-        for description in wanted:
+        for description in standing.wanted:
             contender = Contender(description, comparison)
             contenders[contender.name] = contender
             try:
                 ready = contender.reply(patience)
             except RuntimeError as error:
-                failed[contender.name] = str(error)
                 say(f"  {contender.name}: left out: {error}")
                 contenders.pop(contender.name).stop()
-                rows.pop(contender.name, None)
+                if contender.name in rows:
+                    rows[contender.name]["stopped"] = f"did not start again: {error}"
+                elif contender.name not in standing.older:
+                    failed[contender.name] = str(error)
                 continue
             say(f"  {contender.name}: ready after {ready['warmup_seconds']:.0f} s")
             rows.setdefault(contender.name, dict(
@@ -1576,34 +1653,37 @@ def main():
                 values=[], joules_per_unit=[], warmup_seconds=ready["warmup_seconds"], peak_memory_mib={},
                 command=comparison["command"], cores=contender.cores, versions=ready["versions"],
                 hardware=comparison["hardware"], commit=comparison["commit"],
-            ) | ready["facts"])  # fmt: skip
-        while rows and (done := min(len(row["values"]) for row in rows.values())) < comparison["repeats"]:
-            for name, contender in list(contenders.items()):
+            ) | ready["facts"] | (dict(measured_later=True) if standing.rounds else {}))  # fmt: skip
+        for turn in range(comparison["repeats"]):
+            behind = [name for name in contenders if len(rows[name]["values"]) <= turn]  # one that came later catches up alone
+            for name in behind:
                 row = rows[name]
                 try:
                     with EnergyMeter(comparison["settings"].get("device", "cpu")) as energy:
-                        reply = contender.measure(patience)
+                        reply = contenders[name].measure(patience)
                 except (RuntimeError, BrokenPipeError) as error:
-                    failed[name] = f"stopped in round {done + 1}: {error}"
-                    say(f"  {name}: left out: {failed[name]}")
+                    say(f"  {name}: left out: stopped in round {turn + 1}: {error}")
                     contenders.pop(name).stop()
-                    rows.pop(name)
+                    if row["values"]:
+                        row["stopped"] = f"in round {turn + 1}: {error}"
+                    else:
+                        rows.pop(name)
+                        failed |= {} if name in standing.older else {name: f"stopped in round {turn + 1}: {error}"}
                     continue
                 row["values"].append(reply["work"] / reply["seconds"])
                 if energy.joules is not None:
                     row["joules_per_unit"].append(energy.joules / reply["work"])
                 row["peak_memory_mib"] = reply["peak_memory_mib"]
-                say(f"  round {done + 1}/{comparison['repeats']}  {name}: {row['values'][-1]:,.0f} {comparison['unit']}")
-            if not rows:
-                break  # what stood in the file stays
-            record = {k: comparison[k] for k in ("mode", "case", "unit", "settings", "seconds", "cores", "hardware", "commit", "command")}
-            save(path, record | dict(failed=failed, rows=[summarize(row) for row in rows.values()]))
+                say(f"  round {turn + 1}/{comparison['repeats']}  {name}: {row['values'][-1]:,.0f} {comparison['unit']}")
+            if behind:
+                standing.save(path, comparison)
+        if not standing.save(path, comparison):
+            say(f"error: {label}: no contender could be measured")
+            return 1
+        show(path, comparison)
     finally:
         for contender in contenders.values():
             contender.stop()
-    if not rows:
-        say(f"error: {label}: no contender could be measured")
-        return 1
     return 0
 
 
@@ -2032,7 +2112,7 @@ PYTHON
 
 program_table() {
   cat <<'PYTHON'
-"""python table.py RESULTS MODES [DOLLARS_PER_HOUR]: markdown tables of the finished comparisons."""
+"""python table.py RESULTS MODES [DOLLARS_PER_HOUR [LIST]]: markdown tables of what is finished; LIST names the files to show, else all."""
 
 import json
 import re
@@ -2043,6 +2123,11 @@ from pathlib import Path
 ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX"}
 results, modes = Path(sys.argv[1]), sys.argv[2].split(",")
 dollars = float(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] else None
+shown = {Path(line).resolve() for line in Path(sys.argv[4]).read_text().splitlines()} if len(sys.argv) > 4 else None
+
+
+def files(pattern, folder=results):
+    return [path for path in sorted(folder.glob(pattern)) if shown is None or path.resolve() in shown]
 
 
 def print_table(header, rows):
@@ -2060,7 +2145,15 @@ def memory(row):
     return ", ".join(f"{value / 1024:.1f} GiB {where}" for where, value in row["peak_memory_mib"].items())
 
 
+def reference_of(record):
+    """Name and row of the contender that the others are held against; the row is None where it was not measured."""
+    name = record.get("reference", record["rows"][0]["contender"])
+    return name, next((row for row in record["rows"] if row["contender"] == name), None)
+
+
 def times(reference, row):
+    if reference is None:
+        return "-"
     ratio = reference["median"] / row["median"]
     return "1" if row is reference else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
@@ -2078,17 +2171,22 @@ def settings_line(record):
     hidden = "env_id env_kwargs device states xml hidden".split()
     words = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in hidden]
     row = record["rows"][0]
-    cores = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}"
+    cores, most = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}", max(len(row["values"]) for row in record["rows"])
     versions = ", ".join(f"{k} {v}" for k, v in sorted({i for r in record["rows"] for i in r["versions"].items()}))
-    print(f"\n{cores} of {record['hardware']}; {', '.join(words)}; {len(row['values'])} windows of {record['seconds']} s in turn.")
+    print(f"\n{cores} of {record['hardware']}; {', '.join(words)}; {most} windows of {record['seconds']} s in turn.")
     print(f"{versions}. Commit {record['commit']}, `{record['command']}`.")
     for name, reason in record["failed"].items():
         print(f"{name} is missing: {reason.split(' (log:')[0]}.")
+    for row in record["rows"]:
+        if "stopped" in row:
+            print(f"{row['contender']} has {len(row['values'])} of them; it stopped: {row['stopped'].split(' (log:')[0]}.")
+        if row.get("measured_later"):
+            print(f"{row['contender']} was measured in a later run, not in turn with the others; commit {row['commit']}.")
 
 
 def comparison_table(record):
-    reference = record["rows"][0]
-    header = ["", record["unit"], f"{reference['contender']} is times as fast"]
+    name, reference = reference_of(record)
+    header = ["", record["unit"], f"{name} / this row"]
     usual = [row["median"] for row in record["rows"] if row["contender"].startswith(("SB3", "CleanRL"))]
     if usual:
         header += ["times the best of SB3 and CleanRL"]
@@ -2102,7 +2200,7 @@ def comparison_table(record):
         if record["mode"] == "sim":
             cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
         rows.append([*cells, f"{row['warmup_seconds']:.0f} s", memory(row)])
-    print_table([*header, "preparation", "memory"], rows)
+    print_table([*header, "imports and compilation", "memory"], rows)
 
 
 def cost_table(record):
@@ -2130,7 +2228,7 @@ def scaling_tables(records):
         rows = [r["rows"][0] for r in members]
         rows.sort(key=lambda row: int(row["contender"].split()[0]))
         print_table(
-            ["", rows[0]["unit"], "kernels per physics step", "preparation", "memory"],
+            ["", rows[0]["unit"], "kernels per physics step", "imports and compilation", "memory"],
             [[row["contender"], speed(row), kernels(row), f"{row['warmup_seconds']:.0f} s", memory(row)] for row in rows],
         )
         settings_line(members[0])
@@ -2139,7 +2237,7 @@ def scaling_tables(records):
 def score_tables():
     """A table for each set; a line for the seeds of a task that trained for the same number of steps. Each seed's command is in its file."""
     sets = {}
-    for path in sorted(results.glob("*/*-seed*.json")):
+    for path in files("*/*-seed*.json"):
         run = json.loads(path.read_text())
         if run.get("gymnasium"):
             groups = sets.setdefault(path.parent.name, {})
@@ -2175,7 +2273,7 @@ def ablation_tables():
     over the curve, which luck at the end moves less."""
     for folder in sorted(results.glob("sac/ablation/*")):
         runs = {}
-        for path in sorted(folder.glob("*-seed*.json")):
+        for path in files("*-seed*.json", folder):
             runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
         flags_of = {name: members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --num-envs")[0] for name, members in runs.items()}
         ladder = sorted((name for name, flags in flags_of.items() if "vanilla" in flags), key=lambda name: len(flags_of[name]))
@@ -2247,7 +2345,7 @@ def profile_table(records):
         script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
         rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
     print("\n**where an iteration's time goes**\n")
-    print_table(["script", "task", "environment steps", *names], rows)
+    print_table(["script", "task", "environment steps of an iteration", *names], rows)
     print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
 
 
@@ -2277,7 +2375,7 @@ def distill_table(record):
     print(f"\n{record['hardware']}. Commit {record['commit']}, `{record['command']}`.")
 
 
-records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
+records = [json.loads(path.read_text()) for path in files("benchmark/*.json")]
 if "physics" in modes:
     if (results / "parity.json").exists():
         parity_table(json.loads((results / "parity.json").read_text()))
@@ -2293,20 +2391,21 @@ for record in records:
         cost_table(record)
 if "scaling" in modes:
     scaling_tables([record for record in records if record["mode"] == "scaling"])
-if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sorted(results.glob("profile/*.json"))]):
+if "profile" in modes and (runs := [json.loads(path.read_text()) for path in files("profile/*.json")]):
     profile_table(runs)
 if "scores" in modes:
     score_tables()
 if "ablate" in modes:
     ablation_tables()
 if "walk" in modes:
-    for path in sorted(results.glob("quadruped/*.json")):
+    for path in files("quadruped/*.json"):
         walk_table(json.loads(path.read_text()))
 if "distill" in modes:
-    for path in sorted(results.glob("distill/*/evidence.json")):
+    for path in files("distill/*/evidence.json"):
         distill_table(json.loads(path.read_text()))
-if "seeds" in modes and (results / "mjx/seeds.json").exists():
-    seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
+if "seeds" in modes:
+    for path in files("mjx/seeds.json"):
+        seeds_table(json.loads(path.read_text()))
 PYTHON
 }
 
@@ -2528,13 +2627,15 @@ def plot_speed():
     panels = grid(figure, lines, columns, len(records))
     titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
     for axis, record in zip(panels, records):
-        rows, reference = record["rows"], record["rows"][0]
+        rows, name = record["rows"], record.get("reference", record["rows"][0]["contender"])
+        reference = next((row for row in rows if row["contender"] == name), None)
         names = [row["contender"] for row in rows]
         colours = [OURS if name.startswith(("ours", "vecsim")) else THEIRS for name in names]
         axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
         for place, row in enumerate(rows):
             axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
-            text = short(row["median"]) + ("" if row is reference else "  " + compare(reference["median"] / row["median"]))
+            ratio = None if reference in (None, row) else reference["median"] / row["median"]
+            text = short(row["median"]) + ("" if ratio is None else "  " + compare(ratio))
             axis.annotate(text, (row["maximum"], place), (5, 0), textcoords="offset points", va="center", size=9)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.38 * max(row["maximum"] for row in rows))
@@ -2642,7 +2743,7 @@ PYTHON
 }
 
 measure() { # MODE CASE UNIT SETTINGS "NAME|PEER|PROGRAM|VARIANT"...: one comparison; the first contender is the reference
-  local mode=$1 case=$2 unit=$3 settings=$4 contender name peer program variant reason contenders="" skipped="" status=0
+  local mode=$1 case=$2 unit=$3 settings=$4 reference=${5%%|*} contender name peer program variant reason contenders="" skipped="" status=0
   shift 4
   for contender in "$@"; do
     IFS='|' read -r name peer program variant <<<"$contender"
@@ -2651,13 +2752,14 @@ measure() { # MODE CASE UNIT SETTINGS "NAME|PEER|PROGRAM|VARIANT"...: one compar
       skipped+="$(json "$name" "$reason")"$'\n'
       continue
     fi
-    contenders+="$(json name "\"$name\"" python "$(interpreter_of "$peer")" program "$program" variant "\"$variant\"")"$'\n'
+    contenders+="$(json name "\"$name\"" peer "$peer" python "$(interpreter_of "$peer")" program "$program" variant "\"$variant\"" \
+      installed "$(is_installed "$peer" && echo true || echo false)")"$'\n'
   done
   local file="$results/benchmark/$mode-$case${quick:+-quick}.json"
   "$project_python" - "$work/comparison.json" "$contenders" "$skipped" "$(json mode "$mode" case "$case${quick:+-quick}" unit "$unit" \
     settings "$settings" repeats "$repeats" seconds "$seconds" patience "$patience" cores "\"$cores\"" command "$command_line" \
     commit "\"$commit\"" root "$root" programs "$work/programs" logs "$cache" scratch "$work" path "$file" \
-    results "$results/benchmark" force "${force:-0}" dry_run "${dry_run:-0}")" <<'PYTHON'
+    reference "\"$reference\"" shown "$work/shown" results "$results/benchmark" force "${force:-0}" dry_run "${dry_run:-0}")" <<'PYTHON'
 import json, sys
 
 path, contenders, skipped, comparison = sys.argv[1:]

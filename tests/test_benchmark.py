@@ -18,13 +18,14 @@ SCRIPT = ROOT / "benchmark.sh"
 
 # One piece of work is one sleep; each window leaves its name in a shared file. `variant` is the number of the window that fails.
 COUNTING = """
-windows = 0
+windows, clock = 0, None
 while True:
     time.sleep(0.01)
     meter.tick(1)
     with open(settings["trace"], "a") as trace:
         trace.write(sys.argv[0].split("/")[-1][:-3] + " ")
-    windows += 1
+    if clock != meter.clock:
+        clock, windows = meter.clock, windows + 1
     if variant == str(windows):
         raise RuntimeError("this contender breaks")
 """
@@ -47,12 +48,12 @@ def programs(tmp_path_factory):
 @pytest.fixture
 def comparison(programs, tmp_path):
     """Two counting contenders, three short windows each."""
-    contenders = [dict(name=name, python=sys.executable, program=name, variant="") for name in ("first", "second")]
+    contenders = [dict(name=name, peer="project", python=sys.executable, program=name, variant="", installed=True) for name in ("first", "second")]
     return dict(
         mode="train", case="toy", unit="steps/s", settings={"trace": str(tmp_path / "trace")}, contenders=contenders,
         repeats=3, seconds=0.05, patience=60, cores="", command="./benchmark.sh train", commit="abc", skipped={},
         root=str(ROOT), programs=str(programs), logs=str(tmp_path), scratch=str(tmp_path), force=0, dry_run=0,
-        results=str(tmp_path), path=str(tmp_path / "results" / "train-toy.json"),
+        results=str(tmp_path), path=str(tmp_path / "results" / "train-toy.json"), reference="first", shown=str(tmp_path / "shown"),
     )  # fmt: skip
 
 
@@ -168,8 +169,83 @@ def test_a_contender_that_breaks_costs_one_line(comparison):
     assert answer.returncode == 0
     assert len([line for line in answer.stderr.splitlines() if "this contender breaks" in line]) == 1
     record = json.loads(Path(comparison["path"]).read_text())
-    assert list(rows_of(comparison)) == ["first"] and len(record["rows"][0]["values"]) == 3
-    assert set(record["failed"]) == {"second", "third"}
+    first, second = record["rows"]
+    assert len(first["values"]) == 3 and "stopped" not in first
+    assert len(second["values"]) == 1 and "this contender breaks" in second["stopped"] and record["reference"] == "first"
+    assert set(record["failed"]) == {"third"}
+    comparison["contenders"][1]["variant"] = ""  # mended; the next run measures it alone, all its windows
+    answer = referee(comparison | dict(commit="def"))
+    assert answer.returncode == 0 and "first: ready" not in answer.stderr
+    again = rows_of(comparison)
+    assert again["first"] == first and json.loads(Path(comparison["path"]).read_text())["commit"] == "abc"
+    assert len(again["second"]["values"]) == 3 and "stopped" not in again["second"]
+    assert again["second"]["measured_later"] and again["second"]["commit"] == "def"
+
+
+def test_a_contender_that_stops_again_keeps_its_longer_row(comparison):
+    comparison["contenders"][1]["variant"] = "2"
+    referee(comparison)
+    kept = rows_of(comparison)["second"]
+    comparison["contenders"][1]["variant"] = "1"
+    referee(comparison)
+    assert rows_of(comparison)["second"] == kept
+
+
+def test_states_of_another_folder_do_not_hinder_a_run_from_going_on(comparison):
+    settings = [comparison["settings"] | dict(states=f"/tmp/{name}/states.npz", xml=f"/{name}/ant.xml") for name in "ab"]
+    referee(comparison | dict(settings=settings[0]))
+    first = rows_of(comparison)["first"]["values"]
+    assert json.loads(Path(comparison["path"]).read_text())["settings"] == comparison["settings"]
+    assert "finished" in referee(comparison | dict(settings=settings[1])).stderr
+    referee(comparison | dict(settings=settings[1], repeats=4))
+    assert rows_of(comparison)["first"]["values"][:3] == first and len(rows_of(comparison)["first"]["values"]) == 4
+
+
+def test_a_reference_that_does_not_start_again_keeps_its_row_and_its_place(comparison, programs):
+    referee(comparison)
+    (programs / "broken.py").write_text("raise RuntimeError('no such library')\n")
+    comparison["contenders"][0]["program"] = "broken"
+    assert referee(comparison | dict(repeats=4)).returncode == 0
+    record = json.loads(Path(comparison["path"]).read_text())
+    first, second = record["rows"]
+    assert len(first["values"]) == 3 and first["stopped"].startswith("did not start again") and len(second["values"]) == 4
+    assert record["reference"] == first["contender"] == "first"
+
+
+def test_a_contender_that_the_file_does_not_know_is_measured_alone(comparison):
+    second = comparison["contenders"].pop()
+    comparison["skipped"] = {"second": "does not install: no net"}
+    referee(comparison)
+    first = rows_of(comparison)["first"]
+    assert "finished" in referee(comparison).stderr
+    comparison["skipped"], comparison["contenders"] = {}, [*comparison["contenders"], second]
+    referee(comparison)
+    record = json.loads(Path(comparison["path"]).read_text())
+    assert record["failed"] == {} and record["rows"][0] == first and "measured_later" not in first
+    assert record["rows"][1]["measured_later"] and len(record["rows"][1]["values"]) == 3
+
+
+def test_a_contender_is_not_measured_later_beside_other_versions(comparison):
+    second = comparison["contenders"].pop()
+    referee(comparison)
+    file = Path(comparison["path"])
+    file.write_text(file.read_text().replace('"numpy": "', '"numpy": "0.'))
+    before = file.read_text()
+    answer = referee(comparison | dict(contenders=[*comparison["contenders"], second]))
+    assert answer.returncode == 0 and "second not measured beside other versions: numpy" in answer.stderr
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("change", [dict(seconds=0.06), dict(hardware="another CPU"), dict(settings={"num_envs": 3})])
+def test_a_file_of_other_hardware_or_settings_is_kept(comparison, change):
+    referee(comparison)
+    file = Path(comparison["path"])
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    before = file.read_text()
+    answer = referee(comparison | dict(repeats=4))
+    assert answer.returncode == 0 and "--results DIR keeps both" in answer.stderr and answer.stderr.count("\n") == 1
+    assert list(change)[0] in answer.stderr or "num envs (3 there" in answer.stderr
+    assert file.read_text() == before
 
 
 def test_a_contender_that_never_gets_ready_is_left_out(comparison, programs):
@@ -307,6 +383,28 @@ def test_tables_follow_from_the_files(programs, results):
         "| all | 50 | 40 | 25 | 20 | 3 | `--preset best` |\n"
     )
     assert ladder in text
+
+
+def test_a_table_names_its_reference_and_who_stopped_or_came_later(programs, results):
+    file = results / "benchmark" / "sim-Ant-v5-cpu1.json"
+    record = json.loads(file.read_text()) | dict(reference="vecsim")
+    record["rows"][0]["stopped"] = "in round 4: RuntimeError: broken (log: x)"
+    record["rows"][1]["measured_later"] = True
+    file.write_text(json.dumps(record))
+    text = run(sys.executable, programs / "table.py", results, "sim").stdout
+    assert "| physics steps/s | vecsim / this row |" in text and "| MJX | 8,000 (7,200 to 8,800) | 12 |" in text
+    assert "vecsim has 3 of them; it stopped: in round 4: RuntimeError: broken." in text
+    assert "MJX was measured in a later run, not in turn with the others; commit abc." in text
+    file.write_text(json.dumps(record | dict(rows=record["rows"][1:])))
+    text = run(sys.executable, programs / "table.py", results, "sim").stdout
+    assert "vecsim / this row" in text and "| MJX | 8,000 (7,200 to 8,800) | - |" in text
+    assert run(sys.executable, programs / "plot.py", results).returncode == 0
+
+
+def test_a_table_of_a_run_shows_its_files_alone(programs, results, tmp_path):
+    (tmp_path / "shown").write_text(f"{results}/ppo/Ant-v5-seed1.json\n")
+    text = run(sys.executable, programs / "table.py", results, "sim,scores", "", tmp_path / "shown").stdout
+    assert text.count("| Ant-v5 |") == 1 and "vecsim /" not in text
 
 
 def test_pictures_are_drawn(programs, results):
