@@ -24,7 +24,8 @@
 # a finished comparison is not run again without --force. A peer that does not install or start costs one line, no more.
 #
 # Peers live in ${XDG_CACHE_HOME:-~/.cache}/onefile-gpu-rl-bench, each in its own virtual environment, built when first
-# needed. The interpreter of this project is $PYTHON (default: python). Needs bash 4.3 or newer, and GNU coreutils.
+# needed. They take torch by pip as it is configured, which on Linux brings CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# lets it find the CPU build. The interpreter of this project is $PYTHON (default: python). Needs bash 4.3 or newer, and GNU coreutils.
 set -euo pipefail
 
 usage() {
@@ -38,7 +39,8 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk di
   --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
-  --total-timesteps N  environment steps of each run in `scores`, `walk` and `seeds` (default: the trainer's, for the task)
+  --total-timesteps N  environment steps of each run in `scores`, `walk`, `distill`, `seeds` and `ablate` (default: that of the mode's rows,
+                       else the trainer's, for the task)
   --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), or
                        mjx (JAX and PyTorch on the same batch)
   --shared             say in the rows of `scores` and `ablate` that other work shared the cores: their times then count for nothing
@@ -50,6 +52,8 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk di
   --quick              one task, short windows: a first look; its rows are kept apart
   --dry-run            say what would run, how long it may take and what memory it may need; run nothing
   --force              measure again what is finished
+
+Peers take torch by pip as it is configured; for its CPU build set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 USAGE
 }
 
@@ -60,7 +64,8 @@ USAGE
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/onefile-gpu-rl-bench"
 command_line="./benchmark.sh $*"
-project_python=${PYTHON:-python}
+project_python=$(command -v "${PYTHON:-python}" || echo "${PYTHON:-python}") # by its whole path: programs run in other folders
+[[ "$project_python" != */* || "$project_python" = /* ]] || project_python=$PWD/$project_python
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -110,8 +115,10 @@ for name in num_envs solver_iterations max_envs max_processes total_timesteps re
   [[ -z "${!name}" || "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name//_/-} must be a whole number of at least 1, not ${!name}"
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
+[[ ! "$dollars_per_hour" =~ ^[0.]+$ ]] || refuse "--dollars-per-hour must be more than 0"
 [[ "$set" =~ ^(ppo|sac|mjx)?$ ]] || refuse "--set must be ppo, sac or mjx, not $set"
 [[ "$mode" != ablate || "$env_ids" != *" "* ]] || refuse "ablate takes one task, not $env_ids"
+[[ -z "$quick" || "$mode" =~ ^(sim|learner|train|scaling|cost)$ ]] || refuse "--quick does nothing in $mode; it is for sim, learner, train, scaling and cost"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
 : "${repeats:=$([ -n "$quick" ] && echo 3 || echo 5)}"
 : "${seconds:=$([ -n "$quick" ] && echo 3 || echo 10)}"
@@ -162,7 +169,11 @@ prepare_peer() { # PEER: builds its environment unless it stands; on failure pri
 }
 
 one_line() { # TEXT LOG -> the text and the last error of a log, in one line
-  printf '%s: %s (log: %s)\n' "$1" "$(grep -iE 'error|no space' "$2" 2>/dev/null | tail -n 1 | cut -c1-200)" "$2"
+  local line
+  line=$(grep -iE 'error|no space' "$2" 2>/dev/null | tail -n 1 | cut -c1-200) || true
+  # A full disk takes no log either.
+  [ -n "$line" ] || line="no message; $(df -Ph "$cache" 2>/dev/null | awk 'END { print $4 }') free on the disk of $cache"
+  printf '%s: %s (log: %s)\n' "$1" "$line" "$2"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1697,6 +1708,50 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The head of the programs that run a trainer: what stands already
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_job() {
+  cat <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+
+
+def budget(command):
+    """--total-timesteps of a command; the last one counts."""
+    words = ["", "the trainer's own", *command.split()]
+    return next(words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] in ("", "--total-timesteps"))
+
+
+def show(*paths):
+    """Name files for the tables that end a run."""
+    with Path(job["shown"]).open("a") as shown:
+        shown.write("".join(f"{path}\n" for path in paths))
+
+
+def stands(label, *paths, done=True):
+    """Whether these files take the place of this job, which is said in one line: finished, or of other hardware or length, and kept."""
+    if job["force"] or not paths:
+        return False
+    record = json.loads(paths[0].read_text())
+    then, now = (dict(hardware=x.get("hardware"), total_timesteps=budget(x["command"])) for x in (record, job))
+    other = [f"{name.replace('_', ' ')} ({then[name]} there, {now[name]} here)" for name in now if then[name] != now[name]]
+    if other:
+        other = f"{paths[0]} differs in {', '.join(other)} and is kept"
+        print(f"{label}: not measured: {other}; --force measures again, --results DIR keeps both", file=sys.stderr)
+    elif done:
+        print(f"{label}: finished, in {paths[0]} (--force measures again)", file=sys.stderr)
+        show(*paths)
+    return bool(other or done)
+
+
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # scores: time to a score in Gymnasium's own environments
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1706,20 +1761,15 @@ program_scores() {
 
 An interrupted training goes on from its last checkpoint. Times are the trainer's own: compilation and evaluations apart."""
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib import metadata
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 run_dir, path = Path(job["run_dir"]), Path(job["path"])
 name = f"{path.parent.name}/{path.stem}"
-if path.exists() and not job["force"]:
-    print(f"scores {name}: finished, in {path} (--force trains again)", file=sys.stderr)
+if path.exists() and stands(f"scores {name}", path):
     sys.exit(0)
 if job["dry_run"]:
     print(f"scores {name}: {job['command']}\n  about {job['minutes']} minutes, 1.5 GiB (guessed)")
@@ -1760,6 +1810,7 @@ except OSError as error:
     sys.exit(f"error: {path} cannot be written ({error.strerror}); the run is kept in {run_dir}")
 outcome = f"reached after {reached[0][0]:,} steps, {reached[0][1]:,.0f} s" if reached else "not reached"
 score, seconds = record["gymnasium"]["mean"], f"{record['train_seconds']:,.0f} s, compiled in {record['compile_seconds']:.0f} s"
+show(path)
 print(f"scores {name}: {score:,.0f} after {seconds}; {job['threshold']:,} {outcome}", file=sys.stderr)
 PYTHON
 }
@@ -1774,24 +1825,17 @@ program_walk() {
 
 The policy is deterministic, its statistics are frozen, nothing is randomised. Errors are means over the steps of all episodes."""
 
-import json
 import os
-import sys
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 path, checkpoint = Path(job["path"]), Path(job["run_dir"]) / "checkpoint.pt"
 if job["dry_run"]:
     print(f"walk: {job['episodes']} episodes of 20 s in each simulator of {checkpoint}\n  about 5 minutes, 1 GiB (guessed)")
     sys.exit(0)
 record = json.loads(path.read_text())
-if "walk" in record and not job["force"]:
-    print(f"walk: finished, in {path} (--force repeats it)", file=sys.stderr)
+if stands("walk", path, done="walk" in record):
     sys.exit(0)
 if not checkpoint.exists():
     sys.exit(f"error: walk: {path} is there, but not what it was trained to, {checkpoint}; --force trains again")
-if job["cores"]:
-    os.sched_setaffinity(0, [int(core) for core in job["cores"].split(",")])
 sys.path.insert(0, job["root"])
 
 import gymnasium
@@ -1862,6 +1906,7 @@ record["walk"] = dict(vecsim=in_vecsim(env), mujoco=in_mujoco(job["episodes"]))
 beside = path.with_suffix(".tmp")
 beside.write_text(json.dumps(record, indent=1) + "\n")
 os.replace(beside, path)
+show(path)
 for name, found in record["walk"].items():
     shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "episodes")
     print(f"walk in {name}, {found['episodes']} episodes: {shown}", file=sys.stderr)
@@ -1878,19 +1923,14 @@ program_distill() {
 
 An interrupted run goes on from its last checkpoint."""
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 run_dir, folder = Path(job["run_dir"]), Path(job["path"])
 path, stages = folder / "evidence.json", ("teacher", "student", "finetune", "baseline")
-if path.exists() and not job["force"]:
-    print(f"distill {folder.name}: finished, in {folder} (--force trains again)", file=sys.stderr)
+if path.exists() and stands(f"distill {folder.name}", path):
     sys.exit(0)
 if job["dry_run"]:
     print(f"distill {folder.name}: {job['command']}\n  about {job['minutes']} minutes on one core, 2 GiB (guessed)")
@@ -1926,6 +1966,7 @@ for name in ("evidence.csv", "evidence.png", "pictures.png"):
 beside = path.with_suffix(".tmp")
 beside.write_text(json.dumps(record, indent=1) + "\n")
 os.replace(beside, path)
+show(path)
 PYTHON
 }
 
@@ -1939,18 +1980,13 @@ program_seeds() {
 
 Times are the trainer's own: training, with compilation apart and without evaluation."""
 
-import json
 import os
 import shlex
 import statistics
 import subprocess
-import sys
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 path, counts = Path(job["path"]), (1, 8)
-if path.exists() and not job["force"]:
-    print(f"seeds: finished, in {path} (--force trains again)", file=sys.stderr)
+if path.exists() and stands("seeds", path):
     sys.exit(0)
 if job["dry_run"]:
     print(f"seeds: {job['repeats']} times {' and '.join(map(str, counts))} agents: {job['command']} --num-seeds K\n  about 10 minutes, 1.5 GiB (guessed)")
@@ -1987,6 +2023,7 @@ beside = path.with_suffix(".tmp")
 path.parent.mkdir(parents=True, exist_ok=True)
 beside.write_text(json.dumps(record, indent=1) + "\n")
 os.replace(beside, path)
+show(path)
 print(f"seeds: {counts[-1]} agents take {ratio:.2f} times as long as one", file=sys.stderr)
 PYTHON
 }
@@ -2001,19 +2038,14 @@ program_stages() {
 
 A trainer of several stages has a table, and so a file, for each."""
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from importlib import metadata
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 path = Path(job["path"])
-if (done := [*path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*.json")]) and not job["force"]:
-    print(f"profile {path.stem}: finished, in {done[0]} (--force measures again)", file=sys.stderr)
+if stands(f"profile {path.stem}", *path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*.json")):
     sys.exit(0)
 if job["dry_run"]:
     print(f"profile {path.stem}: {job['command']}\n  about 3 minutes, 1.5 GiB (guessed)")
@@ -2035,6 +2067,7 @@ for stage, record in tables.items():  # "" where a trainer has but one
     beside = file.with_suffix(".tmp")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, file)
+    show(file)
 PYTHON
 }
 
@@ -2696,7 +2729,8 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores walk distill seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in scores walk distill seeds stages; do { program_job && "program_$name"; } >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "jax sim" sim_jax
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
@@ -2831,10 +2865,11 @@ run_training() { # PROGRAM FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: 
   command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
   [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
-  "$project_python" "$work/programs/$program.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
+  # shellcheck disable=SC2086  # a command of several words, or none
+  ${cores:+taskset -c "$cores"} "$project_python" "$work/programs/$program.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
     command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
     run_dir "$cache/scores/${commit// /-}/${file#ppo/}${total_timesteps:+-$total_timesteps-steps}" path "$results/$file.json" \
-    shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || status=$?
+    shown "$work/shown" shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || status=$?
   [ "$status" -le 1 ] || exit 130
   failures=$((failures + status))
   return "$status"
@@ -2842,7 +2877,7 @@ run_training() { # PROGRAM FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: 
 
 # Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
 # The set mjx compares ppo_mjx_jax.py with its twin on the same batch, one that a CPU steps in MJX in reasonable time. JAX compiles cold.
-# The set sac holds PPO on as few environment steps as SAC takes, evaluated as often.
+# The set sac holds PPO beside SAC in HalfCheetah: 1,000,000 environment steps, evaluated every 100,000, against 160,000 and every 20,000.
 run_scores() {
   local file script env_id seeds every threshold minutes flags seed
   while read -r file script env_id seeds every threshold minutes flags; do
@@ -2922,7 +2957,7 @@ run_distill() {
     [ "$device" = cuda ] || command+=" --device cpu"
     "$project_python" "$work/programs/distill.py" "$(json command "$command" minutes "$minutes" python "$project_python" root "$root" \
       cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" run_dir "$cache/distill/${commit// /-}/$env_id" \
-      path "$results/distill/$env_id" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      path "$results/distill/$env_id" shown "$work/shown" force "${force:-0}" dry_run "${dry_run:-0}")" || {
       [ $? -le 1 ] || exit 130
       failures=$((failures + 1))
     }
@@ -2936,7 +2971,7 @@ run_seeds() {
   local command="python ppo_mjx_jax.py --env-id InvertedPendulum-v5 --eval-episodes 0 --compilation-cache ''${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
   "$project_python" "$work/programs/seeds.py" "$(json command "$command" repeats "$repeats" python "$project_python" root "$root" \
-    cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" path "$results/mjx/seeds.json" \
+    cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" path "$results/mjx/seeds.json" shown "$work/shown" \
     force "${force:-0}" dry_run "${dry_run:-0}")" || {
     [ $? -le 1 ] || exit 130
     failures=$((failures + 1))
@@ -2950,7 +2985,7 @@ run_profile() {
     command="python $script --env-id $env_id --profile --device $device${flags:+ $flags}"
     "$project_python" "$work/programs/stages.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
       root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" \
-      path "$results/profile/${script%.py}-$env_id-$place.json" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      path "$results/profile/${script%.py}-$env_id-$place.json" shown "$work/shown" force "${force:-0}" dry_run "${dry_run:-0}")" || {
       [ $? -le 1 ] || exit 130
       failures=$((failures + 1))
     }
@@ -2980,62 +3015,67 @@ run_scaling() {
   done
 }
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'say "interrupted: what is finished is in $results; the same command goes on from there"; exit 130' INT TERM
-failures=0
-write_programs "$work/programs"
+main() { # a function, so that bash has read all of this file before it runs: an edit during a run of hours breaks nothing
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  trap 'say "interrupted: what is finished is in $results; the same command goes on from there"; exit 130' INT TERM
+  failures=0
+  write_programs "$work/programs"
 
-case "$mode" in
-  programs)
-    [ -n "$programs_folder" ] || refuse "programs needs a folder"
-    write_programs "$programs_folder"
-    exit 0
-    ;;
-  table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,cost "$dollars_per_hour"
-    exit 0
-    ;;
-  film)
-    PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results"
-    exit 0
-    ;;
-  plot)
-    MPLBACKEND=agg "$project_python" "$work/programs/plot.py" "$results"
-    exit 0
-    ;;
-esac
+  case "$mode" in
+    programs)
+      [ -n "$programs_folder" ] || refuse "programs needs a folder"
+      write_programs "$programs_folder"
+      exit 0
+      ;;
+    table)
+      "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,cost "$dollars_per_hour"
+      exit 0
+      ;;
+    film)
+      PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results"
+      exit 0
+      ;;
+    plot)
+      MPLBACKEND=agg "$project_python" "$work/programs/plot.py" "$results"
+      exit 0
+      ;;
+  esac
 
-# What this machine is: its kind of device, and how many cores or GPUs there are to use.
-"$project_python" -c "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('gymnasium', 'mujoco', 'torch'))))" ||
-  give_up "$project_python has not this project's dependencies; activate its environment, or set PYTHON"
-mkdir -p "$cache"
-gpus=0
-if nvidia-smi -L >/dev/null 2>&1; then
-  gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
-fi
-: "${device:=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)}"
-[ "$device" = cpu ] || [ "$gpus" -gt 0 ] || refuse "--device cuda: PyTorch sees no GPU here"
-[ -z "$cores" ] || taskset -c "$cores" true 2>/dev/null || refuse "--cores $cores: taskset knows no such cores here"
-if [ "$device" = cuda ]; then units=$gpus; elif [ -n "$cores" ]; then units=$(taskset -c "$cores" nproc); else units=$(nproc); fi
-place=$device$units
-hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $units of $(getconf _NPROCESSORS_ONLN) cores"
-[ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
-commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
-[ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
+  # What this machine is: its kind of device, and how many cores or GPUs there are to use.
+  "$project_python" -c "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('gymnasium', 'mujoco', 'torch'))))" ||
+    give_up "$project_python has not this project's dependencies; activate its environment, or set PYTHON"
+  mkdir -p "$cache"
+  gpus=0
+  if nvidia-smi -L >/dev/null 2>&1; then
+    gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+  fi
+  : "${device:=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)}"
+  [ "$device" = cpu ] || [ "$gpus" -gt 0 ] || refuse "--device cuda: PyTorch sees no GPU here"
+  [ -z "$cores" ] || taskset -c "$cores" true 2>/dev/null || refuse "--cores $cores: taskset knows no such cores here"
+  if [ "$device" = cuda ]; then units=$gpus; elif [ -n "$cores" ]; then units=$(taskset -c "$cores" nproc); else units=$(nproc); fi
+  place=$device$units
+  hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $units of $(getconf _NPROCESSORS_ONLN) cores"
+  [ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
+  commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+  [ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
 
-case "$mode" in
-  sim) run_sim ;;
-  learner) run_learner ;;
-  train) run_train ;;
-  scores) run_scores ;;
-  walk) run_walk ;;
-  distill) run_distill ;;
-  seeds) run_seeds ;;
-  ablate) run_ablate ;;
-  scaling) run_scaling ;;
-  profile) run_profile ;;
-  cost) run_train ;;
-esac
-[ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour"
-[ "$failures" = 0 ] || give_up "$failures comparison(s) or training(s) failed; see above"
+  case "$mode" in
+    sim) run_sim ;;
+    learner) run_learner ;;
+    train) run_train ;;
+    scores) run_scores ;;
+    walk) run_walk ;;
+    distill) run_distill ;;
+    seeds) run_seeds ;;
+    ablate) run_ablate ;;
+    scaling) run_scaling ;;
+    profile) run_profile ;;
+    cost) run_train ;;
+  esac
+  touch "$work/shown"
+  [ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour" "$work/shown"
+  [ "$failures" = 0 ] || give_up "$failures comparison(s) or training(s) failed; see above"
+}
+
+main; exit

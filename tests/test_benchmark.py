@@ -94,6 +94,8 @@ def test_syntax_and_programs(programs):
         (["train", "--env-id"], "--env-id needs a value"),
         (["train", "--slow"], "unknown option '--slow'"),
         (["scores", "--set", "a2c"], "--set must be ppo, sac or mjx"),
+        (["cost", "--dollars-per-hour", "0.0"], "--dollars-per-hour must be more than 0"),
+        (["walk", "--quick"], "--quick does nothing in walk"),
         (["ablate", "--env-id", "Hopper-v5,Ant-v5"], "ablate takes one task, not Hopper-v5 Ant-v5"),
     ],
 )
@@ -101,6 +103,31 @@ def test_bad_input_is_one_line_and_status_2(words, complaint):
     answer = run(SCRIPT, *words)
     assert answer.returncode == 2 and answer.stdout == ""
     assert answer.stderr.startswith("error: ") and complaint in answer.stderr and answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "Collecting torch\n"])
+def test_a_log_without_an_error_tells_the_free_space(tmp_path, content):
+    """A full disk takes no log either."""
+    log = tmp_path / "peer.log"
+    if content is not None:
+        log.write_text(content)
+    function = SCRIPT.read_text().split("\none_line() ")[1].split("\n}\n")[0]
+    answer = run("bash", "-euo", "pipefail", "-c", f"one_line() {function}\n}}\ncache={tmp_path}\none_line 'does not install' {log}")
+    assert answer.returncode == 0 and answer.stdout.startswith("does not install: no message; "), answer.stderr
+    assert f"free on the disk of {tmp_path} (log: {log})" in answer.stdout and answer.stdout.count("\n") == 1
+
+
+def test_a_relative_interpreter_is_made_absolute(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\necho "$0" >>{tmp_path}/calls\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    answer = run(SCRIPT, "table", "--results", tmp_path, cwd=tmp_path, env={**os.environ, "PYTHON": "bin/python"})
+    assert answer.returncode == 0 and set((tmp_path / "calls").read_text().split()) == {f"{tmp_path}/bin/python"}
+
+
+def test_an_edit_during_a_run_breaks_nothing():
+    """Nothing is left to read once the last line has begun."""
+    assert SCRIPT.read_text().endswith("}\n\nmain; exit\n")
 
 
 def test_rows_hold_what_a_reader_needs_and_windows_alternate(comparison):
@@ -477,6 +504,33 @@ def test_scores_of_the_jax_script_and_of_its_twin_go_to_one_folder(project):
     assert shared[0] == shared[1] and jax["flags"]["--compilation-cache"] == ""
     assert jax["curve"] == [[500, 11.0, 1000.0]] and jax["compile_seconds"] == 7.0 and jax["versions"] == {"jax": "0.10.2"}
     assert "| HalfCheetah-v5 | PPO, JAX | 1 | 500 | 11 | 7 |" in answer.stdout
+
+
+def test_results_of_other_hardware_or_length_are_kept_and_named(project):
+    folder, benchmark = project
+    words = ("scores", "--set", "mjx", "--env-id", "HalfCheetah-v5")
+    benchmark(*words)
+    answer = benchmark(*words)
+    assert answer.stderr.count("finished, in") == 2 and answer.stdout.count("| HalfCheetah-v5 |") == 2
+    files = list((folder / "results").rglob("*.json"))
+    files[0].write_text(json.dumps(json.loads(files[0].read_text()) | dict(hardware="another CPU")))
+    before = [file.read_text() for file in files]
+    answer = benchmark(*words)
+    assert answer.returncode == 0 and "hardware (another CPU there" in answer.stderr and "--results DIR keeps both" in answer.stderr
+    assert answer.stderr.count("finished, in") == 1 and answer.stdout.count("| HalfCheetah-v5 |") == 1
+    answer = benchmark(*words, "--total-timesteps", "2000")
+    assert answer.stderr.count("total timesteps (1500000 there, 2000 here)") == 2 and answer.stdout == ""
+    assert [file.read_text() for file in files] == before
+
+
+def test_walk_stays_on_a_range_of_cores(project):
+    folder, benchmark = project
+    cores = sorted(os.sched_getaffinity(0))
+    spoken = f"{cores[0]}-{cores[0]}"
+    judged = "import os, sys\nif __name__ != '__main__':\n    sys.exit(f'on {sorted(os.sched_getaffinity(0))}')\n"
+    trainer = TRAINER + '(folder / "checkpoint.pt").write_text("")\n'
+    (folder / "ppo_gpu_torch.py").write_text(judged + trainer)
+    assert f"on [{cores[0]}]" in benchmark("walk", "--cores", spoken).stderr
 
 
 def test_the_set_sac_trains_ppo_beside_it(project):
