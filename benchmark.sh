@@ -193,6 +193,7 @@ import resource
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 sys.path[:0] = [os.environ["BENCHMARK_ROOT"]]
 replies = os.fdopen(os.dup(1), "w")  # what libraries print on standard output goes to the log instead
@@ -222,10 +223,23 @@ def synchronize():
         sys.modules["torch"].cuda.synchronize()
 
 
+def session_memory_kib():
+    """The peaks of all live processes of this contender, which is a session of its own, summed: 0 where there is no /proc."""
+    total, session = 0, os.getsid(0)
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if os.getsid(int(status.parent.name)) == session:
+                total += sum(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+    return total
+
+
 def peak_memory_mib():
-    """Largest resident memory of this process, or of one that it started and that has ended; and PyTorch's largest on the GPU."""
+    """Resident memory: the sum of the peaks of all processes of this contender, or the largest of one that has ended, if that is more;
+    pages that processes share count once in each. And PyTorch's largest on the GPU."""
     who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    memory = {"host": max(resource.getrusage(x).ru_maxrss for x in who) / 1024}
+    memory = {"host": max(session_memory_kib(), *(resource.getrusage(x).ru_maxrss for x in who)) / 1024}
     if "torch" in sys.modules and device == "cuda":
         memory["gpu"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     return memory

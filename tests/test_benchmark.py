@@ -145,6 +145,17 @@ def test_rows_hold_what_a_reader_needs_and_windows_alternate(comparison):
     assert not list(Path(comparison["path"]).parent.glob("*.tmp"))
 
 
+def test_memory_is_that_of_all_processes(comparison, programs):
+    held = "import time; held = bytearray(200 * 2**20); held[::4096] = b'x' * len(held[::4096]); print(flush=True); time.sleep(600)"
+    start = f"import subprocess\nchild = subprocess.Popen([sys.executable, '-c', {held!r}], stdout=subprocess.PIPE)\nchild.stdout.readline()\n"
+    counting = (programs / "second.py").read_text().replace("windows, clock = 0, None\n", start + "windows, clock = 0, None\n")
+    (programs / "with_a_child.py").write_text(counting)
+    comparison["contenders"][1]["program"] = "with_a_child"
+    assert referee(comparison).returncode == 0
+    first, second = (row["peak_memory_mib"]["host"] for row in rows_of(comparison).values())
+    assert 200 < second - first < 240
+
+
 def test_what_is_finished_is_not_measured_again_unless_forced(comparison):
     referee(comparison)
     before = Path(comparison["path"]).read_text()
