@@ -278,15 +278,17 @@ PYTHON
 # ----------------------------------------------------------------------------------------------------------------------
 # sim: one model, the same integrator, timestep and solver iterations in every engine
 #
-# Random actions, held for one environment step; every robot starts anew after 200 environment steps, so that none lies idle.
-# vecsim is timed with observations, rewards and resets inside; the others step physics alone, in their favour.
+# Random actions, held for one environment step; every robot starts anew after 200 environment steps, standing or lying: vecsim is told not
+# to end the episode of one that fell (InvertedPendulum has no such option). All start from the same states of MuJoCo C under random actions,
+# 1 to 200 environment steps into an episode, 512 of them, repeated: even a window of few steps has the contacts of a whole episode.
+# vecsim is timed with observations, rewards and resets inside, its robots of random ages; the others step physics alone, in their favour.
 # The error is that of one step from states of MuJoCo C with contacts: |qvel - qvel of MuJoCo C| / (timestep * (1 + max |qacc|)),
 # the largest over the degrees of freedom, against a solver of MuJoCo C that runs to convergence.
 # ----------------------------------------------------------------------------------------------------------------------
 
 program_states() {
   cat <<'PYTHON'
-"""Prints the settings of a `sim` comparison, and saves start and test states of one task, by MuJoCo C."""
+"""Prints the settings of a `sim` comparison, and saves start states, from the middle of episodes, and test states of one task, by MuJoCo C."""
 
 import copy
 import json
@@ -323,10 +325,21 @@ while len(tests["qpos"]) < 256:
             mujoco.mj_step(converged, exact)
             for name, row in zip(tests, (*rows, exact.qvel.copy(), exact.qacc.copy())):
                 tests[name].append(row)
-start = model.qpos0 + rng.uniform(-0.1, 0.1, (int(num_envs), model.nq))
-np.savez(path, start=start, **tests)
+pool, episode, of_each, starts = 512, 200, 8, []
+while len(starts) < pool:
+    mujoco.mj_resetData(model, data)
+    data.qpos += rng.uniform(-0.1, 0.1, model.nq)
+    moments = set(1 + rng.permutation(episode)[:of_each])
+    for step in range(1, episode + 1):
+        data.ctrl = rng.uniform(low, high)
+        mujoco.mj_step(model, data, env.frame_skip)
+        if step in moments:
+            starts.append((data.qpos.copy(), data.qvel.copy()))
+rng.shuffle(starts)
+start, start_qvel = (np.resize(rows, (int(num_envs), len(rows[0]))) for rows in zip(*starts))
+np.savez(path, start=start, start_qvel=start_qvel, **tests)
 settings = dict(env_id=env_id, device=device, num_envs=int(num_envs), integrator="euler", timestep=model.opt.timestep)
-settings |= dict(solver="newton", iterations=int(iterations), ls_iterations=8, frame_skip=env.frame_skip)
+settings |= dict(solver="newton", iterations=int(iterations), ls_iterations=8, frame_skip=env.frame_skip, starts="mid-episode")
 print(json.dumps(settings | dict(xml=str(xml), states=path)))
 PYTHON
 }
@@ -372,9 +385,10 @@ import torch
 
 import vecsim_torch
 
+ends_at_a_fall = hasattr(vecsim_torch.TASKS[settings["env_id"]], "terminate_when_unhealthy")
 env = vecsim_torch.make(
     settings["env_id"], num_envs, device=device, seed=1, integrator="euler", iterations=settings["iterations"],
-    max_episode_steps=episode, random_initial_ages=True, compile=True,
+    max_episode_steps=episode, random_initial_ages=True, compile=True, **dict(terminate_when_unhealthy=False) if ends_at_a_fall else {},
 )  # fmt: skip
 rows = (torch.tensor(states[name].T, dtype=env.dtype, device=device) for name in ("qpos", "qvel", "warmstart", "ctrl"))
 qpos, qvel, warmstart, ctrl = rows
@@ -383,6 +397,7 @@ with torch.no_grad():  # the eager functions, which the compiled ones equal to r
     after, _ = vecsim_torch.step(model, vecsim_torch.State(qpos, qvel, warmstart), ctrl, "euler", settings["iterations"])
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
+env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")))
 generator = torch.Generator(device).manual_seed(1)
 env.step(vecsim_torch.random_actions(env, generator))  # compiles
 os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler that counts kernels is chatty
@@ -418,7 +433,7 @@ with rollout.Rollout(nthread=threads) as pool:
         model, data, full_states(states["qpos"], states["qvel"]), states["ctrl"][:, None], initial_warmstart=states["warmstart"]
     )
     note_errors(after[:, 0, 1 + model.nq : 1 + model.nq + model.nv])  # a state is time, qpos, qvel
-    start, length = full_states(states["start"], np.zeros((num_envs, model.nv))), 10
+    start, length = full_states(states["start"], states["start_qvel"]), 10
     while True:
         now = start
         for _ in range(0, episode, length):
@@ -478,8 +493,7 @@ def advance(batch, ctrl, steps):
 
 *tests, ctrl = (jnp.asarray(rows, jnp.float32) for rows in test_states())
 note_errors(velocity(advance(start_of(*tests), ctrl, 1)))
-rest = jnp.zeros((num_envs, model.nv))
-start = start_of(jnp.asarray(states["start"], jnp.float32), rest, rest)
+start = start_of(*(jnp.asarray(x, jnp.float32) for x in (states["start"], states["start_qvel"], np.zeros((num_envs, model.nv)))))
 random_ctrl = jax.jit(lambda key: jax.random.uniform(key, (num_envs, model.nu), minval=low, maxval=high))
 key = jax.random.PRNGKey(1)
 while True:
@@ -528,7 +542,7 @@ def batch_of(qpos, qvel, warmstart, ctrl):
 with torch.no_grad():
     note_errors(step(batch_of(*test_states())).qvel.cpu().numpy())
     rest = np.zeros((num_envs, model.nv))
-    start = batch_of(states["start"], rest, rest, np.zeros((num_envs, model.nu)))
+    start = batch_of(states["start"], states["start_qvel"], rest, np.zeros((num_envs, model.nu)))
     while True:
         now = start
         for _ in range(episode):
@@ -566,7 +580,7 @@ with warp.ScopedDevice(device):
     mujoco_warp.step(mx, data)
     note_errors(data.qvel.numpy())
     rest = np.zeros((num_envs, model.nv))
-    mx, data = simulation(states["start"], rest, rest)
+    mx, data = simulation(states["start"], states["start_qvel"], rest)
     graph = None
     if device == "cuda":  # as its documentation advises
         mujoco_warp.step(mx, data)
@@ -574,7 +588,7 @@ with warp.ScopedDevice(device):
             mujoco_warp.step(mx, data)
         graph = capture.graph
     while True:
-        for name, rows in (("qpos", states["start"]), ("qvel", rest), ("qacc_warmstart", rest)):
+        for name, rows in (("qpos", states["start"]), ("qvel", states["start_qvel"]), ("qacc_warmstart", rest)):
             getattr(data, name).assign(rows.astype(np.float32))
         for _ in range(episode):
             data.ctrl.assign(rng.uniform(low, high, (num_envs, model.nu)).astype(np.float32))
@@ -2091,10 +2105,13 @@ PYTHON
 
 program_film() {
   cat <<'PYTHON'
-"""The newest PPO run of each task that `scores` kept, four seconds from one episode of Gymnasium's own environment; writes results/robots.gif."""
+"""The newest PPO run of each task that `scores` kept, four seconds from one episode of Gymnasium's own environment; writes results/robots.gif,
+and beside it robots.json: which runs they are of, command, commit and versions."""
 
+import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 if "DISPLAY" not in os.environ:
@@ -2131,12 +2148,13 @@ def frames_of(checkpoint_path):
     return images
 
 
-strips = []
+strips, filmed = [], {}
 for task in tasks:
     found = sorted(runs.glob(f"*/{task}-seed*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
     if found:
         print(f"film: {task} from {found[-1]}", file=sys.stderr)
         strips.append(frames_of(found[-1]))
+        filmed[task] = found[-1].parent.relative_to(runs).as_posix()  # commit of its training, then its name
     else:
         print(f"film: {task} is left out: no run of it yet; ./benchmark.sh scores --env-id {task} makes one", file=sys.stderr)
 if not strips:
@@ -2149,6 +2167,9 @@ for moment in zip(*strips, strict=True):
     film.append(frame.quantize(64, dither=Image.Dither.NONE))
 path.parent.mkdir(parents=True, exist_ok=True)
 film[0].save(path, save_all=True, append_images=film[1:], duration=1000 // PER_SECOND, loop=0, optimize=True)
+record = dict(command=sys.argv[3], commit=sys.argv[4], runs=filmed)
+record |= dict(versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "pillow")})
+path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 print(path)
 PYTHON
 }
@@ -3035,6 +3056,8 @@ main() { # a function, so that bash has read all of this file before it runs: an
   trap 'say "interrupted: what is finished is in $results; the same command goes on from there"; exit 130' INT TERM
   failures=0
   write_programs "$work/programs"
+  commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+  [ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
 
   case "$mode" in
     programs)
@@ -3047,7 +3070,7 @@ main() { # a function, so that bash has read all of this file before it runs: an
       exit 0
       ;;
     film)
-      PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results"
+      PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results" "$command_line" "$commit"
       exit 0
       ;;
     plot)
@@ -3071,8 +3094,6 @@ main() { # a function, so that bash has read all of this file before it runs: an
   place=$device$units
   hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $units of $(getconf _NPROCESSORS_ONLN) cores"
   [ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
-  commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
-  [ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
 
   case "$mode" in
     sim) run_sim ;;
