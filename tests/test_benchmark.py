@@ -2,15 +2,18 @@
 
 The referee is tested with contenders that only count; what the real ones measure is seen by running benchmark.sh."""
 
+import importlib
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +157,19 @@ def test_memory_is_that_of_all_processes(comparison, programs):
     assert referee(comparison).returncode == 0
     first, second = (row["peak_memory_mib"]["host"] for row in rows_of(comparison).values())
     assert 200 < second - first < 240
+
+
+@pytest.mark.parametrize("num_envs", [8, 600])
+def test_simulators_start_from_states_in_the_middle_of_episodes(programs, tmp_path, num_envs):
+    answer = run(sys.executable, programs / "states.py", "Hopper-v5", "cpu", num_envs, 4, tmp_path / "states.npz")
+    assert answer.returncode == 0 and json.loads(answer.stdout)["starts"] == "mid-episode"
+    states = np.load(tmp_path / "states.npz")
+    qpos, qvel = states["start"], states["start_qvel"]
+    assert qpos.shape == qvel.shape == (num_envs, 6) and np.isfinite(qpos).all() and (np.abs(qvel).max(1) > 1e-3).all()
+    assert len(np.unique(qpos, axis=0)) == min(num_envs, 512)
+    if num_envs == 600:
+        height = qpos[:, 1]  # some stand, some have fallen
+        assert (qpos[512:] == qpos[:88]).all() and (height < 0.6).mean() > 0.1 and (height > 1.0).mean() > 0.1
 
 
 def test_what_is_finished_is_not_measured_again_unless_forced(comparison):
@@ -618,6 +634,70 @@ def test_profile_has_a_row_for_each_stage(project):
     for stage in ("teacher", "student"):
         assert f"| `{script}.py`, {stage} | Quadruped-Flat | 16,384 |" in answer.stdout
     assert "finished" in benchmark("profile", "--env-id", "Quadruped-Flat", "--cores", "0").stderr
+
+
+def accept(words):
+    """What the trainer of this command checks before it allocates anything, with its own functions; refuses what it would refuse."""
+    trainer = importlib.import_module(words[1].removesuffix(".py"))
+    args = trainer.parse_args(words[2:])
+    if trainer.__name__ == "ppo_mjx_jax":
+        return  # parse_args has checked all; its --profile needs no iterations of the training
+    args = trainer.with_task_defaults(args)
+    sizes = trainer.derive_sizes(args, 1)
+    trainer.check_env_kwargs(args)
+    if trainer.__name__ == "sac_gpu_torch":
+        trainer.check_length(args, sizes, None, trainer.PROFILED)
+
+
+def planned(mode, tmp_path):
+    """The commands that a mode would run, as its dry run tells them."""
+    home = dict(PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path))
+    answer = run(SCRIPT, mode, "--dry-run", "--device", "cpu", "--results", tmp_path, env=os.environ | home)
+    assert answer.returncode == 0, answer.stderr
+    commands = [line[line.index("python ") :] for line in answer.stdout.splitlines() if "python " in line]
+    return [shlex.split(command.replace("--num-seeds K", "--num-seeds 8")) for command in commands]
+
+
+@pytest.mark.parametrize("mode, least", [("scores", 30), ("ablate", 39), ("walk", 1), ("distill", 2), ("profile", 5), ("seeds", 1)])
+def test_the_trainers_accept_every_command(mode, least, tmp_path):
+    commands = planned(mode, tmp_path)
+    assert len(commands) >= least and all(words[0] == "python" for words in commands)
+    for words in commands:
+        accept(words)
+
+
+@pytest.mark.parametrize(
+    "mode, change",
+    [
+        ("profile", ["--total-timesteps", "40000"]),  # fewer iterations than --profile times
+        ("scores", ["--no-such-flag"]),
+        ("scores", ["--num-minibatches", "7"]),
+        ("ablate", ["--preset", "none"]),
+        ("distill", ["--num-envs", "7"]),
+        ("seeds", ["--num-minibatches", "7"]),
+    ],
+)
+def test_a_command_that_a_trainer_refuses_is_found(mode, change, tmp_path):
+    """Of each mode the first command, with a flag that does not fit."""
+    words = planned(mode, tmp_path)[0]
+    accept(words)
+    trainer = importlib.import_module(words[1].removesuffix(".py"))
+    with pytest.raises(trainer.InputError):
+        accept([*words, *change])
+
+
+def test_a_dry_run_knows_only_what_was_measured_of_the_same(comparison):
+    referee(comparison)
+    file = Path(comparison["path"])
+    settings = comparison["settings"] | dict(num_envs=8)
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(settings=settings)))
+    comparison["contenders"][1] |= dict(peer="skrl", installed=False)
+    asked = comparison | dict(dry_run=1, results=str(file.parent), path=str(file.parent / "other.json"))
+    answer = referee(asked | dict(settings=settings))
+    assert "about 0 minutes, 0." in answer.stdout and "unknown" not in answer.stdout
+    assert "not installed yet: skrl" in answer.stdout
+    answer = referee(asked | dict(settings=settings | dict(num_envs=16)))
+    assert "minutes and GiB unknown of first | second" in answer.stdout and "about" not in answer.stdout
 
 
 def test_a_dry_run_runs_nothing(tmp_path):
