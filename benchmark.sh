@@ -25,7 +25,8 @@
 # a finished comparison is not run again without --force. A peer that does not install or start costs one line, no more.
 #
 # Peers live in ${XDG_CACHE_HOME:-~/.cache}/onefile-gpu-rl-bench, each in its own virtual environment, built when first
-# needed. The interpreter of this project is $PYTHON (default: python). Needs bash 4.3 or newer, and GNU coreutils.
+# needed. They take torch by pip as it is configured, which on Linux brings CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# lets it find the CPU build. The interpreter of this project is $PYTHON (default: python). Needs bash 4.3 or newer, and GNU coreutils.
 set -euo pipefail
 
 usage() {
@@ -39,7 +40,8 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk di
   --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
-  --total-timesteps N  environment steps of each run in `scores`, `walk` and `seeds` (default: the trainer's, for the task)
+  --total-timesteps N  environment steps of each run in `scores`, `walk`, `distill`, `seeds` and `ablate` (default: that of the mode's rows,
+                       else the trainer's, for the task)
   --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), or
                        mjx (JAX and PyTorch on the same batch)
   --shared             say in the rows of `scores` and `ablate` that other work shared the cores: their times then count for nothing
@@ -51,6 +53,8 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk di
   --quick              one task, short windows: a first look; its rows are kept apart
   --dry-run            say what would run, how long it may take and what memory it may need; run nothing
   --force              measure again what is finished
+
+Peers take torch by pip as it is configured; for its CPU build set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 USAGE
 }
 
@@ -61,7 +65,8 @@ USAGE
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/onefile-gpu-rl-bench"
 command_line="./benchmark.sh $*"
-project_python=${PYTHON:-python}
+project_python=$(command -v "${PYTHON:-python}" || echo "${PYTHON:-python}") # by its whole path: programs run in other folders
+[[ "$project_python" != */* || "$project_python" = /* ]] || project_python=$PWD/$project_python
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -111,8 +116,10 @@ for name in num_envs solver_iterations max_envs max_processes total_timesteps re
   [[ -z "${!name}" || "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name//_/-} must be a whole number of at least 1, not ${!name}"
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
+[[ ! "$dollars_per_hour" =~ ^[0.]+$ ]] || refuse "--dollars-per-hour must be more than 0"
 [[ "$set" =~ ^(ppo|sac|mjx)?$ ]] || refuse "--set must be ppo, sac or mjx, not $set"
 [[ "$mode" != ablate && "$mode" != sizes || "$env_ids" != *" "* ]] || refuse "$mode takes one task, not $env_ids"
+[[ -z "$quick" || "$mode" =~ ^(sim|learner|train|scaling|cost)$ ]] || refuse "--quick does nothing in $mode; it is for sim, learner, train, scaling and cost"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
 : "${repeats:=$([ -n "$quick" ] && echo 3 || echo 5)}"
 : "${seconds:=$([ -n "$quick" ] && echo 3 || echo 10)}"
@@ -140,11 +147,13 @@ interpreter_of() { # PEER -> its Python; `project` is this project's own
   if [ "$1" = project ]; then echo "$project_python"; else echo "$cache/$1/bin/python"; fi
 }
 
+is_installed() { # PEER; the marker is written last and holds the list of packages: half an environment, or an older list, is built again
+  [ "$1" = project ] || [ "$(cat "$cache/$1/.complete" 2>/dev/null)" = "$(packages_of "$1")" ]
+}
+
 prepare_peer() { # PEER: builds its environment unless it stands; on failure prints the reason in one line
   local peer=$1 folder=$cache/$1 line
-  [ "$peer" = project ] && return 0
-  # The marker is written last and holds the list of packages: half an environment, or an older list, is built again.
-  [ "$(cat "$folder/.complete" 2>/dev/null)" = "$(packages_of "$peer")" ] && return 0
+  is_installed "$peer" && return 0
   say "installing $peer: $(packages_of "$peer" | tr '\n' ' ')"
   mkdir -p "$cache" && rm -rf "$folder" && "$project_python" -m venv "$folder" >"$cache/$peer.log" 2>&1 || {
     one_line "no virtual environment" "$cache/$peer.log"
@@ -161,7 +170,11 @@ prepare_peer() { # PEER: builds its environment unless it stands; on failure pri
 }
 
 one_line() { # TEXT LOG -> the text and the last error of a log, in one line
-  printf '%s: %s (log: %s)\n' "$1" "$(grep -iE 'error|no space' "$2" 2>/dev/null | tail -n 1 | cut -c1-200)" "$2"
+  local line
+  line=$(grep -iE 'error|no space' "$2" 2>/dev/null | tail -n 1 | cut -c1-200) || true
+  # A full disk takes no log either.
+  [ -n "$line" ] || line="no message; $(df -Ph "$cache" 2>/dev/null | awk 'END { print $4 }') free on the disk of $cache"
+  printf '%s: %s (log: %s)\n' "$1" "$line" "$2"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,6 +194,7 @@ import resource
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 sys.path[:0] = [os.environ["BENCHMARK_ROOT"]]
 replies = os.fdopen(os.dup(1), "w")  # what libraries print on standard output goes to the log instead
@@ -210,10 +224,23 @@ def synchronize():
         sys.modules["torch"].cuda.synchronize()
 
 
+def session_memory_kib():
+    """The peaks of all live processes of this contender, which is a session of its own, summed: 0 where there is no /proc."""
+    total, session = 0, os.getsid(0)
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if os.getsid(int(status.parent.name)) == session:
+                total += sum(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+    return total
+
+
 def peak_memory_mib():
-    """Largest resident memory of this process, or of one that it started and that has ended; and PyTorch's largest on the GPU."""
+    """Resident memory: the sum of the peaks of all processes of this contender, or the largest of one that has ended, if that is more;
+    pages that processes share count once in each. And PyTorch's largest on the GPU."""
     who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    memory = {"host": max(resource.getrusage(x).ru_maxrss for x in who) / 1024}
+    memory = {"host": max(session_memory_kib(), *(resource.getrusage(x).ru_maxrss for x in who)) / 1024}
     if "torch" in sys.modules and device == "cuda":
         memory["gpu"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     return memory
@@ -252,15 +279,17 @@ PYTHON
 # ----------------------------------------------------------------------------------------------------------------------
 # sim: one model, the same integrator, timestep and solver iterations in every engine
 #
-# Random actions, held for one environment step; every robot starts anew after 200 environment steps, so that none lies idle.
-# vecsim is timed with observations, rewards and resets inside; the others step physics alone, in their favour.
+# Random actions, held for one environment step; every robot starts anew after 200 environment steps, standing or lying: vecsim is told not
+# to end the episode of one that fell (InvertedPendulum has no such option). All start from the same states of MuJoCo C under random actions,
+# 1 to 200 environment steps into an episode, 512 of them, repeated: even a window of few steps has the contacts of a whole episode.
+# vecsim is timed with observations, rewards and resets inside, its robots of random ages; the others step physics alone, in their favour.
 # The error is that of one step from states of MuJoCo C with contacts: |qvel - qvel of MuJoCo C| / (timestep * (1 + max |qacc|)),
 # the largest over the degrees of freedom, against a solver of MuJoCo C that runs to convergence.
 # ----------------------------------------------------------------------------------------------------------------------
 
 program_states() {
   cat <<'PYTHON'
-"""Prints the settings of a `sim` comparison, and saves start and test states of one task, by MuJoCo C."""
+"""Prints the settings of a `sim` comparison, and saves start states, from the middle of episodes, and test states of one task, by MuJoCo C."""
 
 import copy
 import json
@@ -297,10 +326,21 @@ while len(tests["qpos"]) < 256:
             mujoco.mj_step(converged, exact)
             for name, row in zip(tests, (*rows, exact.qvel.copy(), exact.qacc.copy())):
                 tests[name].append(row)
-start = model.qpos0 + rng.uniform(-0.1, 0.1, (int(num_envs), model.nq))
-np.savez(path, start=start, **tests)
+pool, episode, of_each, starts = 512, 200, 8, []
+while len(starts) < pool:
+    mujoco.mj_resetData(model, data)
+    data.qpos += rng.uniform(-0.1, 0.1, model.nq)
+    moments = set(1 + rng.permutation(episode)[:of_each])
+    for step in range(1, episode + 1):
+        data.ctrl = rng.uniform(low, high)
+        mujoco.mj_step(model, data, env.frame_skip)
+        if step in moments:
+            starts.append((data.qpos.copy(), data.qvel.copy()))
+rng.shuffle(starts)
+start, start_qvel = (np.resize(rows, (int(num_envs), len(rows[0]))) for rows in zip(*starts))
+np.savez(path, start=start, start_qvel=start_qvel, **tests)
 settings = dict(env_id=env_id, device=device, num_envs=int(num_envs), integrator="euler", timestep=model.opt.timestep)
-settings |= dict(solver="newton", iterations=int(iterations), ls_iterations=8, frame_skip=env.frame_skip)
+settings |= dict(solver="newton", iterations=int(iterations), ls_iterations=8, frame_skip=env.frame_skip, starts="mid-episode")
 print(json.dumps(settings | dict(xml=str(xml), states=path)))
 PYTHON
 }
@@ -346,9 +386,10 @@ import torch
 
 import vecsim_torch
 
+ends_at_a_fall = hasattr(vecsim_torch.TASKS[settings["env_id"]], "terminate_when_unhealthy")
 env = vecsim_torch.make(
     settings["env_id"], num_envs, device=device, seed=1, integrator="euler", iterations=settings["iterations"],
-    max_episode_steps=episode, random_initial_ages=True, compile=True,
+    max_episode_steps=episode, random_initial_ages=True, compile=True, **dict(terminate_when_unhealthy=False) if ends_at_a_fall else {},
 )  # fmt: skip
 rows = (torch.tensor(states[name].T, dtype=env.dtype, device=device) for name in ("qpos", "qvel", "warmstart", "ctrl"))
 qpos, qvel, warmstart, ctrl = rows
@@ -357,6 +398,7 @@ with torch.no_grad():  # the eager functions, which the compiled ones equal to r
     after, _ = vecsim_torch.step(model, vecsim_torch.State(qpos, qvel, warmstart), ctrl, "euler", settings["iterations"])
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
+env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")))
 generator = torch.Generator(device).manual_seed(1)
 env.step(vecsim_torch.random_actions(env, generator))  # compiles
 os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler that counts kernels is chatty
@@ -392,7 +434,7 @@ with rollout.Rollout(nthread=threads) as pool:
         model, data, full_states(states["qpos"], states["qvel"]), states["ctrl"][:, None], initial_warmstart=states["warmstart"]
     )
     note_errors(after[:, 0, 1 + model.nq : 1 + model.nq + model.nv])  # a state is time, qpos, qvel
-    start, length = full_states(states["start"], np.zeros((num_envs, model.nv))), 10
+    start, length = full_states(states["start"], states["start_qvel"]), 10
     while True:
         now = start
         for _ in range(0, episode, length):
@@ -452,8 +494,7 @@ def advance(batch, ctrl, steps):
 
 *tests, ctrl = (jnp.asarray(rows, jnp.float32) for rows in test_states())
 note_errors(velocity(advance(start_of(*tests), ctrl, 1)))
-rest = jnp.zeros((num_envs, model.nv))
-start = start_of(jnp.asarray(states["start"], jnp.float32), rest, rest)
+start = start_of(*(jnp.asarray(x, jnp.float32) for x in (states["start"], states["start_qvel"], np.zeros((num_envs, model.nv)))))
 random_ctrl = jax.jit(lambda key: jax.random.uniform(key, (num_envs, model.nu), minval=low, maxval=high))
 key = jax.random.PRNGKey(1)
 while True:
@@ -502,7 +543,7 @@ def batch_of(qpos, qvel, warmstart, ctrl):
 with torch.no_grad():
     note_errors(step(batch_of(*test_states())).qvel.cpu().numpy())
     rest = np.zeros((num_envs, model.nv))
-    start = batch_of(states["start"], rest, rest, np.zeros((num_envs, model.nu)))
+    start = batch_of(states["start"], states["start_qvel"], rest, np.zeros((num_envs, model.nu)))
     while True:
         now = start
         for _ in range(episode):
@@ -540,7 +581,7 @@ with warp.ScopedDevice(device):
     mujoco_warp.step(mx, data)
     note_errors(data.qvel.numpy())
     rest = np.zeros((num_envs, model.nv))
-    mx, data = simulation(states["start"], rest, rest)
+    mx, data = simulation(states["start"], states["start_qvel"], rest)
     graph = None
     if device == "cuda":  # as its documentation advises
         mujoco_warp.step(mx, data)
@@ -548,7 +589,7 @@ with warp.ScopedDevice(device):
             mujoco_warp.step(mx, data)
         graph = capture.graph
     while True:
-        for name, rows in (("qpos", states["start"]), ("qvel", rest), ("qacc_warmstart", rest)):
+        for name, rows in (("qpos", states["start"]), ("qvel", states["start_qvel"]), ("qacc_warmstart", rest)):
             getattr(data, name).assign(rows.astype(np.float32))
         for _ in range(episode):
             data.ctrl.assign(rng.uniform(low, high, (num_envs, model.nu)).astype(np.float32))
@@ -1376,8 +1417,9 @@ program_referee() {
   cat <<'PYTHON'
 """python referee.py COMPARISON.json: one comparison from start to finish, or from where it was interrupted.
 
-The comparison names mode, case, unit, settings, contenders {name, python, program, variant}, repeats, seconds, patience, cores,
-command, commit and the file of its rows. Exit status 0: the rows stand; 1: no contender could be measured, or the disk is full."""
+The comparison names mode, case, unit, settings, contenders {name, peer, python, program, variant, installed}, the reference among them,
+repeats, seconds, patience, cores, command, commit, the file of its rows, and the file that lists what this run has to show. Exit status 0:
+the rows stand, or those of other hardware or settings are kept; 1: no contender could be measured, or the disk is full."""
 
 import json
 import os
@@ -1390,6 +1432,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 
@@ -1521,67 +1564,139 @@ def summarize(row):
     return row | dict(median=statistics.median(values), minimum=min(values), maximum=max(values))
 
 
-def earlier_rounds(path, comparison):
-    """The rows of an unfinished run of the very same comparison, else none."""
-    if comparison["force"] or not path.exists():
-        return [], {}
-    record = json.loads(path.read_text())
-    same = all(record[name] == comparison[name] for name in ("settings", "commit", "seconds", "cores"))
-    # What cannot be resumed is measured afresh; a finished comparison never comes here.
-    return (record["rows"], record["failed"]) if same and record["hardware"] == comparison["hardware"] else ([], {})
+PATHS = "states", "xml"  # settings that only say where files lie, in another folder each time: neither compared nor saved
 
 
-def finished(path, comparison):
-    if comparison["force"] or not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    return min((len(row["values"]) for row in record["rows"]), default=0) >= comparison["repeats"]
+def lasting(settings):
+    return {name: value for name, value in settings.items() if name not in PATHS}
 
 
-def describe_plan(path, comparison):
-    """What --dry-run prints: one line for the comparison, with time and memory from earlier rows where there are any."""
-    known = {}
-    for file in Path(comparison["results"]).glob("*.json"):
-        rows = json.loads(file.read_text()).get("rows", [])
-        known |= {row["contender"]: row for row in rows if row.get("mode") == comparison["mode"]}
-    contenders = [c["name"] for c in comparison["contenders"]]
-    typical = dict(warmup_seconds=60.0, peak_memory_mib={"host": 1200.0})
-    rows = [known.get(name, typical) for name in contenders]
+def differences(record, comparison):
+    """In what an earlier record differs from this comparison, so that its windows are none of these."""
+    then, now = ({name: x[name] for name in ("hardware", "seconds")} | lasting(x["settings"]) for x in (record, comparison))
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    return [f"{name.replace('_', ' ')} ({then.get(name, 'not named')} there, {now.get(name, 'not named')} here)" for name in names]
+
+
+def other_versions(record, comparison):
+    """Packages of this project's own programs that have another version than in the record."""
+    own = {c["name"] for c in comparison["contenders"] if c["peer"] == "project"}
+    then = {}
+    for row in record["rows"]:
+        then |= row["versions"] if row["contender"] in own else {}
+    now = {"python": sys.version.split()[0]}
+    for name in then.keys() - now:
+        try:
+            now[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            now[name] = "none"
+    return [f"{name} ({version} there, {now[name]} here)" for name, version in sorted(then.items()) if now[name] != version]
+
+
+class Standing:
+    """What an earlier run left: `rows` to keep or to go on from, and `wanted`, the contenders that have yet to measure.
+
+    A contender that failed, stopped, or was not known yet measures all its windows, later than the others. Where the others have not all
+    theirs, and commit, cores or versions are other ones, all is measured afresh: windows of two programs do not mix in a row."""
+
+    def __init__(self, record, comparison):
+        self.record, self.rows, self.older, self.note = record, {}, {}, ""
+        self.wanted, failed = comparison["contenders"], {}
+        rows = {row["contender"]: row for row in record["rows"]} if record else {}
+        lengths = [len(row["values"]) for row in rows.values() if "stopped" not in row]
+        self.complete = min(lengths, default=0) >= comparison["repeats"]
+        other = other_versions(record, comparison) if record else []
+        same = record and not other and all(record[name] == comparison[name] for name in ("commit", "cores"))
+        if self.complete or same:
+            self.rows = {name: row for name, row in rows.items() if "stopped" not in row}
+            self.older = {name: row for name, row in rows.items() if "stopped" in row}  # kept where a new attempt measures less
+            short = {name for name, row in self.rows.items() if len(row["values"]) < comparison["repeats"]}
+            self.wanted = [c for c in comparison["contenders"] if c["name"] in short or c["name"] not in self.rows]
+            failed = record["failed"]
+        if self.complete and self.wanted and other:
+            self.note = f"; {', '.join(c['name'] for c in self.wanted)} not measured beside other versions: {', '.join(other)}"
+            self.wanted = []
+        names = {c["name"] for c in self.wanted} | self.rows.keys() | self.older.keys()
+        self.failed = {name: why for name, why in (failed | comparison["skipped"]).items() if name not in names}
+        self.rounds = max(map(len, (row["values"] for row in self.rows.values())), default=0)
+
+    def save(self, path, comparison):
+        """The file anew: every row that has a window, in the order of the contenders. False: there is none, and what stood there stays."""
+        order = [c["name"] for c in comparison["contenders"]]
+        rows = {name: row for name, row in self.rows.items() if row["values"]}
+        for name, row in self.older.items():
+            if name not in rows or len(rows[name]["values"]) < len(row["values"]):
+                rows[name] = row
+        if not rows:
+            return False
+        names = sorted(rows, key=lambda name: order.index(name) if name in order else len(order))
+        record = {k: comparison[k] for k in ("mode", "case", "unit", "seconds", "cores", "hardware", "commit", "command", "reference")}
+        if self.complete:  # by then the file was whole: what came later says so in its row
+            record |= {k: self.record[k] for k in ("cores", "commit", "command")}
+        record |= dict(settings=lasting(comparison["settings"]), failed=self.failed)
+        save(path, record | dict(rows=[summarize(rows[name]) for name in names]))
+        return True
+
+
+def describe_plan(comparison, wanted):
+    """What --dry-run prints: time and memory from earlier rows of the same task, device and number of environments, where there are any."""
+    known, same = {}, ("env_id", "device", "num_envs")
+    for file in sorted(Path(comparison["results"]).glob("*.json")):
+        record = json.loads(file.read_text())
+        if record["mode"] == comparison["mode"] and all(record["settings"].get(x) == comparison["settings"].get(x) for x in same):
+            known |= {row["contender"]: row for row in record["rows"]}
+    names = [c["name"] for c in wanted]
+    rows = [known[name] for name in names if name in known]
+    print(f"{comparison['mode']} {comparison['case']}: {' | '.join(names)}")
     overrun = 1.5  # a window ends with the piece of work in which it runs out
     seconds = sum(row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
-    memory = sum(row["peak_memory_mib"]["host"] for row in rows)
-    guessed = sum(name not in known for name in contenders)
-    print(f"{comparison['mode']} {comparison['case']}: {' | '.join(contenders)}")
-    print(f"  about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded); {guessed} of {len(contenders)} guessed")
+    memory = sum(row["peak_memory_mib"].get("host", 0.0) for row in rows)
+    words = [f"about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded)"] if rows else []
+    unknown = [name for name in names if name not in known]
+    words += [f"minutes and GiB unknown of {' | '.join(unknown)}"] if unknown else []
+    missing = dict.fromkeys(c["peer"] for c in wanted if not c["installed"])
+    words += [f"not installed yet: {', '.join(missing)}"] if missing else []
+    print(f"  {'; '.join(words)}")
+
+
+def show(path, comparison):
+    """Name the file for the tables that end a run."""
+    with Path(comparison["shown"]).open("a") as shown:
+        shown.write(f"{path}\n")
 
 
 def main():
     comparison = json.loads(Path(sys.argv[1]).read_text())
-    path = Path(comparison["path"])
-    label = f"{comparison['mode']} {comparison['case']}"
-    if finished(path, comparison):
-        say(f"{label}: finished, in {path} (--force measures again)")
+    path, label = Path(comparison["path"]), f"{comparison['mode']} {comparison['case']}"
+    comparison["hardware"] = hardware(comparison["settings"].get("device", "cpu"))
+    record = json.loads(path.read_text()) if path.exists() and not comparison["force"] else None
+    if record and (other := differences(record, comparison)):
+        say(f"{label}: not measured: {path} differs in {', '.join(other)} and is kept; --force measures again, --results DIR keeps both")
+        return 0
+    standing = Standing(record, comparison)
+    if not standing.wanted:
+        say(f"{label}: finished, in {path} (--force measures again){standing.note}")
+        show(path, comparison)
         return 0
     if comparison["dry_run"]:
-        describe_plan(path, comparison)
+        describe_plan(comparison, standing.wanted)
         return 0
-    comparison["hardware"] = hardware(comparison["settings"].get("device", "cpu"))
-    rows, failed = earlier_rounds(path, comparison)
-    failed |= comparison["skipped"]
-    rows = {row["contender"]: row for row in rows}
-    wanted = [c for c in comparison["contenders"] if not rows or c["name"] in rows]
-    contenders, patience = {}, comparison["patience"]
+    if standing.complete:
+        say(f"{label}: {path} stands; measured beside it: {', '.join(c['name'] for c in standing.wanted)}")
+    contenders, rows, failed, patience = {}, standing.rows, standing.failed, comparison["patience"]
     try:
-        for description in wanted:
+        for description in standing.wanted:
             contender = Contender(description, comparison)
             contenders[contender.name] = contender
             try:
                 ready = contender.reply(patience)
             except RuntimeError as error:
-                failed[contender.name] = str(error)
                 say(f"  {contender.name}: left out: {error}")
                 contenders.pop(contender.name).stop()
-                rows.pop(contender.name, None)
+                if contender.name in rows:
+                    rows[contender.name]["stopped"] = f"did not start again: {error}"
+                elif contender.name not in standing.older:
+                    failed[contender.name] = str(error)
                 continue
             say(f"  {contender.name}: ready after {ready['warmup_seconds']:.0f} s")
             rows.setdefault(contender.name, dict(
@@ -1589,34 +1704,37 @@ def main():
                 values=[], joules_per_unit=[], warmup_seconds=ready["warmup_seconds"], peak_memory_mib={},
                 command=comparison["command"], cores=contender.cores, versions=ready["versions"],
                 hardware=comparison["hardware"], commit=comparison["commit"],
-            ) | ready["facts"])  # fmt: skip
-        while rows and (done := min(len(row["values"]) for row in rows.values())) < comparison["repeats"]:
-            for name, contender in list(contenders.items()):
+            ) | ready["facts"] | (dict(measured_later=True) if standing.rounds else {}))  # fmt: skip
+        for turn in range(comparison["repeats"]):
+            behind = [name for name in contenders if len(rows[name]["values"]) <= turn]  # one that came later catches up alone
+            for name in behind:
                 row = rows[name]
                 try:
                     with EnergyMeter(comparison["settings"].get("device", "cpu")) as energy:
-                        reply = contender.measure(patience)
+                        reply = contenders[name].measure(patience)
                 except (RuntimeError, BrokenPipeError) as error:
-                    failed[name] = f"stopped in round {done + 1}: {error}"
-                    say(f"  {name}: left out: {failed[name]}")
+                    say(f"  {name}: left out: stopped in round {turn + 1}: {error}")
                     contenders.pop(name).stop()
-                    rows.pop(name)
+                    if row["values"]:
+                        row["stopped"] = f"in round {turn + 1}: {error}"
+                    else:
+                        rows.pop(name)
+                        failed |= {} if name in standing.older else {name: f"stopped in round {turn + 1}: {error}"}
                     continue
                 row["values"].append(reply["work"] / reply["seconds"])
                 if energy.joules is not None:
                     row["joules_per_unit"].append(energy.joules / reply["work"])
                 row["peak_memory_mib"] = reply["peak_memory_mib"]
-                say(f"  round {done + 1}/{comparison['repeats']}  {name}: {row['values'][-1]:,.0f} {comparison['unit']}")
-            if not rows:
-                break  # what stood in the file stays
-            record = {k: comparison[k] for k in ("mode", "case", "unit", "settings", "seconds", "cores", "hardware", "commit", "command")}
-            save(path, record | dict(failed=failed, rows=[summarize(row) for row in rows.values()]))
+                say(f"  round {turn + 1}/{comparison['repeats']}  {name}: {row['values'][-1]:,.0f} {comparison['unit']}")
+            if behind:
+                standing.save(path, comparison)
+        if not standing.save(path, comparison):
+            say(f"error: {label}: no contender could be measured")
+            return 1
+        show(path, comparison)
     finally:
         for contender in contenders.values():
             contender.stop()
-    if not rows:
-        say(f"error: {label}: no contender could be measured")
-        return 1
     return 0
 
 
@@ -1630,6 +1748,50 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The head of the programs that run a trainer: what stands already
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_job() {
+  cat <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+
+
+def budget(command):
+    """--total-timesteps of a command; the last one counts."""
+    words = ["", "the trainer's own", *command.split()]
+    return next(words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] in ("", "--total-timesteps"))
+
+
+def show(*paths):
+    """Name files for the tables that end a run."""
+    with Path(job["shown"]).open("a") as shown:
+        shown.write("".join(f"{path}\n" for path in paths))
+
+
+def stands(label, *paths, done=True):
+    """Whether these files take the place of this job, which is said in one line: finished, or of other hardware or length, and kept."""
+    if job["force"] or not paths:
+        return False
+    record = json.loads(paths[0].read_text())
+    then, now = (dict(hardware=x.get("hardware"), total_timesteps=budget(x["command"])) for x in (record, job))
+    other = [f"{name.replace('_', ' ')} ({then[name]} there, {now[name]} here)" for name in now if then[name] != now[name]]
+    if other:
+        other = f"{paths[0]} differs in {', '.join(other)} and is kept"
+        print(f"{label}: not measured: {other}; --force measures again, --results DIR keeps both", file=sys.stderr)
+    elif done:
+        print(f"{label}: finished, in {paths[0]} (--force measures again)", file=sys.stderr)
+        show(*paths)
+    return bool(other or done)
+
+
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # scores: time to a score in Gymnasium's own environments
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1639,20 +1801,15 @@ program_scores() {
 
 An interrupted training goes on from its last checkpoint. Times are the trainer's own: compilation and evaluations apart."""
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib import metadata
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 run_dir, path = Path(job["run_dir"]), Path(job["path"])
 name = f"{path.parent.name}/{path.stem}"
-if path.exists() and not job["force"]:
-    print(f"scores {name}: finished, in {path} (--force trains again)", file=sys.stderr)
+if path.exists() and stands(f"scores {name}", path):
     sys.exit(0)
 if job["dry_run"]:
     print(f"scores {name}: {job['command']}\n  about {job['minutes']} minutes, 1.5 GiB (guessed)")
@@ -1693,6 +1850,7 @@ except OSError as error:
     sys.exit(f"error: {path} cannot be written ({error.strerror}); the run is kept in {run_dir}")
 outcome = f"reached after {reached[0][0]:,} steps, {reached[0][1]:,.0f} s" if reached else "not reached"
 score, seconds = record["gymnasium"]["mean"], f"{record['train_seconds']:,.0f} s, compiled in {record['compile_seconds']:.0f} s"
+show(path)
 print(f"scores {name}: {score:,.0f} after {seconds}; {job['threshold']:,} {outcome}", file=sys.stderr)
 PYTHON
 }
@@ -1707,24 +1865,17 @@ program_walk() {
 
 The policy is deterministic, its statistics are frozen, nothing is randomised. Errors are means over the steps of all episodes."""
 
-import json
 import os
-import sys
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 path, checkpoint = Path(job["path"]), Path(job["run_dir"]) / "checkpoint.pt"
 if job["dry_run"]:
     print(f"walk: {job['episodes']} episodes of 20 s in each simulator of {checkpoint}\n  about 5 minutes, 1 GiB (guessed)")
     sys.exit(0)
 record = json.loads(path.read_text())
-if "walk" in record and not job["force"]:
-    print(f"walk: finished, in {path} (--force repeats it)", file=sys.stderr)
+if stands("walk", path, done="walk" in record):
     sys.exit(0)
 if not checkpoint.exists():
     sys.exit(f"error: walk: {path} is there, but not what it was trained to, {checkpoint}; --force trains again")
-if job["cores"]:
-    os.sched_setaffinity(0, [int(core) for core in job["cores"].split(",")])
 sys.path.insert(0, job["root"])
 
 import gymnasium
@@ -1795,6 +1946,7 @@ record["walk"] = dict(vecsim=in_vecsim(env), mujoco=in_mujoco(job["episodes"]))
 beside = path.with_suffix(".tmp")
 beside.write_text(json.dumps(record, indent=1) + "\n")
 os.replace(beside, path)
+show(path)
 for name, found in record["walk"].items():
     shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "episodes")
     print(f"walk in {name}, {found['episodes']} episodes: {shown}", file=sys.stderr)
@@ -1811,19 +1963,14 @@ program_distill() {
 
 An interrupted run goes on from its last checkpoint."""
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 run_dir, folder = Path(job["run_dir"]), Path(job["path"])
 path, stages = folder / "evidence.json", ("teacher", "student", "finetune", "baseline")
-if path.exists() and not job["force"]:
-    print(f"distill {folder.name}: finished, in {folder} (--force trains again)", file=sys.stderr)
+if path.exists() and stands(f"distill {folder.name}", path):
     sys.exit(0)
 if job["dry_run"]:
     print(f"distill {folder.name}: {job['command']}\n  about {job['minutes']} minutes on one core, 2 GiB (guessed)")
@@ -1859,6 +2006,7 @@ for name in ("evidence.csv", "evidence.png", "pictures.png"):
 beside = path.with_suffix(".tmp")
 beside.write_text(json.dumps(record, indent=1) + "\n")
 os.replace(beside, path)
+show(path)
 PYTHON
 }
 
@@ -1872,18 +2020,13 @@ program_seeds() {
 
 Times are the trainer's own: training, with compilation apart and without evaluation."""
 
-import json
 import os
 import shlex
 import statistics
 import subprocess
-import sys
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 path, counts = Path(job["path"]), (1, 8)
-if path.exists() and not job["force"]:
-    print(f"seeds: finished, in {path} (--force trains again)", file=sys.stderr)
+if path.exists() and stands("seeds", path):
     sys.exit(0)
 if job["dry_run"]:
     print(f"seeds: {job['repeats']} times {' and '.join(map(str, counts))} agents: {job['command']} --num-seeds K\n  about 10 minutes, 1.5 GiB (guessed)")
@@ -1920,6 +2063,7 @@ beside = path.with_suffix(".tmp")
 path.parent.mkdir(parents=True, exist_ok=True)
 beside.write_text(json.dumps(record, indent=1) + "\n")
 os.replace(beside, path)
+show(path)
 print(f"seeds: {counts[-1]} agents take {ratio:.2f} times as long as one", file=sys.stderr)
 PYTHON
 }
@@ -1934,19 +2078,14 @@ program_stages() {
 
 A trainer of several stages has a table, and so a file, for each."""
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from importlib import metadata
-from pathlib import Path
 
-job = json.loads(sys.argv[1])
 path = Path(job["path"])
-if (done := [*path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*.json")]) and not job["force"]:
-    print(f"profile {path.stem}: finished, in {done[0]} (--force measures again)", file=sys.stderr)
+if stands(f"profile {path.stem}", *path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*.json")):
     sys.exit(0)
 if job["dry_run"]:
     print(f"profile {path.stem}: {job['command']}\n  about 3 minutes, 1.5 GiB (guessed)")
@@ -1968,6 +2107,7 @@ for stage, record in tables.items():  # "" where a trainer has but one
     beside = file.with_suffix(".tmp")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, file)
+    show(file)
 PYTHON
 }
 
@@ -1977,10 +2117,13 @@ PYTHON
 
 program_film() {
   cat <<'PYTHON'
-"""The newest PPO run of each task that `scores` kept, four seconds from one episode of Gymnasium's own environment; writes results/robots.gif."""
+"""The newest PPO run of each task that `scores` kept, four seconds from one episode of Gymnasium's own environment; writes results/robots.gif,
+and beside it robots.json: which runs they are of, command, commit and versions."""
 
+import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 if "DISPLAY" not in os.environ:
@@ -2017,12 +2160,13 @@ def frames_of(checkpoint_path):
     return images
 
 
-strips = []
+strips, filmed = [], {}
 for task in tasks:
     found = sorted(runs.glob(f"*/{task}-seed*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
     if found:
         print(f"film: {task} from {found[-1]}", file=sys.stderr)
         strips.append(frames_of(found[-1]))
+        filmed[task] = found[-1].parent.relative_to(runs).as_posix()  # commit of its training, then its name
     else:
         print(f"film: {task} is left out: no run of it yet; ./benchmark.sh scores --env-id {task} makes one", file=sys.stderr)
 if not strips:
@@ -2035,6 +2179,9 @@ for moment in zip(*strips, strict=True):
     film.append(frame.quantize(64, dither=Image.Dither.NONE))
 path.parent.mkdir(parents=True, exist_ok=True)
 film[0].save(path, save_all=True, append_images=film[1:], duration=1000 // PER_SECOND, loop=0, optimize=True)
+record = dict(command=sys.argv[3], commit=sys.argv[4], runs=filmed)
+record |= dict(versions={name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "pillow")})
+path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 print(path)
 PYTHON
 }
@@ -2045,7 +2192,7 @@ PYTHON
 
 program_table() {
   cat <<'PYTHON'
-"""python table.py RESULTS MODES [DOLLARS_PER_HOUR]: markdown tables of the finished comparisons."""
+"""python table.py RESULTS MODES [DOLLARS_PER_HOUR [LIST]]: markdown tables of what is finished; LIST names the files to show, else all."""
 
 import json
 import re
@@ -2056,6 +2203,11 @@ from pathlib import Path
 ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX"}
 results, modes = Path(sys.argv[1]), sys.argv[2].split(",")
 dollars = float(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] else None
+shown = {Path(line).resolve() for line in Path(sys.argv[4]).read_text().splitlines()} if len(sys.argv) > 4 else None
+
+
+def files(pattern, folder=results):
+    return [path for path in sorted(folder.glob(pattern)) if shown is None or path.resolve() in shown]
 
 
 def print_table(header, rows):
@@ -2073,7 +2225,15 @@ def memory(row):
     return ", ".join(f"{value / 1024:.1f} GiB {where}" for where, value in row["peak_memory_mib"].items())
 
 
+def reference_of(record):
+    """Name and row of the contender that the others are held against; the row is None where it was not measured."""
+    name = record.get("reference", record["rows"][0]["contender"])
+    return name, next((row for row in record["rows"] if row["contender"] == name), None)
+
+
 def times(reference, row):
+    if reference is None:
+        return "-"
     ratio = reference["median"] / row["median"]
     return "1" if row is reference else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
@@ -2091,17 +2251,22 @@ def settings_line(record):
     hidden = "env_id env_kwargs device states xml hidden".split()
     words = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in hidden]
     row = record["rows"][0]
-    cores = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}"
+    cores, most = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}", max(len(row["values"]) for row in record["rows"])
     versions = ", ".join(f"{k} {v}" for k, v in sorted({i for r in record["rows"] for i in r["versions"].items()}))
-    print(f"\n{cores} of {record['hardware']}; {', '.join(words)}; {len(row['values'])} windows of {record['seconds']} s in turn.")
+    print(f"\n{cores} of {record['hardware']}; {', '.join(words)}; {most} windows of {record['seconds']} s in turn.")
     print(f"{versions}. Commit {record['commit']}, `{record['command']}`.")
     for name, reason in record["failed"].items():
         print(f"{name} is missing: {reason.split(' (log:')[0]}.")
+    for row in record["rows"]:
+        if "stopped" in row:
+            print(f"{row['contender']} has {len(row['values'])} of them; it stopped: {row['stopped'].split(' (log:')[0]}.")
+        if row.get("measured_later"):
+            print(f"{row['contender']} was measured in a later run, not in turn with the others; commit {row['commit']}.")
 
 
 def comparison_table(record):
-    reference = record["rows"][0]
-    header = ["", record["unit"], f"{reference['contender']} is times as fast"]
+    name, reference = reference_of(record)
+    header = ["", record["unit"], f"{name} / this row"]
     usual = [row["median"] for row in record["rows"] if row["contender"].startswith(("SB3", "CleanRL"))]
     if usual:
         header += ["times the best of SB3 and CleanRL"]
@@ -2115,7 +2280,7 @@ def comparison_table(record):
         if record["mode"] == "sim":
             cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
         rows.append([*cells, f"{row['warmup_seconds']:.0f} s", memory(row)])
-    print_table([*header, "preparation", "memory"], rows)
+    print_table([*header, "imports and compilation", "memory"], rows)
 
 
 def cost_table(record):
@@ -2143,7 +2308,7 @@ def scaling_tables(records):
         rows = [r["rows"][0] for r in members]
         rows.sort(key=lambda row: int(row["contender"].split()[0]))
         print_table(
-            ["", rows[0]["unit"], "kernels per physics step", "preparation", "memory"],
+            ["", rows[0]["unit"], "kernels per physics step", "imports and compilation", "memory"],
             [[row["contender"], speed(row), kernels(row), f"{row['warmup_seconds']:.0f} s", memory(row)] for row in rows],
         )
         settings_line(members[0])
@@ -2152,7 +2317,7 @@ def scaling_tables(records):
 def score_tables():
     """A table for each set; a line for the seeds of a task that trained for the same number of steps. Each seed's command is in its file."""
     sets = {}
-    for path in sorted(results.glob("*/*-seed*.json")):
+    for path in files("*/*-seed*.json"):
         run = json.loads(path.read_text())
         if run.get("gymnasium"):
             groups = sets.setdefault(path.parent.name, {})
@@ -2188,7 +2353,7 @@ def ablation_tables():
     over the curve, which luck at the end moves less."""
     for folder in sorted(results.glob("sac/ablation/*")):
         runs = {}
-        for path in sorted(folder.glob("*-seed*.json")):
+        for path in files("*-seed*.json", folder):
             runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
         flags_of = {name: members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --num-envs")[0] for name, members in runs.items()}
         ladder = sorted((name for name, flags in flags_of.items() if "vanilla" in flags), key=lambda name: len(flags_of[name]))
@@ -2213,7 +2378,7 @@ def sizes_tables():
     """PPO with other sizes on the same budget."""
     for folder in sorted(results.glob("ppo/sizes/*")):
         runs = {}
-        for path in sorted(folder.glob("*-seed*.json")):
+        for path in files("*-seed*.json", folder):
             runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
         rows = []
         for members in runs.values():
@@ -2221,6 +2386,8 @@ def sizes_tables():
             last = [run["gymnasium"]["mean"] for run in members]
             seconds = statistics.median(run["train_seconds"] for run in members)
             rows.append([f"`{flags}`", f"{statistics.median(last):,.0f}", f"{min(last):,.0f}", f"{seconds:,.0f}", str(len(members))])
+        if not rows:
+            continue
         first = members[0]
         print(f"\n**PPO by its sizes, {folder.name}, {first['env_steps']:,} environment steps**\n")
         print_table(["sizes", "score, median", "worst", "training, s", "seeds"], rows)
@@ -2278,7 +2445,7 @@ def profile_table(records):
         script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
         rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
     print("\n**where an iteration's time goes**\n")
-    print_table(["script", "task", "environment steps", *names], rows)
+    print_table(["script", "task", "environment steps of an iteration", *names], rows)
     print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
 
 
@@ -2308,7 +2475,7 @@ def distill_table(record):
     print(f"\n{record['hardware']}. Commit {record['commit']}, `{record['command']}`.")
 
 
-records = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
+records = [json.loads(path.read_text()) for path in files("benchmark/*.json")]
 if "physics" in modes:
     if (results / "parity.json").exists():
         parity_table(json.loads((results / "parity.json").read_text()))
@@ -2324,7 +2491,7 @@ for record in records:
         cost_table(record)
 if "scaling" in modes:
     scaling_tables([record for record in records if record["mode"] == "scaling"])
-if "profile" in modes and (runs := [json.loads(path.read_text()) for path in sorted(results.glob("profile/*.json"))]):
+if "profile" in modes and (runs := [json.loads(path.read_text()) for path in files("profile/*.json")]):
     profile_table(runs)
 if "scores" in modes:
     score_tables()
@@ -2333,13 +2500,14 @@ if "ablate" in modes:
 if "sizes" in modes:
     sizes_tables()
 if "walk" in modes:
-    for path in sorted(results.glob("quadruped/*.json")):
+    for path in files("quadruped/*.json"):
         walk_table(json.loads(path.read_text()))
 if "distill" in modes:
-    for path in sorted(results.glob("distill/*/evidence.json")):
+    for path in files("distill/*/evidence.json"):
         distill_table(json.loads(path.read_text()))
-if "seeds" in modes and (results / "mjx/seeds.json").exists():
-    seeds_table(json.loads((results / "mjx/seeds.json").read_text()))
+if "seeds" in modes:
+    for path in files("mjx/seeds.json"):
+        seeds_table(json.loads(path.read_text()))
 PYTHON
 }
 
@@ -2561,13 +2729,15 @@ def plot_speed():
     panels = grid(figure, lines, columns, len(records))
     titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
     for axis, record in zip(panels, records):
-        rows, reference = record["rows"], record["rows"][0]
+        rows, name = record["rows"], record.get("reference", record["rows"][0]["contender"])
+        reference = next((row for row in rows if row["contender"] == name), None)
         names = [row["contender"] for row in rows]
         colours = [OURS if name.startswith(("ours", "vecsim")) else THEIRS for name in names]
         axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
         for place, row in enumerate(rows):
             axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
-            text = short(row["median"]) + ("" if row is reference else "  " + compare(reference["median"] / row["median"]))
+            ratio = None if reference in (None, row) else reference["median"] / row["median"]
+            text = short(row["median"]) + ("" if ratio is None else "  " + compare(ratio))
             axis.annotate(text, (row["maximum"], place), (5, 0), textcoords="offset points", va="center", size=9)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.38 * max(row["maximum"] for row in rows))
@@ -2628,7 +2798,8 @@ PYTHON
 write_programs() { # FOLDER: each program as a file; a contender's begins with the meter and with what its mode shares
   local name
   mkdir -p "$1"
-  for name in states referee scores walk distill seeds stages film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in states referee film table plot; do "program_$name" >"$1/$name.py"; done
+  for name in scores walk distill seeds stages; do { program_job && "program_$name"; } >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "jax sim" sim_jax
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
@@ -2675,7 +2846,7 @@ PYTHON
 }
 
 measure() { # MODE CASE UNIT SETTINGS "NAME|PEER|PROGRAM|VARIANT"...: one comparison; the first contender is the reference
-  local mode=$1 case=$2 unit=$3 settings=$4 contender name peer program variant reason contenders="" skipped="" status=0
+  local mode=$1 case=$2 unit=$3 settings=$4 reference=${5%%|*} contender name peer program variant reason contenders="" skipped="" status=0
   shift 4
   for contender in "$@"; do
     IFS='|' read -r name peer program variant <<<"$contender"
@@ -2684,13 +2855,14 @@ measure() { # MODE CASE UNIT SETTINGS "NAME|PEER|PROGRAM|VARIANT"...: one compar
       skipped+="$(json "$name" "$reason")"$'\n'
       continue
     fi
-    contenders+="$(json name "\"$name\"" python "$(interpreter_of "$peer")" program "$program" variant "\"$variant\"")"$'\n'
+    contenders+="$(json name "\"$name\"" peer "$peer" python "$(interpreter_of "$peer")" program "$program" variant "\"$variant\"" \
+      installed "$(is_installed "$peer" && echo true || echo false)")"$'\n'
   done
   local file="$results/benchmark/$mode-$case${quick:+-quick}.json"
   "$project_python" - "$work/comparison.json" "$contenders" "$skipped" "$(json mode "$mode" case "$case${quick:+-quick}" unit "$unit" \
     settings "$settings" repeats "$repeats" seconds "$seconds" patience "$patience" cores "\"$cores\"" command "$command_line" \
     commit "\"$commit\"" root "$root" programs "$work/programs" logs "$cache" scratch "$work" path "$file" \
-    results "$results/benchmark" force "${force:-0}" dry_run "${dry_run:-0}")" <<'PYTHON'
+    reference "\"$reference\"" shown "$work/shown" results "$results/benchmark" force "${force:-0}" dry_run "${dry_run:-0}")" <<'PYTHON'
 import json, sys
 
 path, contenders, skipped, comparison = sys.argv[1:]
@@ -2762,10 +2934,11 @@ run_training() { # PROGRAM FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: 
   command="python $script --env-id $env_id${flags:+ $flags} --seed $seed --eval-every $every${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
   [ "$script" != ppo_mjx_jax.py ] || command+=" --compilation-cache ''"
-  "$project_python" "$work/programs/$program.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
+  # shellcheck disable=SC2086  # a command of several words, or none
+  ${cores:+taskset -c "$cores"} "$project_python" "$work/programs/$program.py" "$(json env_id "$env_id" seed "$seed" threshold "$threshold" minutes "$minutes" \
     command "$command" python "$project_python" root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" \
     run_dir "$cache/scores/${commit// /-}/${file#ppo/}${total_timesteps:+-$total_timesteps-steps}" path "$results/$file.json" \
-    shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || status=$?
+    shown "$work/shown" shared "${shared:-0}" force "${force:-0}" dry_run "${dry_run:-0}" episodes 100)" || status=$?
   [ "$status" -le 1 ] || exit 130
   failures=$((failures + status))
   return "$status"
@@ -2773,7 +2946,7 @@ run_training() { # PROGRAM FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: 
 
 # Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
 # The set mjx compares ppo_mjx_jax.py with its twin on the same batch, one that a CPU steps in MJX in reasonable time. JAX compiles cold.
-# The set sac holds PPO on as few environment steps as SAC takes, evaluated as often.
+# The set sac holds PPO beside SAC in HalfCheetah: 1,000,000 environment steps, evaluated every 100,000, against 160,000 and every 20,000.
 run_scores() {
   local file script env_id seeds every threshold minutes flags seed
   while read -r file script env_id seeds every threshold minutes flags; do
@@ -2871,7 +3044,7 @@ run_distill() {
     [ "$device" = cuda ] || command+=" --device cpu"
     "$project_python" "$work/programs/distill.py" "$(json command "$command" minutes "$minutes" python "$project_python" root "$root" \
       cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" run_dir "$cache/distill/${commit// /-}/$env_id" \
-      path "$results/distill/$env_id" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      path "$results/distill/$env_id" shown "$work/shown" force "${force:-0}" dry_run "${dry_run:-0}")" || {
       [ $? -le 1 ] || exit 130
       failures=$((failures + 1))
     }
@@ -2885,7 +3058,7 @@ run_seeds() {
   local command="python ppo_mjx_jax.py --env-id InvertedPendulum-v5 --eval-episodes 0 --compilation-cache ''${total_timesteps:+ --total-timesteps $total_timesteps}"
   [ "$device" = cuda ] || command+=" --device cpu"
   "$project_python" "$work/programs/seeds.py" "$(json command "$command" repeats "$repeats" python "$project_python" root "$root" \
-    cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" path "$results/mjx/seeds.json" \
+    cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" path "$results/mjx/seeds.json" shown "$work/shown" \
     force "${force:-0}" dry_run "${dry_run:-0}")" || {
     [ $? -le 1 ] || exit 130
     failures=$((failures + 1))
@@ -2899,7 +3072,7 @@ run_profile() {
     command="python $script --env-id $env_id --profile --device $device${flags:+ $flags}"
     "$project_python" "$work/programs/stages.py" "$(json script "$script" env_id "$env_id" command "$command" python "$project_python" \
       root "$root" cores "\"$cores\"" hardware "$hardware" commit "\"$commit\"" scratch "$work" \
-      path "$results/profile/${script%.py}-$env_id-$place.json" force "${force:-0}" dry_run "${dry_run:-0}")" || {
+      path "$results/profile/${script%.py}-$env_id-$place.json" shown "$work/shown" force "${force:-0}" dry_run "${dry_run:-0}")" || {
       [ $? -le 1 ] || exit 130
       failures=$((failures + 1))
     }
@@ -2929,63 +3102,68 @@ run_scaling() {
   done
 }
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'say "interrupted: what is finished is in $results; the same command goes on from there"; exit 130' INT TERM
-failures=0
-write_programs "$work/programs"
+main() { # a function, so that bash has read all of this file before it runs: an edit during a run of hours breaks nothing
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  trap 'say "interrupted: what is finished is in $results; the same command goes on from there"; exit 130' INT TERM
+  failures=0
+  write_programs "$work/programs"
+  commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+  [ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
 
-case "$mode" in
-  programs)
-    [ -n "$programs_folder" ] || refuse "programs needs a folder"
-    write_programs "$programs_folder"
-    exit 0
-    ;;
-  table)
-    "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,sizes,cost "$dollars_per_hour"
-    exit 0
-    ;;
-  film)
-    PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results"
-    exit 0
-    ;;
-  plot)
-    MPLBACKEND=agg "$project_python" "$work/programs/plot.py" "$results"
-    exit 0
-    ;;
-esac
+  case "$mode" in
+    programs)
+      [ -n "$programs_folder" ] || refuse "programs needs a folder"
+      write_programs "$programs_folder"
+      exit 0
+      ;;
+    table)
+      "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,sizes,cost "$dollars_per_hour"
+      exit 0
+      ;;
+    film)
+      PYTHONPATH="$root" "$project_python" "$work/programs/film.py" "$cache/scores" "$results" "$command_line" "$commit"
+      exit 0
+      ;;
+    plot)
+      MPLBACKEND=agg "$project_python" "$work/programs/plot.py" "$results"
+      exit 0
+      ;;
+  esac
 
-# What this machine is: its kind of device, and how many cores or GPUs there are to use.
-"$project_python" -c "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('gymnasium', 'mujoco', 'torch'))))" ||
-  give_up "$project_python has not this project's dependencies; activate its environment, or set PYTHON"
-mkdir -p "$cache"
-gpus=0
-if nvidia-smi -L >/dev/null 2>&1; then
-  gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
-fi
-: "${device:=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)}"
-[ "$device" = cpu ] || [ "$gpus" -gt 0 ] || refuse "--device cuda: PyTorch sees no GPU here"
-[ -z "$cores" ] || taskset -c "$cores" true 2>/dev/null || refuse "--cores $cores: taskset knows no such cores here"
-if [ "$device" = cuda ]; then units=$gpus; elif [ -n "$cores" ]; then units=$(taskset -c "$cores" nproc); else units=$(nproc); fi
-place=$device$units
-hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $units of $(getconf _NPROCESSORS_ONLN) cores"
-[ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
-commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
-[ -z "$(git -C "$root" status --porcelain -- '*.py' '*.sh' 2>/dev/null)" ] || commit+=" with changes"
+  # What this machine is: its kind of device, and how many cores or GPUs there are to use.
+  "$project_python" -c "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('gymnasium', 'mujoco', 'torch'))))" ||
+    give_up "$project_python has not this project's dependencies; activate its environment, or set PYTHON"
+  mkdir -p "$cache"
+  gpus=0
+  if nvidia-smi -L >/dev/null 2>&1; then
+    gpus=$("$project_python" -c "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+  fi
+  : "${device:=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)}"
+  [ "$device" = cpu ] || [ "$gpus" -gt 0 ] || refuse "--device cuda: PyTorch sees no GPU here"
+  [ -z "$cores" ] || taskset -c "$cores" true 2>/dev/null || refuse "--cores $cores: taskset knows no such cores here"
+  if [ "$device" = cuda ]; then units=$gpus; elif [ -n "$cores" ]; then units=$(taskset -c "$cores" nproc); else units=$(nproc); fi
+  place=$device$units
+  hardware="$(sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $units of $(getconf _NPROCESSORS_ONLN) cores"
+  [ "$device" = cpu ] || hardware="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); $hardware"
 
-case "$mode" in
-  sim) run_sim ;;
-  learner) run_learner ;;
-  train) run_train ;;
-  scores) run_scores ;;
-  walk) run_walk ;;
-  distill) run_distill ;;
-  seeds) run_seeds ;;
-  ablate) run_ablate ;;
-  sizes) run_sizes ;;
-  scaling) run_scaling ;;
-  profile) run_profile ;;
-  cost) run_train ;;
-esac
-[ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour"
-[ "$failures" = 0 ] || give_up "$failures comparison(s) or training(s) failed; see above"
+  case "$mode" in
+    sim) run_sim ;;
+    learner) run_learner ;;
+    train) run_train ;;
+    scores) run_scores ;;
+    walk) run_walk ;;
+    distill) run_distill ;;
+    seeds) run_seeds ;;
+    ablate) run_ablate ;;
+    sizes) run_sizes ;;
+    scaling) run_scaling ;;
+    profile) run_profile ;;
+    cost) run_train ;;
+  esac
+  touch "$work/shown"
+  [ -n "$dry_run" ] || "$project_python" "$work/programs/table.py" "$results" "$mode" "$dollars_per_hour" "$work/shown"
+  [ "$failures" = 0 ] || give_up "$failures comparison(s) or training(s) failed; see above"
+}
+
+main; exit

@@ -2,15 +2,18 @@
 
 The referee is tested with contenders that only count; what the real ones measure is seen by running benchmark.sh."""
 
+import importlib
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -18,13 +21,14 @@ SCRIPT = ROOT / "benchmark.sh"
 
 # One piece of work is one sleep; each window leaves its name in a shared file. `variant` is the number of the window that fails.
 COUNTING = """
-windows = 0
+windows, clock = 0, None
 while True:
     time.sleep(0.01)
     meter.tick(1)
     with open(settings["trace"], "a") as trace:
         trace.write(sys.argv[0].split("/")[-1][:-3] + " ")
-    windows += 1
+    if clock != meter.clock:
+        clock, windows = meter.clock, windows + 1
     if variant == str(windows):
         raise RuntimeError("this contender breaks")
 """
@@ -47,12 +51,12 @@ def programs(tmp_path_factory):
 @pytest.fixture
 def comparison(programs, tmp_path):
     """Two counting contenders, three short windows each."""
-    contenders = [dict(name=name, python=sys.executable, program=name, variant="") for name in ("first", "second")]
+    contenders = [dict(name=name, peer="project", python=sys.executable, program=name, variant="", installed=True) for name in ("first", "second")]
     return dict(
         mode="train", case="toy", unit="steps/s", settings={"trace": str(tmp_path / "trace")}, contenders=contenders,
         repeats=3, seconds=0.05, patience=60, cores="", command="./benchmark.sh train", commit="abc", skipped={},
         root=str(ROOT), programs=str(programs), logs=str(tmp_path), scratch=str(tmp_path), force=0, dry_run=0,
-        results=str(tmp_path), path=str(tmp_path / "results" / "train-toy.json"),
+        results=str(tmp_path), path=str(tmp_path / "results" / "train-toy.json"), reference="first", shown=str(tmp_path / "shown"),
     )  # fmt: skip
 
 
@@ -93,6 +97,8 @@ def test_syntax_and_programs(programs):
         (["train", "--env-id"], "--env-id needs a value"),
         (["train", "--slow"], "unknown option '--slow'"),
         (["scores", "--set", "a2c"], "--set must be ppo, sac or mjx"),
+        (["cost", "--dollars-per-hour", "0.0"], "--dollars-per-hour must be more than 0"),
+        (["walk", "--quick"], "--quick does nothing in walk"),
         (["ablate", "--env-id", "Hopper-v5,Ant-v5"], "ablate takes one task, not Hopper-v5 Ant-v5"),
     ],
 )
@@ -100,6 +106,31 @@ def test_bad_input_is_one_line_and_status_2(words, complaint):
     answer = run(SCRIPT, *words)
     assert answer.returncode == 2 and answer.stdout == ""
     assert answer.stderr.startswith("error: ") and complaint in answer.stderr and answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "Collecting torch\n"])
+def test_a_log_without_an_error_tells_the_free_space(tmp_path, content):
+    """A full disk takes no log either."""
+    log = tmp_path / "peer.log"
+    if content is not None:
+        log.write_text(content)
+    function = SCRIPT.read_text().split("\none_line() ")[1].split("\n}\n")[0]
+    answer = run("bash", "-euo", "pipefail", "-c", f"one_line() {function}\n}}\ncache={tmp_path}\none_line 'does not install' {log}")
+    assert answer.returncode == 0 and answer.stdout.startswith("does not install: no message; "), answer.stderr
+    assert f"free on the disk of {tmp_path} (log: {log})" in answer.stdout and answer.stdout.count("\n") == 1
+
+
+def test_a_relative_interpreter_is_made_absolute(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\necho "$0" >>{tmp_path}/calls\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    answer = run(SCRIPT, "table", "--results", tmp_path, cwd=tmp_path, env={**os.environ, "PYTHON": "bin/python"})
+    assert answer.returncode == 0 and set((tmp_path / "calls").read_text().split()) == {f"{tmp_path}/bin/python"}
+
+
+def test_an_edit_during_a_run_breaks_nothing():
+    """Nothing is left to read once the last line has begun."""
+    assert SCRIPT.read_text().endswith("}\n\nmain; exit\n")
 
 
 def test_rows_hold_what_a_reader_needs_and_windows_alternate(comparison):
@@ -115,6 +146,30 @@ def test_rows_hold_what_a_reader_needs_and_windows_alternate(comparison):
     changes = [name for i, name in enumerate(trace) if i == 0 or name != trace[i - 1]]
     assert changes == ["first", "second"] * 3
     assert not list(Path(comparison["path"]).parent.glob("*.tmp"))
+
+
+def test_memory_is_that_of_all_processes(comparison, programs):
+    held = "import time; held = bytearray(200 * 2**20); held[::4096] = b'x' * len(held[::4096]); print(flush=True); time.sleep(600)"
+    start = f"import subprocess\nchild = subprocess.Popen([sys.executable, '-c', {held!r}], stdout=subprocess.PIPE)\nchild.stdout.readline()\n"
+    counting = (programs / "second.py").read_text().replace("windows, clock = 0, None\n", start + "windows, clock = 0, None\n")
+    (programs / "with_a_child.py").write_text(counting)
+    comparison["contenders"][1]["program"] = "with_a_child"
+    assert referee(comparison).returncode == 0
+    first, second = (row["peak_memory_mib"]["host"] for row in rows_of(comparison).values())
+    assert 200 < second - first < 240
+
+
+@pytest.mark.parametrize("num_envs", [8, 600])
+def test_simulators_start_from_states_in_the_middle_of_episodes(programs, tmp_path, num_envs):
+    answer = run(sys.executable, programs / "states.py", "Hopper-v5", "cpu", num_envs, 4, tmp_path / "states.npz")
+    assert answer.returncode == 0 and json.loads(answer.stdout)["starts"] == "mid-episode"
+    states = np.load(tmp_path / "states.npz")
+    qpos, qvel = states["start"], states["start_qvel"]
+    assert qpos.shape == qvel.shape == (num_envs, 6) and np.isfinite(qpos).all() and (np.abs(qvel).max(1) > 1e-3).all()
+    assert len(np.unique(qpos, axis=0)) == min(num_envs, 512)
+    if num_envs == 600:
+        height = qpos[:, 1]  # some stand, some have fallen
+        assert (qpos[512:] == qpos[:88]).all() and (height < 0.6).mean() > 0.1 and (height > 1.0).mean() > 0.1
 
 
 def test_what_is_finished_is_not_measured_again_unless_forced(comparison):
@@ -168,8 +223,83 @@ def test_a_contender_that_breaks_costs_one_line(comparison):
     assert answer.returncode == 0
     assert len([line for line in answer.stderr.splitlines() if "this contender breaks" in line]) == 1
     record = json.loads(Path(comparison["path"]).read_text())
-    assert list(rows_of(comparison)) == ["first"] and len(record["rows"][0]["values"]) == 3
-    assert set(record["failed"]) == {"second", "third"}
+    first, second = record["rows"]
+    assert len(first["values"]) == 3 and "stopped" not in first
+    assert len(second["values"]) == 1 and "this contender breaks" in second["stopped"] and record["reference"] == "first"
+    assert set(record["failed"]) == {"third"}
+    comparison["contenders"][1]["variant"] = ""  # mended; the next run measures it alone, all its windows
+    answer = referee(comparison | dict(commit="def"))
+    assert answer.returncode == 0 and "first: ready" not in answer.stderr
+    again = rows_of(comparison)
+    assert again["first"] == first and json.loads(Path(comparison["path"]).read_text())["commit"] == "abc"
+    assert len(again["second"]["values"]) == 3 and "stopped" not in again["second"]
+    assert again["second"]["measured_later"] and again["second"]["commit"] == "def"
+
+
+def test_a_contender_that_stops_again_keeps_its_longer_row(comparison):
+    comparison["contenders"][1]["variant"] = "2"
+    referee(comparison)
+    kept = rows_of(comparison)["second"]
+    comparison["contenders"][1]["variant"] = "1"
+    referee(comparison)
+    assert rows_of(comparison)["second"] == kept
+
+
+def test_states_of_another_folder_do_not_hinder_a_run_from_going_on(comparison):
+    settings = [comparison["settings"] | dict(states=f"/tmp/{name}/states.npz", xml=f"/{name}/ant.xml") for name in "ab"]
+    referee(comparison | dict(settings=settings[0]))
+    first = rows_of(comparison)["first"]["values"]
+    assert json.loads(Path(comparison["path"]).read_text())["settings"] == comparison["settings"]
+    assert "finished" in referee(comparison | dict(settings=settings[1])).stderr
+    referee(comparison | dict(settings=settings[1], repeats=4))
+    assert rows_of(comparison)["first"]["values"][:3] == first and len(rows_of(comparison)["first"]["values"]) == 4
+
+
+def test_a_reference_that_does_not_start_again_keeps_its_row_and_its_place(comparison, programs):
+    referee(comparison)
+    (programs / "broken.py").write_text("raise RuntimeError('no such library')\n")
+    comparison["contenders"][0]["program"] = "broken"
+    assert referee(comparison | dict(repeats=4)).returncode == 0
+    record = json.loads(Path(comparison["path"]).read_text())
+    first, second = record["rows"]
+    assert len(first["values"]) == 3 and first["stopped"].startswith("did not start again") and len(second["values"]) == 4
+    assert record["reference"] == first["contender"] == "first"
+
+
+def test_a_contender_that_the_file_does_not_know_is_measured_alone(comparison):
+    second = comparison["contenders"].pop()
+    comparison["skipped"] = {"second": "does not install: no net"}
+    referee(comparison)
+    first = rows_of(comparison)["first"]
+    assert "finished" in referee(comparison).stderr
+    comparison["skipped"], comparison["contenders"] = {}, [*comparison["contenders"], second]
+    referee(comparison)
+    record = json.loads(Path(comparison["path"]).read_text())
+    assert record["failed"] == {} and record["rows"][0] == first and "measured_later" not in first
+    assert record["rows"][1]["measured_later"] and len(record["rows"][1]["values"]) == 3
+
+
+def test_a_contender_is_not_measured_later_beside_other_versions(comparison):
+    second = comparison["contenders"].pop()
+    referee(comparison)
+    file = Path(comparison["path"])
+    file.write_text(file.read_text().replace('"numpy": "', '"numpy": "0.'))
+    before = file.read_text()
+    answer = referee(comparison | dict(contenders=[*comparison["contenders"], second]))
+    assert answer.returncode == 0 and "second not measured beside other versions: numpy" in answer.stderr
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("change", [dict(seconds=0.06), dict(hardware="another CPU"), dict(settings={"num_envs": 3})])
+def test_a_file_of_other_hardware_or_settings_is_kept(comparison, change):
+    referee(comparison)
+    file = Path(comparison["path"])
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    before = file.read_text()
+    answer = referee(comparison | dict(repeats=4))
+    assert answer.returncode == 0 and "--results DIR keeps both" in answer.stderr and answer.stderr.count("\n") == 1
+    assert list(change)[0] in answer.stderr or "num envs (3 there" in answer.stderr
+    assert file.read_text() == before
 
 
 def test_a_contender_that_never_gets_ready_is_left_out(comparison, programs):
@@ -309,6 +439,28 @@ def test_tables_follow_from_the_files(programs, results):
     assert ladder in text
 
 
+def test_a_table_names_its_reference_and_who_stopped_or_came_later(programs, results):
+    file = results / "benchmark" / "sim-Ant-v5-cpu1.json"
+    record = json.loads(file.read_text()) | dict(reference="vecsim")
+    record["rows"][0]["stopped"] = "in round 4: RuntimeError: broken (log: x)"
+    record["rows"][1]["measured_later"] = True
+    file.write_text(json.dumps(record))
+    text = run(sys.executable, programs / "table.py", results, "sim").stdout
+    assert "| physics steps/s | vecsim / this row |" in text and "| MJX | 8,000 (7,200 to 8,800) | 12 |" in text
+    assert "vecsim has 3 of them; it stopped: in round 4: RuntimeError: broken." in text
+    assert "MJX was measured in a later run, not in turn with the others; commit abc." in text
+    file.write_text(json.dumps(record | dict(rows=record["rows"][1:])))
+    text = run(sys.executable, programs / "table.py", results, "sim").stdout
+    assert "vecsim / this row" in text and "| MJX | 8,000 (7,200 to 8,800) | - |" in text
+    assert run(sys.executable, programs / "plot.py", results).returncode == 0
+
+
+def test_a_table_of_a_run_shows_its_files_alone(programs, results, tmp_path):
+    (tmp_path / "shown").write_text(f"{results}/ppo/Ant-v5-seed1.json\n")
+    text = run(sys.executable, programs / "table.py", results, "sim,scores", "", tmp_path / "shown").stdout
+    assert text.count("| Ant-v5 |") == 1 and "vecsim /" not in text
+
+
 def test_pictures_are_drawn(programs, results):
     answer = run(sys.executable, programs / "plot.py", results)
     assert answer.returncode == 0, answer.stderr
@@ -379,6 +531,33 @@ def test_scores_of_the_jax_script_and_of_its_twin_go_to_one_folder(project):
     assert shared[0] == shared[1] and jax["flags"]["--compilation-cache"] == ""
     assert jax["curve"] == [[500, 11.0, 1000.0]] and jax["compile_seconds"] == 7.0 and jax["versions"] == {"jax": "0.10.2"}
     assert "| HalfCheetah-v5 | PPO, JAX | 1 | 500 | 11 | 7 |" in answer.stdout
+
+
+def test_results_of_other_hardware_or_length_are_kept_and_named(project):
+    folder, benchmark = project
+    words = ("scores", "--set", "mjx", "--env-id", "HalfCheetah-v5")
+    benchmark(*words)
+    answer = benchmark(*words)
+    assert answer.stderr.count("finished, in") == 2 and answer.stdout.count("| HalfCheetah-v5 |") == 2
+    files = list((folder / "results").rglob("*.json"))
+    files[0].write_text(json.dumps(json.loads(files[0].read_text()) | dict(hardware="another CPU")))
+    before = [file.read_text() for file in files]
+    answer = benchmark(*words)
+    assert answer.returncode == 0 and "hardware (another CPU there" in answer.stderr and "--results DIR keeps both" in answer.stderr
+    assert answer.stderr.count("finished, in") == 1 and answer.stdout.count("| HalfCheetah-v5 |") == 1
+    answer = benchmark(*words, "--total-timesteps", "2000")
+    assert answer.stderr.count("total timesteps (1500000 there, 2000 here)") == 2 and answer.stdout == ""
+    assert [file.read_text() for file in files] == before
+
+
+def test_walk_stays_on_a_range_of_cores(project):
+    folder, benchmark = project
+    cores = sorted(os.sched_getaffinity(0))
+    spoken = f"{cores[0]}-{cores[0]}"
+    judged = "import os, sys\nif __name__ != '__main__':\n    sys.exit(f'on {sorted(os.sched_getaffinity(0))}')\n"
+    trainer = TRAINER + '(folder / "checkpoint.pt").write_text("")\n'
+    (folder / "ppo_gpu_torch.py").write_text(judged + trainer)
+    assert f"on [{cores[0]}]" in benchmark("walk", "--cores", spoken).stderr
 
 
 def test_the_set_sac_trains_ppo_beside_it(project):
@@ -455,6 +634,70 @@ def test_profile_has_a_row_for_each_stage(project):
     for stage in ("teacher", "student"):
         assert f"| `{script}.py`, {stage} | Quadruped-Flat | 16,384 |" in answer.stdout
     assert "finished" in benchmark("profile", "--env-id", "Quadruped-Flat", "--cores", "0").stderr
+
+
+def accept(words):
+    """What the trainer of this command checks before it allocates anything, with its own functions; refuses what it would refuse."""
+    trainer = importlib.import_module(words[1].removesuffix(".py"))
+    args = trainer.parse_args(words[2:])
+    if trainer.__name__ == "ppo_mjx_jax":
+        return  # parse_args has checked all; its --profile needs no iterations of the training
+    args = trainer.with_task_defaults(args)
+    sizes = trainer.derive_sizes(args, 1)
+    trainer.check_env_kwargs(args)
+    if trainer.__name__ == "sac_gpu_torch":
+        trainer.check_length(args, sizes, None, trainer.PROFILED)
+
+
+def planned(mode, tmp_path):
+    """The commands that a mode would run, as its dry run tells them."""
+    home = dict(PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path))
+    answer = run(SCRIPT, mode, "--dry-run", "--device", "cpu", "--results", tmp_path, env=os.environ | home)
+    assert answer.returncode == 0, answer.stderr
+    commands = [line[line.index("python ") :] for line in answer.stdout.splitlines() if "python " in line]
+    return [shlex.split(command.replace("--num-seeds K", "--num-seeds 8")) for command in commands]
+
+
+@pytest.mark.parametrize("mode, least", [("scores", 30), ("ablate", 39), ("sizes", 18), ("walk", 1), ("distill", 2), ("profile", 5), ("seeds", 1)])
+def test_the_trainers_accept_every_command(mode, least, tmp_path):
+    commands = planned(mode, tmp_path)
+    assert len(commands) >= least and all(words[0] == "python" for words in commands)
+    for words in commands:
+        accept(words)
+
+
+@pytest.mark.parametrize(
+    "mode, change",
+    [
+        ("profile", ["--total-timesteps", "40000"]),  # fewer iterations than --profile times
+        ("scores", ["--no-such-flag"]),
+        ("scores", ["--num-minibatches", "7"]),
+        ("ablate", ["--preset", "none"]),
+        ("distill", ["--num-envs", "7"]),
+        ("seeds", ["--num-minibatches", "7"]),
+    ],
+)
+def test_a_command_that_a_trainer_refuses_is_found(mode, change, tmp_path):
+    """Of each mode the first command, with a flag that does not fit."""
+    words = planned(mode, tmp_path)[0]
+    accept(words)
+    trainer = importlib.import_module(words[1].removesuffix(".py"))
+    with pytest.raises(trainer.InputError):
+        accept([*words, *change])
+
+
+def test_a_dry_run_knows_only_what_was_measured_of_the_same(comparison):
+    referee(comparison)
+    file = Path(comparison["path"])
+    settings = comparison["settings"] | dict(num_envs=8)
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(settings=settings)))
+    comparison["contenders"][1] |= dict(peer="skrl", installed=False)
+    asked = comparison | dict(dry_run=1, results=str(file.parent), path=str(file.parent / "other.json"))
+    answer = referee(asked | dict(settings=settings))
+    assert "about 0 minutes, 0." in answer.stdout and "unknown" not in answer.stdout
+    assert "not installed yet: skrl" in answer.stdout
+    answer = referee(asked | dict(settings=settings | dict(num_envs=16)))
+    assert "minutes and GiB unknown of first | second" in answer.stdout and "about" not in answer.stdout
 
 
 def test_a_dry_run_runs_nothing(tmp_path):
