@@ -3327,8 +3327,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         )
         self._count_noise(observation=0)
         self.random_initial_ages = random_initial_ages
-        self._generator = torch.Generator(self.device)
-        self._generator.manual_seed(seed)
+        self._generator, self._perturb_generator = torch.Generator(self.device), torch.Generator(self.device)
+        self._seed(seed)
 
         if chunk is None:
             share = math.ceil(num_envs / torch.get_num_threads() / 64) * 64  # one chunk a core, in whole vectors
@@ -3367,27 +3367,44 @@ class VecSim(gymnasium.vector.VectorEnv):
     # -- reset and step ------------------------------------------------------------------------------------------------
 
     def _count_noise(self, observation: int) -> None:
-        """Rows of the random numbers of a step, by use: `state` as `reset_state` wants them, the rest in [0, 1)."""
+        """Rows of the random numbers of a step, by use: `state` as `reset_state` wants them, the rest in [0, 1).
+
+        The last rows are `perturb`'s own and come from a generator of their own, so that states and commands are those
+        of the unperturbed environment. A push that replaces one of `randomize` takes the numbers of that.
+        """
         model, ranges = self.model, self.settings.ranges
+        of_perturb = {"observation": observation}
+        if "push" not in ranges:
+            of_perturb = {"push": 3 if self.settings.push else 0} | of_perturb
         rows = {
             "state": model.nq + model.nv,
             "parameters": sum(self.settings.parameters.values()),
             "initial_position": len(model.scalar_qpos_index) if "initial_position" in ranges else 0,
             "initial_velocity": model.nv if "initial_velocity" in ranges else 0,
-            "push": 3 if self.settings.push else 0,
+            **({"push": 3} if "push" in ranges else {}),
             "task": self.task.random_rows,
-            "observation": observation,
         }
-        self.settings = dataclasses.replace(self.settings, noise=rows)
+        self._perturb_rows = sum(of_perturb.values())
+        self.settings = dataclasses.replace(self.settings, noise=rows | of_perturb)
+
+    def _seed(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+        other = np.random.SeedSequence((seed % 2**64, 1)).generate_state(1)[0]
+        self._perturb_generator.manual_seed(int(other))
 
     def _noise(self) -> Tensor:
         """The random numbers (rows of settings.noise, N) of one step, independent of chunking."""
         model, n = self.model, self.num_envs
-        draw = {"device": self.device, "dtype": self.dtype, "generator": self._generator}
+        to = {"device": self.device, "dtype": self.dtype}
+        draw = to | {"generator": self._generator}
         velocity = torch.randn if self.task.normal_velocity_noise else torch.rand
         rows = [torch.rand(model.nq, n, **draw), velocity(model.nv, n, **draw)]
-        others = sum(self.settings.noise.values()) - model.nq - model.nv
-        return torch.cat([*rows, torch.rand(others, n, **draw)] if others else rows)
+        others = sum(self.settings.noise.values()) - model.nq - model.nv - self._perturb_rows
+        if others:
+            rows.append(torch.rand(others, n, **draw))
+        if self._perturb_rows:
+            rows.append(torch.rand(self._perturb_rows, n, generator=self._perturb_generator, **to))
+        return torch.cat(rows)
 
     def _begin(self, noise: Tensor) -> tuple[Carry, Measured, dict[str, Tensor]]:
         """`begin_episode` in every environment."""
@@ -3417,7 +3434,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if options:
             raise ValueError(f"reset takes no options, not {sorted(options)}")
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._seed(seed)
         noise = self._noise()
         carry, measured, sensed = self._begin(noise)
         random = split_rows(noise, self.settings.noise)
@@ -3537,7 +3554,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if self._graph is None:
             self._action = actions.T.contiguous()
             saved = [Carry(*(x.clone() for x in carry)) for carry in self._carries]
-            generator_state = self._generator.get_state()
+            generator_states = self._generator.get_state(), self._perturb_generator.get_state()
             statistics, offender = self._statistics.clone(), self._offender.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -3548,11 +3565,14 @@ class VecSim(gymnasium.vector.VectorEnv):
             for carry, old in zip(self._carries, saved, strict=True):
                 for a, b in zip(carry, old, strict=True):
                     a.copy_(b)
-            self._generator.set_state(generator_state)
+            for generator, old in zip((self._generator, self._perturb_generator), generator_states, strict=True):
+                generator.set_state(old)
             self._statistics.copy_(statistics)
             self._offender.copy_(offender)
             self._graph = torch.cuda.CUDAGraph()
             self._graph.register_generator_state(self._generator)
+            if self._perturb_rows:
+                self._graph.register_generator_state(self._perturb_generator)
             with torch.cuda.graph(self._graph):
                 self._transition = self._advance(self._action)
         self._action.copy_(actions.T)
@@ -3621,6 +3641,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             "configuration": self._configuration(),
             "carry": {name: x.cpu() for name, x in self._get_carry()._asdict().items()},
             "generator": self._generator.get_state(),
+            "perturb_generator": self._perturb_generator.get_state(),
             "statistics": self._statistics.cpu().clone(),
             "offender": self._offender.cpu().clone(),
         }
@@ -3633,8 +3654,12 @@ class VecSim(gymnasium.vector.VectorEnv):
         for key, value in self._configuration().items():
             if state["configuration"].get(key) != value:
                 raise ValueError(f"this state is of {key} {state['configuration'].get(key)}, not {value}")
+        if self._perturb_rows and "perturb_generator" not in state:
+            raise ValueError("this state is of an older vecsim_torch, whose pushes and noise cannot go on exactly here")
         self._set_carry(Carry(**{name: x.to(self.device) for name, x in state["carry"].items()}))
         self._generator.set_state(state["generator"])
+        if "perturb_generator" in state:  # without perturbations it draws nothing
+            self._perturb_generator.set_state(state["perturb_generator"])
         self._statistics.copy_(state["statistics"])
         self._offender.copy_(state["offender"])
 
