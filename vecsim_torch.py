@@ -3311,7 +3311,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         push = (ranges["push"], ranges["push_interval"]) if "push" in ranges else None
         if perturb.push:
             push = (perturb.push, perturb.push), (perturb.push_interval, perturb.push_interval)
-        for name in [*ranges] + ["push"] * bool(perturb.push):
+        asked = ["push"] * bool(perturb.push) + ["friction"] * (perturb.friction_scale != 1)
+        for name in [*ranges, *asked]:
             if name not in varied:
                 raise ValueError(f"{name} has nothing to vary in {env_id}; it has {', '.join(varied)}")
         self.settings = Settings(

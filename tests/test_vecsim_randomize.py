@@ -491,6 +491,12 @@ def test_make_refuses(options, message):
         vecsim.make("Hopper-v5", 2, **options)
 
 
+def test_perturb_refuses_what_would_change_nothing():
+    with pytest.raises(ValueError, match="friction has nothing to vary in InvertedPendulum-v5; it has mass"):
+        vecsim.make("InvertedPendulum-v5", 2, perturb={"friction_scale": 0.5})
+    vecsim.make("InvertedPendulum-v5", 2, perturb={"friction_scale": 1.0, "mass_scale": 1.1})
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_graph_draws_afresh():
     """Replayed resets draw new parameters, pushes and noise; replay equals eager."""
