@@ -2473,6 +2473,9 @@ def between(value: Tensor, bounds: tuple[float, float]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+QUADRUPED_TIMESTEP = 0.005  # s, of the physics
+
+
 def quadruped_mjcf() -> str:
     """MJCF of a Go1: the maker's masses, inertias, link lengths, joint ranges and torque limits.
 
@@ -2506,7 +2509,7 @@ def quadruped_mjcf() -> str:
             actuators += f'<position name="{name}" joint="{name}" forcerange="{-torque} {torque}"/>\n    '
     return f"""<mujoco model="quadruped">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="0.005" integrator="implicitfast"/>
+  <option timestep="{QUADRUPED_TIMESTEP}" integrator="implicitfast"/>
   <default>
     <geom type="capsule" contype="0" conaffinity="1" friction="1 0.005 0.0001" rgba="0.4 0.4 0.45 1"/>
     <joint damping="0.1" armature="0.01"/>
@@ -2539,7 +2542,8 @@ class QuadrupedFlat(Task):
 
     Actions are offsets of the servos' targets from the home pose, in units of `action_scale`; the joints' ranges clip
     them. `obs` holds what a real robot senses, `critic_obs` beside it what only a simulator knows. Reward weights are
-    per second. Actor groups have noise only under `perturb`; critic groups never.
+    per second of the nominal control step, which `perturb.timestep_scale` leaves: a longer step is not paid more. Actor
+    groups have noise only under `perturb`; critic groups never.
     """
 
     xml_file: str = dataclasses.field(default="", init=False)
@@ -2731,7 +2735,8 @@ class QuadrupedFlat(Task):
             "collision": sensed["leg_contact"].sum(0),
             "joint_limit": ((joints - centre).abs() - 0.9 * half).clamp(min=0).sum(0),
         }
-        rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * seconds * x for name, x in terms.items()}
+        nominal = self.frame_skip * QUADRUPED_TIMESTEP
+        rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * nominal * x for name, x in terms.items()}
         return rewards | {"velocity_error": error, "yaw_error": yaw_error}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
