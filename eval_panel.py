@@ -6,10 +6,11 @@
     python eval_panel.py runs/A/checkpoint.pt --perturbations push mjx --episodes 512 --device cuda --out results/panel/A
 
 A cell is one checkpoint under one perturbation (PERTURBATIONS lists them) and one seed. Its policy acts deterministically, statistics
-frozen, and each environment counts with its first episode. Episode k of a seed begins in the same state in every cell, so every
-difference is taken episode by episode (a quadruped's heading and commands may be other draws under noise and pushes). The simulator is
-vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own environment, `mjx` the tasks of ppo_mjx_jax.py. What a checkpoint
-says of randomisation and perturbation in training is left out.
+frozen, and each environment counts with its first episode. Episode k of a seed begins in the same state in every cell, a quadruped's
+with the same command and heading, so every difference is taken episode by episode. Its later commands are the same too, but where the
+clock or the draws are others: under `timestep` they come in other steps, and `mujoco_c` draws its own, from the episode's seed. The
+simulator is vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own environment, `mjx` the tasks of ppo_mjx_jax.py. What
+a checkpoint says of randomisation and perturbation in training is left out.
 
 The folder, readable without running anything:
 
@@ -141,7 +142,7 @@ class Args:
     compile: bool | None = None
     """compile vecsim's physics (default: on a GPU only, because every perturbation compiles anew)"""
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
-    """integrator of vecsim and MJX; mjcf is the model's own, as in Gymnasium"""
+    """integrator of every simulator; mjcf is the model's own, as in Gymnasium"""
     solver_iterations: int = 4
     """Newton iterations of the contact solver in vecsim and MJX (>= 1)"""
     agent: int = 0
@@ -689,6 +690,15 @@ class Vecsim:
         state = self.env.state()
         return state.qpos, state.qvel
 
+    def commanded(self) -> dict[str, Tensor]:
+        """What the task carries, (rows, N) by name: a quadruped's command, heading and more; nothing for most tasks."""
+        return vecsim_torch.split_rows(self.env.state_dict()["carry"]["memory"], self.env.task.memory)
+
+    def start(self) -> Tensor:
+        """(rows, N): all that the panel gives an episode to begin with: state, command and heading."""
+        memory, (qpos, qvel) = self.commanded(), self.state()
+        return torch.cat([qpos, qvel, *(memory[name].to(qpos) for name in ("command", "heading") if name in memory)])
+
     def step(self, action: Tensor) -> Step:
         obs, reward, terminated, truncated, info = self.env.step(action)
         missing = torch.full_like(reward, math.nan)
@@ -704,7 +714,7 @@ class Vecsim:
 
 
 class MujocoC(Vecsim):
-    """Gymnasium's own environments, from vecsim's initial states (to float32)."""
+    """Gymnasium's own environments, from vecsim's initial states (to float32) and under its first commands."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
         if subject.env_id not in gymnasium.registry:
@@ -712,14 +722,23 @@ class MujocoC(Vecsim):
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
         make = functools.partial(gymnasium.make, subject.env_id, disable_env_checker=True, **subject.options)
         self.robots = [make() for _ in range(num_envs)]
+        if args.integrator != "mjcf":
+            names = {name: number for number, name in vecsim_torch.INTEGRATORS.items()}
+            for robot in (robot.unwrapped for robot in self.robots):
+                model = robot.mj_model if isinstance(robot, vecsim_torch.QuadrupedInMujoco) else robot.model
+                model.opt.integrator = names[args.integrator]
 
     def reset(self, seed: int) -> tuple[Tensor, Tensor]:
-        """The observation is vecsim's, which equals Gymnasium's at the same state; a commanded robot then draws its own command."""
+        """The observation is vecsim's, which equals Gymnasium's at the same state. A commanded robot begins with vecsim's command and
+        heading, and draws those that follow with a seed of its own."""
         obs, critic_obs = super().reset(seed)
         qpos, qvel = (x.T.double().cpu().numpy() for x in super().state())
-        for robot, position, velocity in zip(self.robots, qpos, qvel, strict=True):
-            robot.reset()
+        memory = super().commanded()
+        for k, (robot, position, velocity) in enumerate(zip(self.robots, qpos, qvel, strict=True)):
+            robot.reset(seed=stream_seed(seed, k, 1))
             robot.unwrapped.set_state(position, velocity)
+            if memory:
+                robot.unwrapped.memory = {name: rows[:, k : k + 1].double() for name, rows in memory.items()}
         self.obs, self.critic_obs, self.ended = obs, critic_obs, np.zeros(len(self.robots), bool)
         return obs, critic_obs
 
@@ -728,6 +747,10 @@ class MujocoC(Vecsim):
         rows = np.stack([data.qpos for data in datas], 1), np.stack([data.qvel for data in datas], 1)
         qpos, qvel = (torch.as_tensor(x).float().to(self.obs.device) for x in rows)
         return qpos, qvel
+
+    def commanded(self) -> dict[str, Tensor]:
+        memories = [getattr(robot.unwrapped, "memory", {}) for robot in self.robots]
+        return {name: torch.cat([memory[name] for memory in memories], 1).float() for name in memories[0]}
 
     def step(self, action: Tensor) -> Step:
         commands, obs, critic_obs = action.cpu().numpy(), self.obs.cpu().numpy().copy(), self.critic_obs.cpu().numpy().copy()
@@ -829,7 +852,7 @@ def run_batch(
     """
     seen = policy.view(*simulator.reset(seed))
     policy.begin(len(seen))
-    start, running = torch.cat(simulator.state()), torch.ones(len(seen), dtype=torch.bool, device=seen.device)
+    start, running = simulator.start(), torch.ones(len(seen), dtype=torch.bool, device=seen.device)
     zero = torch.zeros(len(seen), dtype=torch.float64, device=seen.device)
     length, sums = zero, dict.fromkeys(("return", "speed", "tracking", "unsafe"), zero)
     ends = dict.fromkeys(("terminated", "survived", "invalid"), ~running)
@@ -1155,11 +1178,15 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
 
 
 def check_same_starts(cells: Cells) -> None:
-    """Every checkpoint of a perturbation and seed began in the same states, or the comparison means nothing."""
+    """Whatever the checkpoint and the perturbation, the episodes of a seed began alike in one simulator, or no comparison means anything."""
     starts = {}
     for (label, name, seed), cell in cells.items():
-        if starts.setdefault((name, seed), str(cell["start"])) != str(cell["start"]):
-            raise RuntimeError(f"{label} began {name}, seed {seed}, in other states than the other checkpoints")
+        place = PERTURBATIONS[name].simulator, seed
+        (first_label, first_name), first = starts.setdefault(place, ((label, name), str(cell["start"])))
+        if str(cell["start"]) != first:
+            raise RuntimeError(
+                f"{label} began {name}, seed {seed}, in other states or under other commands than {first_label} began {first_name}"
+            )
 
 
 def choose_worst(rows: list[dict], count: int) -> list[dict]:

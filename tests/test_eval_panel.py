@@ -394,10 +394,12 @@ def test_the_worst_are_failures_of_each_kind_first():
     assert [r["episode"] for r in panel.choose_worst([row(5, "", "none"), row(2, "", "mass")], 1)] == [2]
 
 
-def test_states_that_differ_between_checkpoints_are_a_defect():
-    cells = {("a", "none", 3): dict(start=np.array("1")), ("b", "none", 3): dict(start=np.array("2"))}
-    with pytest.raises(RuntimeError, match="other states"):
-        panel.check_same_starts(cells)
+@pytest.mark.parametrize("place", [("b", "none", 3), ("a", "push", 3)])
+def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(place):
+    cells = {("a", "none", 3): dict(start=np.array("1")), ("a", "none", 7): dict(start=np.array("2"))}
+    panel.check_same_starts(cells | {place: dict(start=np.array("1")), ("a", "mujoco_c", 3): dict(start=np.array("3"))})
+    with pytest.raises(RuntimeError, match=f"{place[0]} began {place[1]}, seed 3, .* than a began none"):
+        panel.check_same_starts(cells | {place: dict(start=np.array("2"))})
 
 
 @pytest.mark.parametrize("name", ["mujoco_c", "mjx"])
@@ -422,6 +424,60 @@ def test_simulators_agree_step_by_step(tmp_path, name):
         np.testing.assert_array_equal(mine[key], theirs[key])
     for key in ("qpos", "qvel", "obs", "action"):
         np.testing.assert_allclose(trace[key], other[key], rtol=1e-4, atol=1e-5)
+
+
+def quadruped(policy=None, **options):
+    """A subject of random weights that trots nowhere, and its panel."""
+    torch.manual_seed(0)
+    policy = policy or panel.Policy(panel.mlp([45, 8, 12], 0.5), 12, 45, normalizes=False)
+    subject = panel.Subject("ppo", "", "Quadruped-Flat", dict(max_episode_steps=8) | options, policy, 0, "", {})
+    return subject, panel.check_args(panel.Args(("x",), episodes=3, device="cpu", solver_iterations=2))
+
+
+def test_every_condition_of_a_quadruped_starts_alike_and_gets_the_same_commands():
+    """Past a change of command, which comes in other steps under longer ones."""
+    subject, args = quadruped(resample_seconds=0.06)
+    safety, commands, starts = panel.CONTRACTS[subject.env_id].safety, {}, {}
+    for name in ("none", "push", "observation_noise", "mass", "action_delay", "timestep", "mujoco_c"):
+        simulator = panel.open_simulator(subject, name, args)
+        cell, traces = panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0, 1, 2))
+        starts[name] = cell["start"]
+        commands[name] = traces["obs"][:, :, simulator.env.observation_slices["command"]]
+        if name == "observation_noise":
+            assert not np.array_equal(traces["obs"][0], before["obs"][0])
+        before = traces
+    assert starts["none"].shape == (3, 19 + 18 + 3 + 1) and starts["none"][:, -4:].any()
+    assert len(np.unique(commands["none"], axis=0)) >= 3
+    for name, start in starts.items():
+        np.testing.assert_array_equal(start, starts["none"], name)
+        steps = {"timestep": 2, "mujoco_c": 2}.get(name, 8)
+        np.testing.assert_array_equal(commands[name][:steps], commands["none"][:steps], name)
+
+
+def test_a_quadruped_in_mujoco_c_repeats():
+    subject, args = quadruped(resample_seconds=0.06)
+    safety = panel.CONTRACTS[subject.env_id].safety
+    simulators = [panel.open_simulator(subject, "mujoco_c", args) for _ in range(2)]
+    (one, trace), (other, again) = (
+        panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0, 2)) for simulator in simulators
+    )
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], name)
+    for name in trace:
+        np.testing.assert_array_equal(trace[name], again[name], name)
+    command = trace["obs"][:, :, simulators[0].env.observation_slices["command"]]
+    assert not np.array_equal(command[-1, 0], command[-1, 1]), "each episode draws its own later commands"
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Quadruped-Flat"])
+def test_the_integrator_is_that_of_mujoco_c_too(env_id):
+    subject = panel.Subject("ppo", "", env_id, {}, None, 0, "", {})
+    for name, number in (("mjcf", None), ("euler", 0), ("rk4", 1), ("implicitfast", 3)):
+        args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu", integrator=name))
+        simulator = panel.open_simulator(subject, "mujoco_c", args)
+        for robot in (robot.unwrapped for robot in simulator.robots):
+            model = robot.mj_model if env_id == "Quadruped-Flat" else robot.model
+            assert model.opt.integrator == (simulator.env.mj_model.opt.integrator if number is None else number)
 
 
 def test_more_episodes_than_environments_take_several_batches(checkpoints):
@@ -456,6 +512,9 @@ def test_contracts_are_of_every_task_and_success_is_what_they_say():
         def reset(self, seed):
             self.age = 0
             return (torch.zeros(3, 1),) * 2
+
+        def start(self):
+            return torch.zeros(1, 3)
 
         def state(self):
             return torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 25.0 * (self.age == 1)]])
