@@ -134,7 +134,7 @@ class Args:
     perturbations: tuple[str, ...] = tuple(PERTURBATIONS)
     """names of PERTURBATIONS; `none` always runs, because every other is compared with it"""
     episodes: int | None = None
-    """episodes of a cell (>= 1; default 64, with --quick 8)"""
+    """episodes of a cell (>= 2; default 64, with --quick 8)"""
     num_envs: int = 1024
     """environments simulated side by side, at most (>= 1); fewer take less memory, and other initial states"""
     device: str = "auto"
@@ -167,7 +167,7 @@ def check_args(args: Args) -> Args:
         args, episodes=args.episodes if args.episodes is not None else 8 if args.quick else 64,
         video=args.video and not args.quick,
     )  # fmt: skip
-    for name, least in dict(episodes=1, num_envs=1, solver_iterations=1, agent=0, resamples=100, worst=1).items():
+    for name, least in dict(episodes=2, num_envs=1, solver_iterations=1, agent=0, resamples=100, worst=1).items():
         if getattr(args, name) < least:
             raise InputError(f"{name} = {getattr(args, name)} must be >= {least}")
     if not args.seeds or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -397,6 +397,9 @@ class FrozenStatistics(nn.Module):
 class Policy(nn.Module):
     """A deterministic policy: observations (N, obs) in, actions (N, actions) in the environment's units out."""
 
+    privileged = False  # whether it reads the observations that only a simulator knows
+    groups: tuple[str, ...] = ()  # of the observation that it reads, by name; all where none is named
+
     def __init__(self, actor: nn.Module, action_size: int, obs_size: int, normalizes: bool, bf16: bool = False):
         super().__init__()
         self.actor, self.bf16 = actor, bf16
@@ -550,7 +553,9 @@ def load_distilled(checkpoint: dict) -> Policy:
     hidden = args["actor_hidden"] if is_teacher else args["student_hidden"]
     history = 1 if is_teacher or is_recurrent else args["student_history"]
     gru_size = args["student_memory"] if is_recurrent and not is_teacher else 0
-    policy = DistilledPolicy(tuple(hidden), len(state["action_centre"]), columns, is_teacher, history, gru_size)
+    privileged = is_teacher and bool(task.critic_slices)
+    policy = DistilledPolicy(tuple(hidden), len(state["action_centre"]), columns, privileged, history, gru_size)
+    policy.groups = tuple(checkpoint["groups"]["teacher" if is_teacher else "student"])
     return with_actor_state(policy, state)
 
 
@@ -567,6 +572,8 @@ def is_numpy_archive(path: str) -> bool:
 
 def read_checkpoint(path: str, agent: int) -> dict:
     """The checkpoint's fields; a .npz, of which `agent` is wanted, gets those of a .pt. InputError where it cannot be read."""
+    if Path(path).is_dir():
+        raise InputError(f"checkpoint {path} is a folder; give a file in it, such as {Path(path) / 'checkpoint.pt'}")
     try:
         if is_numpy_archive(path):
             with np.load(path, allow_pickle=False) as file:
@@ -586,6 +593,9 @@ def read_checkpoint(path: str, agent: int) -> dict:
         known = ", ".join(LOADERS)
         found = checkpoint.get("algorithm") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise InputError(f"checkpoint {path} is of no trainer that the panel knows ({known}): algorithm {found!r}")
+    lacks = [name for name in ("env_id", "args", "env_steps", "versions") if name not in checkpoint]
+    if lacks:
+        raise InputError(f"checkpoint {path} lacks {', '.join(lacks)}: it is not whole, or of another version of its trainer")
     return checkpoint
 
 
@@ -612,11 +622,13 @@ def load_subjects(args: Args) -> list[Subject]:
             raise InputError(f"checkpoint {path} was trained on {env_id!r}, which is no task here; there are {known}")
         label = f"{names[k]}-{names[: k + 1].count(names[k])}" if names.count(names[k]) > 1 else names[k]
         try:
-            policy = LOADERS[checkpoint["algorithm"]](checkpoint).to(args.device)
-        except (KeyError, RuntimeError) as error:
+            options = task_options(checkpoint)
+            with refusals_of_the_simulator():
+                policy = LOADERS[checkpoint["algorithm"]](checkpoint).to(args.device)
+        except (KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:150]
             raise InputError(f"checkpoint {path} was written by another version of its trainer: {reason}") from None
-        sha256, options = hashlib.sha256(Path(path).read_bytes()).hexdigest(), task_options(checkpoint)
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         env_steps, made_with = checkpoint["env_steps"], checkpoint["versions"]
         subjects.append(Subject(label, path, env_id, options, policy, env_steps, sha256, made_with))
     check_one_task(subjects)
@@ -820,6 +832,13 @@ class Mjx(Vecsim):
 BACKENDS = {"vecsim": Vecsim, "mujoco_c": MujocoC, "mjx": Mjx}
 
 
+def unfit(subject: Subject, name: str) -> str | None:
+    """Why a perturbation changes nothing for this subject, though the task has it; None where it does."""
+    if subject.policy.privileged and "observation_noise" in PERTURBATIONS[name].options:
+        return "it reads privileged observations, which are without noise"
+    return None
+
+
 def open_simulator(subject: Subject, name: str, args: Args) -> Vecsim:
     """ValueError or ImportError where the task or this machine has no such thing."""
     perturbation, num_envs = PERTURBATIONS[name], min(args.num_envs, args.episodes)
@@ -997,18 +1016,21 @@ def failure_label(blamed: str, episode: dict, twin_success: bool, typical: Usual
 
 
 Cells = dict[tuple[str, str, int], dict[str, np.ndarray]]  # by checkpoint's label, perturbation and seed
+MEASURED = (
+    "return", "length", "seconds", "success", "survived", "terminated", "invalid", "speed", "tracking", "unsafe", "saturation",
+    "saturation_end",
+)  # fmt: skip
 
 
 def episode_rows(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...]) -> list[dict]:
     """One row per episode, in the columns of episodes.csv."""
-    names = "return length seconds success survived terminated invalid speed tracking unsafe saturation saturation_end"
     typical = {s.label: usual([cells[s.label, "none", seed] for seed in seeds]) for s in subjects}
     rows = []
     for (label, name, seed), cell in cells.items():
         perturbation, twins = PERTURBATIONS[name], cells[label, "none", seed]["success"]
         place = dict(checkpoint=label, perturbation=name, simulator=perturbation.simulator, seed=seed)
         for k in range(len(twins)):
-            row = place | dict(episode=k) | {column: cell[column][k].item() for column in names.split()}
+            row = place | dict(episode=k) | {column: cell[column][k].item() for column in MEASURED}
             slump, over = longest_slump(cell["windows"][k], typical[label].reward)
             row |= dict(slump_seconds=slump, slump_over=over)
             rows.append(row | dict(label=failure_label(perturbation.blamed, row, bool(twins[k]), typical[label])))
@@ -1023,13 +1045,17 @@ METRICS = ("return", "success", "length", "speed", "tracking", "unsafe")
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """(resamples, K): means of values (S, E, K), with E episodes drawn anew within each of S seeds, all K columns by the same draws."""
+    """(resamples, K): means of values (S, E, K), with E episodes drawn anew within each of S seeds, all K columns by the same draws.
+
+    A draw of E episodes spreads as if E were one less; spread about the mean by sqrt(E / (E - 1)), few episodes get intervals as wide as
+    their variance says (Davison and Hinkley 1997, section 2.3)."""
     rng, (seeds, episodes, _) = np.random.default_rng(seed), values.shape
     alike, means = np.full(episodes, 1 / episodes), []
     for _ in range(resamples):
         times = rng.multinomial(episodes, alike, size=seeds)  # (S, E): how often each is drawn
         means.append(np.tensordot(times, values, 2) / (seeds * episodes))
-    return np.array(means)
+    centre = values.mean((0, 1))
+    return centre + math.sqrt(episodes / (episodes - 1)) * (np.array(means) - centre)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -1052,9 +1078,13 @@ def summarize(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...], res
 
     def columns(prefix: str, k: int, pair: tuple, other: tuple | None) -> dict[str, float]:
         mean, drawn = means[pair][k], draws[pair][:, k]
+        if other is not None and other not in pairs:  # the first checkpoint ran none of this
+            return {f"{prefix}{end}": math.nan for end in ("", "_low", "_high")}
         if other is not None:
             mean, drawn = mean - means[other][k], drawn - draws[other][:, k]
         low, high = interval(drawn)
+        if other is None and METRICS[k] in ("success", "unsafe"):
+            low, high = max(low, 0.0), min(high, 1.0)  # shares
         return {prefix: float(mean), f"{prefix}_low": low, f"{prefix}_high": high}
 
     for pair in pairs:
@@ -1150,12 +1180,15 @@ def load_cell(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells, dict[str, str]]:
-    """All cells, those on disk included, and why perturbations were left out."""
-    cells, left_out = {}, {}
+    """All cells, those on disk included, and why perturbations were left out: "NAME", or "NAME, LABEL" for one checkpoint alone."""
+    cells, left_out = {}, {name: "not asked for" for name in PERTURBATIONS if name not in args.perturbations}
     total = len(subjects) * len(args.perturbations) * len(args.seeds)
     with tqdm(total=total, unit=" cells", disable=not sys.stderr.isatty()) as bar:
         for name in args.perturbations:
             for subject in subjects:
+                if reason := unfit(subject, name):
+                    left_out[f"{name}, {subject.label}"] = reason
+                    continue
                 paths = {seed: folder / f"{subject.label}--{name}--{seed}.npz" for seed in args.seeds}
                 found = {seed: load_cell(path) for seed, path in paths.items()}
                 missing = [seed for seed in args.seeds if found[seed] is None]
@@ -1175,6 +1208,14 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     cells = {key: cell for key, cell in cells.items() if key[1] not in left_out}
     check_same_starts(cells)
     return cells, left_out
+
+
+def left_out_lines(left_out: dict[str, str]) -> list[str]:
+    """One line for each reason."""
+    by_reason = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(words_of(name))
+    return [f"{'; '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def check_same_starts(cells: Cells) -> None:
@@ -1235,24 +1276,31 @@ LABEL_COLOURS = dict(
 )
 
 
+def conditions(rows: list[dict]) -> list[str]:
+    """The perturbations of rows, in the order of PERTURBATIONS; a checkpoint may lack some."""
+    found = {row["perturbation"] for row in rows}
+    return [name for name in PERTURBATIONS if name in found]
+
+
 def words_of(perturbation: str) -> str:
     return {"mujoco_c": "MuJoCo C", "mjx": "MJX"}.get(perturbation, perturbation.replace("_", " "))
 
 
 def plot_scores(path: Path, summary: list[dict], title: str) -> None:
     """Mean return and success rate of each checkpoint under each perturbation, with their intervals."""
-    names = list(dict.fromkeys(row["perturbation"] for row in summary))
+    names = conditions(summary)
     labels = list(dict.fromkeys(row["checkpoint"] for row in summary))
     figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for k, label in enumerate(labels):
         rows = {row["perturbation"]: row for row in summary if row["checkpoint"] == label}
+        own = [name for name in names if name in rows]
         offset = 0.22 * (k - (len(labels) - 1) / 2)
         for axis, metric, scale in ((axes[0], "return", 1.0), (axes[1], "success", 100.0)):
-            middle = np.array([rows[name][metric] for name in names]) * scale
-            ends = [np.array([rows[name][f"{metric}_{end}"] for name in names]) * scale for end in ("low", "high")]
+            middle = np.array([rows[name][metric] for name in own]) * scale
+            ends = [np.array([rows[name][f"{metric}_{end}"] for name in own]) * scale for end in ("low", "high")]
             errors = np.abs(np.array([middle - ends[0], ends[1] - middle]))
-            place, colour = np.arange(len(names)) + offset, SUBJECT_COLOURS[k % len(SUBJECT_COLOURS)]
+            place, colour = np.array([names.index(name) for name in own]) + offset, SUBJECT_COLOURS[k % len(SUBJECT_COLOURS)]
             axis.errorbar(middle, place, xerr=errors, fmt="o", color=colour, ms=5, capsize=2.5, lw=1.6, label=label)
             axis.axvline(middle[0], color=colour, lw=0.8, ls=":")
     axes[0].set_yticks(range(len(names)), [words_of(name) for name in names])
@@ -1271,7 +1319,7 @@ def plot_scores(path: Path, summary: list[dict], title: str) -> None:
 
 def plot_failures(path: Path, rows: list[dict], title: str) -> None:
     """Share of failed episodes under each perturbation, by label, one panel per checkpoint."""
-    names = list(dict.fromkeys(row["perturbation"] for row in rows))
+    names = conditions(rows)
     labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
     figure = Figure(figsize=(2.2 + 4.2 * len(labels), 1.9 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
@@ -1279,6 +1327,9 @@ def plot_failures(path: Path, rows: list[dict], title: str) -> None:
     for axis, checkpoint in zip(axes, labels, strict=True):
         for place, name in enumerate(names):
             cell = [row["label"] for row in rows if (row["checkpoint"], row["perturbation"]) == (checkpoint, name)]
+            if not cell:
+                axis.text(1.5, place, "not run", va="center", fontsize=8, color="#777777")
+                continue
             left = 0.0
             for label in found:
                 width = 100 * cell.count(label) / len(cell)
@@ -1420,17 +1471,13 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
             )
         else:
             lines.append(f"**{subject.label}**: no perturbation lowers return or success measurably.")
-        for row in swaps:
-            differs = verdict(row, "return_change_from_none")
-            words = "differs from" if differs else "agrees within its interval with"
-            lines.append(
-                f"**{subject.label}**: {words_of(row['perturbation'])} {words} vecsim from the same initial states: return "
-                f"changed by {with_interval(row, 'return_change_from_none')}, success by "
-                f"{with_interval(row, 'success_change_from_none', 100, ' points')}."
-            )
-        same = unchanged(rows, subject.label)
+        lines += [f"**{subject.label}**: {swap_words(row, rows)}." for row in swaps]
+        same = kept(rows, subject.label, ("return", "length"))
+        if "sparse_reward" in kept(rows, subject.label, MEASURED):
+            lines.append(f"**{subject.label}**: the bookkeeping holds, no episode changed at all under sparse reward.")
+        same = [words_of(name) for name in same if name != "sparse_reward"]
         if same:
-            lines.append(f"**{subject.label}**: no episode changed at all under {', '.join(map(words_of, same))}.")
+            lines.append(f"**{subject.label}**: every episode kept its return and length under {', '.join(same)}.")
         failed = Counter(row["label"] for row in rows if row["checkpoint"] == subject.label and row["label"])
         counts = ", ".join(f"{label} {count}" for label, count in failed.most_common())
         lines.append(
@@ -1439,20 +1486,44 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
     for other in subjects[1:]:
         first, name = subjects[0].label, f"return_beyond_{subjects[0].label}"
         own = [row for row in summary if row["checkpoint"] == other.label]
-        parts = []
+        own = [row for row in own if not math.isnan(row[name])]
+        equal = [row["perturbation"] for row in own if all_returns_equal(rows, row["perturbation"], (first, other.label))]
+        parts = [f"equal in every episode under {', '.join(map(words_of, equal))}"] if equal else []
         for sign, words in ((1, "more"), (-1, "less"), (0, "undecided")):
-            names = [words_of(row["perturbation"]) for row in own if verdict(row, name) == sign]
+            compared = [row for row in own if row["perturbation"] not in equal and verdict(row, name) == sign]
+            names = [words_of(row["perturbation"]) for row in compared]
             parts += [f"{words} under {', '.join(names)}"] if names else []
         lines.append(f"**{other.label}** against **{first}**, return, paired by episode: {'; '.join(parts)}.")
     return lines
 
 
-def unchanged(rows: list[dict], label: str) -> list[str]:
-    """Perturbations under which every episode of a checkpoint has its twin's return and length."""
+def all_returns_equal(rows: list[dict], perturbation: str, labels: tuple[str, str]) -> bool:
+    return len({row["return"] for row in rows if row["perturbation"] == perturbation and row["checkpoint"] in labels}) == 1
+
+
+def swap_words(row: dict, rows: list[dict]) -> str:
+    """What another simulator made of a checkpoint's return and success; equal returns in every episode show no agreement."""
+    name = words_of(row["perturbation"])
+    seen = (row["perturbation"], "none")
+    returns = {r["return"] for r in rows if r["checkpoint"] == row["checkpoint"] and r["perturbation"] in seen}
+    success = with_interval(row, "success_change_from_none", 100, " points")
+    changes = f"return changed by {with_interval(row, 'return_change_from_none')}, success by {success}"
+    if verdict(row, "return_change_from_none") or verdict(row, "success_change_from_none"):
+        return f"{name} differs from vecsim from the same initial states: {changes}"
+    if len(returns) == 1:
+        return (
+            f"{name} and vecsim are both at a return of {sized(*returns)} in every episode, a limit that may hide "
+            f"differences; success changed by {success}"
+        )
+    return f"{name} agrees with vecsim from the same initial states, within the intervals of return and success: {changes}"
+
+
+def kept(rows: list[dict], label: str, columns: tuple[str, ...]) -> list[str]:
+    """Perturbations under which every episode of a checkpoint equals its twin in these columns."""
     outcomes = {}
     for row in rows:
         if row["checkpoint"] == label:
-            outcome = row["seed"], row["episode"], row["return"], row["length"]
+            outcome = str([row[name] for name in ("seed", "episode", *columns)])  # as text NaN equals NaN
             outcomes.setdefault(row["perturbation"], set()).add(outcome)
     return [name for name, own in outcomes.items() if name != "none" and own == outcomes["none"]]
 
@@ -1479,16 +1550,18 @@ def describe_worst(row: dict) -> str:
 
 def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list[dict], subjects: list[Subject]) -> str:
     """The page that a reader opens first."""
-    labels, names = [s.label for s in subjects], list(dict.fromkeys(row["perturbation"] for row in summary))
+    labels, names = [s.label for s in subjects], conditions(summary)
     by_place = {(row["checkpoint"], row["perturbation"]): row for row in summary}
     columns = {"return": ("return", 1, ""), "success": ("success", 100, "%"), "unsafe steps": ("unsafe", 100, "%")}
     if CONTRACTS[record["env_id"]].largest_tracking is not None:
         columns["velocity error"] = ("tracking", 1, " m/s")
     places = [(words, label) for words in columns for label in labels]
-    scores = [
-        [words_of(name), *(with_interval(by_place[label, name], *columns[words]) for words, label in places)]
-        for name in names
-    ]
+
+    def score(words: str, label: str, name: str) -> str:
+        row = by_place.get((label, name))
+        return "not run" if row is None else with_interval(row, *columns[words])
+
+    scores = [[words_of(name), *(score(*place, name) for place in places)] for name in names]
     counts = Counter((row["checkpoint"], row["perturbation"], row["label"]) for row in rows)
     found = [label for label in LABELS if any(key[2] == label for key in counts)]
     failures = [
@@ -1521,7 +1594,7 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
         "- Intervals are 95%, paired by episode, over initial states and disturbances: another training run is another policy.\n"
         "- Where no episode of n failed or none succeeded, the interval has no width; by the rule of three the rate may still be 3/n off.\n"
         "- With intervals for many conditions, one in twenty differences is expected to exclude 0 by chance.",
-        *(f"- Left out: {words_of(name)}: {reason}." for name, reason in record["left_out"].items()),
+        *(f"- Left out: {line}." for line in left_out_lines(record["left_out"])),
     ]
     return "\n".join(parts) + "\n"
 
@@ -1610,8 +1683,8 @@ def evaluate(args: Args) -> Path:
         except (OSError, KeyboardInterrupt) as error:
             error.add_note(f"{len(list(folder.glob('*--*.npz')))} finished cells are kept; go on with --out {out}")
             raise
-        for name, reason in left_out.items():
-            print(f"left out: {name}: {reason}")
+        for line in left_out_lines(left_out):
+            print(f"left out: {line}")
         print(f"film: {record['film']}")
         shutil.rmtree(folder)
     print((out / "postmortem.md").read_text().split("## What happened\n")[1].split("![scores]")[0].strip())
