@@ -43,6 +43,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -1135,6 +1136,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+def simulator_hash() -> str:
+    return hashlib.sha256(Path(vecsim_torch.__file__).read_bytes()).hexdigest()
+
+
 def fingerprint(subjects: list[Subject], args: Args) -> dict:
     """What finished cells must agree with, to be of this panel."""
     options = "episodes num_envs integrator solver_iterations agent".split()
@@ -1143,7 +1148,7 @@ def fingerprint(subjects: list[Subject], args: Args) -> dict:
         checkpoints={s.label: s.sha256 for s in subjects},
         perturbations=changes,
         device=args.device.split(":")[0],
-        simulator=hashlib.sha256(Path(vecsim_torch.__file__).read_bytes()).hexdigest(),
+        simulator=simulator_hash(),
         torch=str(torch.__version__),
         **{name: getattr(args, name) for name in options},
     )
@@ -1153,7 +1158,9 @@ def fingerprint(subjects: list[Subject], args: Args) -> dict:
 def own_folder(out: Path, mark: dict):
     """`out/cells` for this process alone, new or of the same panel. InputError where `out` is anyone else's."""
     cells = out / "cells"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (cells / "panel.json").is_file():
+    # A full disk may have stopped an earlier run before its panel.json.
+    begun = (cells / "panel.json").is_file() or (cells.is_dir() and {*out.iterdir(), *cells.iterdir()} <= {cells, cells / "lock"})
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not begun:
         raise InputError(f"out = {out} holds something else already, or a finished panel; choose another folder")
     cells.mkdir(parents=True, exist_ok=True)
     with (cells / "lock").open("w") as lock:
@@ -1353,19 +1360,22 @@ def plot_failures(path: Path, rows: list[dict], title: str) -> None:
 
 
 def plot_worst(path: Path, traced: list[dict], contract: Contract, usual_reward: dict[str, float]) -> None:
-    """Of each traced episode: reward of each step, its telling coordinate, and the largest action, over time."""
+    """Of each traced episode: reward of each step, its telling coordinate, and the actions, over time."""
     figure = Figure(figsize=(11, 0.6 + 1.55 * len(traced)), layout="constrained")
-    axes = figure.subplots(len(traced), 3, squeeze=False)
+    axes = figure.subplots(len(traced), 3, squeeze=False, sharex="row")
     coordinate, coordinate_name = contract.traced
     for line, row in zip(axes, traced, strict=True):
         trace, colour = row["trace"], LABEL_COLOURS.get(row["label"], "#228833")
-        width = max(1, min(len(trace["time"]), round(0.2 / row["second"])))
+        short = len(trace["time"]) * row["second"] < 1.0  # each step matters: raw, with markers
+        dots = dict(marker="o", ms=3) if short else {}
+        width = 1 if short else max(1, round(0.2 / row["second"]))
         smooth = np.convolve(trace["reward"], np.ones(width) / width, "valid")
-        line[0].plot(trace["time"][len(trace["time"]) - len(smooth) :], smooth, color=colour, lw=1.1)
+        line[0].plot(trace["time"][len(trace["time"]) - len(smooth) :], smooth, color=colour, lw=1.1, **dots)
+        line[0].axhline(0.0, color="#999999", lw=0.6)  # keeps 0 in sight: an axis about a constant shows noise
         if usual_reward[row["checkpoint"]] > 0:
             line[0].axhline(usual_reward[row["checkpoint"]], color="black", lw=0.8, ls=":")
-        line[1].plot(trace["time"], trace["qpos"][:, coordinate], color=colour, lw=1.1)
-        line[2].plot(trace["time"], trace["unit_action"].clip(-1, 1), color=colour, lw=0.7, alpha=0.8)
+        line[1].plot(trace["time"], trace["qpos"][:, coordinate], color=colour, lw=1.1, **dots)
+        line[2].plot(trace["time"], trace["unit_action"].clip(-1, 1), color=colour, lw=0.7, alpha=0.8, **dots)
         line[2].set_ylim(-1.1, 1.1)
         title = f"{row['checkpoint']}, {words_of(row['perturbation'])}, seed {row['seed']}, episode {row['episode']}: "
         line[0].set_title(f"{title}{row['label'] or 'success'}", loc="left", fontsize=9)
@@ -1374,13 +1384,21 @@ def plot_worst(path: Path, traced: list[dict], contract: Contract, usual_reward:
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
     names = (
-        "reward per step (mean of 0.2 s; dotted: usual)",
+        "reward per step (dotted: usual)\nmeans of 0.2 s; if all is under 1 s, each step",
         coordinate_name,
         "actions, clipped to +-1 of their range",
     )
     for axis, name in zip(axes[-1], names, strict=True):
         axis.set_xlabel(f"s\n{name}", fontsize=9)
     write_whole(path, lambda partial: figure.savefig(partial, dpi=130))
+
+
+def write_film(path: Path, write: Callable[[Path], None]) -> None:
+    """`write_whole`; an encoder's OSError, which names no file and may have no number, gets both."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, " ".join(str(error).split()), str(path)) from error
 
 
 def film(path: Path, row: dict) -> str:
@@ -1405,9 +1423,17 @@ def film(path: Path, row: dict) -> str:
     timing = dict(duration=1000 * frame_seconds, loop=0)
     if path.suffix == ".mp4":
         timing = dict(fps=1 / frame_seconds, macro_block_size=8)
-    write_whole(path, lambda partial: imageio.mimwrite(partial, frames, **timing))
+    write_film(path, lambda partial: imageio.mimwrite(partial, frames, **timing))
     slowed = f", {slower} times slower" if slower > 1 else ""
     return f"the last {len(states) * seconds:.1f} s of {episode_name(row)}{slowed}"
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Encoders that are other programs hide the error's number: then the text says it, or the space that is left."""
+    if not isinstance(error, OSError):
+        return False
+    numbered = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return numbered or (error.filename is not None and shutil.disk_usage(folder).free < 2**24)  # 16 MiB: films are under 10
 
 
 def try_film(out: Path, row: dict) -> tuple[str | None, str]:
@@ -1420,9 +1446,11 @@ def try_film(out: Path, row: dict) -> tuple[str | None, str]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             return name, process.submit(film, out / name, row).result()
     except Exception as error:  # MuJoCo's back ends raise many types where there is nothing to draw with
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+        if is_disk_full(error, out):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / name)) from error
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, OSError) and error.filename == str(out / name):
+            return None, f"no film: it cannot be written ({reason})"
     backend = os.environ.get("MUJOCO_GL", "glfw")
     return None, f"no film: MuJoCo cannot draw here with MUJOCO_GL={backend} ({reason}); try egl or osmesa"
 
@@ -1585,6 +1613,7 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
         "## The worst episodes\n",
         "\n".join(describe_worst(row) for row in traced) + "\n",
         "![worst](worst.png)\n",
+        "Rows of the traces are before each step; the state that ended an episode is not among them.\n",
         f"Film: {record['film']}.\n",
         "## Failure labels, the first rule that holds\n",
         markdown_table(["label", "rule"], [[label, rule] for label, rule in RULES.items()]),
@@ -1599,9 +1628,27 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
     return "\n".join(parts) + "\n"
 
 
+def clock_and_options(subject: Subject, env: vecsim_torch.VecSim) -> dict:
+    """The time limit, the control step, and the options in which the task departs from its own defaults."""
+    control_step = env.task.frame_skip * env.mj_model.opt.timestep
+    limit = env.settings.max_episode_steps
+    defaults = vars(type(env.task)())
+    changed = {name: x for name, x in vars(env.task).items() if x != defaults[name]}
+    return dict(
+        time_limit=f"{limit:,} steps, {limit * control_step:g} s",
+        control_step=f"{control_step:g} s, {env.task.frame_skip} physics steps",
+        options=", ".join(f"{name} = {x}" for name, x in changed.items()) or "the task's own",
+    )
+
+
 def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], cells: Cells, seconds: float) -> dict:
     contract, env_id = CONTRACTS[subjects[0].env_id], subjects[0].env_id
     on_gpu = args.device.startswith("cuda")
+    envs = [vecsim_torch.make(env_id, 1, **subject.options) for subject in subjects]
+    checkpoints = [{name: x for name, x in s._asdict().items() if name != "policy"} for s in subjects]
+    for checkpoint, subject, env in zip(checkpoints, subjects, envs, strict=True):
+        checkpoint["reads"] = list(subject.policy.groups or env.observation_slices)
+        checkpoint["reads_privileged"] = subject.policy.privileged
     return dict(
         env_id=env_id,
         task=dict(
@@ -1611,6 +1658,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
             termination=contract.termination,
             success=success_words(contract),
             safety_constraint=contract.safety.words,
+            **clock_and_options(subjects[0], envs[0]),
         ),
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         configuration=dataclasses.asdict(args),
@@ -1619,23 +1667,28 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
             for name in args.perturbations
         },
         left_out=left_out,
-        checkpoints=[{name: x for name, x in s._asdict().items() if name != "policy"} for s in subjects],
+        checkpoints=checkpoints,
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},
         seconds=round(seconds, 1),
         versions=versions(),
+        simulator=simulator_hash(),
         hardware=torch.cuda.get_device_name(args.device) if on_gpu else vecsim_torch.cpu_name(),
         threads=torch.get_num_threads(),
     )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
-    return dict(
+    known = dict(
         python=sys.version.split()[0],
         torch=str(torch.__version__),
         mujoco=mujoco.__version__,
         gymnasium=gymnasium.__version__,
         numpy=np.__version__,
     )
+    for name in ("jax", "jaxlib", "mujoco-mjx"):  # read from the packages: an import of jax would take memory of the GPU
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
 def write_evidence(

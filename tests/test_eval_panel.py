@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 
@@ -395,7 +396,12 @@ def test_the_folder_can_be_read_without_running_anything(evidence):
         "record.json episodes.csv summary.csv worst.npz scores.png failures.png worst.png postmortem.md".split()
     )
     record, page = json.loads((evidence / "record.json").read_text()), (evidence / "postmortem.md").read_text()
-    assert set(record["task"]) == set("observation action reward termination success safety_constraint".split())
+    words = "observation action reward termination success safety_constraint time_limit control_step options"
+    assert set(record["task"]) == set(words.split())
+    assert (record["task"]["time_limit"], record["task"]["options"]) == ("6 steps, 0.24 s", "the task's own")
+    assert record["task"]["control_step"] == "0.04 s, 2 physics steps"
+    assert record["checkpoints"][0]["reads"] == ["qpos", "qvel"] and not record["checkpoints"][0]["reads_privileged"]
+    assert record["simulator"] == panel.simulator_hash() and len(record["simulator"]) == 64
     assert "push has nothing to vary" in record["left_out"]["push"] and "Left out: push" in page
     assert record["left_out"]["mass"] == "not asked for" and "Left out: action delay; friction; mass" in page
     assert [c["label"] for c in record["checkpoints"]] == ["ppo", "sac"]
@@ -720,6 +726,76 @@ def test_without_a_renderer_the_film_is_one_line(tmp_path, monkeypatch, end, rea
     name, words = panel.try_film(tmp_path, {})
     assert name is None and words.startswith("no film: MuJoCo cannot draw here with MUJOCO_GL=egl (")
     assert reason in words and "\n" not in words
+
+
+def of_a_fall(seconds=0.3):
+    """A traced episode of a Hopper that sinks."""
+    env = vecsim_torch.make("Hopper-v5", 1)
+    qpos = np.tile(env.mj_model.qpos0, (round(seconds / 0.008), 1))
+    qpos[:, 1] -= np.linspace(0, 0.8, len(qpos))
+    place = dict(checkpoint="ppo", perturbation="none", seed=3, episode=0)
+    return place | dict(scene=env.mj_model, second=0.008, trace=dict(qpos=qpos))
+
+
+def test_a_film_is_drawn(tmp_path):
+    from imageio.v2 import mimread
+
+    name, words = panel.try_film(tmp_path, of_a_fall())
+    if name is None:
+        pytest.skip(f"nothing to draw with: {words}")
+    assert words == "the last 0.3 s of ppo/none/3/0, 7 times slower"
+    frames = np.array(mimread(tmp_path / name))
+    assert frames.shape[1:3] == (360, 480) and len(frames) >= 30
+    assert frames[0].std() > 5 and np.abs(frames[0].astype(float) - frames[-1]).mean() > 1, "it sinks in sight"
+
+
+def encoder_fails(path, row):
+    def write(partial):
+        partial.write_bytes(b"half")
+        raise OSError("encoder error -2\nwhen writing")  # as Pillow and imageio-ffmpeg have it: no number, no file
+
+    panel.write_film(path, write)
+
+
+def test_a_film_that_cannot_be_written_is_not_blamed_on_the_renderer(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel, "film", encoder_fails)
+    name, words = panel.try_film(tmp_path, {})
+    assert name is None and words.startswith("no film: it cannot be written (") and "encoder error -2 when" in words
+    full = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(panel.shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(OSError) as caught:
+        panel.try_film(tmp_path, {})
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_at_the_film_keeps_the_cells(checkpoints, tmp_path, capsys, monkeypatch):
+    words = [checkpoints[0], *SMALL, "--perturbations", "none", "--out", tmp_path / "out"]
+    full, usage = shutil.disk_usage(tmp_path)._replace(free=4096), shutil.disk_usage
+    monkeypatch.setattr(panel, "film", encoder_fails)
+    monkeypatch.setattr(panel.shutil, "disk_usage", lambda folder: full)
+    status, line = run(capsys, *words)
+    assert status == 1 and "No space left on device" in line and "2 finished cells are kept" in line
+    monkeypatch.setattr(panel.shutil, "disk_usage", usage)
+    monkeypatch.setattr(panel, "run_cell", None)  # no cell runs again
+    assert run(capsys, *words)[0] == 0
+    assert "no film: it cannot be written" in (tmp_path / "out" / "postmortem.md").read_text()
+
+
+def test_a_disk_that_was_full_from_the_start_can_be_used_later(checkpoints, tmp_path, capsys, monkeypatch):
+    words = [checkpoints[0], *SMALL, "--perturbations", "none", "--no-video", "--out", tmp_path / "out"]
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(panel, "write_text", full)
+        assert run(capsys, *words)[0] == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["cells", "lock"]
+    assert run(capsys, *words)[0] == 0
+    (tmp_path / "other" / "cells").mkdir(parents=True)
+    (tmp_path / "other" / "cells" / "mine.txt").write_text("")
+    status, line = run(capsys, *words[:-1], tmp_path / "other")
+    assert status == 2 and "holds something else already" in line
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------------
