@@ -24,10 +24,12 @@ The folder, readable without running anything:
     cells/          finished cells, while the panel runs: the same command goes on where it stopped; gone when all is written
 
 A failed episode gets one label, by the first rule of RULES that holds (`failure_label`). Its twin is the episode of the same seed and
-number under `none`. Causes are counterfactual: the twin succeeded, so what the perturbation changes is to blame.
+number under `none`, from the same start under the same command. Causes are counterfactual: the twin succeeded, so what the perturbation
+changes is to blame (or, under `timestep` and in `mujoco_c`, a later command of a quadruped, which is another then).
 
 Intervals are percentile bootstraps (Efron 1979) over episodes within each seed, the same draws for all cells (so differences are
-paired; stratified as Agarwal et al. 2021, arXiv:2108.13264, do by task). They cover initial states and disturbances, never the training.
+paired; stratified as Agarwal et al. 2021, arXiv:2108.13264, do by task), spread to the variance of E - 1 degrees of freedom. They cover
+initial states and disturbances, never the training. A teacher that reads privileged observations is not run under noise: they have none.
 
 A checkpoint says itself how it is read: the file's kind, then its field `algorithm` (LOADERS): a .npz is of ppo_mjx_jax.py, "ppo" of
 ppo_gpu_torch.py, "sac" of sac_gpu_torch.py, "distill" of ppo_distill_teacher_student.py, whose `stage` says if it is teacher or student.
@@ -1226,7 +1228,7 @@ def left_out_lines(left_out: dict[str, str]) -> list[str]:
 
 
 def check_same_starts(cells: Cells) -> None:
-    """Whatever the checkpoint and the perturbation, the episodes of a seed began alike in one simulator, or no comparison means anything."""
+    """Whatever the checkpoint and the perturbation, a seed's episodes begin alike in one simulator, or no comparison means anything."""
     starts = {}
     for (label, name, seed), cell in cells.items():
         place = PERTURBATIONS[name].simulator, seed
