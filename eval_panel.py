@@ -6,10 +6,11 @@
     python eval_panel.py runs/A/checkpoint.pt --perturbations push mjx --episodes 512 --device cuda --out results/panel/A
 
 A cell is one checkpoint under one perturbation (PERTURBATIONS lists them) and one seed. Its policy acts deterministically, statistics
-frozen, and each environment counts with its first episode. Episode k of a seed begins in the same state in every cell, so every
-difference is taken episode by episode (a quadruped's heading and commands may be other draws under noise and pushes). The simulator is
-vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own environment, `mjx` the tasks of ppo_mjx_jax.py. What a checkpoint
-says of randomisation and perturbation in training is left out.
+frozen, and each environment counts with its first episode. Episode k of a seed begins in the same state in every cell, a quadruped's
+with the same command and heading, so every difference is taken episode by episode. Its later commands are the same too, but where the
+clock or the draws are others: under `timestep` they come in other steps, and `mujoco_c` draws its own, from the episode's seed. The
+simulator is vecsim with the integrator of the MJCF; `mujoco_c` is Gymnasium's own environment, `mjx` the tasks of ppo_mjx_jax.py. What
+a checkpoint says of randomisation and perturbation in training is left out.
 
 The folder, readable without running anything:
 
@@ -23,10 +24,12 @@ The folder, readable without running anything:
     cells/          finished cells, while the panel runs: the same command goes on where it stopped; gone when all is written
 
 A failed episode gets one label, by the first rule of RULES that holds (`failure_label`). Its twin is the episode of the same seed and
-number under `none`. Causes are counterfactual: the twin succeeded, so what the perturbation changes is to blame.
+number under `none`, from the same start under the same command. Causes are counterfactual: the twin succeeded, so what the perturbation
+changes is to blame (or, under `timestep` and in `mujoco_c`, a later command of a quadruped, which is another then).
 
 Intervals are percentile bootstraps (Efron 1979) over episodes within each seed, the same draws for all cells (so differences are
-paired; stratified as Agarwal et al. 2021, arXiv:2108.13264, do by task). They cover initial states and disturbances, never the training.
+paired; stratified as Agarwal et al. 2021, arXiv:2108.13264, do by task), spread to the variance of E - 1 degrees of freedom. They cover
+initial states and disturbances, never the training. A teacher that reads privileged observations is not run under noise: they have none.
 
 A checkpoint says itself how it is read: the file's kind, then its field `algorithm` (LOADERS): a .npz is of ppo_mjx_jax.py, "ppo" of
 ppo_gpu_torch.py, "sac" of sac_gpu_torch.py, "distill" of ppo_distill_teacher_student.py, whose `stage` says if it is teacher or student.
@@ -42,6 +45,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -133,7 +137,7 @@ class Args:
     perturbations: tuple[str, ...] = tuple(PERTURBATIONS)
     """names of PERTURBATIONS; `none` always runs, because every other is compared with it"""
     episodes: int | None = None
-    """episodes of a cell (>= 1; default 64, with --quick 8)"""
+    """episodes of a cell (>= 2; default 64, with --quick 8)"""
     num_envs: int = 1024
     """environments simulated side by side, at most (>= 1); fewer take less memory, and other initial states"""
     device: str = "auto"
@@ -141,7 +145,7 @@ class Args:
     compile: bool | None = None
     """compile vecsim's physics (default: on a GPU only, because every perturbation compiles anew)"""
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
-    """integrator of vecsim and MJX; mjcf is the model's own, as in Gymnasium"""
+    """integrator of every simulator; mjcf is the model's own, as in Gymnasium"""
     solver_iterations: int = 4
     """Newton iterations of the contact solver in vecsim and MJX (>= 1)"""
     agent: int = 0
@@ -166,7 +170,7 @@ def check_args(args: Args) -> Args:
         args, episodes=args.episodes if args.episodes is not None else 8 if args.quick else 64,
         video=args.video and not args.quick,
     )  # fmt: skip
-    for name, least in dict(episodes=1, num_envs=1, solver_iterations=1, agent=0, resamples=100, worst=1).items():
+    for name, least in dict(episodes=2, num_envs=1, solver_iterations=1, agent=0, resamples=100, worst=1).items():
         if getattr(args, name) < least:
             raise InputError(f"{name} = {getattr(args, name)} must be >= {least}")
     if not args.seeds or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -396,6 +400,9 @@ class FrozenStatistics(nn.Module):
 class Policy(nn.Module):
     """A deterministic policy: observations (N, obs) in, actions (N, actions) in the environment's units out."""
 
+    privileged = False  # whether it reads the observations that only a simulator knows
+    groups: tuple[str, ...] = ()  # of the observation that it reads, by name; all where none is named
+
     def __init__(self, actor: nn.Module, action_size: int, obs_size: int, normalizes: bool, bf16: bool = False):
         super().__init__()
         self.actor, self.bf16 = actor, bf16
@@ -549,7 +556,9 @@ def load_distilled(checkpoint: dict) -> Policy:
     hidden = args["actor_hidden"] if is_teacher else args["student_hidden"]
     history = 1 if is_teacher or is_recurrent else args["student_history"]
     gru_size = args["student_memory"] if is_recurrent and not is_teacher else 0
-    policy = DistilledPolicy(tuple(hidden), len(state["action_centre"]), columns, is_teacher, history, gru_size)
+    privileged = is_teacher and bool(task.critic_slices)
+    policy = DistilledPolicy(tuple(hidden), len(state["action_centre"]), columns, privileged, history, gru_size)
+    policy.groups = tuple(checkpoint["groups"]["teacher" if is_teacher else "student"])
     return with_actor_state(policy, state)
 
 
@@ -566,6 +575,8 @@ def is_numpy_archive(path: str) -> bool:
 
 def read_checkpoint(path: str, agent: int) -> dict:
     """The checkpoint's fields; a .npz, of which `agent` is wanted, gets those of a .pt. InputError where it cannot be read."""
+    if Path(path).is_dir():
+        raise InputError(f"checkpoint {path} is a folder; give a file in it, such as {Path(path) / 'checkpoint.pt'}")
     try:
         if is_numpy_archive(path):
             with np.load(path, allow_pickle=False) as file:
@@ -585,6 +596,9 @@ def read_checkpoint(path: str, agent: int) -> dict:
         known = ", ".join(LOADERS)
         found = checkpoint.get("algorithm") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise InputError(f"checkpoint {path} is of no trainer that the panel knows ({known}): algorithm {found!r}")
+    lacks = [name for name in ("env_id", "args", "env_steps", "versions") if name not in checkpoint]
+    if lacks:
+        raise InputError(f"checkpoint {path} lacks {', '.join(lacks)}: it is not whole, or of another version of its trainer")
     return checkpoint
 
 
@@ -611,11 +625,13 @@ def load_subjects(args: Args) -> list[Subject]:
             raise InputError(f"checkpoint {path} was trained on {env_id!r}, which is no task here; there are {known}")
         label = f"{names[k]}-{names[: k + 1].count(names[k])}" if names.count(names[k]) > 1 else names[k]
         try:
-            policy = LOADERS[checkpoint["algorithm"]](checkpoint).to(args.device)
-        except (KeyError, RuntimeError) as error:
+            options = task_options(checkpoint)
+            with refusals_of_the_simulator():
+                policy = LOADERS[checkpoint["algorithm"]](checkpoint).to(args.device)
+        except (KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:150]
             raise InputError(f"checkpoint {path} was written by another version of its trainer: {reason}") from None
-        sha256, options = hashlib.sha256(Path(path).read_bytes()).hexdigest(), task_options(checkpoint)
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         env_steps, made_with = checkpoint["env_steps"], checkpoint["versions"]
         subjects.append(Subject(label, path, env_id, options, policy, env_steps, sha256, made_with))
     check_one_task(subjects)
@@ -689,6 +705,15 @@ class Vecsim:
         state = self.env.state()
         return state.qpos, state.qvel
 
+    def commanded(self) -> dict[str, Tensor]:
+        """What the task carries, (rows, N) by name: a quadruped's command, heading and more; nothing for most tasks."""
+        return vecsim_torch.split_rows(self.env.state_dict()["carry"]["memory"], self.env.task.memory)
+
+    def start(self) -> Tensor:
+        """(rows, N): all that the panel gives an episode to begin with: state, command and heading."""
+        memory, (qpos, qvel) = self.commanded(), self.state()
+        return torch.cat([qpos, qvel, *(memory[name].to(qpos) for name in ("command", "heading") if name in memory)])
+
     def step(self, action: Tensor) -> Step:
         obs, reward, terminated, truncated, info = self.env.step(action)
         missing = torch.full_like(reward, math.nan)
@@ -704,7 +729,7 @@ class Vecsim:
 
 
 class MujocoC(Vecsim):
-    """Gymnasium's own environments, from vecsim's initial states (to float32)."""
+    """Gymnasium's own environments, from vecsim's initial states (to float32) and under its first commands."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
         if subject.env_id not in gymnasium.registry:
@@ -712,14 +737,23 @@ class MujocoC(Vecsim):
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
         make = functools.partial(gymnasium.make, subject.env_id, disable_env_checker=True, **subject.options)
         self.robots = [make() for _ in range(num_envs)]
+        if args.integrator != "mjcf":
+            names = {name: number for number, name in vecsim_torch.INTEGRATORS.items()}
+            for robot in (robot.unwrapped for robot in self.robots):
+                model = robot.mj_model if isinstance(robot, vecsim_torch.QuadrupedInMujoco) else robot.model
+                model.opt.integrator = names[args.integrator]
 
     def reset(self, seed: int) -> tuple[Tensor, Tensor]:
-        """The observation is vecsim's, which equals Gymnasium's at the same state; a commanded robot then draws its own command."""
+        """The observation is vecsim's, which equals Gymnasium's at the same state. A commanded robot begins with vecsim's command and
+        heading, and draws those that follow with a seed of its own."""
         obs, critic_obs = super().reset(seed)
         qpos, qvel = (x.T.double().cpu().numpy() for x in super().state())
-        for robot, position, velocity in zip(self.robots, qpos, qvel, strict=True):
-            robot.reset()
+        memory = super().commanded()
+        for k, (robot, position, velocity) in enumerate(zip(self.robots, qpos, qvel, strict=True)):
+            robot.reset(seed=stream_seed(seed, k, 1))
             robot.unwrapped.set_state(position, velocity)
+            if memory:
+                robot.unwrapped.memory = {name: rows[:, k : k + 1].double() for name, rows in memory.items()}
         self.obs, self.critic_obs, self.ended = obs, critic_obs, np.zeros(len(self.robots), bool)
         return obs, critic_obs
 
@@ -728,6 +762,10 @@ class MujocoC(Vecsim):
         rows = np.stack([data.qpos for data in datas], 1), np.stack([data.qvel for data in datas], 1)
         qpos, qvel = (torch.as_tensor(x).float().to(self.obs.device) for x in rows)
         return qpos, qvel
+
+    def commanded(self) -> dict[str, Tensor]:
+        memories = [getattr(robot.unwrapped, "memory", {}) for robot in self.robots]
+        return {name: torch.cat([memory[name] for memory in memories], 1).float() for name in memories[0]}
 
     def step(self, action: Tensor) -> Step:
         commands, obs, critic_obs = action.cpu().numpy(), self.obs.cpu().numpy().copy(), self.critic_obs.cpu().numpy().copy()
@@ -797,6 +835,13 @@ class Mjx(Vecsim):
 BACKENDS = {"vecsim": Vecsim, "mujoco_c": MujocoC, "mjx": Mjx}
 
 
+def unfit(subject: Subject, name: str) -> str | None:
+    """Why a perturbation changes nothing for this subject, though the task has it; None where it does."""
+    if subject.policy.privileged and "observation_noise" in PERTURBATIONS[name].options:
+        return "it reads privileged observations, which are without noise"
+    return None
+
+
 def open_simulator(subject: Subject, name: str, args: Args) -> Vecsim:
     """ValueError or ImportError where the task or this machine has no such thing."""
     perturbation, num_envs = PERTURBATIONS[name], min(args.num_envs, args.episodes)
@@ -829,7 +874,7 @@ def run_batch(
     """
     seen = policy.view(*simulator.reset(seed))
     policy.begin(len(seen))
-    start, running = torch.cat(simulator.state()), torch.ones(len(seen), dtype=torch.bool, device=seen.device)
+    start, running = simulator.start(), torch.ones(len(seen), dtype=torch.bool, device=seen.device)
     zero = torch.zeros(len(seen), dtype=torch.float64, device=seen.device)
     length, sums = zero, dict.fromkeys(("return", "speed", "tracking", "unsafe"), zero)
     ends = dict.fromkeys(("terminated", "survived", "invalid"), ~running)
@@ -974,18 +1019,21 @@ def failure_label(blamed: str, episode: dict, twin_success: bool, typical: Usual
 
 
 Cells = dict[tuple[str, str, int], dict[str, np.ndarray]]  # by checkpoint's label, perturbation and seed
+MEASURED = (
+    "return", "length", "seconds", "success", "survived", "terminated", "invalid", "speed", "tracking", "unsafe", "saturation",
+    "saturation_end",
+)  # fmt: skip
 
 
 def episode_rows(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...]) -> list[dict]:
     """One row per episode, in the columns of episodes.csv."""
-    names = "return length seconds success survived terminated invalid speed tracking unsafe saturation saturation_end"
     typical = {s.label: usual([cells[s.label, "none", seed] for seed in seeds]) for s in subjects}
     rows = []
     for (label, name, seed), cell in cells.items():
         perturbation, twins = PERTURBATIONS[name], cells[label, "none", seed]["success"]
         place = dict(checkpoint=label, perturbation=name, simulator=perturbation.simulator, seed=seed)
         for k in range(len(twins)):
-            row = place | dict(episode=k) | {column: cell[column][k].item() for column in names.split()}
+            row = place | dict(episode=k) | {column: cell[column][k].item() for column in MEASURED}
             slump, over = longest_slump(cell["windows"][k], typical[label].reward)
             row |= dict(slump_seconds=slump, slump_over=over)
             rows.append(row | dict(label=failure_label(perturbation.blamed, row, bool(twins[k]), typical[label])))
@@ -1000,13 +1048,17 @@ METRICS = ("return", "success", "length", "speed", "tracking", "unsafe")
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """(resamples, K): means of values (S, E, K), with E episodes drawn anew within each of S seeds, all K columns by the same draws."""
+    """(resamples, K): means of values (S, E, K), with E episodes drawn anew within each of S seeds, all K columns by the same draws.
+
+    A draw of E episodes spreads as if E were one less; spread about the mean by sqrt(E / (E - 1)), few episodes get intervals as wide as
+    their variance says (Davison and Hinkley 1997, section 2.3)."""
     rng, (seeds, episodes, _) = np.random.default_rng(seed), values.shape
     alike, means = np.full(episodes, 1 / episodes), []
     for _ in range(resamples):
         times = rng.multinomial(episodes, alike, size=seeds)  # (S, E): how often each is drawn
         means.append(np.tensordot(times, values, 2) / (seeds * episodes))
-    return np.array(means)
+    centre = values.mean((0, 1))
+    return centre + math.sqrt(episodes / (episodes - 1)) * (np.array(means) - centre)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -1029,9 +1081,13 @@ def summarize(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...], res
 
     def columns(prefix: str, k: int, pair: tuple, other: tuple | None) -> dict[str, float]:
         mean, drawn = means[pair][k], draws[pair][:, k]
+        if other is not None and other not in pairs:  # the first checkpoint ran none of this
+            return {f"{prefix}{end}": math.nan for end in ("", "_low", "_high")}
         if other is not None:
             mean, drawn = mean - means[other][k], drawn - draws[other][:, k]
         low, high = interval(drawn)
+        if other is None and METRICS[k] in ("success", "unsafe"):
+            low, high = max(low, 0.0), min(high, 1.0)  # shares
         return {prefix: float(mean), f"{prefix}_low": low, f"{prefix}_high": high}
 
     for pair in pairs:
@@ -1082,6 +1138,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+def simulator_hash() -> str:
+    return hashlib.sha256(Path(vecsim_torch.__file__).read_bytes()).hexdigest()
+
+
 def fingerprint(subjects: list[Subject], args: Args) -> dict:
     """What finished cells must agree with, to be of this panel."""
     options = "episodes num_envs integrator solver_iterations agent".split()
@@ -1090,7 +1150,7 @@ def fingerprint(subjects: list[Subject], args: Args) -> dict:
         checkpoints={s.label: s.sha256 for s in subjects},
         perturbations=changes,
         device=args.device.split(":")[0],
-        simulator=hashlib.sha256(Path(vecsim_torch.__file__).read_bytes()).hexdigest(),
+        simulator=simulator_hash(),
         torch=str(torch.__version__),
         **{name: getattr(args, name) for name in options},
     )
@@ -1100,7 +1160,9 @@ def fingerprint(subjects: list[Subject], args: Args) -> dict:
 def own_folder(out: Path, mark: dict):
     """`out/cells` for this process alone, new or of the same panel. InputError where `out` is anyone else's."""
     cells = out / "cells"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (cells / "panel.json").is_file():
+    # A full disk may have stopped an earlier run before its panel.json.
+    begun = (cells / "panel.json").is_file() or (cells.is_dir() and {*out.iterdir(), *cells.iterdir()} <= {cells, cells / "lock"})
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not begun:
         raise InputError(f"out = {out} holds something else already, or a finished panel; choose another folder")
     cells.mkdir(parents=True, exist_ok=True)
     with (cells / "lock").open("w") as lock:
@@ -1127,12 +1189,15 @@ def load_cell(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells, dict[str, str]]:
-    """All cells, those on disk included, and why perturbations were left out."""
-    cells, left_out = {}, {}
+    """All cells, those on disk included, and why perturbations were left out: "NAME", or "NAME, LABEL" for one checkpoint alone."""
+    cells, left_out = {}, {name: "not asked for" for name in PERTURBATIONS if name not in args.perturbations}
     total = len(subjects) * len(args.perturbations) * len(args.seeds)
     with tqdm(total=total, unit=" cells", disable=not sys.stderr.isatty()) as bar:
         for name in args.perturbations:
             for subject in subjects:
+                if reason := unfit(subject, name):
+                    left_out[f"{name}, {subject.label}"] = reason
+                    continue
                 paths = {seed: folder / f"{subject.label}--{name}--{seed}.npz" for seed in args.seeds}
                 found = {seed: load_cell(path) for seed, path in paths.items()}
                 missing = [seed for seed in args.seeds if found[seed] is None]
@@ -1154,12 +1219,24 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     return cells, left_out
 
 
+def left_out_lines(left_out: dict[str, str]) -> list[str]:
+    """One line for each reason."""
+    by_reason = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(words_of(name))
+    return [f"{'; '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
 def check_same_starts(cells: Cells) -> None:
-    """Every checkpoint of a perturbation and seed began in the same states, or the comparison means nothing."""
+    """Whatever the checkpoint and the perturbation, a seed's episodes begin alike in one simulator, or no comparison means anything."""
     starts = {}
     for (label, name, seed), cell in cells.items():
-        if starts.setdefault((name, seed), str(cell["start"])) != str(cell["start"]):
-            raise RuntimeError(f"{label} began {name}, seed {seed}, in other states than the other checkpoints")
+        place = PERTURBATIONS[name].simulator, seed
+        (first_label, first_name), first = starts.setdefault(place, ((label, name), str(cell["start"])))
+        if str(cell["start"]) != first:
+            raise RuntimeError(
+                f"{label} began {name}, seed {seed}, in other states or under other commands than {first_label} began {first_name}"
+            )
 
 
 def choose_worst(rows: list[dict], count: int) -> list[dict]:
@@ -1208,24 +1285,31 @@ LABEL_COLOURS = dict(
 )
 
 
+def conditions(rows: list[dict]) -> list[str]:
+    """The perturbations of rows, in the order of PERTURBATIONS; a checkpoint may lack some."""
+    found = {row["perturbation"] for row in rows}
+    return [name for name in PERTURBATIONS if name in found]
+
+
 def words_of(perturbation: str) -> str:
     return {"mujoco_c": "MuJoCo C", "mjx": "MJX"}.get(perturbation, perturbation.replace("_", " "))
 
 
 def plot_scores(path: Path, summary: list[dict], title: str) -> None:
     """Mean return and success rate of each checkpoint under each perturbation, with their intervals."""
-    names = list(dict.fromkeys(row["perturbation"] for row in summary))
+    names = conditions(summary)
     labels = list(dict.fromkeys(row["checkpoint"] for row in summary))
     figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for k, label in enumerate(labels):
         rows = {row["perturbation"]: row for row in summary if row["checkpoint"] == label}
+        own = [name for name in names if name in rows]
         offset = 0.22 * (k - (len(labels) - 1) / 2)
         for axis, metric, scale in ((axes[0], "return", 1.0), (axes[1], "success", 100.0)):
-            middle = np.array([rows[name][metric] for name in names]) * scale
-            ends = [np.array([rows[name][f"{metric}_{end}"] for name in names]) * scale for end in ("low", "high")]
+            middle = np.array([rows[name][metric] for name in own]) * scale
+            ends = [np.array([rows[name][f"{metric}_{end}"] for name in own]) * scale for end in ("low", "high")]
             errors = np.abs(np.array([middle - ends[0], ends[1] - middle]))
-            place, colour = np.arange(len(names)) + offset, SUBJECT_COLOURS[k % len(SUBJECT_COLOURS)]
+            place, colour = np.array([names.index(name) for name in own]) + offset, SUBJECT_COLOURS[k % len(SUBJECT_COLOURS)]
             axis.errorbar(middle, place, xerr=errors, fmt="o", color=colour, ms=5, capsize=2.5, lw=1.6, label=label)
             axis.axvline(middle[0], color=colour, lw=0.8, ls=":")
     axes[0].set_yticks(range(len(names)), [words_of(name) for name in names])
@@ -1244,7 +1328,7 @@ def plot_scores(path: Path, summary: list[dict], title: str) -> None:
 
 def plot_failures(path: Path, rows: list[dict], title: str) -> None:
     """Share of failed episodes under each perturbation, by label, one panel per checkpoint."""
-    names = list(dict.fromkeys(row["perturbation"] for row in rows))
+    names = conditions(rows)
     labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
     figure = Figure(figsize=(2.2 + 4.2 * len(labels), 1.9 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
@@ -1252,6 +1336,9 @@ def plot_failures(path: Path, rows: list[dict], title: str) -> None:
     for axis, checkpoint in zip(axes, labels, strict=True):
         for place, name in enumerate(names):
             cell = [row["label"] for row in rows if (row["checkpoint"], row["perturbation"]) == (checkpoint, name)]
+            if not cell:
+                axis.text(1.5, place, "not run", va="center", fontsize=8, color="#777777")
+                continue
             left = 0.0
             for label in found:
                 width = 100 * cell.count(label) / len(cell)
@@ -1275,19 +1362,22 @@ def plot_failures(path: Path, rows: list[dict], title: str) -> None:
 
 
 def plot_worst(path: Path, traced: list[dict], contract: Contract, usual_reward: dict[str, float]) -> None:
-    """Of each traced episode: reward of each step, its telling coordinate, and the largest action, over time."""
+    """Of each traced episode: reward of each step, its telling coordinate, and the actions, over time."""
     figure = Figure(figsize=(11, 0.6 + 1.55 * len(traced)), layout="constrained")
-    axes = figure.subplots(len(traced), 3, squeeze=False)
+    axes = figure.subplots(len(traced), 3, squeeze=False, sharex="row")
     coordinate, coordinate_name = contract.traced
     for line, row in zip(axes, traced, strict=True):
         trace, colour = row["trace"], LABEL_COLOURS.get(row["label"], "#228833")
-        width = max(1, min(len(trace["time"]), round(0.2 / row["second"])))
+        short = len(trace["time"]) * row["second"] < 1.0  # each step matters: raw, with markers
+        dots = dict(marker="o", ms=3) if short else {}
+        width = 1 if short else max(1, round(0.2 / row["second"]))
         smooth = np.convolve(trace["reward"], np.ones(width) / width, "valid")
-        line[0].plot(trace["time"][len(trace["time"]) - len(smooth) :], smooth, color=colour, lw=1.1)
+        line[0].plot(trace["time"][len(trace["time"]) - len(smooth) :], smooth, color=colour, lw=1.1, **dots)
+        line[0].axhline(0.0, color="#999999", lw=0.6)  # keeps 0 in sight: an axis about a constant shows noise
         if usual_reward[row["checkpoint"]] > 0:
             line[0].axhline(usual_reward[row["checkpoint"]], color="black", lw=0.8, ls=":")
-        line[1].plot(trace["time"], trace["qpos"][:, coordinate], color=colour, lw=1.1)
-        line[2].plot(trace["time"], trace["unit_action"].clip(-1, 1), color=colour, lw=0.7, alpha=0.8)
+        line[1].plot(trace["time"], trace["qpos"][:, coordinate], color=colour, lw=1.1, **dots)
+        line[2].plot(trace["time"], trace["unit_action"].clip(-1, 1), color=colour, lw=0.7, alpha=0.8, **dots)
         line[2].set_ylim(-1.1, 1.1)
         title = f"{row['checkpoint']}, {words_of(row['perturbation'])}, seed {row['seed']}, episode {row['episode']}: "
         line[0].set_title(f"{title}{row['label'] or 'success'}", loc="left", fontsize=9)
@@ -1296,13 +1386,21 @@ def plot_worst(path: Path, traced: list[dict], contract: Contract, usual_reward:
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
     names = (
-        "reward per step (mean of 0.2 s; dotted: usual)",
+        "reward per step (dotted: usual)\nmeans of 0.2 s; if all is under 1 s, each step",
         coordinate_name,
         "actions, clipped to +-1 of their range",
     )
     for axis, name in zip(axes[-1], names, strict=True):
         axis.set_xlabel(f"s\n{name}", fontsize=9)
     write_whole(path, lambda partial: figure.savefig(partial, dpi=130))
+
+
+def write_film(path: Path, write: Callable[[Path], None]) -> None:
+    """`write_whole`; an encoder's OSError, which names no file and may have no number, gets both."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, " ".join(str(error).split()), str(path)) from error
 
 
 def film(path: Path, row: dict) -> str:
@@ -1327,9 +1425,17 @@ def film(path: Path, row: dict) -> str:
     timing = dict(duration=1000 * frame_seconds, loop=0)
     if path.suffix == ".mp4":
         timing = dict(fps=1 / frame_seconds, macro_block_size=8)
-    write_whole(path, lambda partial: imageio.mimwrite(partial, frames, **timing))
+    write_film(path, lambda partial: imageio.mimwrite(partial, frames, **timing))
     slowed = f", {slower} times slower" if slower > 1 else ""
     return f"the last {len(states) * seconds:.1f} s of {episode_name(row)}{slowed}"
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Encoders that are other programs hide the error's number: then the text says it, or the space that is left."""
+    if not isinstance(error, OSError):
+        return False
+    numbered = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return numbered or (error.filename is not None and shutil.disk_usage(folder).free < 2**24)  # 16 MiB: films are under 10
 
 
 def try_film(out: Path, row: dict) -> tuple[str | None, str]:
@@ -1342,9 +1448,11 @@ def try_film(out: Path, row: dict) -> tuple[str | None, str]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             return name, process.submit(film, out / name, row).result()
     except Exception as error:  # MuJoCo's back ends raise many types where there is nothing to draw with
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+        if is_disk_full(error, out):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / name)) from error
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, OSError) and error.filename == str(out / name):
+            return None, f"no film: it cannot be written ({reason})"
     backend = os.environ.get("MUJOCO_GL", "glfw")
     return None, f"no film: MuJoCo cannot draw here with MUJOCO_GL={backend} ({reason}); try egl or osmesa"
 
@@ -1393,17 +1501,13 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
             )
         else:
             lines.append(f"**{subject.label}**: no perturbation lowers return or success measurably.")
-        for row in swaps:
-            differs = verdict(row, "return_change_from_none")
-            words = "differs from" if differs else "agrees within its interval with"
-            lines.append(
-                f"**{subject.label}**: {words_of(row['perturbation'])} {words} vecsim from the same initial states: return "
-                f"changed by {with_interval(row, 'return_change_from_none')}, success by "
-                f"{with_interval(row, 'success_change_from_none', 100, ' points')}."
-            )
-        same = unchanged(rows, subject.label)
+        lines += [f"**{subject.label}**: {swap_words(row, rows)}." for row in swaps]
+        same = kept(rows, subject.label, ("return", "length"))
+        if "sparse_reward" in kept(rows, subject.label, MEASURED):
+            lines.append(f"**{subject.label}**: the bookkeeping holds, no episode changed at all under sparse reward.")
+        same = [words_of(name) for name in same if name != "sparse_reward"]
         if same:
-            lines.append(f"**{subject.label}**: no episode changed at all under {', '.join(map(words_of, same))}.")
+            lines.append(f"**{subject.label}**: every episode kept its return and length under {', '.join(same)}.")
         failed = Counter(row["label"] for row in rows if row["checkpoint"] == subject.label and row["label"])
         counts = ", ".join(f"{label} {count}" for label, count in failed.most_common())
         lines.append(
@@ -1412,20 +1516,44 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
     for other in subjects[1:]:
         first, name = subjects[0].label, f"return_beyond_{subjects[0].label}"
         own = [row for row in summary if row["checkpoint"] == other.label]
-        parts = []
+        own = [row for row in own if not math.isnan(row[name])]
+        equal = [row["perturbation"] for row in own if all_returns_equal(rows, row["perturbation"], (first, other.label))]
+        parts = [f"equal in every episode under {', '.join(map(words_of, equal))}"] if equal else []
         for sign, words in ((1, "more"), (-1, "less"), (0, "undecided")):
-            names = [words_of(row["perturbation"]) for row in own if verdict(row, name) == sign]
+            compared = [row for row in own if row["perturbation"] not in equal and verdict(row, name) == sign]
+            names = [words_of(row["perturbation"]) for row in compared]
             parts += [f"{words} under {', '.join(names)}"] if names else []
         lines.append(f"**{other.label}** against **{first}**, return, paired by episode: {'; '.join(parts)}.")
     return lines
 
 
-def unchanged(rows: list[dict], label: str) -> list[str]:
-    """Perturbations under which every episode of a checkpoint has its twin's return and length."""
+def all_returns_equal(rows: list[dict], perturbation: str, labels: tuple[str, str]) -> bool:
+    return len({row["return"] for row in rows if row["perturbation"] == perturbation and row["checkpoint"] in labels}) == 1
+
+
+def swap_words(row: dict, rows: list[dict]) -> str:
+    """What another simulator made of a checkpoint's return and success; equal returns in every episode show no agreement."""
+    name = words_of(row["perturbation"])
+    seen = (row["perturbation"], "none")
+    returns = {r["return"] for r in rows if r["checkpoint"] == row["checkpoint"] and r["perturbation"] in seen}
+    success = with_interval(row, "success_change_from_none", 100, " points")
+    changes = f"return changed by {with_interval(row, 'return_change_from_none')}, success by {success}"
+    if verdict(row, "return_change_from_none") or verdict(row, "success_change_from_none"):
+        return f"{name} differs from vecsim from the same initial states: {changes}"
+    if len(returns) == 1:
+        return (
+            f"{name} and vecsim are both at a return of {sized(*returns)} in every episode, a limit that may hide "
+            f"differences; success changed by {success}"
+        )
+    return f"{name} agrees with vecsim from the same initial states, within the intervals of return and success: {changes}"
+
+
+def kept(rows: list[dict], label: str, columns: tuple[str, ...]) -> list[str]:
+    """Perturbations under which every episode of a checkpoint equals its twin in these columns."""
     outcomes = {}
     for row in rows:
         if row["checkpoint"] == label:
-            outcome = row["seed"], row["episode"], row["return"], row["length"]
+            outcome = str([row[name] for name in ("seed", "episode", *columns)])  # as text NaN equals NaN
             outcomes.setdefault(row["perturbation"], set()).add(outcome)
     return [name for name, own in outcomes.items() if name != "none" and own == outcomes["none"]]
 
@@ -1452,16 +1580,18 @@ def describe_worst(row: dict) -> str:
 
 def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list[dict], subjects: list[Subject]) -> str:
     """The page that a reader opens first."""
-    labels, names = [s.label for s in subjects], list(dict.fromkeys(row["perturbation"] for row in summary))
+    labels, names = [s.label for s in subjects], conditions(summary)
     by_place = {(row["checkpoint"], row["perturbation"]): row for row in summary}
     columns = {"return": ("return", 1, ""), "success": ("success", 100, "%"), "unsafe steps": ("unsafe", 100, "%")}
     if CONTRACTS[record["env_id"]].largest_tracking is not None:
         columns["velocity error"] = ("tracking", 1, " m/s")
     places = [(words, label) for words in columns for label in labels]
-    scores = [
-        [words_of(name), *(with_interval(by_place[label, name], *columns[words]) for words, label in places)]
-        for name in names
-    ]
+
+    def score(words: str, label: str, name: str) -> str:
+        row = by_place.get((label, name))
+        return "not run" if row is None else with_interval(row, *columns[words])
+
+    scores = [[words_of(name), *(score(*place, name) for place in places)] for name in names]
     counts = Counter((row["checkpoint"], row["perturbation"], row["label"]) for row in rows)
     found = [label for label in LABELS if any(key[2] == label for key in counts)]
     failures = [
@@ -1485,6 +1615,7 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
         "## The worst episodes\n",
         "\n".join(describe_worst(row) for row in traced) + "\n",
         "![worst](worst.png)\n",
+        "Rows of the traces are before each step; the state that ended an episode is not among them.\n",
         f"Film: {record['film']}.\n",
         "## Failure labels, the first rule that holds\n",
         markdown_table(["label", "rule"], [[label, rule] for label, rule in RULES.items()]),
@@ -1494,14 +1625,32 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
         "- Intervals are 95%, paired by episode, over initial states and disturbances: another training run is another policy.\n"
         "- Where no episode of n failed or none succeeded, the interval has no width; by the rule of three the rate may still be 3/n off.\n"
         "- With intervals for many conditions, one in twenty differences is expected to exclude 0 by chance.",
-        *(f"- Left out: {words_of(name)}: {reason}." for name, reason in record["left_out"].items()),
+        *(f"- Left out: {line}." for line in left_out_lines(record["left_out"])),
     ]
     return "\n".join(parts) + "\n"
+
+
+def clock_and_options(subject: Subject, env: vecsim_torch.VecSim) -> dict:
+    """The time limit, the control step, and the options in which the task departs from its own defaults."""
+    control_step = env.task.frame_skip * env.mj_model.opt.timestep
+    limit = env.settings.max_episode_steps
+    defaults = vars(type(env.task)())
+    changed = {name: x for name, x in vars(env.task).items() if x != defaults[name]}
+    return dict(
+        time_limit=f"{limit:,} steps, {limit * control_step:g} s",
+        control_step=f"{control_step:g} s, {env.task.frame_skip} physics steps",
+        options=", ".join(f"{name} = {x}" for name, x in changed.items()) or "the task's own",
+    )
 
 
 def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], cells: Cells, seconds: float) -> dict:
     contract, env_id = CONTRACTS[subjects[0].env_id], subjects[0].env_id
     on_gpu = args.device.startswith("cuda")
+    envs = [vecsim_torch.make(env_id, 1, **subject.options) for subject in subjects]
+    checkpoints = [{name: x for name, x in s._asdict().items() if name != "policy"} for s in subjects]
+    for checkpoint, subject, env in zip(checkpoints, subjects, envs, strict=True):
+        checkpoint["reads"] = list(subject.policy.groups or env.observation_slices)
+        checkpoint["reads_privileged"] = subject.policy.privileged
     return dict(
         env_id=env_id,
         task=dict(
@@ -1511,6 +1660,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
             termination=contract.termination,
             success=success_words(contract),
             safety_constraint=contract.safety.words,
+            **clock_and_options(subjects[0], envs[0]),
         ),
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         configuration=dataclasses.asdict(args),
@@ -1519,23 +1669,28 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
             for name in args.perturbations
         },
         left_out=left_out,
-        checkpoints=[{name: x for name, x in s._asdict().items() if name != "policy"} for s in subjects],
+        checkpoints=checkpoints,
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},
         seconds=round(seconds, 1),
         versions=versions(),
+        simulator=simulator_hash(),
         hardware=torch.cuda.get_device_name(args.device) if on_gpu else vecsim_torch.cpu_name(),
         threads=torch.get_num_threads(),
     )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
-    return dict(
+    known = dict(
         python=sys.version.split()[0],
         torch=str(torch.__version__),
         mujoco=mujoco.__version__,
         gymnasium=gymnasium.__version__,
         numpy=np.__version__,
     )
+    for name in ("jax", "jaxlib", "mujoco-mjx"):  # read from the packages: an import of jax would take memory of the GPU
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
 def write_evidence(
@@ -1583,8 +1738,8 @@ def evaluate(args: Args) -> Path:
         except (OSError, KeyboardInterrupt) as error:
             error.add_note(f"{len(list(folder.glob('*--*.npz')))} finished cells are kept; go on with --out {out}")
             raise
-        for name, reason in left_out.items():
-            print(f"left out: {name}: {reason}")
+        for line in left_out_lines(left_out):
+            print(f"left out: {line}")
         print(f"film: {record['film']}")
         shutil.rmtree(folder)
     print((out / "postmortem.md").read_text().split("## What happened\n")[1].split("![scores]")[0].strip())

@@ -2473,6 +2473,9 @@ def between(value: Tensor, bounds: tuple[float, float]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+QUADRUPED_TIMESTEP = 0.005  # s, of the physics
+
+
 def quadruped_mjcf() -> str:
     """MJCF of a Go1: the maker's masses, inertias, link lengths, joint ranges and torque limits.
 
@@ -2506,7 +2509,7 @@ def quadruped_mjcf() -> str:
             actuators += f'<position name="{name}" joint="{name}" forcerange="{-torque} {torque}"/>\n    '
     return f"""<mujoco model="quadruped">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="0.005" integrator="implicitfast"/>
+  <option timestep="{QUADRUPED_TIMESTEP}" integrator="implicitfast"/>
   <default>
     <geom type="capsule" contype="0" conaffinity="1" friction="1 0.005 0.0001" rgba="0.4 0.4 0.45 1"/>
     <joint damping="0.1" armature="0.01"/>
@@ -2539,7 +2542,8 @@ class QuadrupedFlat(Task):
 
     Actions are offsets of the servos' targets from the home pose, in units of `action_scale`; the joints' ranges clip
     them. `obs` holds what a real robot senses, `critic_obs` beside it what only a simulator knows. Reward weights are
-    per second. Actor groups have noise only under `perturb`; critic groups never.
+    per second of the nominal control step, which `perturb.timestep_scale` leaves: a longer step is not paid more. Actor
+    groups have noise only under `perturb`; critic groups never.
     """
 
     xml_file: str = dataclasses.field(default="", init=False)
@@ -2731,7 +2735,8 @@ class QuadrupedFlat(Task):
             "collision": sensed["leg_contact"].sum(0),
             "joint_limit": ((joints - centre).abs() - 0.9 * half).clamp(min=0).sum(0),
         }
-        rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * seconds * x for name, x in terms.items()}
+        nominal = self.frame_skip * QUADRUPED_TIMESTEP
+        rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * nominal * x for name, x in terms.items()}
         return rewards | {"velocity_error": error, "yaw_error": yaw_error}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -3311,7 +3316,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         push = (ranges["push"], ranges["push_interval"]) if "push" in ranges else None
         if perturb.push:
             push = (perturb.push, perturb.push), (perturb.push_interval, perturb.push_interval)
-        for name in [*ranges] + ["push"] * bool(perturb.push):
+        asked = ["push"] * bool(perturb.push) + ["friction"] * (perturb.friction_scale != 1)
+        for name in [*ranges, *asked]:
             if name not in varied:
                 raise ValueError(f"{name} has nothing to vary in {env_id}; it has {', '.join(varied)}")
         self.settings = Settings(
@@ -3327,8 +3333,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         )
         self._count_noise(observation=0)
         self.random_initial_ages = random_initial_ages
-        self._generator = torch.Generator(self.device)
-        self._generator.manual_seed(seed)
+        self._generator, self._perturb_generator = torch.Generator(self.device), torch.Generator(self.device)
+        self._seed(seed)
 
         if chunk is None:
             share = math.ceil(num_envs / torch.get_num_threads() / 64) * 64  # one chunk a core, in whole vectors
@@ -3367,27 +3373,44 @@ class VecSim(gymnasium.vector.VectorEnv):
     # -- reset and step ------------------------------------------------------------------------------------------------
 
     def _count_noise(self, observation: int) -> None:
-        """Rows of the random numbers of a step, by use: `state` as `reset_state` wants them, the rest in [0, 1)."""
+        """Rows of the random numbers of a step, by use: `state` as `reset_state` wants them, the rest in [0, 1).
+
+        The last rows are `perturb`'s own and come from a generator of their own, so that states and commands are those
+        of the unperturbed environment. A push that replaces one of `randomize` takes the numbers of that.
+        """
         model, ranges = self.model, self.settings.ranges
+        of_perturb = {"observation": observation}
+        if "push" not in ranges:
+            of_perturb = {"push": 3 if self.settings.push else 0} | of_perturb
         rows = {
             "state": model.nq + model.nv,
             "parameters": sum(self.settings.parameters.values()),
             "initial_position": len(model.scalar_qpos_index) if "initial_position" in ranges else 0,
             "initial_velocity": model.nv if "initial_velocity" in ranges else 0,
-            "push": 3 if self.settings.push else 0,
+            **({"push": 3} if "push" in ranges else {}),
             "task": self.task.random_rows,
-            "observation": observation,
         }
-        self.settings = dataclasses.replace(self.settings, noise=rows)
+        self._perturb_rows = sum(of_perturb.values())
+        self.settings = dataclasses.replace(self.settings, noise=rows | of_perturb)
+
+    def _seed(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+        other = np.random.SeedSequence((seed % 2**64, 1)).generate_state(1)[0]
+        self._perturb_generator.manual_seed(int(other))
 
     def _noise(self) -> Tensor:
         """The random numbers (rows of settings.noise, N) of one step, independent of chunking."""
         model, n = self.model, self.num_envs
-        draw = {"device": self.device, "dtype": self.dtype, "generator": self._generator}
+        to = {"device": self.device, "dtype": self.dtype}
+        draw = to | {"generator": self._generator}
         velocity = torch.randn if self.task.normal_velocity_noise else torch.rand
         rows = [torch.rand(model.nq, n, **draw), velocity(model.nv, n, **draw)]
-        others = sum(self.settings.noise.values()) - model.nq - model.nv
-        return torch.cat([*rows, torch.rand(others, n, **draw)] if others else rows)
+        others = sum(self.settings.noise.values()) - model.nq - model.nv - self._perturb_rows
+        if others:
+            rows.append(torch.rand(others, n, **draw))
+        if self._perturb_rows:
+            rows.append(torch.rand(self._perturb_rows, n, generator=self._perturb_generator, **to))
+        return torch.cat(rows)
 
     def _begin(self, noise: Tensor) -> tuple[Carry, Measured, dict[str, Tensor]]:
         """`begin_episode` in every environment."""
@@ -3417,7 +3440,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if options:
             raise ValueError(f"reset takes no options, not {sorted(options)}")
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._seed(seed)
         noise = self._noise()
         carry, measured, sensed = self._begin(noise)
         random = split_rows(noise, self.settings.noise)
@@ -3537,7 +3560,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if self._graph is None:
             self._action = actions.T.contiguous()
             saved = [Carry(*(x.clone() for x in carry)) for carry in self._carries]
-            generator_state = self._generator.get_state()
+            generator_states = self._generator.get_state(), self._perturb_generator.get_state()
             statistics, offender = self._statistics.clone(), self._offender.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -3548,11 +3571,14 @@ class VecSim(gymnasium.vector.VectorEnv):
             for carry, old in zip(self._carries, saved, strict=True):
                 for a, b in zip(carry, old, strict=True):
                     a.copy_(b)
-            self._generator.set_state(generator_state)
+            for generator, old in zip((self._generator, self._perturb_generator), generator_states, strict=True):
+                generator.set_state(old)
             self._statistics.copy_(statistics)
             self._offender.copy_(offender)
             self._graph = torch.cuda.CUDAGraph()
             self._graph.register_generator_state(self._generator)
+            if self._perturb_rows:
+                self._graph.register_generator_state(self._perturb_generator)
             with torch.cuda.graph(self._graph):
                 self._transition = self._advance(self._action)
         self._action.copy_(actions.T)
@@ -3621,6 +3647,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             "configuration": self._configuration(),
             "carry": {name: x.cpu() for name, x in self._get_carry()._asdict().items()},
             "generator": self._generator.get_state(),
+            "perturb_generator": self._perturb_generator.get_state(),
             "statistics": self._statistics.cpu().clone(),
             "offender": self._offender.cpu().clone(),
         }
@@ -3633,8 +3660,12 @@ class VecSim(gymnasium.vector.VectorEnv):
         for key, value in self._configuration().items():
             if state["configuration"].get(key) != value:
                 raise ValueError(f"this state is of {key} {state['configuration'].get(key)}, not {value}")
+        if self._perturb_rows and "perturb_generator" not in state:
+            raise ValueError("this state is of an older vecsim_torch, whose pushes and noise cannot go on exactly here")
         self._set_carry(Carry(**{name: x.to(self.device) for name, x in state["carry"].items()}))
         self._generator.set_state(state["generator"])
+        if "perturb_generator" in state:  # without perturbations it draws nothing
+            self._perturb_generator.set_state(state["perturb_generator"])
         self._statistics.copy_(state["statistics"])
         self._offender.copy_(state["offender"])
 

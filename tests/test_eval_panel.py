@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 
@@ -281,6 +282,90 @@ def test_bootstrap_is_exact_for_constants_stratified_paired_and_repeatable():
     np.testing.assert_allclose(panel.interval(np.arange(1001.0)), (25, 975))
 
 
+def test_bootstrap_of_four_episodes_has_the_variance_of_theory():
+    """s^2 / E within each seed, s^2 with E - 1 below the line: a plain bootstrap would give three quarters of it."""
+    values = np.random.default_rng(3).standard_normal((6, 4, 1)) * np.arange(1.0, 7.0)[:, None, None]
+    draws = panel.bootstrap_means(values, 20_000)[:, 0]
+    theory = (values[..., 0].var(1, ddof=1) / 4).sum() / 6**2
+    assert draws.var() == pytest.approx(theory, rel=0.03) and draws.mean() == pytest.approx(values.mean(), abs=0.02)
+
+
+def test_intervals_of_shares_stay_within_them():
+    cell = {name: np.array([1.0, 1.0, 1.0, 0.0]) for name in panel.METRICS}
+    subject = panel.Subject("ppo", "", "Hopper-v5", {}, None, 0, "", {})
+    (row,) = panel.summarize([subject], {("ppo", "none", 3): cell}, (3,), 500)
+    assert row["success_high"] == 1.0 and row["return_high"] > 1.0
+
+
+# Sentences ----------------------------------------------------------------------------------------------------------------
+
+
+def summary_row(perturbation, change=0.0, success=0.0, width=1.0, **others):
+    """A row of summary.csv whose changes have intervals of +-width, of success +-0.01 width."""
+    row = dict(checkpoint="ppo", perturbation=perturbation, simulator=panel.PERTURBATIONS[perturbation].simulator, episodes=8)
+    middles = {"return": 100 + change, "success": 0.5 + success, "return_change_from_none": change}
+    middles |= {"success_change_from_none": success}
+    for name, middle in middles.items():
+        half = width * (0.01 if "success" in name else 1.0)
+        row |= {name: middle, f"{name}_low": middle - half, f"{name}_high": middle + half}
+    return row | others
+
+
+def episodes(returns):
+    """Rows of episodes.csv with these returns by perturbation."""
+    rows = []
+    for name, values in returns.items():
+        for k, value in enumerate(values):
+            row = dict.fromkeys(panel.MEASURED, 0.0) | dict(checkpoint="ppo", perturbation=name, seed=3, episode=k)
+            rows.append(row | {"return": value, "label": "", "success": True})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "change, success, worse", [(-5, 0, True), (5, 0, False), (0, -0.2, True), (0, 0.2, False), (-0.5, 0, False)]
+)
+def test_worse_is_less_return_or_less_success(change, success, worse):
+    row = summary_row("push", change, success)
+    assert panel.is_worse(row) == worse
+    subject = panel.Subject("ppo", "", "Hopper-v5", {}, None, 0, "", {})
+    summary = [summary_row("none", width=0.0), summary_row("mass", 30, 0.3), row]
+    rows = episodes({"none": [1.0, 2.0], "mass": [2.0, 3.0], "push": [3.0, 4.0]})
+    text = "\n".join(panel.headline([subject], summary, rows))
+    assert ("is weakest under push (pushed by 1 m/s" in text) == worse
+    assert ("no perturbation lowers return or success measurably" in text) != worse
+
+
+def test_the_weakest_is_the_lowest_success_of_those_that_are_worse():
+    subject = panel.Subject("ppo", "", "Hopper-v5", {}, None, 0, "", {})
+    summary = [summary_row("none", width=0.0), summary_row("mass", -20, -0.1), summary_row("push", -9, -0.3)]
+    summary.append(summary_row("gravity", -60, 0.0))
+    text = "\n".join(panel.headline([subject], summary, episodes({"none": [1.0]})))
+    assert "is weakest under push (" in text and "success 20% [19, 21], return changed by -9 [-10, -8]" in text
+
+
+def test_verdicts_on_another_simulator_take_return_and_success_and_no_ceiling():
+    ceiling, usual = ({"none": x, "mujoco_c": x} for x in ([1000.0, 1000.0], [1.0, 2.0]))
+    for row, returns, words in (
+        (summary_row("mujoco_c"), usual, "MuJoCo C agrees with vecsim"),
+        (summary_row("mujoco_c", change=5), usual, "MuJoCo C differs from vecsim"),
+        (summary_row("mujoco_c", success=-0.3), usual, "MuJoCo C differs from vecsim"),
+        (summary_row("mujoco_c", success=-0.3), ceiling, "MuJoCo C differs from vecsim"),
+        (summary_row("mujoco_c", width=0.0), ceiling, "MuJoCo C and vecsim are both at a return of 1,000 in every episode"),
+    ):
+        assert panel.swap_words(row, episodes(returns)).startswith(words)
+
+
+def test_equal_returns_at_the_limit_are_not_called_unchanged():
+    subject = panel.Subject("ppo", "", "Hopper-v5", {}, None, 0, "", {})
+    rows = episodes({"none": [5.0, 5.0], "mass": [5.0, 5.0], "sparse_reward": [5.0, 5.0]})
+    summary = [summary_row(name, width=0.0) for name in ("none", "mass", "sparse_reward")]
+    text = "\n".join(panel.headline([subject], summary, rows))
+    assert "every episode kept its return and length under mass." in text
+    assert "no episode changed at all under sparse reward" in text
+    rows[-1]["saturation"] = 0.5
+    assert "at all" not in "\n".join(panel.headline([subject], summary, rows))
+
+
 # The panel, end to end ----------------------------------------------------------------------------------------------------
 
 
@@ -311,8 +396,14 @@ def test_the_folder_can_be_read_without_running_anything(evidence):
         "record.json episodes.csv summary.csv worst.npz scores.png failures.png worst.png postmortem.md".split()
     )
     record, page = json.loads((evidence / "record.json").read_text()), (evidence / "postmortem.md").read_text()
-    assert set(record["task"]) == set("observation action reward termination success safety_constraint".split())
+    words = "observation action reward termination success safety_constraint time_limit control_step options"
+    assert set(record["task"]) == set(words.split())
+    assert (record["task"]["time_limit"], record["task"]["options"]) == ("6 steps, 0.24 s", "the task's own")
+    assert record["task"]["control_step"] == "0.04 s, 2 physics steps"
+    assert record["checkpoints"][0]["reads"] == ["qpos", "qvel"] and not record["checkpoints"][0]["reads_privileged"]
+    assert record["simulator"] == panel.simulator_hash() and len(record["simulator"]) == 64
     assert "push has nothing to vary" in record["left_out"]["push"] and "Left out: push" in page
+    assert record["left_out"]["mass"] == "not asked for" and "Left out: action delay; friction; mass" in page
     assert [c["label"] for c in record["checkpoints"]] == ["ppo", "sac"]
     assert record["hardware"] and record["versions"]["torch"] and record["configuration"]["seeds"] == [3, 7]
     for path in evidence.glob("*.png"):
@@ -343,7 +434,9 @@ def test_episodes_add_up_and_the_two_policies_get_what_they_deserve(evidence):
         assert float(mine["return_low"]) <= float(mine["return"]) <= float(mine["return_high"])
     page = (evidence / "postmortem.md").read_text()
     assert "**sac** against **ppo**" in page and "less under" in page
-    assert "no episode changed at all under" in page and "sparse reward" in page
+    assert "no episode changed at all under sparse reward" in page
+    assert "every episode kept its return and length under observation noise" in page
+    assert "**ppo**: MuJoCo C and vecsim are both at a return of 6 in every episode" in page and "agrees" not in page
 
 
 def test_worst_traces_are_the_episodes_of_the_table(evidence):
@@ -394,10 +487,12 @@ def test_the_worst_are_failures_of_each_kind_first():
     assert [r["episode"] for r in panel.choose_worst([row(5, "", "none"), row(2, "", "mass")], 1)] == [2]
 
 
-def test_states_that_differ_between_checkpoints_are_a_defect():
-    cells = {("a", "none", 3): dict(start=np.array("1")), ("b", "none", 3): dict(start=np.array("2"))}
-    with pytest.raises(RuntimeError, match="other states"):
-        panel.check_same_starts(cells)
+@pytest.mark.parametrize("place", [("b", "none", 3), ("a", "push", 3)])
+def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(place):
+    cells = {("a", "none", 3): dict(start=np.array("1")), ("a", "none", 7): dict(start=np.array("2"))}
+    panel.check_same_starts(cells | {place: dict(start=np.array("1")), ("a", "mujoco_c", 3): dict(start=np.array("3"))})
+    with pytest.raises(RuntimeError, match=f"{place[0]} began {place[1]}, seed 3, .* than a began none"):
+        panel.check_same_starts(cells | {place: dict(start=np.array("2"))})
 
 
 @pytest.mark.parametrize("name", ["mujoco_c", "mjx"])
@@ -422,6 +517,92 @@ def test_simulators_agree_step_by_step(tmp_path, name):
         np.testing.assert_array_equal(mine[key], theirs[key])
     for key in ("qpos", "qvel", "obs", "action"):
         np.testing.assert_allclose(trace[key], other[key], rtol=1e-4, atol=1e-5)
+
+
+def quadruped(policy=None, **options):
+    """A subject of random weights that trots nowhere, and its panel."""
+    torch.manual_seed(0)
+    policy = policy or panel.Policy(panel.mlp([45, 8, 12], 0.5), 12, 45, normalizes=False)
+    subject = panel.Subject("ppo", "", "Quadruped-Flat", dict(max_episode_steps=8) | options, policy, 0, "", {})
+    return subject, panel.check_args(panel.Args(("x",), episodes=3, device="cpu", solver_iterations=2))
+
+
+def test_every_condition_of_a_quadruped_starts_alike_and_gets_the_same_commands():
+    """Past a change of command, which comes in other steps under longer ones."""
+    subject, args = quadruped(resample_seconds=0.06)
+    safety, first, commands, starts = panel.CONTRACTS[subject.env_id].safety, {}, {}, {}
+    for name in ("none", "push", "observation_noise", "mass", "action_delay", "timestep", "mujoco_c"):
+        simulator = panel.open_simulator(subject, name, args)
+        cell, traces = panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0, 1, 2))
+        starts[name] = cell["start"]
+        commands[name] = traces["obs"][:, :, simulator.env.observation_slices["command"]]
+        first[name] = traces["obs"][0]
+    assert starts["none"].shape == (3, 19 + 18 + 3 + 1) and starts["none"][:, -4:].any()
+    assert len(np.unique(commands["none"], axis=0)) >= 3
+    for name, start in starts.items():
+        np.testing.assert_array_equal(start, starts["none"], name)
+        assert np.array_equal(first[name], first["none"]) == (name != "observation_noise"), name
+        steps = {"timestep": 2, "mujoco_c": 2}.get(name, 8)
+        np.testing.assert_array_equal(commands[name][:steps], commands["none"][:steps], name)
+
+
+def test_noise_is_for_policies_that_see_it(tmp_path):
+    """Noise changes what every subject sees that runs under it; one that reads privileged observations runs none."""
+    env = vecsim_torch.make("Quadruped-Flat", 1)
+    blind = panel.DistilledPolicy((8,), 12, list(range(45)), privileged=False, history=1, gru_size=0)
+    columns = list(range(env.single_critic_space.shape[0]))
+    teacher = panel.DistilledPolicy((8,), 12, columns, privileged=True, history=1, gru_size=0)
+    subjects = [quadruped(teacher)[0]._replace(label="teacher"), quadruped(blind)[0]._replace(label="student")]
+    args = dataclasses.replace(quadruped()[1], perturbations=("none", "observation_noise"), seeds=(3, 7))
+    cells, left_out = panel.run_panel(subjects, args, tmp_path)
+    ran = {label for label, name, _ in cells if name == "observation_noise"}
+    assert ran == {"student"} and "privileged" in left_out.pop("observation_noise, teacher")
+    assert set(left_out) == set(panel.PERTURBATIONS) - {"none", "observation_noise"}
+    assert set(left_out.values()) == {"not asked for"}
+    for subject in subjects:
+        safety, seen = panel.CONTRACTS[subject.env_id].safety, []
+        for name in args.perturbations:
+            simulator = panel.open_simulator(subject, name, args)
+            seen.append(panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0,))[1]["obs"][0])
+        assert np.array_equal(*seen) == (subject.label not in ran)
+
+    summary, rows = panel.summarize(subjects, cells, args.seeds, 100), panel.episode_rows(subjects, cells, args.seeds)
+    (noisy,) = [row for row in summary if row["perturbation"] == "observation_noise"]
+    assert math.isnan(noisy["return_beyond_teacher"]) and not math.isnan(noisy["return_change_from_none"])
+    (line,) = [line for line in panel.headline(subjects, summary, rows) if "against" in line]
+    assert "noise" not in line and "under none" in line
+    record = dict(env_id="Quadruped-Flat", configuration=dict(seeds=[3, 7], episodes=3), hardware="", command="", task={})
+    record |= dict(film="", left_out={"observation_noise, teacher": "reason"})
+    page = panel.postmortem(record, summary, rows, [], subjects)
+    assert "| observation noise | not run | " in page and "Left out: observation noise, teacher: reason." in page
+    panel.plot_scores(tmp_path / "scores.png", summary, "")
+    panel.plot_failures(tmp_path / "failures.png", rows, "")
+
+
+def test_a_quadruped_in_mujoco_c_repeats():
+    subject, args = quadruped(resample_seconds=0.06)
+    safety = panel.CONTRACTS[subject.env_id].safety
+    simulators = [panel.open_simulator(subject, "mujoco_c", args) for _ in range(2)]
+    (one, trace), (other, again) = (
+        panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0, 2)) for simulator in simulators
+    )
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], name)
+    for name in trace:
+        np.testing.assert_array_equal(trace[name], again[name], name)
+    command = trace["obs"][:, :, simulators[0].env.observation_slices["command"]]
+    assert not np.array_equal(command[-1, 0], command[-1, 1]), "each episode draws its own later commands"
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Quadruped-Flat"])
+def test_the_integrator_is_that_of_mujoco_c_too(env_id):
+    subject = panel.Subject("ppo", "", env_id, {}, None, 0, "", {})
+    for name, number in (("mjcf", None), ("euler", 0), ("rk4", 1), ("implicitfast", 3)):
+        args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu", integrator=name))
+        simulator = panel.open_simulator(subject, "mujoco_c", args)
+        for robot in (robot.unwrapped for robot in simulator.robots):
+            model = robot.mj_model if env_id == "Quadruped-Flat" else robot.model
+            assert model.opt.integrator == (simulator.env.mj_model.opt.integrator if number is None else number)
 
 
 def test_more_episodes_than_environments_take_several_batches(checkpoints):
@@ -456,6 +637,9 @@ def test_contracts_are_of_every_task_and_success_is_what_they_say():
         def reset(self, seed):
             self.age = 0
             return (torch.zeros(3, 1),) * 2
+
+        def start(self):
+            return torch.zeros(1, 3)
 
         def state(self):
             return torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 25.0 * (self.age == 1)]])
@@ -544,6 +728,76 @@ def test_without_a_renderer_the_film_is_one_line(tmp_path, monkeypatch, end, rea
     assert reason in words and "\n" not in words
 
 
+def of_a_fall(seconds=0.3):
+    """A traced episode of a Hopper that sinks."""
+    env = vecsim_torch.make("Hopper-v5", 1)
+    qpos = np.tile(env.mj_model.qpos0, (round(seconds / 0.008), 1))
+    qpos[:, 1] -= np.linspace(0, 0.8, len(qpos))
+    place = dict(checkpoint="ppo", perturbation="none", seed=3, episode=0)
+    return place | dict(scene=env.mj_model, second=0.008, trace=dict(qpos=qpos))
+
+
+def test_a_film_is_drawn(tmp_path):
+    from imageio.v2 import mimread
+
+    name, words = panel.try_film(tmp_path, of_a_fall())
+    if name is None:
+        pytest.skip(f"nothing to draw with: {words}")
+    assert words == "the last 0.3 s of ppo/none/3/0, 7 times slower"
+    frames = np.array(mimread(tmp_path / name))
+    assert frames.shape[1:3] == (360, 480) and len(frames) >= 30
+    assert frames[0].std() > 5 and np.abs(frames[0].astype(float) - frames[-1]).mean() > 1, "it sinks in sight"
+
+
+def encoder_fails(path, row):
+    def write(partial):
+        partial.write_bytes(b"half")
+        raise OSError("encoder error -2\nwhen writing")  # as Pillow and imageio-ffmpeg have it: no number, no file
+
+    panel.write_film(path, write)
+
+
+def test_a_film_that_cannot_be_written_is_not_blamed_on_the_renderer(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel, "film", encoder_fails)
+    name, words = panel.try_film(tmp_path, {})
+    assert name is None and words.startswith("no film: it cannot be written (") and "encoder error -2 when" in words
+    full = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(panel.shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(OSError) as caught:
+        panel.try_film(tmp_path, {})
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_at_the_film_keeps_the_cells(checkpoints, tmp_path, capsys, monkeypatch):
+    words = [checkpoints[0], *SMALL, "--perturbations", "none", "--out", tmp_path / "out"]
+    full, usage = shutil.disk_usage(tmp_path)._replace(free=4096), shutil.disk_usage
+    monkeypatch.setattr(panel, "film", encoder_fails)
+    monkeypatch.setattr(panel.shutil, "disk_usage", lambda folder: full)
+    status, line = run(capsys, *words)
+    assert status == 1 and "No space left on device" in line and "2 finished cells are kept" in line
+    monkeypatch.setattr(panel.shutil, "disk_usage", usage)
+    monkeypatch.setattr(panel, "run_cell", None)  # no cell runs again
+    assert run(capsys, *words)[0] == 0
+    assert "no film: it cannot be written" in (tmp_path / "out" / "postmortem.md").read_text()
+
+
+def test_a_disk_that_was_full_from_the_start_can_be_used_later(checkpoints, tmp_path, capsys, monkeypatch):
+    words = [checkpoints[0], *SMALL, "--perturbations", "none", "--no-video", "--out", tmp_path / "out"]
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(panel, "write_text", full)
+        assert run(capsys, *words)[0] == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["cells", "lock"]
+    assert run(capsys, *words)[0] == 0
+    (tmp_path / "other" / "cells").mkdir(parents=True)
+    (tmp_path / "other" / "cells" / "mine.txt").write_text("")
+    status, line = run(capsys, *words[:-1], tmp_path / "other")
+    assert status == 2 and "holds something else already" in line
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------------
 
 
@@ -561,6 +815,13 @@ def bad(checkpoints, tmp_path_factory):
     torch.save(checkpoint | dict(agent={}), folder / "hollow.pt")
     strange = checkpoint["args"] | dict(env_kwargs={"gravity_on_mars": True})
     torch.save(checkpoint | dict(args=strange), folder / "strange.pt")
+    torch.save(dict(algorithm="ppo"), folder / "bare.pt")
+    torch.save({name: x for name, x in checkpoint.items() if name != "versions"}, folder / "versions.pt")
+    torch.save({name: x for name, x in checkpoint.items() if name != "env_steps"}, folder / "env_steps.pt")
+    torch.save(checkpoint | dict(args={}), folder / "no_args.pt")
+    of_student = dict(student_network="mlp", student_hidden=[8], student_history=1, env_kwargs={"wings": 2})
+    student = dict(algorithm="distill", stage="student", env_id="Quadruped-Flat", args=of_student, groups={"student": {}})
+    torch.save(checkpoint | student, folder / "student.pt")
     save(folder / "hopper.pt", ppo, "ppo", env_id="Hopper-v5")
     save(folder / "longer.pt", ppo, "ppo", env_kwargs={"max_episode_steps": STEPS + 1})
     (folder / "taken").mkdir()
@@ -580,12 +841,18 @@ def bad(checkpoints, tmp_path_factory):
         (["{bad}/gone.pt"], "'Swimmer-v5', which is no task here; there are InvertedPendulum-v5"),
         (["{bad}/hollow.pt"], "written by another version of its trainer"),
         (["{bad}/strange.pt"], "unknown option 'gravity_on_mars'"),
+        (["{bad}/student.pt"], "unknown option 'wings' of Quadruped-Flat"),
+        (["{bad}/bare.pt"], "bare.pt lacks env_id, args, env_steps, versions"),
+        (["{bad}/versions.pt"], "versions.pt lacks versions"),
+        (["{bad}/env_steps.pt"], "env_steps.pt lacks env_steps"),
+        (["{bad}/no_args.pt"], "written by another version of its trainer"),
+        (["{bad}/taken"], "taken is a folder; give a file in it"),
         (["{good}", "{bad}/hopper.pt"], "one panel, one task"),
         (["{good}", "{bad}/longer.pt"], "one panel, one task"),
         (["{good}", "--perturbations", "earthquake"], "unknown perturbation 'earthquake'; choose from none"),
         (["{good}", "--seeds", "3", "3"], "no two alike"),
         (["{good}", "--seeds", "-1"], "all >= 0"),
-        (["{good}", "--episodes", "0"], "episodes = 0 must be >= 1"),
+        (["{good}", "--episodes", "1"], "episodes = 1 must be >= 2"),
         (["{good}", "--resamples", "9"], "resamples = 9 must be >= 100"),
         (["{good}", "--agent", "-1"], "agent = -1 must be >= 0"),
         (["{good}", "--device", "cuda:99"], "cuda"),

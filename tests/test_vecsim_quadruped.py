@@ -260,6 +260,25 @@ def test_air_time_by_hand():
     assert paid == pytest.approx([0, 0, 0, 0, 0, 0.02 * 0.5 * (0.08 - 0.25), 0])
 
 
+def test_a_longer_control_step_is_not_paid_more():
+    """The same motion earns the same in a step of 25 ms as in one of 20 ms, each term of the reward and their total."""
+    envs = [make(n=8, seed=2, perturb={"timestep_scale": scale}) for scale in (1.0, 1.25)]
+    terms = []
+    for env in envs:
+        env.reset(seed=2)
+        memory = vecsim.split_rows(env.state_dict()["carry"]["memory"], env.task.memory)
+        state = env.state()
+        memory = memory | {"joint_velocity": state.qvel[6:]}
+        measured = vecsim.Measured(state.qpos, state.qvel, None, memory, state.qpos[:0])
+        sensed = env.task.sense(env.model, measured)
+        terms.append(env.task.reward(env.model, measured, sensed, torch.full((12, 8), 0.3), None))
+    assert envs[1].model.timestep == pytest.approx(1.25 * envs[0].model.timestep)
+    for name, value in terms[0].items():
+        assert torch.equal(value, terms[1][name]), name
+    assert terms[0]["reward_action_rate"].abs().min() > 0 and terms[0]["reward_track_velocity"].min() > 0
+    assert torch.equal(*(env.task.total(x) for env, x in zip(envs, terms)))
+
+
 def test_privileged_observation():
     """True quantities, in a layout that no option changes, so that a teacher can be tried under all of them."""
     plain = make(n=8, randomize=True)

@@ -397,6 +397,40 @@ def test_observation_noise():
     assert torch.equal(obs, info["final_obs"])
 
 
+@pytest.mark.parametrize("randomize", [None, {"push": 0.5}])
+@pytest.mark.parametrize("perturb", [{"push": 1.0, "push_interval": 0.04}, {"observation_noise": 1.0}])
+def test_perturbed_robots_get_the_commands_of_their_twins(perturb, randomize):
+    """A push and noise have random numbers of their own: starts, commands and headings are the unperturbed ones."""
+    options = {"heading_command": True, "resample_seconds": 0.1, "randomize": randomize, **FAST}
+    envs = [vecsim.make("Quadruped-Flat", 16, perturb=given, **options) for given in (None, perturb)]
+    (obs, _), (other_obs, _) = (env.reset(seed=5) for env in envs)
+    assert torch.equal(obs, other_obs) == ("push" in perturb)
+    action, memories = torch.zeros(16, 12), []
+    for _ in range(12):  # past two changes of command
+        states = [env.state_dict()["carry"] for env in envs]
+        memory, other = (vecsim.split_rows(state["memory"], env.task.memory) for state, env in zip(states, envs))
+        assert torch.equal(memory["heading"], other["heading"])
+        assert torch.equal(memory["command"][:2], other["command"][:2])  # the third steers by the robot's own yaw
+        memories.append(memory["heading"])
+        for env in envs:
+            env.step(action)
+    assert len({tuple(x.flatten().tolist()) for x in memories}) == 3
+    assert torch.equal(states[0]["qvel"], states[1]["qvel"]) == ("push" not in perturb)
+
+
+def test_a_state_of_before_the_second_generator_goes_on_only_without_perturbations():
+    for perturb in (None, {"push": 1.0}):
+        env = vecsim.make("Hopper-v5", 2, perturb=perturb, **FAST)
+        env.reset(seed=0)
+        state = env.state_dict()
+        del state["perturb_generator"]
+        if perturb is None:
+            env.load_state_dict(state)
+        else:
+            with pytest.raises(ValueError, match="of an older vecsim_torch"):
+                env.load_state_dict(state)
+
+
 def test_sparse_reward():
     """The return is the same, and arrives when the episode ends."""
     options = {"max_episode_steps": 7, "seed": 3, **FAST}
@@ -455,6 +489,12 @@ def test_ways_to_say_the_same():
 def test_make_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         vecsim.make("Hopper-v5", 2, **options)
+
+
+def test_perturb_refuses_what_would_change_nothing():
+    with pytest.raises(ValueError, match="friction has nothing to vary in InvertedPendulum-v5; it has mass"):
+        vecsim.make("InvertedPendulum-v5", 2, perturb={"friction_scale": 0.5})
+    vecsim.make("InvertedPendulum-v5", 2, perturb={"friction_scale": 1.0, "mass_scale": 1.1})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
