@@ -2267,16 +2267,11 @@ def settings_line(record):
 def comparison_table(record):
     name, reference = reference_of(record)
     header = ["", record["unit"], f"{name} / this row"]
-    usual = [row["median"] for row in record["rows"] if row["contender"].startswith(("SB3", "CleanRL"))]
-    if usual:
-        header += ["times the best of SB3 and CleanRL"]
     if record["mode"] == "sim":
         header += ["error of one step, median", "p99"]
     rows = []
     for row in record["rows"]:
         cells = [row["contender"], speed(row), times(reference, row)]
-        if usual:
-            cells += [f"{row['median'] / max(usual):.1f}"]
         if record["mode"] == "sim":
             cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
         rows.append([*cells, f"{row['warmup_seconds']:.0f} s", memory(row)])
@@ -2322,27 +2317,31 @@ def score_tables():
         if run.get("gymnasium"):
             groups = sets.setdefault(path.parent.name, {})
             groups.setdefault((path.stem.rsplit("-seed", 1)[0], run["env_steps"]), []).append(run)
-    header = ["task", "algorithm", "seeds", "environment steps", "training, s", "compiled in, s"]
-    header += ["score of each seed (20 episodes)", "in the training simulator, mean (lowest)", "threshold", "reached after, s"]
     for name, groups in sets.items():
+        shared = any(run.get("cores_shared") for runs in groups.values() for run in runs)  # then times say nothing, and steps stand for them
+        header = ["task", "algorithm", "seeds", "environment steps", *([] if shared else ["training, s", "compiled in, s"])]
+        header += ["score of each seed (20 episodes)", "in the training simulator, mean (lowest)", "threshold"]
+        header += ["reached after, environment steps" if shared else "reached after, s"]
         print(f"\n**scores in Gymnasium's own environments, {name}**\n")
-        print_table(header, [score_line(runs) for runs in groups.values()])
+        print_table(header, [score_line(runs, shared) for runs in groups.values()])
 
 
-def score_line(runs):
+def seconds_of_compilation(run):
+    return f"{run['compile_seconds']:,.0f}" if "compile_seconds" in run else "-"
+
+
+def score_line(runs, shared):
     first = runs[0]
     simulated = [run.get("vecsim") or run.get("mjx") for run in runs]
-    shared = any(run.get("cores_shared") for run in runs)  # then times say nothing, and steps stand for them
     reached = [run.get("steps_to_threshold" if shared else "seconds_to_threshold") for run in runs]
     columns = [
         [str(run["seed"]) for run in runs],
         [f"{first['env_steps']:,}"],
-        ["-" if shared else f"{run['train_seconds']:,.0f}" for run in runs],
-        ["-" if shared or "compile_seconds" not in run else f"{run['compile_seconds']:,.0f}" for run in runs],
+        *([] if shared else [[f"{run['train_seconds']:,.0f}" for run in runs], [seconds_of_compilation(run) for run in runs]]),
         [f"{run['gymnasium']['mean']:,.0f} ± {run['gymnasium']['std']:,.0f}" for run in runs],
         [f"{score['mean']:,.0f} ({score['min']:,.0f})" if score else "-" for score in simulated],
         [f"{first['threshold']:,}" if "threshold" in first else "-"],
-        ["not reached" if x is None else f"{x:,.0f}{' steps' * shared}" for x in reached] if "threshold" in first else ["-"],
+        ["not reached" if x is None else f"{x:,.0f}" for x in reached] if "threshold" in first else ["-"],
     ]
     algorithm = ALGORITHMS.get(first["algorithm"], first["algorithm"].upper())
     return [first["env_id"], algorithm, *(" / ".join(column) for column in columns)]
@@ -2374,6 +2373,11 @@ def ablation_tables():
             print(f"\nScores of 20 episodes in Gymnasium's own environment. Commit {members[0]['commit']}, `./benchmark.sh ablate`.")
 
 
+def written_numbers(command):
+    """What follows the flags of a command, in order: environments, steps, minibatches, layers."""
+    return [int(word) for word in command.split(" --seed")[0].split() if word.isdecimal()]
+
+
 def sizes_tables():
     """PPO with other sizes on the same budget."""
     for folder in sorted(results.glob("ppo/sizes/*")):
@@ -2381,17 +2385,17 @@ def sizes_tables():
         for path in files("*-seed*.json", folder):
             runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
         rows = []
-        for members in runs.values():
+        for members in sorted(runs.values(), key=lambda members: written_numbers(members[0]["command"])):
             flags = members[0]["command"].split(f"--env-id {folder.name} ")[1].split(" --seed")[0]
             last = [run["gymnasium"]["mean"] for run in members]
             seconds = statistics.median(run["train_seconds"] for run in members)
-            rows.append([f"`{flags}`", f"{statistics.median(last):,.0f}", f"{min(last):,.0f}", f"{seconds:,.0f}", str(len(members))])
+            rows.append([f"`{flags}`", f"{statistics.median(last):,.0f}", f"{min(last):,.0f}", f"{seconds:,.0f}"])
         if not rows:
             continue
         first = members[0]
         print(f"\n**PPO by its sizes, {folder.name}, {first['env_steps']:,} environment steps**\n")
-        print_table(["sizes", "score, median", "worst", "training, s", "seeds"], rows)
-        print(f"\nScores of 20 episodes in Gymnasium's own environment. {first['hardware']}. Commit {first['commit']}, `./benchmark.sh sizes`.")
+        print_table(["sizes", "score, median", "worst", "training, s"], rows)
+        print(f"\n{len(members)} seeds of each. Scores of 20 episodes in Gymnasium's own environment. {first['hardware']}. Commit {first['commit']}, `./benchmark.sh sizes`.")
 
 
 def seeds_table(record):
@@ -2406,7 +2410,7 @@ def seeds_table(record):
         cells = [str(row["num_seeds"]), spread, f"{times:.2f}", f"{row['median_compile_seconds']:,.1f} s"]
         rows.append([*cells, f"{both(row):,.1f} s", f"{both(row) / both(one):.2f}", f"{row['env_steps']:,}"])
     print(f"\n**agents in one program, {record['env_id']}**\n")
-    header = ["agents", "training time", "times one agent", "compiled in", "both", "times one agent", "environment steps of each"]
+    header = ["agents", "training time", "training, times one agent", "compiled in", "both", "both, times one agent", "environment steps of each"]
     print_table(header, rows)
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     print(f"\n{record['hardware']}; {len(seconds)} trainings of each in turn. {versions}. Commit {record['commit']}, `{record['command']} --num-seeds K`.")
@@ -2432,7 +2436,8 @@ def physics_table(records):
         where = f"{run['threads']} of {run['hardware']}" if run["device"] == "cpu" else run["hardware"]
         rows.append([run["env_id"], f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}", f"{run['compile_seconds']:.0f} s", *errors, where])
     print("\n**vecsim, whole environment steps, beside MuJoCo C's physics alone on one core**\n")
-    header = ["task", "physics steps/s", "MuJoCo C", "ratio", "compiled in", "qacc error p99, 2 iterations", "3", "4", "cores"]
+    header = ["task", "vecsim, physics steps/s", "MuJoCo C", "vecsim / MuJoCo C", "compiled in"]
+    header += ["error of qacc, 99th percentile, 2 iterations", "3 iterations", "4 iterations", "cores"]
     print_table(header, rows)
 
 
@@ -2445,7 +2450,7 @@ def profile_table(records):
         script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
         rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
     print("\n**where an iteration's time goes**\n")
-    print_table(["script", "task", "environment steps of an iteration", *names], rows)
+    print_table(["script", "task", "steps per iteration", *names], rows)
     print(f"\n{records[0]['hardware']}. Commit {records[0]['commit']}, by `./benchmark.sh profile`.")
 
 
@@ -2462,9 +2467,13 @@ def walk_table(record):
 def distill_table(record):
     """Tracking score and share of falls of each policy under each perturbation."""
     summary, policies = record["summary"], list(record["policies"])
+
+    def share(policy, name):  # of next to nothing it says nothing
+        return f"{summary[policy][name]['tracking_of_teacher']:.0%}" if summary[policies[0]][name]["tracking"] >= 0.05 else "-"
+
     rows = [
         [name.replace("_", " "), *(f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})" for policy in policies),
-         *(f"{summary[policy][name]['tracking_of_teacher']:.0%}" for policy in policies[1:])]
+         *(share(policy, name) for policy in policies[1:])]
         for name in record["perturbations"]
     ]  # fmt: skip
     print(f"\n**teacher and students, {record['env_id']}: tracking score (falls), and share of the teacher's score**\n")
