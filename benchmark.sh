@@ -2532,6 +2532,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -2740,8 +2741,8 @@ def plot_speed():
     for axis, record in zip(panels, records):
         rows, name = record["rows"], record.get("reference", record["rows"][0]["contender"])
         reference = next((row for row in rows if row["contender"] == name), None)
-        names = [row["contender"] for row in rows]
-        colours = [OURS if name.startswith(("ours", "vecsim")) else THEIRS for name in names]
+        colours = [OURS if row["contender"].startswith(("ours", "vecsim")) else THEIRS for row in rows]
+        names = [textwrap.fill(row["contender"], 28) for row in rows]
         axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
         for place, row in enumerate(rows):
             axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
@@ -2749,15 +2750,16 @@ def plot_speed():
             text = short(row["median"]) + ("" if ratio is None else "  " + compare(ratio))
             axis.annotate(text, (row["maximum"], place), (5, 0), textcoords="offset points", va="center", size=9)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.38 * max(row["maximum"] for row in rows))
+        axis.set_xlim(0, 1.6 * max(row["maximum"] for row in rows))
         axis.xaxis.set_major_formatter(FuncFormatter(short))
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.spines["left"].set_visible(False)
-        title = "SAC" if "sac" in record["case"] else titles[record["mode"]]
+        title = "SAC without its simulator" if "sac" in record["case"] else titles[record["mode"]]
         axis.set_title(title + (f", {record['settings']['env_id']}" if "env_id" in record["settings"] else ""))
-        axis.set_xlabel(record["unit"] + ("; a first look (--quick)" if record["case"].endswith("-quick") else ""))
-    cores = records[0]["rows"][0]["cores"]
-    figure.supxlabel(f"{cores} core{'s' if cores > 1 else ''} of {records[0]['hardware']}; medians, with lowest and highest window", size=8, color=FAINT)
+        cores = rows[0]["cores"]
+        axis.set_xlabel(f"{record['unit']}, {cores} core{'s' if cores > 1 else ''}" + ("; a first look (--quick)" if record["case"].endswith("-quick") else ""))
+    machines = dict.fromkeys(record["hardware"] for record in records)
+    figure.supxlabel(f"{'; '.join(machines)}; medians, with lowest and highest window", size=8, color=FAINT)
     save(figure, "speed.png")
 
 
