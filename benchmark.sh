@@ -2306,7 +2306,8 @@ def scaling_tables(records):
             ["", rows[0]["unit"], "kernels per physics step", "imports and compilation", "memory"],
             [[row["contender"], speed(row), kernels(row), f"{row['warmup_seconds']:.0f} s", memory(row)] for row in rows],
         )
-        settings_line(members[0])
+        settings = {name: value for name, value in members[0]["settings"].items() if name != "num_envs" or "processes" in case}
+        settings_line(members[0] | dict(settings=settings))
 
 
 def score_tables():

@@ -94,6 +94,17 @@ def test_every_figure_in_prose_comes_from_a_file():
     assert figures <= DEFINITIONS, figures - DEFINITIONS
 
 
+def test_every_result_says_how_it_was_made():
+    """Command and commit (of a panel, the simulator's hash), and the hardware for all but the errors of the parity table."""
+    for path in sorted((ROOT / "results").glob("**/*.json")):
+        record = json.loads(path.read_text())
+        rows = record["rows"] if isinstance(record.get("rows"), list) else []
+        needed = ["command", "versions"] if path.name == "parity.json" else ["command", "hardware", "simulator" if "panel" in path.parts else "commit"]
+        missing = [name for name in needed if name not in record and not (rows and all(name in row for row in rows))]
+        assert not missing, (path, missing)
+        assert "/tmp/" not in path.read_text(), path
+
+
 def test_every_file_and_picture_that_it_names_is_there():
     named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"^\| `([^-`][^`]*)` \|", README, re.MULTILINE))
     assert {"vecsim_torch.py", "results/curves.png"} <= named
