@@ -1387,7 +1387,7 @@ PYTHON
 
 program_scaling_processes() {
   cat <<'PYTHON'
-"""A training of a minute by torchrun with `variant` processes, again and again; speed from the latter half of its log."""
+"""A training of half a minute by torchrun with `variant` processes, again and again; speed from the latter half of its log."""
 
 import pathlib
 import subprocess
@@ -3108,7 +3108,7 @@ run_scaling() {
       measure scaling "$env_id-$place-$count-envs" "physics steps/s" "$settings" "$count environments|project|sim_vecsim|"
     done
     for ((count = 1; count <= max_processes; count *= 2)); do
-      settings=$(json env_id "$env_id" device "$device" num_envs 1024 training_iterations "$([ -n "$quick" ] && echo 8 || echo 40)")
+      settings=$(json env_id "$env_id" device "$device" num_envs 1024 training_iterations "$([ -n "$quick" ] && echo 8 || echo 16)")
       measure scaling "$env_id-$place-$count-processes" "environment steps/s" "$settings" "$count process$([ "$count" = 1 ] || echo es)|project|scaling_processes|$count"
     done
   done
