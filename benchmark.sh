@@ -2790,7 +2790,7 @@ def plot_scaling():
         axis.set_ylabel(rows[0]["unit"])
         axis.set_xlabel("environments" if "envs" in case else "processes")
         axis.grid(axis="y", color="#eceff2")
-    figure.supxlabel(f"{rows[0]['cores']} cores of {members[0][1]['hardware']}", size=8, color=FAINT)
+    figure.supxlabel(f"{rows[0]['cores']} core{'s' if rows[0]['cores'] > 1 else ''} of {members[0][1]['hardware']}", size=8, color=FAINT)
     save(figure, "scaling.png")
 
 

@@ -60,7 +60,7 @@ def claims():
     yield f"does not beat it ({friction[2]} and {pushes[2]})"
     yield f"5 of its {result('ppo/Humanoid-v5-seed1.json')['gymnasium']['mean'] / 1000:.1f} a step"
     teacher, student = (x["env_steps"] / 1e6 for x in result("panel/Quadruped-Flat/record.json")["checkpoints"])
-    yield f"a teacher of {teacher:.1f} million steps and its student of {student:.1f} million"
+    yield f"A teacher of {teacher:.1f} million steps and its student of {student:.1f} million"
     returns = {}
     for row in csv.DictReader((ROOT / "results/panel/HalfCheetah-v5/episodes.csv").open()):
         returns.setdefault((row["checkpoint"], row["perturbation"]), []).append(float(row["return"]))
