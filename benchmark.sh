@@ -40,7 +40,7 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk di
   --solver-iterations N Newton iterations of every simulator in `sim` (default 4)
   --max-envs N         largest number of environments in `scaling` (default 16384 on a CPU, 131072 on a GPU)
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
-  --total-timesteps N  environment steps of each run in `scores`, `walk`, `distill`, `seeds` and `ablate` (default: that of the mode's rows,
+  --total-timesteps N  environment steps of each run in `scores`, `walk`, `distill`, `seeds`, `ablate` and `sizes` (default: that of the mode's rows,
                        else the trainer's, for the task)
   --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), or
                        mjx (JAX and PyTorch on the same batch)
@@ -1567,6 +1567,11 @@ def summarize(row):
 PATHS = "states", "xml"  # settings that only say where files lie, in another folder each time: neither compared nor saved
 
 
+def without_log(reason):
+    """A reason as a file keeps it: where its log lies is told on the terminal, and true on one machine only."""
+    return reason.split(" (log:")[0]
+
+
 def lasting(settings):
     return {name: value for name, value in settings.items() if name not in PATHS}
 
@@ -1633,7 +1638,10 @@ class Standing:
         record = {k: comparison[k] for k in ("mode", "case", "unit", "seconds", "cores", "hardware", "commit", "command", "reference")}
         if self.complete:  # by then the file was whole: what came later says so in its row
             record |= {k: self.record[k] for k in ("cores", "commit", "command")}
-        record |= dict(settings=lasting(comparison["settings"]), failed=self.failed)
+        failed = {name: without_log(reason) for name, reason in self.failed.items()}
+        for row in rows.values():
+            row |= {"stopped": without_log(row["stopped"])} if "stopped" in row else {}
+        record |= dict(settings=lasting(comparison["settings"]), failed=failed)
         save(path, record | dict(rows=[summarize(rows[name]) for name in names]))
         return True
 
