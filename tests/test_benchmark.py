@@ -227,6 +227,7 @@ def test_a_contender_that_breaks_costs_one_line(comparison):
     assert len(first["values"]) == 3 and "stopped" not in first
     assert len(second["values"]) == 1 and "this contender breaks" in second["stopped"] and record["reference"] == "first"
     assert set(record["failed"]) == {"third"}
+    assert "(log: " in answer.stderr and "(log: " not in str(record)  # a path of this machine
     comparison["contenders"][1]["variant"] = ""  # mended; the next run measures it alone, all its windows
     answer = referee(comparison | dict(commit="def"))
     assert answer.returncode == 0 and "first: ready" not in answer.stderr
