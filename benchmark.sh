@@ -42,7 +42,7 @@ usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk di
   --max-processes N    largest number of processes in `scaling` (default: the cores, or the GPUs)
   --total-timesteps N  environment steps of each run in `scores`, `walk`, `distill`, `seeds`, `ablate` and `sizes` (default: that of the mode's rows,
                        else the trainer's, for the task)
-  --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), or
+  --set NAME           of `scores` only the trainings of this set: ppo, sac (PPO beside it over environment steps), candidates (for SAC's default), or
                        mjx (JAX and PyTorch on the same batch)
   --shared             say in the rows of `scores` and `ablate` that other work shared the cores: their times then count for nothing
   --repeats N          windows of each contender, at least 3 (default 5; with --quick 3)
@@ -117,7 +117,7 @@ for name in num_envs solver_iterations max_envs max_processes total_timesteps re
 done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
 [[ ! "$dollars_per_hour" =~ ^[0.]+$ ]] || refuse "--dollars-per-hour must be more than 0"
-[[ "$set" =~ ^(ppo|sac|mjx)?$ ]] || refuse "--set must be ppo, sac or mjx, not $set"
+[[ "$set" =~ ^(ppo|sac|candidates|mjx)?$ ]] || refuse "--set must be ppo, sac, candidates or mjx, not $set"
 [[ "$mode" != ablate && "$mode" != sizes || "$env_ids" != *" "* ]] || refuse "$mode takes one task, not $env_ids"
 [[ -z "$quick" || "$mode" =~ ^(sim|learner|train|scaling|cost)$ ]] || refuse "--quick does nothing in $mode; it is for sim, learner, train, scaling and cost"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
@@ -2966,6 +2966,7 @@ run_training() { # PROGRAM FILE SCRIPT TASK SEED EVERY THRESHOLD MINUTES FLAGS: 
 
 # Rows: set and file, script, task, seeds, environment steps between evaluations, score to reach, minutes to expect on two cores, further flags.
 # The set mjx compares ppo_mjx_jax.py with its twin on the same batch, one that a CPU steps in MJX in reasonable time. JAX compiles cold.
+# The set candidates compares the settings that could be SAC's default, each with its training time.
 # The set sac holds PPO beside SAC in HalfCheetah: 1,000,000 environment steps, evaluated every 100,000, against 160,000 and every 20,000.
 run_scores() {
   local file script env_id seeds every threshold minutes flags seed
@@ -2986,6 +2987,10 @@ sac/InvertedPendulum-v5 sac_gpu_torch.py InvertedPendulum-v5 1,2,3 2048 1000 3 -
 sac/HalfCheetah-v5 sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 15
 sac/HalfCheetah-v5-ppo ppo_gpu_torch.py HalfCheetah-v5 1,2,3 100000 3000 2 --total-timesteps 1000000
 sac/Hopper-v5 sac_gpu_torch.py Hopper-v5 1,2,3 20000 2500 15
+candidates/HalfCheetah-v5-one-step-mean sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 1 --critic-reduction mean --noise-repeat-max 16 --network layer_norm
+candidates/HalfCheetah-v5-three-steps-mean sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 3 --critic-reduction mean --noise-repeat-max 16 --network layer_norm
+candidates/HalfCheetah-v5-categorical-rung sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 1 --critic-reduction min --noise-repeat-max 1 --network layer_norm
+candidates/HalfCheetah-v5-flash-blocks sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 15 --n-step 1 --critic-reduction mean --noise-repeat-max 16 --network flash --actor-hidden 128 128 --critic-hidden 128 128
 mjx/InvertedPendulum-v5 ppo_mjx_jax.py InvertedPendulum-v5 1,2,3 32768 1000 2
 mjx/InvertedPendulum-v5-torch ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
 mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 1500000
