@@ -5,6 +5,7 @@
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC updates/s against skrl
 #     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style PPO, skrl, rsl_rl, rl_games, Brax
 #     ./benchmark.sh scores     time to a score in Gymnasium's own environments (hours)
+#     ./benchmark.sh peers      minutes to a score in Gymnasium's environments: our PPO and SAC, SB3's, CleanRL-style PPO (about two hours)
 #     ./benchmark.sh walk       a quadruped trained here, judged here and in MuJoCo C (about half an hour on one core)
 #     ./benchmark.sh distill    teacher, student, fine-tuned student and blind baseline under perturbations (hours)
 #     ./benchmark.sh seeds      ppo_mjx_jax.py: eight agents in one program beside one agent
@@ -31,7 +32,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores walk distill seeds ablate sizes scaling cost profile film plot table programs
+usage: ./benchmark.sh MODE [options]      MODE: sim learner train scores peers walk distill seeds ablate sizes scaling cost profile film plot table programs
 
   --env-id LIST        tasks, separated by commas (default: those of README)
   --device NAME        cpu or cuda (default: cuda where there is a GPU)
@@ -84,8 +85,8 @@ mode=${1:-}
 [ $# -gt 0 ] && shift
 case "$mode" in
   -h | --help) usage && exit 0 ;;
-  sim | learner | train | scores | walk | distill | seeds | ablate | sizes | scaling | cost | profile | film | plot | table | programs) ;;
-  *) refuse "unknown mode '$mode'; choose one of sim learner train scores walk distill seeds ablate sizes scaling cost profile film plot table programs" ;;
+  sim | learner | train | scores | peers | walk | distill | seeds | ablate | sizes | scaling | cost | profile | film | plot | table | programs) ;;
+  *) refuse "unknown mode '$mode'; choose one of sim learner train scores peers walk distill seeds ablate sizes scaling cost profile film plot table programs" ;;
 esac
 
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
@@ -250,6 +251,9 @@ class Meter:
     def __init__(self):
         self.facts = {}  # what else a row should hold: errors, sizes
         self.started, self.clock = time.perf_counter(), None
+
+    def ready(self, act):
+        """Only `peers` scores the policy."""
 
     def tick(self, work, seconds=None):
         """`seconds`: what the work took, where the contender knows better than this clock."""
@@ -1172,6 +1176,8 @@ program_train_cleanrl() {
   cat <<'PYTHON'
 """PPO for continuous actions in CleanRL's manner, with its published hyperparameters; variants sync and async."""
 
+import itertools
+
 import numpy as np
 import torch
 from gymnasium.wrappers import ClipAction, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
@@ -1179,7 +1185,8 @@ from gymnasium.wrappers import TransformObservation, TransformReward
 from torch import nn
 
 num_steps, minibatches, epochs, clip = 2048, 32, 10, 0.2
-torch.manual_seed(1)
+seed = settings.get("seed", 1)
+torch.manual_seed(seed)
 torch.set_num_threads(threads)
 
 
@@ -1224,8 +1231,23 @@ def distribution(obs):
 obs_buffer = torch.zeros(num_steps, num_envs, obs_size, device=device)
 action_buffer = torch.zeros(num_steps, num_envs, action_size, device=device)
 log_probs, rewards, dones, values = torch.zeros(4, num_steps, num_envs, device=device)
-obs, done = tensor(envs.reset(seed=1)[0]), torch.zeros(num_envs, device=device)
-while True:
+obs, done = tensor(envs.reset(seed=seed)[0]), torch.zeros(num_envs, device=device)
+
+
+def act(obs):
+    """The deterministic action for one raw observation; the wrappers of the first environment hold the running moments."""
+    env = envs.env.envs[0]
+    while not isinstance(env, NormalizeObservation):
+        env = env.env
+    obs = (obs - env.obs_rms.mean) / np.sqrt(env.obs_rms.var + env.epsilon)
+    with torch.no_grad():
+        return actor(tensor(obs.clip(-10, 10))).cpu().numpy()
+
+
+meter.ready(act)
+updates = 1_000_000 // (num_steps * num_envs)  # as published: the learning rate falls to zero over a million steps
+for update in itertools.count():
+    optimizer.param_groups[0]["lr"] = 3e-4 * max(0.0, 1.0 - update / updates)
     for t in range(num_steps):
         obs_buffer[t], dones[t] = obs, done
         with torch.no_grad():
@@ -1864,6 +1886,185 @@ PYTHON
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
+# peers: minutes of training against the score in Gymnasium's environment
+#
+# Each run trains one seed for the minutes of its task, on the same core. The clock excludes imports, evaluations and compilation, whose
+# seconds each row has beside it: the first seed compiles from an empty cache, the others find what it compiled. A score is the mean return of 10 episodes with deterministic actions. Our trainers run
+# with the defaults of the task, SB3 with the tuned settings of RL Baselines3 Zoo (SAC on the pendulum: SB3's defaults, the Zoo has none),
+# CleanRL-style PPO with CleanRL's published settings on one environment.
+# ----------------------------------------------------------------------------------------------------------------------
+
+program_score_meter() {
+  cat <<'PYTHON'
+"""The meter of `peers`: it starts its clock when the program is ready, stops it now and then to score the policy, and ends the run
+when the minutes are over.
+
+The last argument of the program is the file that receives the curve: [environment steps, seconds, score]."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+settings, variant = json.loads(sys.argv[1]), sys.argv[2]
+device, threads, seconds = "cpu", int(os.environ["OMP_NUM_THREADS"]), 60.0 * settings["minutes"]
+
+
+class Meter:
+    def __init__(self):
+        self.curve, self.steps, self.elapsed = [], 0, 0.0
+
+    def ready(self, act):
+        """Imports are done; `act` maps a raw observation to the deterministic action."""
+        self.act, self.clock = act, time.perf_counter()
+
+    def tick(self, work):
+        """Count `work` environment steps; score the policy after every sixth of the time."""
+        now = time.perf_counter()
+        self.steps += work
+        self.elapsed += now - self.clock
+        if self.elapsed >= (len(self.curve) + 1) * seconds / 6:
+            self.curve.append([self.steps, round(self.elapsed, 1), round(score(self.act), 1)])
+            Path(sys.argv[3]).write_text(json.dumps(self.curve))
+            if self.elapsed >= seconds:
+                os._exit(0)
+        self.clock = time.perf_counter()
+
+
+def score(act, episodes=10):
+    """Mean return of whole episodes in Gymnasium's environment."""
+    env, total = gymnasium.make(settings["env_id"]), 0.0
+    for episode in range(episodes):
+        obs, over = env.reset(seed=episode)[0], False
+        while not over:
+            action = np.clip(act(obs), env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            over, total = terminated or truncated, total + reward
+    return total / episodes
+
+
+meter = Meter()
+PYTHON
+}
+
+program_peers_sb3() {
+  cat <<'PYTHON'
+"""Stable-Baselines3's PPO and SAC with the tuned settings of RL Baselines3 Zoo (hyperparams/ppo.yml and sac.yml, MuJoCo tasks)."""
+
+import gymnasium
+import numpy as np
+import torch
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+wide = dict(log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=dict(pi=[256, 256], vf=[256, 256]))
+ZOO = {
+    "InvertedPendulum-v5": dict(
+        batch_size=64, n_steps=32, gamma=0.999, learning_rate=0.000222425, ent_coef=1.37976e-07, clip_range=0.4, n_epochs=5,
+        gae_lambda=0.9, max_grad_norm=0.3, vf_coef=0.19816),
+    "HalfCheetah-v5": dict(
+        batch_size=64, n_steps=512, gamma=0.98, learning_rate=2.0633e-05, ent_coef=0.000401762, clip_range=0.1, n_epochs=20,
+        gae_lambda=0.92, max_grad_norm=0.8, vf_coef=0.58096, policy_kwargs=wide),
+    "Hopper-v5": dict(
+        batch_size=32, n_steps=512, gamma=0.999, learning_rate=9.80828e-05, ent_coef=0.00229519, clip_range=0.2, n_epochs=5,
+        gae_lambda=0.99, max_grad_norm=0.7, vf_coef=0.835671, policy_kwargs=wide),
+}  # fmt: skip
+of_each = 200  # environment steps between looks at the clock
+
+
+class Ticks(BaseCallback):
+    def _on_step(self):
+        if self.n_calls % of_each == 0:
+            meter.tick(of_each)
+        return True
+
+
+torch.set_num_threads(threads)
+env_id, seed = settings["env_id"], settings["seed"]
+env = make_vec_env(env_id, 1, seed=seed)
+if variant == "ppo":
+    env = VecNormalize(env, gamma=ZOO[env_id]["gamma"])
+    model = PPO("MlpPolicy", env, device="cpu", seed=seed, **ZOO[env_id])
+    meter.ready(lambda obs: model.predict(env.normalize_obs(obs), deterministic=True)[0])
+else:
+    learning_starts = dict(learning_starts=10_000) if env_id != "InvertedPendulum-v5" else {}
+    model = SAC("MlpPolicy", env, device="cpu", seed=seed, **learning_starts)
+    meter.ready(lambda obs: model.predict(obs, deterministic=True)[0])
+model.learn(1_000_000, callback=Ticks())
+PYTHON
+}
+
+program_peers() {
+  cat <<'PYTHON'
+"""One run of `peers`, ours or another library's; writes results/peers/<task>/<contender>-seed<k>.json."""
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+
+path = Path(job["path"])
+name = f"{job['env_id']}, {job['contender']}, seed {job['seed']}"
+if path.exists() and stands(f"peers {name}", path):
+    sys.exit(0)
+if job["dry_run"]:
+    print(f"peers {name}: about {job['minutes']} minutes, evaluations apart")
+    sys.exit(0)
+
+folder = Path(tempfile.mkdtemp(dir=job["scratch"]))
+launch = ["taskset", "-c", job["cores"]] if job["cores"] else []
+threads = str(len(os.sched_getaffinity(0)) if not job["cores"] else job["threads"])
+compiled = Path(job["scratch"]) / f"compiled-{job['contender']}-{job['env_id']}"  # empty for the first seed
+environment = os.environ | dict(OMP_NUM_THREADS=threads, TORCHINDUCTOR_CACHE_DIR=str(compiled))
+
+
+def run_peer():
+    """Seconds of compilation, none, and the curve of a program that scores itself."""
+    settings = dict(env_id=job["env_id"], seed=job["seed"], minutes=job["minutes"], num_envs=1, env_kwargs={})
+    command = [*launch, job["python"], job["program"], json.dumps(settings), job["variant"], str(folder / "curve.json")]
+    status = subprocess.run(command, env=environment, cwd=folder).returncode
+    if status:
+        sys.exit(f"error: peers {name}: stopped with status {status}")
+    return 0.0, json.loads((folder / "curve.json").read_text())
+
+
+def run_ours():
+    """Seconds of compilation, and the curve of one of our trainers, from its log; ended when its minutes are over."""
+    command = [*launch, *job["command"].replace("python", job["python"], 1).split(), "--run-dir", str(folder / "run")]
+    metrics, curve = folder / "run/metrics.jsonl", []
+    with (folder / "out").open("w") as out:
+        trainer = subprocess.Popen(command, env=environment, cwd=job["root"], stdout=out, stderr=subprocess.STDOUT)
+        while True:
+            ended = trainer.poll() is not None
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+            if lines:
+                prepared = float(re.search(r"prepared in ([0-9.]+) s", (folder / "out").read_text())[1])
+                names = "env_steps", "wall_seconds", "gymnasium_return"
+                curve = [[round(line[name], 1) for name in names] for line in lines if names[-1] in line]
+                if not ended and curve and curve[-1][1] >= 60 * job["minutes"]:
+                    trainer.kill()
+            if ended:
+                break
+            time.sleep(0.5)
+    if not curve:
+        sys.exit(f"error: peers {name}: no evaluation; the trainer's output:\n{(folder / 'out').read_text()[-2000:]}")
+    return prepared, curve
+
+
+compile_seconds, curve = run_peer() if job["program"] else run_ours()
+record = {name: job[name] for name in "env_id contender seed minutes command hardware commit versions".split()}
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(json.dumps(record | dict(compile_seconds=compile_seconds, curve=curve), indent=1) + "\n")
+show(path)
+print(f"peers {name}: {curve[-1][2]:,.0f} after {curve[-1][1]:.0f} s, {curve[-1][0]:,} steps", file=sys.stderr)
+PYTHON
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
 # walk: the quadruped that `scores` trained, in its own simulator and in MuJoCo C
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2203,12 +2404,16 @@ program_table() {
 """python table.py RESULTS MODES [DOLLARS_PER_HOUR [LIST]]: markdown tables of what is finished; LIST names the files to show, else all."""
 
 import json
+import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
 ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX"}
+PEERS = {"ours-ppo": "ours, PPO", "ours-sac": "ours, SAC", "sb3-ppo": "SB3, PPO", "sb3-sac": "SB3, SAC",
+         "cleanrl-ppo": "CleanRL-style, PPO"}  # fmt: skip
+PEERS_GOALS = {"InvertedPendulum-v5": 1000, "HalfCheetah-v5": 3000, "Hopper-v5": 2500}
 results, modes = Path(sys.argv[1]), sys.argv[2].split(",")
 dollars = float(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] else None
 shown = {Path(line).resolve() for line in Path(sys.argv[4]).read_text().splitlines()} if len(sys.argv) > 4 else None
@@ -2354,6 +2559,36 @@ def score_line(runs, shared):
     ]
     algorithm = ALGORITHMS.get(first["algorithm"], first["algorithm"].upper())
     return [first["env_id"], algorithm, *(" / ".join(column) for column in columns)]
+
+
+def median_of(runs, value):
+    """The median over the seeds of a number, or None where half of the seeds or more have none."""
+    numbers = sorted((value(run) for run in runs), key=lambda x: math.inf if x is None else x)
+    return numbers[len(numbers) // 2]
+
+
+def peers_tables():
+    """Scores after the same minutes of training on the same core, and minutes to a score."""
+    runs = [json.loads(path.read_text()) for path in files("peers/*/*-seed*.json")]
+    for env_id in sorted({run["env_id"] for run in runs}):
+        rows = []
+        for contender, title in PEERS.items():
+            members = [run for run in runs if (run["env_id"], run["contender"]) == (env_id, contender)]
+            if not members:
+                continue
+            goal = PEERS_GOALS[env_id]
+            first = [next((t for _, t, score in run["curve"] if score >= goal), None) for run in members]
+            compiled = [run["compile_seconds"] for run in members]
+            rows.append([
+                title, len(members), f"{median_of(members, lambda run: run['curve'][-1][0]):,}",
+                " / ".join(f"{run['curve'][-1][2]:,.0f}" for run in members),
+                " / ".join("-" if t is None else f"{t:,.0f}" for t in first),
+                " / ".join(f"{t:.0f}" for t in compiled) if any(compiled) else "0",
+            ])  # fmt: skip
+        minutes = max(run["minutes"] for run in runs if run["env_id"] == env_id)
+        print(f"\n**{env_id}, {minutes:g} minute{'s' if minutes != 1 else ''} of training on one core**\n")
+        header = "", "seeds", "environment steps", "score of each seed (10 episodes)"
+        print_table([*header, f"{PEERS_GOALS[env_id]:,} reached after, s", "compilation, s"], rows)
 
 
 def ablation_tables():
@@ -2513,6 +2748,8 @@ if "profile" in modes and (runs := [json.loads(path.read_text()) for path in fil
     profile_table(runs)
 if "scores" in modes:
     score_tables()
+if "peers" in modes:
+    peers_tables()
 if "ablate" in modes:
     ablation_tables()
 if "sizes" in modes:
@@ -2700,6 +2937,35 @@ def plot_off_policy():
     save(figure, "sac/curves.png")
 
 
+def plot_peers():
+    """Score over minutes of training, beside other libraries on the same core: thin lines are seeds, a thick one is the median seed."""
+    names = {"ours-ppo": ("our PPO", "#1f6feb"), "ours-sac": ("our SAC", "#d9480f"), "sb3-ppo": ("SB3 PPO", "#2b8a3e"),
+             "sb3-sac": ("SB3 SAC", "#7048e8"), "cleanrl-ppo": ("CleanRL-style PPO", "#8a9099")}  # fmt: skip
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("peers/*/*-seed*.json"))]
+    tasks = [task for task in ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5") if any(run["env_id"] == task for run in runs)]
+    if not tasks:
+        return
+    figure = Figure(figsize=(4.4 * len(tasks), 3.8), layout="constrained")
+    for axis, env_id in zip(grid(figure, 1, len(tasks), len(tasks)), tasks):
+        for contender, (label, colour) in names.items():
+            seeds = [run for run in runs if (run["env_id"], run["contender"]) == (env_id, contender)]
+            seeds.sort(key=lambda run: run["curve"][-1][2])
+            for rank, run in enumerate(seeds):
+                middle = rank == len(seeds) // 2
+                minutes, scores = [0.0] + [t / 60 for _, t, _ in run["curve"]], [0.0] + [score for *_, score in run["curve"]]
+                axis.plot(minutes, scores, ".-", color=colour, lw=2.2 if middle else 0.9, alpha=1.0 if middle else 0.5, ms=4,
+                          label=label if middle else None)  # fmt: skip
+        axis.set_title(env_id)
+        axis.set_xlabel("minutes of training, compilation apart")
+        axis.set_xlim(0, max(run["minutes"] for run in runs if run["env_id"] == env_id) * 1.05)
+        axis.yaxis.set_major_formatter(FuncFormatter(short))
+        axis.grid(axis="y", color="#eceff2")
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle("Score in gymnasium.make(task) on one CPU core; thick: the median seed", x=0.01, ha="left", size=11)
+    figure.supxlabel("; ".join(sorted({run["hardware"] for run in runs})), size=8, color=FAINT)
+    save(figure, "peers.png")
+
+
 def plot_stages():
     """Of each distillation: velocity error, and terrain level where there is terrain, over the steps of each stage in its log."""
     for path in sorted(results.glob("distill/*/evidence.json")):
@@ -2805,6 +3071,7 @@ def plot_scaling():
 plot_curves()
 plot_twins()
 plot_off_policy()
+plot_peers()
 plot_stages()
 plot_speed()
 plot_scaling()
@@ -2819,7 +3086,7 @@ write_programs() { # FOLDER: each program as a file; a contender's begins with t
   local name
   mkdir -p "$1"
   for name in states referee film table plot; do "program_$name" >"$1/$name.py"; done
-  for name in scores walk distill seeds stages; do { program_job && "program_$name"; } >"$1/$name.py"; done
+  for name in scores peers walk distill seeds stages; do { program_job && "program_$name"; } >"$1/$name.py"; done
   contender_program "$1" sim sim_vecsim sim_mujoco sim_mujoco_torch sim_mujoco_warp
   contender_program "$1" "jax sim" sim_jax
   contender_program "$1" "learner ppo_batch" learner_ours learner_rsl_rl
@@ -2830,6 +3097,8 @@ write_programs() { # FOLDER: each program as a file; a contender's begins with t
   contender_program "$1" "learner skrl_models" learner_sac_skrl
   contender_program "$1" "" train_ours train_sb3 scaling_processes
   contender_program "$1" gymnasium_envs train_cleanrl train_rsl_rl
+  { program_score_meter && program_peers_sb3; } >"$1/peers_sb3.py"
+  { program_score_meter && program_gymnasium_envs && program_train_cleanrl; } >"$1/peers_cleanrl.py"
   contender_program "$1" "gymnasium_envs skrl_models" train_skrl
   contender_program "$1" "gymnasium_envs rl_games_agent" train_rl_games
   contender_program "$1" "jax brax_ppo" train_brax
@@ -2972,7 +3241,7 @@ run_scores() {
   local file script env_id seeds every threshold minutes flags seed
   while read -r file script env_id seeds every threshold minutes flags; do
     [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
-    [[ -z "$set" || "$file" = "$set/"* ]] || continue
+    [[ -z "$set" || "${file%/*}" =~ ^(sac/)?"$set"$ ]] || continue
     for seed in ${seeds//,/ }; do
       run_training scores "$file-seed$seed" "$script" "$env_id" "$seed" "$every" "$threshold" "$minutes" "$flags" || true
     done
@@ -2987,14 +3256,47 @@ sac/InvertedPendulum-v5 sac_gpu_torch.py InvertedPendulum-v5 1,2,3 2048 1000 3 -
 sac/HalfCheetah-v5 sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 15
 sac/HalfCheetah-v5-ppo ppo_gpu_torch.py HalfCheetah-v5 1,2,3 100000 3000 2 --total-timesteps 1000000
 sac/Hopper-v5 sac_gpu_torch.py Hopper-v5 1,2,3 20000 2500 15
-candidates/HalfCheetah-v5-one-step-mean sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 1 --critic-reduction mean --noise-repeat-max 16 --network layer_norm
-candidates/HalfCheetah-v5-three-steps-mean sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 3 --critic-reduction mean --noise-repeat-max 16 --network layer_norm
-candidates/HalfCheetah-v5-categorical-rung sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 1 --critic-reduction min --noise-repeat-max 1 --network layer_norm
-candidates/HalfCheetah-v5-flash-blocks sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 15 --n-step 1 --critic-reduction mean --noise-repeat-max 16 --network flash --actor-hidden 128 128 --critic-hidden 128 128
+sac/candidates/HalfCheetah-v5-one-step-mean sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 1 --critic-reduction mean --noise-repeat-max 16 --network layer_norm
+sac/candidates/HalfCheetah-v5-three-steps-mean sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 3 --critic-reduction mean --noise-repeat-max 16 --network layer_norm
+sac/candidates/HalfCheetah-v5-categorical-rung sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 4 --n-step 1 --critic-reduction min --noise-repeat-max 1 --network layer_norm
+sac/candidates/HalfCheetah-v5-flash-blocks sac_gpu_torch.py HalfCheetah-v5 1,2,3 20000 3000 15 --n-step 1 --critic-reduction mean --noise-repeat-max 16 --network flash --actor-hidden 128 128 --critic-hidden 128 128
 mjx/InvertedPendulum-v5 ppo_mjx_jax.py InvertedPendulum-v5 1,2,3 32768 1000 2
 mjx/InvertedPendulum-v5-torch ppo_gpu_torch.py InvertedPendulum-v5 1,2,3 32768 1000 1 --no-compile
 mjx/HalfCheetah-v5 ppo_mjx_jax.py HalfCheetah-v5 1 262144 2000 20 --num-envs 256 --num-steps 64 --total-timesteps 1500000
 mjx/HalfCheetah-v5-torch ppo_gpu_torch.py HalfCheetah-v5 1 262144 2000 10 --num-envs 256 --num-steps 64 --total-timesteps 1500000
+TASKS
+}
+
+# Rows: task, minutes of each run, environment steps between evaluations of our PPO and of our SAC, further flags of ours.
+run_peers() {
+  local env_id minutes every_ppo every_sac flags seed contender peer program variant command
+  local -A versions
+  versions=([project]="$("$project_python" -c 'import importlib.metadata as m; print(*(f"{n} {m.version(n)}" for n in ("torch", "mujoco", "gymnasium")))')")
+  while read -r env_id minutes every_ppo every_sac flags; do
+    [[ -z "$env_ids" || " $env_ids " = *" $env_id "* ]] || continue
+    for seed in 1 2 3; do # seed by seed: cut short, every contender has as many
+      while IFS='|' read -r contender peer program variant command; do
+        [ -n "$dry_run" ] || prepare_peer "$peer" || continue
+        versions[$peer]=${versions[$peer]:-$(packages_of "$peer" | tr '\n' ' ')}
+        [ -z "$command" ] || command="python $command --env-id $env_id --seed $seed --eval-episodes 10 --device cpu${flags:+ $flags}"
+        # shellcheck disable=SC2086  # a command of several words, or none
+        "$project_python" "$work/programs/peers.py" "$(json env_id "$env_id" seed "$seed" minutes "$minutes" contender "\"$contender\"" \
+          python "$(interpreter_of "$peer")" program "\"${program:+$work/programs/$program.py}\"" variant "\"$variant\"" \
+          command "\"${command:-$program.py, $variant}\"" root "$root" cores "\"$cores\"" threads "$units" scratch "$work" hardware "$hardware" \
+          commit "\"$commit\"" versions "${versions[$peer]}" path "$results/peers/$env_id/$contender-seed$seed.json" shown "$work/shown" \
+          force "${force:-0}" dry_run "${dry_run:-0}")" </dev/null || failures=$((failures + 1))
+      done <<CONTENDERS
+ours-ppo|project|||ppo_gpu_torch.py --eval-every $every_ppo
+ours-sac|project|||sac_gpu_torch.py --eval-every $every_sac
+sb3-ppo|sb3|peers_sb3|ppo|
+sb3-sac|sb3|peers_sb3|sac|
+cleanrl-ppo|project|peers_cleanrl|sync|
+CONTENDERS
+    done
+  done <<'TASKS'
+InvertedPendulum-v5 1 32768 2048 --no-compile
+HalfCheetah-v5 3 500000 20000
+Hopper-v5 3 500000 20000
 TASKS
 }
 
@@ -3143,7 +3445,7 @@ main() { # a function, so that bash has read all of this file before it runs: an
       exit 0
       ;;
     table)
-      "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,walk,distill,seeds,ablate,sizes,cost "$dollars_per_hour"
+      "$project_python" "$work/programs/table.py" "$results" physics,sim,learner,train,scaling,profile,scores,peers,walk,distill,seeds,ablate,sizes,cost "$dollars_per_hour"
       exit 0
       ;;
     film)
@@ -3177,6 +3479,7 @@ main() { # a function, so that bash has read all of this file before it runs: an
     learner) run_learner ;;
     train) run_train ;;
     scores) run_scores ;;
+    peers) run_peers ;;
     walk) run_walk ;;
     distill) run_distill ;;
     seeds) run_seeds ;;
