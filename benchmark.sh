@@ -2404,7 +2404,6 @@ program_table() {
 """python table.py RESULTS MODES [DOLLARS_PER_HOUR [LIST]]: markdown tables of what is finished; LIST names the files to show, else all."""
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -2561,12 +2560,6 @@ def score_line(runs, shared):
     return [first["env_id"], algorithm, *(" / ".join(column) for column in columns)]
 
 
-def median_of(runs, value):
-    """The median over the seeds of a number, or None where half of the seeds or more have none."""
-    numbers = sorted((value(run) for run in runs), key=lambda x: math.inf if x is None else x)
-    return numbers[len(numbers) // 2]
-
-
 def peers_tables():
     """Scores after the same minutes of training on the same core, and minutes to a score."""
     runs = [json.loads(path.read_text()) for path in files("peers/*/*-seed*.json")]
@@ -2580,7 +2573,7 @@ def peers_tables():
             first = [next((t for _, t, score in run["curve"] if score >= goal), None) for run in members]
             compiled = [run["compile_seconds"] for run in members]
             rows.append([
-                title, len(members), f"{median_of(members, lambda run: run['curve'][-1][0]):,}",
+                title, str(len(members)), f"{statistics.median_low(run['curve'][-1][0] for run in members):,}",
                 " / ".join(f"{run['curve'][-1][2]:,.0f}" for run in members),
                 " / ".join("-" if t is None else f"{t:,.0f}" for t in first),
                 " / ".join(f"{t:.0f}" for t in compiled) if any(compiled) else "0",

@@ -96,7 +96,7 @@ def test_syntax_and_programs(programs):
         (["train", "--device", "tpu"], "--device must be cpu or cuda"),
         (["train", "--env-id"], "--env-id needs a value"),
         (["train", "--slow"], "unknown option '--slow'"),
-        (["scores", "--set", "a2c"], "--set must be ppo, sac or mjx"),
+        (["scores", "--set", "a2c"], "--set must be ppo, sac, candidates or mjx"),
         (["cost", "--dollars-per-hour", "0.0"], "--dollars-per-hour must be more than 0"),
         (["walk", "--quick"], "--quick does nothing in walk"),
         (["ablate", "--env-id", "Hopper-v5,Ant-v5"], "ablate takes one task, not Hopper-v5 Ant-v5"),
@@ -711,3 +711,31 @@ def test_a_dry_run_runs_nothing(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert "--env-id Quadruped-Flat" in answer.stdout and "100 episodes of 20 s in each simulator" in answer.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_peers_scores_a_policy_when_its_minutes_are_over(programs, tmp_path):
+    settings = dict(env_id="InvertedPendulum-v5", seed=1, minutes=0.001, num_envs=1, env_kwargs={})
+    curve = tmp_path / "curve.json"
+    threads = os.environ | dict(OMP_NUM_THREADS="1")
+    answer = run(sys.executable, programs / "peers_cleanrl.py", json.dumps(settings), "sync", curve, env=threads)
+    assert answer.returncode == 0, answer.stderr
+    [(steps, seconds, score)] = json.loads(curve.read_text())
+    assert steps == 2048 and seconds > 0.06 and 1 < score < 1000
+
+
+def test_peers_tables_and_picture_follow_from_the_files(programs, tmp_path):
+    folder = tmp_path / "peers" / "HalfCheetah-v5"
+    folder.mkdir(parents=True)
+    facts = dict(env_id="HalfCheetah-v5", minutes=3, hardware="a CPU", compile_seconds=0.0)
+    for seed, score in ((1, 2000), (2, 3500)):
+        curve = [[50_000, 90.0, 100.0], [100_000, 180.0, score]]
+        record = facts | dict(contender="sb3-sac", seed=seed, curve=curve)
+        (folder / f"sb3-sac-seed{seed}.json").write_text(json.dumps(record))
+    record = facts | dict(contender="ours-ppo", seed=1, curve=[[900_000, 60.4, 3000.0]], compile_seconds=81.2)
+    (folder / "ours-ppo-seed1.json").write_text(json.dumps(record))
+    text = run(sys.executable, programs / "table.py", tmp_path, "peers").stdout
+    assert "**HalfCheetah-v5, 3 minutes of training on one core**" in text and "| 3,000 reached after, s |" in text
+    assert "| ours, PPO | 1 | 900,000 | 3,000 | 60 | 81 |" in text
+    assert "| SB3, SAC | 2 | 100,000 | 2,000 / 3,500 | - / 180 | 0 |" in text
+    assert run(sys.executable, programs / "plot.py", tmp_path).returncode == 0
+    assert (tmp_path / "peers.png").stat().st_size > 10_000
