@@ -6,6 +6,7 @@
     python ppo_distill_teacher_student.py --resume runs/NAME/student/checkpoint.pt          # and on with what follows
     python ppo_distill_teacher_student.py --resume runs/NAME/finetune/checkpoint.pt --stages evidence
     python ppo_distill_teacher_student.py --play runs/NAME/student/checkpoint.pt --capture-video
+    python ppo_distill_teacher_student.py --play runs/NAME/student/checkpoint.pt --export policy.onnx
 
 Sized for two CPU cores (fewer robots, smaller networks):
 
@@ -49,6 +50,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -121,6 +123,8 @@ class Args:
     """robots, one episode each, of every cell of the evidence and of --play (>= 1); a finished stage is scored on one episode of each of its environments"""
     play: str | None = None
     """checkpoint of any stage to play deterministically instead of training; prints its score"""
+    export: str | None = None
+    """with --play: ONNX file to write first: normaliser, network and action scale; --eval-episodes 0 writes it without playing"""
     capture_video: bool = False
     """with --play: write a strip of pictures, MuJoCo's, beside the checkpoint; the evidence has one in any case"""
     track: bool = False
@@ -1789,6 +1793,64 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     return results
 
 
+class ExportedPolicy(nn.Module):
+    """What --export writes: the deterministic action (B, actions), clipped to low and high, (actions,) each, for obs (B, obs).
+
+    A policy that remembers takes its memory (B, memory_size) too and returns that after the step, as Agent.policy_mean does within
+    an episode: a history is the normalised observations before this one, oldest first."""
+
+    def __init__(self, agent: Agent, low: Tensor, high: Tensor):
+        super().__init__()
+        self.agent, self.low, self.high = agent, low, high
+
+    def forward(self, obs: Tensor, memory: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.agent.obs_statistics.normalize(obs)
+        if self.agent.gru is not None:
+            memory = self.agent.gru(features, memory)
+            features = torch.cat([features, memory], -1)
+        elif memory is not None:
+            features = torch.cat([memory, features], -1)
+            memory = features[:, -self.agent.memory_size :]
+        action = self.agent.to_env(self.agent.actor(features)).clamp(self.low, self.high)
+        return action if memory is None else (action, memory)
+
+
+def export_onnx(
+    policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict, args: Args, checkpoint: dict
+) -> None:
+    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` and others as its metadata.
+
+    inputs: an example of each, (rows, k); the file takes any number of rows. A fact that is no string is written as JSON."""
+    try:
+        import onnx
+    except ImportError:
+        raise InputError("export needs ONNX; run `pip install onnx` or omit --export") from None
+    names, file = [*inputs, *outputs], io.BytesIO()
+    with warnings.catch_warnings():
+        # The newer exporter needs two more packages and takes twenty times as long.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            policy,
+            tuple(inputs.values()),
+            file,
+            dynamo=False,
+            opset_version=17,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_axes={name: {0: "batch"} for name in names},
+        )
+    model = onnx.load_from_string(file.getvalue())
+    facts = dict(env_id=args.env_id, env_kwargs=args.env_kwargs) | facts
+    facts |= dict(script=Path(__file__).name, env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
+    text = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
+    onnx.helper.set_model_props(model, text)
+    try:
+        onnx.save(model, args.export)
+    except OSError as error:
+        raise InputError(f"export = {args.export} cannot be written: {error.strerror}") from None
+    print(f"ONNX: {args.export}")
+
+
 def play(args: Args, make_env=vecsim_torch.make, task_options: dict = EVIDENCE_OPTIONS) -> dict:
     """Score a checkpoint of any stage deterministically, in the environment it was trained in, on all its levels alike; pictures on request."""
     checkpoint = load_checkpoint(args.play, "distill")
@@ -1797,16 +1859,28 @@ def play(args: Args, make_env=vecsim_torch.make, task_options: dict = EVIDENCE_O
     check_env_kwargs(args)
     options = dict(integrator=args.integrator, iterations=args.solver_iterations) | args.env_kwargs
     options |= task_options.get(args.env_id, {})
+    robots = args.eval_episodes or int(args.export is not None)
     with refusals_of_the_simulator():
-        env = make_env(args.env_id, num_envs=args.eval_episodes, device="cpu", seed=args.seed, **options)
+        env = make_env(args.env_id, num_envs=robots, device="cpu", seed=args.seed, **options)
     views, stage = make_views(env, args), checkpoint["stage"]
     check_start(f"the {stage}", checkpoint, views, env.single_action_space.shape[0], args)
     agent = make_agent(stage, views, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     view = views["teacher" if stage == "teacher" else "student"]
-    result = score(first_episode_outcomes(agent, view, env, args.seed), levels=None)
-    shown = {name: round(x, 3) for name, x in result.items() if x is not None}
-    print(f"{args.env_id}, {stage}, {checkpoint['env_steps']:,} steps of training: {shown}")
+    if args.export:
+        names = env.observation_names(env.critic_slices if view.privileged and env.critic_slices else env.observation_slices)
+        facts = dict(stage=stage, observation_names=[names[column] for column in view.columns.tolist()])
+        facts |= dict(action_names=env.action_names(), control_step_seconds=env.control_step)
+        inputs, outputs = dict(obs=torch.zeros(2, len(view.columns))), ["action"]
+        if agent.memory_size:
+            inputs["memory_in"], outputs = agent.blank(2)[0], ["action", "memory_out"]
+            facts["memory"] = "memory_in is zero where an episode begins, then the memory_out of the step before"
+        export_onnx(ExportedPolicy(agent, *env.task.action_limits(env.model)), inputs, outputs, facts, args, checkpoint)
+    result = {}
+    if args.eval_episodes:
+        result = score(first_episode_outcomes(agent, view, env, args.seed), levels=None)
+        shown = {name: round(x, 3) for name, x in result.items() if x is not None}
+        print(f"{args.env_id}, {stage}, {checkpoint['env_steps']:,} steps of training: {shown}")
     if args.capture_video:
         print(film(agent, view, args, make_env, Path(args.play).parent / "pictures.png"))
     return result
@@ -1830,10 +1904,12 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--resume continues training and --play plays: give one of them")
     if args.capture_video and not args.play:
         raise InputError("--capture-video draws a checkpoint: give --play, after training")
+    if args.export and not args.play:
+        raise InputError("--export writes the policy of a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:
         return args
-    forgotten = dict(resume=None, play=None, run_dir=None, capture_video=False, profile=False)
+    forgotten = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
     saved = load_checkpoint(path, "distill")["args"] | forgotten
     return parse(Args(**saved))
 

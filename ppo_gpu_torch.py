@@ -5,6 +5,7 @@
     python ppo_gpu_torch.py --env-id Ant-v5 --num-envs 4096 --bf16
     python ppo_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 40000000
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
+    python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --export policy.onnx
     torchrun --nproc-per-node=2 ppo_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
 On one AMD EPYC core: InvertedPendulum-v5 1,000 in 12 s, HalfCheetah-v5 8,506 in 6 minutes, Hopper-v5 3,478 in 8, Ant-v5 4,578 in 14 (medians
@@ -36,6 +37,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -104,6 +106,8 @@ class Args:
     """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
     play: str | None = None
     """checkpoint to play deterministically instead of training, on the CPU; prints its score"""
+    export: str | None = None
+    """with --play: ONNX file to write first: normaliser, network and action scale; --eval-episodes 0 writes it without playing"""
     capture_video: bool = False
     """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
@@ -1299,14 +1303,64 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     return record | evaluation
 
 
+class ExportedPolicy(nn.Module):
+    """What --export writes: the deterministic action (B, actions), clipped to low and high, (actions,) each, for obs (B, obs).
+
+    In float32, as ONNX Runtime's CPU kernels need it, also where the training ran under bfloat16."""
+
+    def __init__(self, agent: Agent, low: Tensor, high: Tensor):
+        super().__init__()
+        self.agent, self.low, self.high = agent, low, high
+
+    def forward(self, obs: Tensor) -> Tensor:
+        mean = self.agent.actor(self.agent.obs_statistics.normalize(obs))
+        return self.agent.to_env(mean).clamp(self.low, self.high)
+
+
+def export_onnx(
+    policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict, args: Args, checkpoint: dict
+) -> None:
+    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` and others as its metadata.
+
+    inputs: an example of each, (rows, k); the file takes any number of rows. A fact that is no string is written as JSON."""
+    try:
+        import onnx
+    except ImportError:
+        raise InputError("export needs ONNX; run `pip install onnx` or omit --export") from None
+    names, file = [*inputs, *outputs], io.BytesIO()
+    with warnings.catch_warnings():
+        # The newer exporter needs two more packages and takes twenty times as long.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            policy,
+            tuple(inputs.values()),
+            file,
+            dynamo=False,
+            opset_version=17,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_axes={name: {0: "batch"} for name in names},
+        )
+    model = onnx.load_from_string(file.getvalue())
+    facts = dict(env_id=args.env_id, env_kwargs=args.env_kwargs) | facts
+    facts |= dict(script=Path(__file__).name, env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
+    text = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
+    onnx.helper.set_model_props(model, text)
+    try:
+        onnx.save(model, args.export)
+    except OSError as error:
+        raise InputError(f"export = {args.export} cannot be written: {error.strerror}") from None
+    print(f"ONNX: {args.export}")
+
+
 def play(args: Args, make_env=vecsim_torch.make) -> dict:
     """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
     checkpoint = load_checkpoint(args.play, "ppo")
-    if args.eval_episodes < 1:
+    if args.eval_episodes < (0 if args.export else 1):
         raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
     if args.seed < 0:
         raise InputError(f"seed = {args.seed} must be >= 0")
-    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes))
+    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes or 1))
     check_same_task(checkpoint, args)
     check_env_kwargs(args)
     if args.capture_video and args.env_id not in gymnasium.registry:
@@ -1315,11 +1369,19 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
         options = dict(integrator=args.integrator, iterations=args.solver_iterations) | args.env_kwargs
         env = make_env(args.env_id, num_envs=args.num_envs, device="cpu", seed=args.seed, **options)
     critic_obs_size = None if env.single_critic_space is None else env.single_critic_space.shape[0]
-    agent = Agent(env.single_observation_space.shape[0], critic_obs_size, env.single_action_space, args)
+    obs_size = env.single_observation_space.shape[0]
+    agent = Agent(obs_size, critic_obs_size, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
-    score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+    if args.export:
+        facts = dict(observation_names=env.observation_names(env.observation_slices), action_names=env.action_names())
+        facts |= dict(control_step_seconds=env.control_step)
+        policy = ExportedPolicy(agent, *env.task.action_limits(env.model))
+        export_onnx(policy, dict(obs=torch.zeros(2, obs_size)), ["action"], facts, args, checkpoint)
+    score = {}
+    if args.eval_episodes:
+        score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+        print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     env.close()
-    print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         print(f"video: {film(agent, args, Path(args.play).parent)}")
     return score
@@ -1343,10 +1405,13 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--resume continues training and --play plays: give one of them")
     if args.capture_video and not args.play:
         raise InputError("--capture-video films a checkpoint: give --play, after training")
+    if args.export and not args.play:
+        raise InputError("--export writes the policy of a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:
         return args
-    saved = load_checkpoint(path, "ppo")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False, profile=False)
+    forgotten = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
+    saved = load_checkpoint(path, "ppo")["args"] | forgotten
     return parse(Args(**saved))
 
 

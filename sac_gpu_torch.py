@@ -6,6 +6,7 @@
     python sac_gpu_torch.py --env-id Ant-v5 --num-envs 1024 --batch-size 8192 --updates-per-step 2 --replay-capacity 10000000 --bf16
     python sac_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 4000000
     python sac_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
+    python sac_gpu_torch.py --play runs/NAME/checkpoint.pt --export policy.onnx
     torchrun --nproc-per-node=2 sac_gpu_torch.py --env-id Ant-v5            # data parallel: gradients averaged over the processes
 
 On one AMD EPYC core: HalfCheetah-v5 5,156 after 160 thousand environment steps, Hopper-v5 3,342 after 200 thousand (medians of three
@@ -46,6 +47,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -119,6 +121,8 @@ class Args:
     """environment steps between evaluations in Gymnasium during training (>= 1; default: only the final one); their time is not counted"""
     play: str | None = None
     """checkpoint to play deterministically instead of training; prints its score"""
+    export: str | None = None
+    """with --play: ONNX file to write first: normaliser, network and action scale; --eval-episodes 0 writes it without playing"""
     capture_video: bool = False
     """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
@@ -1757,14 +1761,72 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     return record | evaluation
 
 
+class ExportedPolicy(nn.Module):
+    """What --export writes: the deterministic action (B, actions), clipped to low and high, (actions,) each, for obs (B, obs).
+
+    In float32, as ONNX Runtime's CPU kernels need it, also where the training ran under bfloat16."""
+
+    def __init__(self, agent: Agent, low: Tensor, high: Tensor):
+        super().__init__()
+        self.agent, self.low, self.high, self.actions = agent, low, high, len(low)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        outputs = self.agent.actor(self.agent.obs_statistics.normalize(obs), learning=False)
+        mean = outputs[:, : self.actions]  # the rest is the deviation's
+        return self.agent.to_env(mean.tanh()).clamp(self.low, self.high)
+
+
+def rms_norm_in_onnx(g, x, shape, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight in ONNX operators: PyTorch's exporter has no rule for torch.nn.RMSNorm."""
+    eps = g.op("Constant", value_t=torch.tensor(torch.finfo(torch.float32).eps))  # torch.nn.RMSNorm's default
+    mean_square = g.op("ReduceMean", g.op("Mul", x, x), axes_i=[-1], keepdims_i=1)
+    return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean_square, eps))), weight)
+
+
+def export_onnx(
+    policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict, args: Args, checkpoint: dict
+) -> None:
+    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` and others as its metadata.
+
+    inputs: an example of each, (rows, k); the file takes any number of rows. A fact that is no string is written as JSON."""
+    try:
+        import onnx
+    except ImportError:
+        raise InputError("export needs ONNX; run `pip install onnx` or omit --export") from None
+    names, file = [*inputs, *outputs], io.BytesIO()
+    with warnings.catch_warnings():
+        # The newer exporter needs two more packages and takes twenty times as long.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            policy,
+            tuple(inputs.values()),
+            file,
+            dynamo=False,
+            opset_version=17,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_axes={name: {0: "batch"} for name in names},
+        )
+    model = onnx.load_from_string(file.getvalue())
+    facts = dict(env_id=args.env_id, env_kwargs=args.env_kwargs) | facts
+    facts |= dict(script=Path(__file__).name, env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
+    text = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
+    onnx.helper.set_model_props(model, text)
+    try:
+        onnx.save(model, args.export)
+    except OSError as error:
+        raise InputError(f"export = {args.export} cannot be written: {error.strerror}") from None
+    print(f"ONNX: {args.export}")
+
+
 def play(args: Args, make_env=vecsim_torch.make) -> dict:
     """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
     checkpoint = load_checkpoint(args.play, "sac")
-    if args.eval_episodes < 1:
+    if args.eval_episodes < (0 if args.export else 1):
         raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
     if args.seed < 0:
         raise InputError(f"seed = {args.seed} must be >= 0")
-    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes))
+    args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes or 1))
     check_same_task(checkpoint, args)
     check_env_kwargs(args)
     if args.capture_video and args.env_id not in gymnasium.registry:
@@ -1775,9 +1837,17 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     sizes = env.single_observation_space.shape[0], critic_observation_size(env, args)
     agent = Agent(*sizes, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
-    score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+    if args.export:
+        torch.onnx.register_custom_op_symbolic("aten::rms_norm", rms_norm_in_onnx, opset_version=17)
+        facts = dict(observation_names=env.observation_names(env.observation_slices), action_names=env.action_names())
+        facts |= dict(control_step_seconds=env.control_step)
+        policy = ExportedPolicy(agent, *env.task.action_limits(env.model))
+        export_onnx(policy, dict(obs=torch.zeros(2, sizes[0])), ["action"], facts, args, checkpoint)
+    score = {}
+    if args.eval_episodes:
+        score = evaluate_gymnasium(agent, args) or evaluate_vecsim(agent, env, args.seed)
+        print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     env.close()
-    print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         print(f"video: {film(agent, args, Path(args.play).parent)}")
     return score
@@ -1801,10 +1871,13 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--resume continues training and --play plays: give one of them")
     if args.capture_video and not args.play:
         raise InputError("--capture-video films a checkpoint: give --play, after training")
+    if args.export and not args.play:
+        raise InputError("--export writes the policy of a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:
         return args
-    saved = load_checkpoint(path, "sac")["args"] | dict(resume=None, play=None, run_dir=None, capture_video=False, profile=False)
+    forgotten = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
+    saved = load_checkpoint(path, "sac")["args"] | forgotten
     return parse(Args(**saved))
 
 

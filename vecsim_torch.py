@@ -2235,6 +2235,10 @@ class Task:
         """Lowest and highest action, (nu,) each."""
         return model.ctrl_low[:, 0], model.ctrl_high[:, 0]
 
+    def action_limits(self, model: Model) -> tuple[Tensor, Tensor]:
+        """Lowest and highest action, (nu,) each, that the actuators follow: beyond them the physics clips."""
+        return self.action_range(model)
+
     def begin(
         self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -2615,6 +2619,10 @@ class QuadrupedFlat(Task):
     def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
         one = torch.ones_like(model.ctrl_low[:, 0])
         return -one, one
+
+    def action_limits(self, model: Model) -> tuple[Tensor, Tensor]:
+        low, high = ((limit - model.qpos0[7:]) / self.action_scale for limit in (model.ctrl_low, model.ctrl_high))
+        return low[:, 0], high[:, 0]
 
     def begin(
         self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
@@ -3361,10 +3369,10 @@ class VecSim(gymnasium.vector.VectorEnv):
         self.single_action_space = gymnasium.spaces.Box(low.float().cpu().numpy(), high.float().cpu().numpy())
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        control_step = self.task.frame_skip * self.model.timestep
+        self.control_step = self.task.frame_skip * self.model.timestep  # s
         self.metadata = {
             "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
-            "render_fps": round(1 / control_step),
+            "render_fps": round(1 / self.control_step),
         }
         sums = len(STATISTICS) + (1 + len(self.task.averaged) if self.task.averaged else 0)
         self._statistics = torch.zeros(sums, dtype=torch.float64, device=self.device)
@@ -3634,6 +3642,23 @@ class VecSim(gymnasium.vector.VectorEnv):
         nq, nv = self.model.nq, self.model.nv
         return {"qpos": values[:nq], "qvel": values[nq : nq + nv], "action": values[nq + nv :]}
 
+    def action_names(self) -> list[str]:
+        """The actuators, (nu,); an actuator without a name has that of its joint."""
+        m = self.mj_model
+        return [m.actuator(i).name or m.joint(m.actuator_trnid[i, 0]).name for i in range(m.nu)]
+
+    def observation_names(self, slices: dict[str, slice]) -> list[str]:
+        """A name for each number of `observation_slices` or `critic_slices`: group/joint, else group[index]."""
+        qpos, qvel = coordinate_names(self.mj_model)
+        rows = {"qpos": qpos, "joint_position": qpos, "last_action": self.action_names()}
+        rows |= dict.fromkeys(("qvel", "joint_velocity", "qfrc_actuator"), qvel)
+        names = []
+        for group, columns in slices.items():
+            size = columns.stop - columns.start
+            known = rows.get(group, [])[-size:]  # a group that leaves out coordinates leaves out the first
+            names += [f"{group}/{name}" for name in known] or [f"{group}[{i}]" for i in range(size)]
+        return names
+
     def _configuration(self) -> dict[str, Any]:
         """What a loaded state must agree with, beside the task and the number of environments."""
         options = {"dtype": str(self.dtype), "device": self.device.type, "pair_slots": self.model.pair_slots}
@@ -3675,6 +3700,20 @@ def spaces_of(groups: dict[str, Tensor]) -> tuple[dict[str, slice], gymnasium.sp
     bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
     slices = {name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)}
     return slices, gymnasium.spaces.Box(-np.inf, np.inf, (int(bounds[-1]),), np.float32) if groups else None
+
+
+def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
+    """Names of the rows of qpos and of qvel: the joint, and of a ball or free joint also the component."""
+    components = {
+        mujoco.mjtJoint.mjJNT_FREE: ("x y z qw qx qy qz", "vx vy vz wx wy wz"),
+        mujoco.mjtJoint.mjJNT_BALL: ("qw qx qy qz", "wx wy wz"),
+    }
+    qpos, qvel = [], []
+    for j in range(m.njnt):
+        joint = m.joint(j).name or f"joint{j}"
+        for rows, parts in zip((qpos, qvel), components.get(mujoco.mjtJoint(m.jnt_type[j]), ("", "")), strict=True):
+            rows += [f"{joint}/{part}" for part in parts.split()] or [joint]
+    return qpos, qvel
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -21,6 +21,7 @@ import probe_envs
 import pytest
 import source_lint
 import torch
+from score_onnx import OnnxPolicy, check_file, randomize, read_names
 from torch import nn
 
 import ppo_distill_teacher_student as distill
@@ -177,7 +178,7 @@ def state_of(run_dir, stage):
 # What both trainers define under one name and mean differently; everything else must be the same, word for word.
 MEANT_TO_DIFFER = set(
     "Args with_task_defaults Sizes derive_sizes Agent Rollout allocate_rollout Batch LossTerms policy_step make_batch ppo_loss "
-    "accumulate_gradients apply_gradients update check_resumable check_env_kwargs film train play parse_args".split()
+    "accumulate_gradients apply_gradients update check_resumable check_env_kwargs film train ExportedPolicy play parse_args".split()
 )
 
 
@@ -949,6 +950,66 @@ def test_all_stages_on_the_quadruped_with_evidence(tmp_path, monkeypatch, capsys
     assert evidence["policies"]["baseline"]["env_steps"] >= 176
     play = ["--play", tmp_path / "student" / "checkpoint.pt", "--eval-episodes", "2"]
     assert run_main(monkeypatch, capsys, *play)[0] == 0
+
+
+# Export -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a number frozen, which may be the number of rows
+@pytest.mark.parametrize(
+    "stage, flags, memory_size",
+    [
+        ("student", dict(student_history=3), 2 * 45),
+        ("finetune", dict(student_network="gru", student_groups=("joint_position", "gravity", "command")), 16),
+        ("student", dict(student_history=1), 0),
+        ("teacher", {}, 0),
+    ],
+)
+def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tmp_path, monkeypatch, capsys):
+    """In one step, and with its memory over an episode of the robot in MuJoCo."""
+    small = dict(env_id="Quadruped-Flat", actor_hidden=(32,), student_hidden=(32,), critic_hidden=(32,), student_memory=16)
+    args = distill.with_task_defaults(distill.Args(device="cpu", **small, **flags))
+    env = vecsim_torch.make(args.env_id, num_envs=1, **args.env_kwargs)
+    views = distill.make_views(env, args)
+    torch.manual_seed(0)
+    agent = distill.make_agent(stage, views, env.single_action_space, args)
+    randomize(agent)
+    state = dict(algorithm="distill", stage=stage, env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
+    state |= dict(agent=agent.state_dict(), versions=distill.versions())
+    torch.save(state | dict(groups={who: view.groups for who, view in views.items()}), tmp_path / "checkpoint.pt")
+    play = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
+    assert run_main(monkeypatch, capsys, *play) == (0, "")
+
+    policy = OnnxPolicy(tmp_path / "policy.onnx")
+    observed, actions, control_step = read_names(policy, "ppo_distill_teacher_student.py", env_steps=640)
+    assert control_step == pytest.approx(0.02) and policy.metadata["stage"] == stage
+    assert actions == [f"{leg}_{part}" for leg in ("FR", "FL", "RR", "RL") for part in ("hip", "thigh", "calf")]
+    assert [f"joint_position/{name}" for name in actions] == [x for x in observed if x.startswith("joint_position")]
+    assert "gravity[2]" in observed and ("mass[0]" in observed) == (stage == "teacher")
+    home = torch.tensor([0.0, 0.9, -1.8] * 4)  # rad; an action is an offset in units of 0.5 rad, and joints have ranges
+    low, high = (torch.tensor(ends * 4) for ends in ([-0.863, -0.686, -2.818], [0.863, 4.501, -0.888]))
+    limits = (low - home) / 0.5, (high - home) / 0.5
+    if not memory_size:
+        assert "memory" not in policy.metadata
+        check_file(policy, lambda obs: agent.act(obs, *agent.blank(len(obs)))[0], agent.obs_statistics, limits)
+        return
+    assert [x.shape for x in policy.session.get_outputs()] == [["batch", 12], ["batch", memory_size]]
+    assert "zero where an episode begins" in policy.metadata["memory"]
+    robot = gymnasium.make("Quadruped-Flat")
+    obs, _ = robot.reset(seed=3)
+    memory, fresh = agent.blank(1)
+    onnx_memory = np.zeros((1, memory_size), np.float32)
+    for _ in range(20):
+        seen = views["student"].of(torch.as_tensor(obs)[None], None)
+        wanted, memory = agent.act(seen, memory, fresh)
+        action, onnx_memory = policy.session.run(["action", "memory_out"], {"obs": seen.numpy(), "memory_in": onnx_memory})
+        assert np.abs(action - wanted.clamp(*limits).numpy()).max() <= 1e-5
+        assert np.abs(onnx_memory - memory.numpy()).max() <= 1e-5
+        fresh = torch.zeros(1, dtype=torch.bool)
+        obs, _, fell, _, _ = robot.step(action[0])
+        obs, fresh = (robot.reset()[0], ~fresh) if fell else (obs, fresh)
+        onnx_memory *= not fell
+    assert len(policy.session.run(["action"], {"obs": np.zeros((1000, len(observed)), np.float32), "memory_in": np.zeros((1000, memory_size), np.float32)})[0]) == 1000  # fmt: skip
 
 
 # The source itself --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from probe_envs import ProbeEnv, documented_a2c, probe_args
+from score_onnx import OnnxPolicy, check_file, randomize, read_names
 from two_processes import updates_on_fixed_data
 
 import ppo_gpu_torch as ppo
@@ -495,6 +496,7 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--resume", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
         (["--resume", "a.pt", "--play", "b.pt"], "give one of them"),
         (["--capture-video"], "--capture-video films a checkpoint: give --play"),
+        (["--export", "policy.onnx"], "--export writes the policy of a checkpoint: give --play"),
         (["--resume", "tests"], "checkpoint tests is a folder; give the file in it, tests/checkpoint.pt"),
         (["--env-id", "Quadruped-Rough", "--eval-every", "1000"], "eval_every: Gymnasium has no Quadruped-Rough to evaluate in"),
         (["--run-dir", "README.md", "--device", "cpu"], "run_dir = README.md cannot be made: File exists"),
@@ -689,6 +691,63 @@ def test_final_evaluation_in_the_training_environment_equals_one_in_a_fresh_one(
     agent.load_state_dict(checkpoint["agent"])
     assert len(envs) == 1 and result["vecsim"] == ppo.evaluate_vecsim(agent, fresh, seed=1)
     assert result["vecsim"]["mean_length"] == result["gymnasium"]["mean_length"] == 20.0
+
+
+def write_checkpoint(folder, **flags):
+    """Of an agent with random weights and observation statistics; returns the agent and the checkpoint's path."""
+    args = ppo.with_task_defaults(ppo.Args(device="cpu", **flags))
+    env = vecsim_torch.make(args.env_id, num_envs=1, **args.env_kwargs)
+    torch.manual_seed(0)
+    agent = ppo.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
+    randomize(agent)
+    state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640, agent=agent.state_dict())
+    torch.save(state | dict(versions=ppo.versions()), folder / "checkpoint.pt")
+    return agent, folder / "checkpoint.pt"
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a number frozen, which may be the number of rows
+def test_exported_policy_acts_like_the_trained_one(tmp_path, monkeypatch, capsys):
+    agent, checkpoint = write_checkpoint(tmp_path, env_id="HalfCheetah-v5")
+    flags = ["--play", checkpoint, "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
+    assert run_main(monkeypatch, capsys, *flags) == (0, "")
+    policy = OnnxPolicy(tmp_path / "policy.onnx")
+    limits = -torch.ones(6), torch.ones(6)
+    check_file(policy, agent.act, agent.obs_statistics, limits)
+    joints = ["bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot"]
+    observed, actions, control_step = read_names(policy, "ppo_gpu_torch.py", env_steps=640)
+    assert observed == [f"qpos/{x}" for x in ["rootz", "rooty", *joints]] + [f"qvel/{x}" for x in ["rootx", "rootz", "rooty", *joints]]
+    assert actions == joints and control_step == pytest.approx(0.05)
+    assert policy.metadata["env_id"] == "HalfCheetah-v5" and json.loads(policy.metadata["env_kwargs"]) == {}
+
+    policy.seen.clear()
+    args = ppo.with_task_defaults(ppo.Args(env_id="HalfCheetah-v5", env_kwargs={"max_episode_steps": 50}, eval_episodes=2))
+    assert ppo.evaluate_gymnasium(policy, args)["mean_length"] == len(policy.seen) == 50
+    assert all((action - agent.act(obs).clamp(*limits)).abs().max() <= 1e-5 for obs, action in policy.seen)
+
+
+def test_exported_policy_of_a_bf16_run_is_float32_and_its_options_are_in_the_file(tmp_path, monkeypatch, capsys):
+    options = {"exclude_current_positions_from_observation": False}
+    agent, checkpoint = write_checkpoint(tmp_path, env_id="Ant-v5", bf16=True, env_kwargs=options)
+    flags = ["--play", checkpoint, "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
+    assert run_main(monkeypatch, capsys, *flags) == (0, "")
+    policy, agent.bf16 = OnnxPolicy(tmp_path / "policy.onnx"), False
+    check_file(policy, agent.act, agent.obs_statistics, (-torch.ones(8), torch.ones(8)))
+    observed, actions, _ = read_names(policy, "ppo_gpu_torch.py", env_steps=640)
+    assert observed[:8] == [f"qpos/root/{x}" for x in "x y z qw qx qy qz".split()] + ["qpos/hip_1"]
+    assert observed[15:22] == [f"qvel/root/{x}" for x in "vx vy vz wx wy wz".split()] + ["qvel/hip_1"]
+    assert actions == "hip_4 ankle_4 hip_1 ankle_1 hip_2 ankle_2 hip_3 ankle_3".split()
+    assert json.loads(policy.metadata["env_kwargs"]) == options | {"include_cfrc_ext_in_observation": False}
+
+
+def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
+    _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
+    flags = ["--play", checkpoint, "--eval-episodes", "0", "--export"]
+    status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "nowhere" / "policy.onnx")
+    assert status == 2 and err.endswith("policy.onnx cannot be written: No such file or directory\n") and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "policy.onnx")
+    assert status == 2 and err == "error: export needs ONNX; run `pip install onnx` or omit --export\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_evaluations_during_training_then_play_and_film(tmp_path, monkeypatch, capsys):

@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from probe_envs import ProbeEnv
+from score_onnx import OnnxPolicy, check_file, randomize, read_names
 from two_processes_sac import probe_args, updates_on_fixed_data
 
 import sac_gpu_torch as sac
+import vecsim_torch
 
 TESTS = Path(__file__).parent
 BOTH = [(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]  # observations of the probes at the start of an episode
@@ -641,6 +643,27 @@ def test_one_simulator_and_one_last_evaluation(tmp_path):
 def test_preset_and_tricks_are_flags():
     args = sac.with_task_defaults(sac.parse_args("--preset vanilla --normalize-rewards True --device cpu".split()))
     assert args.normalize_rewards is True and args.critic == "scalar" and args.normalize_observations is False
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a number frozen, which may be the number of rows
+@pytest.mark.parametrize("network", ["mlp", "layer_norm", "flash"])
+def test_exported_policy_acts_like_the_trained_one(network, tmp_path, monkeypatch, capsys):
+    args = sac.with_task_defaults(sac.Args(env_id="InvertedPendulum-v5", device="cpu", network=network))
+    env = vecsim_torch.make(args.env_id, num_envs=1)
+    torch.manual_seed(0)
+    agent = sac.Agent(4, None, env.single_action_space, args)
+    randomize(agent)
+    state = dict(algorithm="sac", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640, agent=agent.state_dict())
+    torch.save(state | dict(versions=sac.versions()), tmp_path / "checkpoint.pt")
+    flags = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
+    assert run_main(monkeypatch, capsys, *flags) == (0, "")
+    policy = OnnxPolicy(tmp_path / "policy.onnx")
+    check_file(policy, agent.act, agent.obs_statistics, (torch.tensor([-3.0]), torch.tensor([3.0])), squashed=True)
+    names = ["qpos/slider", "qpos/hinge", "qvel/slider", "qvel/hinge"], ["slide"]
+    assert read_names(policy, "sac_gpu_torch.py", env_steps=640) == (*names, pytest.approx(0.04))
+    args = dataclasses.replace(args, eval_episodes=1)
+    score = sac.evaluate_gymnasium(policy, args)
+    assert score == pytest.approx(sac.evaluate_gymnasium(agent, args)) and score["mean_length"] > 1
 
 
 def test_play_prints_the_score(finished_run, capsys):

@@ -56,7 +56,7 @@ def random_batch(size=32, obs_size=3, actions=2, seed=0):
 # What both trainers define under one name and mean differently; everything else must be the same, word for word.
 MEANT_TO_DIFFER = set(
     "Args with_task_defaults Sizes derive_sizes Agent Batch policy_step build_functions update check_same_task "
-    "check_resumable training_state load_training_state train play".split()
+    "check_resumable training_state load_training_state train ExportedPolicy play".split()
 )
 
 

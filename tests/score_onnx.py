@@ -1,0 +1,115 @@
+"""Score a checkpoint of ppo_gpu_torch.py and the ONNX file that --export makes of it, on the same seeds of Gymnasium's environment:
+
+    python tests/score_onnx.py runs/NAME/checkpoint.pt results/export/HalfCheetah-v5.json
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo_gpu_torch as ppo
+import vecsim_torch
+
+
+class OnnxPolicy:
+    """An ONNX file that acts like a trainer's Agent, in ONNX Runtime."""
+
+    def __init__(self, path: Path):
+        self.session = onnxruntime.InferenceSession(path)
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+        self.seen = []  # the observations of each step, (B, obs), and the actions, (B, actions)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        action = torch.from_numpy(self.session.run(["action"], {"obs": obs.numpy()})[0])
+        self.seen.append((obs, action))
+        return action
+
+    # What evaluate_gymnasium does with an agent before it plays: this one is on the CPU already.
+
+    def __deepcopy__(self, memo: dict) -> OnnxPolicy:
+        return self
+
+    def cpu(self) -> OnnxPolicy:
+        return self
+
+
+def randomize(agent: torch.nn.Module) -> None:
+    """Weights and running moments unlike those of a fresh agent."""
+    generator = torch.Generator().manual_seed(0)
+    for weights in agent.parameters():
+        weights.data += 0.05 * torch.randn(weights.shape, generator=generator)
+    for module in agent.modules():
+        if hasattr(module, "variance"):  # of observations, and of a network's batch norm
+            module.mean.normal_(0.0, 2.0, generator=generator)
+            module.variance.uniform_(0.01, 9.0, generator=generator)
+
+
+def check_file(
+    policy: OnnxPolicy, act, statistics: torch.nn.Module, limits: tuple[torch.Tensor, torch.Tensor], squashed: bool = False
+) -> None:
+    """1,000 observations, a third of them far outside the normaliser's range, together and one alone: act(obs), clipped."""
+    generator = torch.Generator().manual_seed(1)
+    obs = torch.randn(1000, len(statistics.mean), generator=generator) * statistics.deviation() + statistics.mean.float()
+    obs[::3] *= 1000.0
+    assert (statistics.normalize(obs).abs() == statistics.limit).any(1).sum() > 300
+    raw = act(obs)
+    wanted = raw.clamp(*limits)
+    share = float((wanted != raw).float().mean())
+    assert 0.05 < share < 0.95 or squashed, share  # a squashed action is never outside
+    assert (policy.act(obs) - wanted).abs().max() <= 1e-5
+    for k in (0, 1):  # outside the range and inside
+        assert (policy.act(obs[k : k + 1]) - wanted[k : k + 1]).abs().max() <= 1e-5
+
+
+def read_names(policy: OnnxPolicy, script: str, env_steps: int) -> tuple[list[str], list[str], float]:
+    """Names of observations and actions and the control step, after a look at the other facts."""
+    facts = policy.metadata
+    assert facts["script"] == script and facts["env_steps"] == str(env_steps)
+    assert {"python", "torch", "gymnasium", "numpy"} <= json.loads(facts["versions"]).keys()
+    names = json.loads(facts["observation_names"]), json.loads(facts["action_names"])
+    sizes = {x.name: x.shape[1] for x in policy.session.get_inputs() + policy.session.get_outputs()}
+    assert (len(names[0]), len(names[1])) == (sizes["obs"], sizes["action"])
+    assert len(set(names[0])) == len(names[0])
+    return *names, float(facts["control_step_seconds"])
+
+
+def score_both(checkpoint: str, path: Path, episodes: int = 20) -> dict:
+    """Export to `path`; returns both scores and, over all observations of the ONNX policy's episodes, how its actions differ."""
+    args = ppo.parse_args(["--play", checkpoint, "--export", str(path), "--eval-episodes", str(episodes)])
+    score = ppo.play(args)
+    policy = OnnxPolicy(path)
+    onnx_score = ppo.evaluate_gymnasium(policy, args)
+    obs, action = (torch.cat(parts) for parts in zip(*policy.seen, strict=True))
+    env = vecsim_torch.make(args.env_id, num_envs=1, **args.env_kwargs)
+    agent = ppo.Agent(obs.shape[1], None, env.single_action_space, args)
+    agent.load_state_dict(ppo.load_checkpoint(checkpoint, "ppo")["agent"])
+    wanted = agent.act(obs)
+    clipped = wanted.clamp(*env.task.action_limits(env.model))
+    return dict(
+        pytorch=score,
+        onnx=onnx_score,
+        largest_action_difference=float((action - clipped).abs().max()),
+        share_of_actions_clipped=float((clipped != wanted).float().mean()),
+        metadata=policy.metadata,
+    )
+
+
+def main(checkpoint: str, result: Path) -> None:
+    both = score_both(checkpoint, Path(checkpoint).with_name("policy.onnx"))
+    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True)
+    record = dict(command=f"python tests/score_onnx.py {checkpoint} {result}", commit=commit.strip())
+    record |= dict(hardware=vecsim_torch.cpu_name(), versions=ppo.versions() | dict(onnxruntime=onnxruntime.__version__))
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(record | both, indent=1) + "\n")
+    print(f"{result}: PyTorch {ppo.describe(both['pytorch'])}, ONNX {ppo.describe(both['onnx'])}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
