@@ -81,24 +81,21 @@ def read_names(policy: OnnxPolicy, script: str, env_steps: int) -> tuple[list[st
 
 
 def score_both(checkpoint: str, path: Path, episodes: int = 20) -> dict:
-    """Export to `path`; returns both scores and, over all observations of the ONNX policy's episodes, how its actions differ."""
+    """Export to `path`; scores of the PyTorch policy, of the same with clipped actions, and of the ONNX file, all on the same seeds.
+
+    MuJoCo clips every action, so the robot moves alike; but Gymnasium's control cost counts an action as it was given. The
+    largest action difference is that to the clipped PyTorch policy, over all observations of the ONNX file's episodes."""
     args = ppo.parse_args(["--play", checkpoint, "--export", str(path), "--eval-episodes", str(episodes)])
-    score = ppo.play(args)
-    policy = OnnxPolicy(path)
-    onnx_score = ppo.evaluate_gymnasium(policy, args)
-    obs, action = (torch.cat(parts) for parts in zip(*policy.seen, strict=True))
+    scores = dict(pytorch=ppo.play(args))
     env = vecsim_torch.make(args.env_id, num_envs=1, **args.env_kwargs)
-    agent = ppo.Agent(obs.shape[1], None, env.single_action_space, args)
+    agent = ppo.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
     agent.load_state_dict(ppo.load_checkpoint(checkpoint, "ppo")["agent"])
-    wanted = agent.act(obs)
-    clipped = wanted.clamp(*env.task.action_limits(env.model))
-    return dict(
-        pytorch=score,
-        onnx=onnx_score,
-        largest_action_difference=float((action - clipped).abs().max()),
-        share_of_actions_clipped=float((clipped != wanted).float().mean()),
-        metadata=policy.metadata,
-    )
+    agent.to_env = lambda action: ppo.Agent.to_env(agent, action).clamp(*env.task.action_limits(env.model))
+    policy = OnnxPolicy(path)
+    scores |= dict(pytorch_clipped=ppo.evaluate_gymnasium(agent, args), onnx=ppo.evaluate_gymnasium(policy, args))
+    obs, action = (torch.cat(parts) for parts in zip(*policy.seen, strict=True))
+    difference = float((action - agent.act(obs)).abs().max())
+    return dict(scores=scores, largest_action_difference=difference, metadata=policy.metadata)
 
 
 def main(checkpoint: str, result: Path) -> None:
@@ -108,7 +105,7 @@ def main(checkpoint: str, result: Path) -> None:
     record |= dict(hardware=vecsim_torch.cpu_name(), versions=ppo.versions() | dict(onnxruntime=onnxruntime.__version__))
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(record | both, indent=1) + "\n")
-    print(f"{result}: PyTorch {ppo.describe(both['pytorch'])}, ONNX {ppo.describe(both['onnx'])}")
+    print(f"{result}:", *(f"{name} {ppo.describe(score)}" for name, score in both["scores"].items()), sep="\n")
 
 
 if __name__ == "__main__":
