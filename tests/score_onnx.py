@@ -1,4 +1,4 @@
-"""Score a checkpoint of ppo_gpu_torch.py and the ONNX file that --export makes of it, on the same seeds of Gymnasium's environment:
+"""Score a checkpoint of ppo_gpu_torch.py and the ONNX file of --export in Gymnasium's environment, on the same seeds:
 
     python tests/score_onnx.py runs/NAME/checkpoint.pt results/export/HalfCheetah-v5.json
 """
@@ -52,17 +52,24 @@ def randomize(agent: torch.nn.Module) -> None:
 
 
 def check_file(
-    policy: OnnxPolicy, act, statistics: torch.nn.Module, limits: tuple[torch.Tensor, torch.Tensor], squashed: bool = False
+    policy: OnnxPolicy,
+    act,
+    statistics: torch.nn.Module,
+    limits: tuple[torch.Tensor, torch.Tensor],
+    squashed: bool = False,
 ) -> None:
-    """1,000 observations, a third of them far outside the normaliser's range, together and one alone: act(obs), clipped."""
+    """The file gives act(obs), clipped to limits, for 1,000 observations together and for one alone.
+
+    A third of the observations are far outside the normaliser's range. squashed: no action is outside the limits."""
     generator = torch.Generator().manual_seed(1)
-    obs = torch.randn(1000, len(statistics.mean), generator=generator) * statistics.deviation() + statistics.mean.float()
+    obs = torch.randn(1000, len(statistics.mean), generator=generator)
+    obs = obs * statistics.deviation() + statistics.mean.float()
     obs[::3] *= 1000.0
     assert (statistics.normalize(obs).abs() == statistics.limit).any(1).sum() > 300
     raw = act(obs)
     wanted = raw.clamp(*limits)
     share = float((wanted != raw).float().mean())
-    assert 0.05 < share < 0.95 or squashed, share  # a squashed action is never outside
+    assert 0.05 < share < 0.95 or squashed, share
     assert (policy.act(obs) - wanted).abs().max() <= 1e-5
     for k in (0, 1):  # outside the range and inside
         assert (policy.act(obs[k : k + 1]) - wanted[k : k + 1]).abs().max() <= 1e-5
@@ -80,11 +87,12 @@ def read_names(policy: OnnxPolicy, script: str, env_steps: int) -> tuple[list[st
     return *names, float(facts["control_step_seconds"])
 
 
-def score_both(checkpoint: str, path: Path, episodes: int = 20) -> dict:
-    """Export to `path`; scores of the PyTorch policy, of the same with clipped actions, and of the ONNX file, all on the same seeds.
+def score_all(checkpoint: str, path: Path, episodes: int = 100) -> dict:
+    """Export to `path`; scores of the PyTorch policy, of the same with clipped actions, and of the ONNX file.
 
-    MuJoCo clips every action, so the robot moves alike; but Gymnasium's control cost counts an action as it was given. The
-    largest action difference is that to the clipped PyTorch policy, over all observations of the ONNX file's episodes."""
+    MuJoCo clips every action, so the robot moves alike; but Gymnasium's control cost counts an action as it was given.
+    The largest action difference is that between the ONNX file and the clipped PyTorch policy, over all observations of
+    the ONNX file's episodes."""
     args = ppo.parse_args(["--play", checkpoint, "--export", str(path), "--eval-episodes", str(episodes)])
     scores = dict(pytorch=ppo.play(args))
     env = vecsim_torch.make(args.env_id, num_envs=1, **args.env_kwargs)
@@ -99,13 +107,14 @@ def score_both(checkpoint: str, path: Path, episodes: int = 20) -> dict:
 
 
 def main(checkpoint: str, result: Path) -> None:
-    both = score_both(checkpoint, Path(checkpoint).with_name("policy.onnx"))
+    scored = score_all(checkpoint, Path(checkpoint).with_name("policy.onnx"))
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True)
     record = dict(command=f"python tests/score_onnx.py {checkpoint} {result}", commit=commit.strip())
-    record |= dict(hardware=vecsim_torch.cpu_name(), versions=ppo.versions() | dict(onnxruntime=onnxruntime.__version__))
+    versions = ppo.versions() | dict(onnxruntime=onnxruntime.__version__)
+    record |= dict(hardware=vecsim_torch.cpu_name(), versions=versions)
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(record | both, indent=1) + "\n")
-    print(f"{result}:", *(f"{name} {ppo.describe(score)}" for name, score in both["scores"].items()), sep="\n")
+    result.write_text(json.dumps(record | scored, indent=1) + "\n")
+    print(f"{result}:", *(f"{name} {ppo.describe(score)}" for name, score in scored["scores"].items()), sep="\n")
 
 
 if __name__ == "__main__":
