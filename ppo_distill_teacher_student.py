@@ -124,7 +124,7 @@ class Args:
     play: str | None = None
     """checkpoint of any stage to play deterministically instead of training; prints its score"""
     export: str | None = None
-    """with --play: ONNX file to write first: normaliser, network and action scale; --eval-episodes 0 writes it without playing"""
+    """with --play: write policy, normaliser and action scale to this ONNX file (--eval-episodes 0: no episodes)"""
     capture_video: bool = False
     """with --play: write a strip of pictures, MuJoCo's, beside the checkpoint; the evidence has one in any case"""
     track: bool = False
@@ -1794,10 +1794,10 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
 
 
 class ExportedPolicy(nn.Module):
-    """What --export writes: the deterministic action (B, actions), clipped to low and high, (actions,) each, for obs (B, obs).
+    """What --export writes: obs (B, obs) to the deterministic action (B, actions), clipped to low and high (actions,).
 
-    A policy that remembers takes its memory (B, memory_size) too and returns that after the step, as Agent.policy_mean does within
-    an episode: a history is the normalised observations before this one, oldest first."""
+    A policy that remembers also takes its memory (B, memory_size) and returns the memory after the step, as
+    Agent.policy_mean does within an episode. A history holds the last normalised observations, oldest first."""
 
     def __init__(self, agent: Agent, low: Tensor, high: Tensor):
         super().__init__()
@@ -1818,9 +1818,10 @@ class ExportedPolicy(nn.Module):
 def export_onnx(
     policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict, args: Args, checkpoint: dict
 ) -> None:
-    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` and others as its metadata.
+    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` as metadata.
 
-    inputs: an example of each, (rows, k); the file takes any number of rows. A fact that is no string is written as JSON."""
+    inputs: an example of each, (rows, k); the file takes any number of rows. Facts that are not strings become JSON.
+    InputError where onnx is missing or the file cannot be written."""
     try:
         import onnx
     except ImportError:
@@ -1868,7 +1869,8 @@ def play(args: Args, make_env=vecsim_torch.make, task_options: dict = EVIDENCE_O
     agent.load_state_dict(checkpoint["agent"])
     view = views["teacher" if stage == "teacher" else "student"]
     if args.export:
-        names = env.observation_names(env.critic_slices if view.privileged and env.critic_slices else env.observation_slices)
+        slices = env.critic_slices if view.privileged and env.critic_slices else env.observation_slices
+        names = env.observation_names(slices)
         facts = dict(stage=stage, observation_names=[names[column] for column in view.columns.tolist()])
         facts |= dict(action_names=env.action_names(), control_step_seconds=env.control_step)
         inputs, outputs = dict(obs=torch.zeros(2, len(view.columns))), ["action"]

@@ -107,7 +107,7 @@ class Args:
     play: str | None = None
     """checkpoint to play deterministically instead of training, on the CPU; prints its score"""
     export: str | None = None
-    """with --play: ONNX file to write first: normaliser, network and action scale; --eval-episodes 0 writes it without playing"""
+    """with --play: write policy, normaliser and action scale to this ONNX file (--eval-episodes 0: no episodes)"""
     capture_video: bool = False
     """with --play of a task that Gymnasium has: write one episode, rendered there, beside the checkpoint"""
     track: bool = False
@@ -1304,7 +1304,7 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
 
 
 class ExportedPolicy(nn.Module):
-    """What --export writes: the deterministic action (B, actions), clipped to low and high, (actions,) each, for obs (B, obs).
+    """What --export writes: obs (B, obs) to the deterministic action (B, actions), clipped to low and high (actions,).
 
     In float32, as ONNX Runtime's CPU kernels need it, also where the training ran under bfloat16."""
 
@@ -1320,9 +1320,10 @@ class ExportedPolicy(nn.Module):
 def export_onnx(
     policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict, args: Args, checkpoint: dict
 ) -> None:
-    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` and others as its metadata.
+    """Write `policy`, which maps `inputs` to `outputs`, to the ONNX file args.export, with `facts` as metadata.
 
-    inputs: an example of each, (rows, k); the file takes any number of rows. A fact that is no string is written as JSON."""
+    inputs: an example of each, (rows, k); the file takes any number of rows. Facts that are not strings become JSON.
+    InputError where onnx is missing or the file cannot be written."""
     try:
         import onnx
     except ImportError:

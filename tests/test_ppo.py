@@ -700,8 +700,8 @@ def write_checkpoint(folder, **flags):
     torch.manual_seed(0)
     agent = ppo.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
     randomize(agent)
-    state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640, agent=agent.state_dict())
-    torch.save(state | dict(versions=ppo.versions()), folder / "checkpoint.pt")
+    state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
+    torch.save(state | dict(agent=agent.state_dict(), versions=ppo.versions()), folder / "checkpoint.pt")
     return agent, folder / "checkpoint.pt"
 
 
@@ -715,12 +715,14 @@ def test_exported_policy_acts_like_the_trained_one(tmp_path, monkeypatch, capsys
     check_file(policy, agent.act, agent.obs_statistics, limits)
     joints = ["bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot"]
     observed, actions, control_step = read_names(policy, "ppo_gpu_torch.py", env_steps=640)
-    assert observed == [f"qpos/{x}" for x in ["rootz", "rooty", *joints]] + [f"qvel/{x}" for x in ["rootx", "rootz", "rooty", *joints]]
+    positions, velocities = ["rootz", "rooty", *joints], ["rootx", "rootz", "rooty", *joints]
+    assert observed == [f"qpos/{x}" for x in positions] + [f"qvel/{x}" for x in velocities]
     assert actions == joints and control_step == pytest.approx(0.05)
     assert policy.metadata["env_id"] == "HalfCheetah-v5" and json.loads(policy.metadata["env_kwargs"]) == {}
 
     policy.seen.clear()
-    args = ppo.with_task_defaults(ppo.Args(env_id="HalfCheetah-v5", env_kwargs={"max_episode_steps": 50}, eval_episodes=2))
+    short = {"max_episode_steps": 50}
+    args = ppo.with_task_defaults(ppo.Args(env_id="HalfCheetah-v5", env_kwargs=short, eval_episodes=2))
     assert ppo.evaluate_gymnasium(policy, args)["mean_length"] == len(policy.seen) == 50
     assert all((action - agent.act(obs).clamp(*limits)).abs().max() <= 1e-5 for obs, action in policy.seen)
 
@@ -743,7 +745,8 @@ def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
     _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
     flags = ["--play", checkpoint, "--eval-episodes", "0", "--export"]
     status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "nowhere" / "policy.onnx")
-    assert status == 2 and err.endswith("policy.onnx cannot be written: No such file or directory\n") and err.count("\n") == 1
+    assert status == 2 and err.endswith("policy.onnx cannot be written: No such file or directory\n")
+    assert err.count("\n") == 1
     monkeypatch.setitem(sys.modules, "onnx", None)
     status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "policy.onnx")
     assert status == 2 and err == "error: export needs ONNX; run `pip install onnx` or omit --export\n"

@@ -653,8 +653,8 @@ def test_exported_policy_acts_like_the_trained_one(network, tmp_path, monkeypatc
     torch.manual_seed(0)
     agent = sac.Agent(4, None, env.single_action_space, args)
     randomize(agent)
-    state = dict(algorithm="sac", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640, agent=agent.state_dict())
-    torch.save(state | dict(versions=sac.versions()), tmp_path / "checkpoint.pt")
+    state = dict(algorithm="sac", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
+    torch.save(state | dict(agent=agent.state_dict(), versions=sac.versions()), tmp_path / "checkpoint.pt")
     flags = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
     assert run_main(monkeypatch, capsys, *flags) == (0, "")
     policy = OnnxPolicy(tmp_path / "policy.onnx")

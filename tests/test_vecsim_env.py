@@ -124,6 +124,39 @@ def test_equals_gymnasium(env_id, options, record_property):
     assert set(info) == set(infos[0]) - GYM_ONLY
 
 
+@pytest.mark.parametrize("env_id", vecsim.TASKS)
+def test_observation_names_are_those_of_the_joints_that_are_observed(env_id):
+    """A named coordinate is what MuJoCo holds for that joint; the quadruped observes joints relative to its home pose."""
+    env = vecsim.make(env_id, num_envs=1, dtype=torch.float64)
+    env.reset(seed=0)
+    names = env.observation_names(env.observation_slices)
+    critic_names = env.observation_names(env.critic_slices)
+    critic_size = sum(rows.stop - rows.start for rows in env.critic_slices.values())
+    assert len(names) == len(set(names)) == env.single_observation_space.shape[0]
+    assert len(critic_names) == len(set(critic_names)) == critic_size
+    data = mujoco.MjData(env.mj_model)
+    state = env.state()
+    data.qpos[:], data.qvel[:] = state.qpos[:, 0].numpy(), state.qvel[:, 0].numpy()
+    seen = dict(zip(names, env.set_state(state.qpos, state.qvel)[0].tolist(), strict=True))
+    home = dict(zip(vecsim.coordinate_names(env.mj_model)[0], env.model.qpos0[:, 0].tolist(), strict=True))
+    compared = 0
+    for joint in (env.mj_model.joint(j) for j in range(env.mj_model.njnt)):
+        now = data.joint(joint.id)
+        if len(now.qpos) > 1:
+            continue
+        for name, value in (
+            (f"qpos/{joint.name}", now.qpos[0]),
+            (f"qvel/{joint.name}", now.qvel[0]),
+            (f"joint_position/{joint.name}", now.qpos[0] - home[joint.name]),
+            (f"joint_velocity/{joint.name}", now.qvel[0]),
+        ):
+            if name in seen:
+                assert seen[name] == pytest.approx(value, abs=1e-12), name
+                compared += 1
+    assert compared >= 2 * env.model.nu
+    assert len(env.action_names()) == env.model.nu and "" not in env.action_names()
+
+
 @pytest.mark.parametrize("env_id", TASKS)
 def test_reset_equals_gymnasium(env_id):
     """Observation after a reset, spaces, and the spread of the reset noise."""
