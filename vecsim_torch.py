@@ -2225,7 +2225,6 @@ class Task:
     memory = {}  # rows of each quantity that the task carries from step to step
     random_rows = 0  # random numbers in [0, 1) that `begin` and `remember` use
     averaged = ()  # names in `reward`'s answer whose means `VecSim.pop_statistics` reports
-    maps_actions = False  # whether `control` does anything
 
     def control(self, model: Model, action: Tensor) -> Tensor:
         """ctrl (nu, N) of an action."""
@@ -2588,7 +2587,6 @@ class QuadrupedFlat(Task):
     memory = {"command": 3, "heading": 1, "command_age": 1, "last_action": 12, "joint_velocity": 12, "air_time": 4,
               "contact": 4}  # fmt: skip
     random_rows = 7  # four of a command, then x, y and yaw of a start
-    maps_actions = True
     limits = Task.limits | {
         "action_scale": POSITIVE,
         "command_forward": FINITE,
@@ -3230,10 +3228,8 @@ def environment_step(
             dataclasses.replace(nominal, **run.randomized_fields(nominal, settings, uniform))
             for uniform in (carry.parameters, fresh)
         )
-    state, ctrl = State(carry.qpos, carry.qvel, carry.warmstart), (action,) * task.frame_skip
-    if settings.push or settings.delay or task.maps_actions:
-        push, delayed, qvel, ctrl = run.prepare(task, model, settings, carry, action, noise)
-        carry, state = carry._replace(push=push, delayed=delayed), state._replace(qvel=qvel)
+    push, delayed, qvel, ctrl = run.prepare(task, model, settings, carry, action, noise)
+    carry, state = carry._replace(push=push, delayed=delayed), State(carry.qpos, qvel, carry.warmstart)
     for held in ctrl:
         state, dynamics = step(model, state, held, settings.integrator, settings.iterations, run)
     return run.settle(task, model, next_model, settings, carry, state, dynamics, action, noise)
@@ -3242,12 +3238,12 @@ def environment_step(
 def compile_regions(device: torch.device) -> EnvironmentRegions:
     """Compiled regions for one model and one batch size.
 
-    Each is compiled from a private copy of its code object, where the compiler keeps its cache, and called with the
-    same model, shapes and dtypes ever after; so its guards, which would cost more than the kernels, are skipped. On a
-    CPU the generated wrapper is C++ that lets go of Python's lock, so that threads can step chunks side by side.
+    Each is compiled from a private copy of its code object, where the compiler keeps its cache. All guards stay on: one
+    region is called with several shapes (`solve_packed` with 1 and with 1 + nr right-hand sides). On a CPU the
+    generated wrapper is C++ that lets go of Python's lock, so that threads can step chunks side by side.
     """
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    options |= {"unroll_reductions_threshold": 32, "max_fusion_size": 1024, "cpp.enable_tiling_heuristics": False}
+    options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
+    options |= {"cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "cpp.enable_kernel_profile": True}
 
@@ -3266,6 +3262,11 @@ STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invali
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
 
+def normal_tensors(method: Callable) -> Callable:
+    """No gradients, and no inference tensors under `torch.inference_mode()`: those could not be updated outside it."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
+
+
 class VecSim(gymnasium.vector.VectorEnv):
     """N robots of one task on one device; tensors in, tensors out, same-step auto-reset.
 
@@ -3275,6 +3276,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     `truncated`. Actions are clipped to the control range by the physics; costs see them as given, as in Gymnasium.
     """
 
+    @normal_tensors
     def __init__(
         self,
         env_id: str,
@@ -3366,6 +3368,10 @@ class VecSim(gymnasium.vector.VectorEnv):
         if perturb.observation_noise:
             self._count_noise(observation=self.single_observation_space.shape[0])
         low, high = self.task.action_range(self.model)
+        unbounded = (high - low).isinf().nonzero().flatten().tolist()
+        if unbounded:
+            names = ", ".join(self.mj_model.actuator(k).name or str(k) for k in unbounded)
+            raise ValueError(f"actuators without a control range: {names}; give them a ctrlrange in the MJCF")
         self.single_action_space = gymnasium.spaces.Box(low.float().cpu().numpy(), high.float().cpu().numpy())
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
@@ -3439,7 +3445,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         """The model of every robot as it is now: randomised parameters are (..., N)."""
         return self._robots(self._get_carry().parameters)
 
-    @torch.no_grad()
+    @normal_tensors
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Start an episode in every environment, with the given seed or going on with the generator.
 
@@ -3540,7 +3546,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._statistics += torch.cat(sums)
         return merged
 
-    @torch.no_grad()
+    @normal_tensors
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """One control step of every environment; see the class."""
         if not self._carries:
@@ -3558,7 +3564,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             with torch.cuda.device(self.device):
                 t = self._replay(actions)
         else:
-            t = self._advance(actions.T.contiguous())
+            t = self._advance(torch.clone(actions.T, memory_format=torch.contiguous_format))
         info = {"final_obs": t.final_obs.T.contiguous(), "invalid": t.invalid, **t.terms}
         info |= self._critic_info(critic_obs=t.critic_obs, final_critic_obs=t.final_critic_obs)
         return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
@@ -3566,7 +3572,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _replay(self, actions: Tensor) -> Transition:
         """The same step as one CUDA graph: captured once, then a single launch; fresh random numbers each time."""
         if self._graph is None:
-            self._action = actions.T.contiguous()
+            self._action = torch.clone(actions.T, memory_format=torch.contiguous_format)  # never the caller's memory
             saved = [Carry(*(x.clone() for x in carry)) for carry in self._carries]
             generator_states = self._generator.get_state(), self._perturb_generator.get_state()
             statistics, offender = self._statistics.clone(), self._offender.clone()
@@ -3583,12 +3589,13 @@ class VecSim(gymnasium.vector.VectorEnv):
                 generator.set_state(old)
             self._statistics.copy_(statistics)
             self._offender.copy_(offender)
-            self._graph = torch.cuda.CUDAGraph()
-            self._graph.register_generator_state(self._generator)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self._generator)
             if self._perturb_rows:
-                self._graph.register_generator_state(self._perturb_generator)
-            with torch.cuda.graph(self._graph):
+                graph.register_generator_state(self._perturb_generator)
+            with torch.cuda.graph(graph):
                 self._transition = self._advance(self._action)
+            self._graph = graph  # only now: a capture that failed leaves nothing to replay
         self._action.copy_(actions.T)
         self._graph.replay()
         t = self._transition
@@ -3617,7 +3624,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         carry = self._get_carry()
         return State(carry.qpos, carry.qvel, carry.warmstart)
 
-    @torch.no_grad()
+    @normal_tensors
     def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         """Put every robot at qpos (nq, N), qvel (nv, N), as Gymnasium's set_state does; returns obs (N, obs)."""
         for name, x, rows in (("qpos", qpos, self.model.nq), ("qvel", qvel, self.model.nv)):
@@ -3664,6 +3671,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         options = {"dtype": str(self.dtype), "device": self.device.type, "pair_slots": self.model.pair_slots}
         return options | dataclasses.asdict(self.settings) | dataclasses.asdict(self.task)
 
+    @normal_tensors
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on: tensors and plain values, for torch.save."""
         return {
@@ -3677,6 +3685,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             "offender": self._offender.cpu().clone(),
         }
 
+    @normal_tensors
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken. ValueError for another task or number of environments."""
         for key in ("env_id", "num_envs"):

@@ -7,9 +7,11 @@ tolerance: Gymnasium, and compiled against eager.
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import mujoco
@@ -445,6 +447,58 @@ def test_compiled_equals_eager(env_id):
             assert wrong.max() <= 1e-5
 
 
+def test_compiled_regions_keep_their_guards(monkeypatch):
+    """`solve_packed` is called with several numbers of right-hand sides: without guards, one runs the others' kernels."""
+    compile, options = torch.compile, []
+
+    def spy(function, **given):
+        options.append(dict(given["options"]))
+        return compile(function, **given)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"))
+    assert len(options) == 13 and not any("guard_filter_fn" in each for each in options)
+    packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
+    for count in (1, 3, 1):
+        right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
+        wrong = run.solve_packed(env.model, packed, right) - vecsim.solve_packed(env.model, packed, right)
+        assert wrong.shape == right.shape and wrong.abs().max() <= 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_overrides_control_has_it_called(monkeypatch):
+    class Reversed(vecsim.InvertedPendulum):
+        def control(self, model, action):
+            return -action
+
+    monkeypatch.setitem(vecsim.TASKS, "Reversed", Reversed)
+    plain, turned = vecsim.make("InvertedPendulum-v5", 4, **FAST), vecsim.make("Reversed", 4, **FAST)
+    plain.reset(seed=0), turned.reset(seed=0)
+    action = random_actions(plain)
+    assert torch.equal(plain.step(action)[0], turned.step(-action)[0])
+
+
+def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
+    class Free(vecsim.InvertedPendulum):
+        def source(self):
+            return """<mujoco><worldbody><body><joint name="j" type="slide"/><joint/><geom size=".1"/></body></worldbody>
+              <actuator><motor name="push" joint="j"/></actuator></mujoco>"""
+
+    class Bounded(Free):
+        def action_range(self, model):
+            return torch.tensor([-2.0]), torch.tensor([2.0])
+
+    monkeypatch.setitem(vecsim.TASKS, "Free", Free)
+    monkeypatch.setitem(vecsim.TASKS, "Bounded", Bounded)
+    with pytest.raises(ValueError, match="actuators without a control range: push; .* ctrlrange"):
+        vecsim.make("Free", 2)
+    assert vecsim.make("Bounded", 2).single_action_space.high == 2.0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Illegal input
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,6 +606,69 @@ def test_cuda_graph(env_id):
     copies = [x.clone() for x in kept[:4]]
     graph.step(action)
     assert same(list(kept[:4]), copies)
+
+
+class FakeCUDA:
+    """What `_replay` uses of torch.cuda, on a CPU: the capture runs, a replay does nothing."""
+
+    def __init__(self, monkeypatch):
+        self.fails = False
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        graph = SimpleNamespace(register_generator_state=lambda generator: None, replay=lambda: None)
+        fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": lambda: graph}
+        fakes |= {"stream": lambda x: contextlib.nullcontext(), "graph": self.capture}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        if self.fails:
+            raise RuntimeError("capture failed")
+        yield
+
+
+@pytest.mark.parametrize("env_id, n", [("InvertedPendulum-v5", 4), ("Hopper-v5", 1)])
+def test_a_replay_leaves_the_callers_actions_alone(env_id, n, monkeypatch):
+    """One actuator or one robot: there the transposed actions are contiguous, and no copy by themselves."""
+    FakeCUDA(monkeypatch)
+    env = vecsim.make(env_id, n, **FAST)
+    env.reset(seed=0)
+    first, kept = random_actions(env, 1), random_actions(env, 1)
+    with torch.no_grad():
+        env._replay(first), env._replay(random_actions(env, 2))
+    assert torch.equal(first, kept)
+
+
+def test_a_failed_capture_is_not_replayed(monkeypatch):
+    cuda = FakeCUDA(monkeypatch)
+    env = vecsim.make("InvertedPendulum-v5", 4, **FAST)
+    env.reset(seed=0)
+    cuda.fails = True
+    with torch.no_grad(), pytest.raises(RuntimeError, match="capture failed"):
+        env._replay(random_actions(env))
+    assert env._graph is None
+
+
+def test_inference_mode_leaves_an_ordinary_environment():
+    """rsl_rl and others roll out under it; what comes after must not care, and must be the same."""
+    plain, env = (vecsim.make("InvertedPendulum-v5", 4, max_episode_steps=3, **FAST) for _ in range(2))
+    with torch.inference_mode():
+        made = vecsim.make("InvertedPendulum-v5", 4, max_episode_steps=3, **FAST)
+        env.reset(seed=0), env.step(random_actions(env, 0))
+        state = env.state_dict()
+        made.reset(seed=1), made.load_state_dict(state)
+        made.set_state(*made.state()[:2]), made.load_state_dict(state)
+    plain.reset(seed=0), plain.step(random_actions(plain, 0))
+    for t in range(1, 5):
+        action = random_actions(plain, t)
+        expected = plain.step(action)
+        for other in (env, made):
+            out = other.step(action.clone().requires_grad_())  # autograd is on, and finds nothing to record
+            assert torch.equal(out[0], expected[0]) and not out[0].requires_grad and not out[0].is_inference()
+    weights = torch.ones(4, 1, requires_grad=True)
+    (out[0] * weights).sum().backward()
+    assert plain.pop_statistics() == env.pop_statistics() == made.pop_statistics()
+    env.reset(seed=3)
 
 
 def test_a_snapshot_is_not_touched_by_later_steps():
