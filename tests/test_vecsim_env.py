@@ -18,6 +18,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from test_vecsim_physics import folded_humanoids, last_axis
 
 import vecsim_torch as vecsim
 
@@ -497,6 +498,38 @@ def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="actuators without a control range: push; .* ctrlrange"):
         vecsim.make("Free", 2)
     assert vecsim.make("Bounded", 2).single_action_space.high == 2.0
+
+
+class Balls(vecsim.InvertedPendulum):
+    """Five balls that can touch each other, with friction, and a motor."""
+
+    def source(self):
+        balls = "".join(f'<body pos="{k} 0 0"><freejoint/><geom size=".1"/></body>' for k in range(5))
+        return f"""<mujoco><worldbody><body><joint name="j"/><geom size=".1" contype="0" conaffinity="0"/></body>{balls}
+          </worldbody><actuator><motor joint="j" ctrllimited="true" ctrlrange="-1 1"/></actuator></mujoco>"""
+
+
+def test_many_rows_of_self_contacts_are_not_compiled(monkeypatch):
+    monkeypatch.setitem(vecsim.TASKS, "Balls", Balls)
+    with pytest.raises(ValueError, match=r"36 rows .*pair_slots=9, 4 a slot.* at most 32; use fewer pair_slots"):
+        vecsim.make("Balls", 2, pair_slots=9, compile=True)
+    assert vecsim.make("Balls", 2, pair_slots=9).model.pair_slots == 9
+    assert vecsim.make("Balls", 2, compile=True).model.pair_slots == 4
+
+
+def test_dropped_contacts_are_counted():
+    """A mean over robots and physics steps; here of one step."""
+    folded, counts = folded_humanoids(6)
+    for chunk in (6, 4):
+        env = vecsim.make("Humanoid-v5", 6, dtype=torch.float64, chunk=chunk, frame_skip=1, **FAST)
+        env.reset(seed=0)
+        qpos = last_axis(folded)
+        env.set_state(qpos, torch.zeros(env.model.nv, 6, dtype=torch.float64))
+        assert not env.step(random_actions(env))[4]["invalid"].any()
+        assert env.pop_statistics()["dropped_contacts"] == pytest.approx(np.mean(counts - 8))
+        assert math.isnan(env.pop_statistics()["dropped_contacts"])
+        env.reset(seed=0), env.step(random_actions(env))
+        assert env.pop_statistics()["dropped_contacts"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -885,6 +885,78 @@ def test_corner_of_the_contact_model(case):
     assert np.abs(qacc.numpy() - data.qacc).max() <= 1e-9 * (1 + np.abs(data.qacc).max())
 
 
+def folded_humanoids(count):
+    """qpos (count, nq) of humanoids in the air that touch themselves 10 to 12 times, and how often (count,)."""
+    m, rng = gym_model("humanoid"), np.random.default_rng(0)
+    d, rows, contacts = mujoco.MjData(m), [], []
+    low, high = m.jnt_range[1:].T
+    while len(rows) < count:
+        mujoco.mj_resetData(m, d)
+        d.qpos[2], d.qpos[7:] = 5, low + (high - low) * rng.uniform(-0.25, 1.25, m.nq - 7)
+        mujoco.mj_fwdPosition(m, d)
+        if 10 <= d.ncon <= 12:
+            rows.append(d.qpos.copy()), contacts.append(d.ncon)
+    return np.array(rows), np.array(contacts)
+
+
+def test_twelve_self_contacts():
+    m = gym_model("humanoid")
+    qpos, counts = folded_humanoids(9)
+    zero = np.zeros((9, m.nv))
+    states = SimpleNamespace(qpos=qpos, qvel=zero, warmstart=zero, ctrl=np.zeros((9, m.nu)))
+    reference = c_forward(m, states).qacc
+    state, ctrl = batch(states)
+    assert counts.min() >= 10
+    model = vecsim.load_model(m, dtype=torch.float64, pair_slots=12)
+    dynamics = vecsim.forward(model, state, ctrl, ITERATIONS)
+    assert error(dynamics.solution.qacc, reference) <= 1e-9  # rounding, as for the other states of these models
+    assert not dynamics.smooth.constraints.dropped.any()
+    model = vecsim.load_model(m, dtype=torch.float64)
+    dynamics = vecsim.forward(model, state, ctrl, ITERATIONS)
+    assert model.pair_slots == 8 and error(dynamics.solution.qacc, reference) > 0.1
+    assert dynamics.smooth.constraints.dropped.tolist() == (counts - 8).tolist()
+
+
+def test_contacts_with_fixed_balls_are_never_dropped():
+    """Twelve balls, each pressed 5 mm into a ball of the world: MuJoCo accelerates every one upwards."""
+    world = "".join(
+        f'<geom size=".1" pos="{k} 0 0"/><body pos="{k} 0 .195"><freejoint/><geom size=".1"/></body>' for k in range(12)
+    )
+    m = converged(mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{world}</worldbody></mujoco>"))
+    d = mujoco.MjData(m)
+    mujoco.mj_forward(m, d)
+    assert d.ncon == 12 and (d.qacc[2::6] > 10).all()
+    for options in ({}, {"pair_slots": 1}, {"self_collision": False}):
+        model = vecsim.load_model(m, dtype=torch.float64, **options)
+        state = vecsim.State(*(torch.tensor(x)[:, None] for x in (d.qpos, d.qvel, 0 * d.qvel)))
+        dynamics = vecsim.forward(model, state, torch.zeros(0, 1, dtype=torch.float64), 12)
+        assert np.abs(dynamics.solution.qacc[:, 0].numpy() - d.qacc).max() <= 1e-9 * (1 + np.abs(d.qacc).max())
+        assert dynamics.smooth.constraints.dropped.tolist() == [0]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_forces_between_a_robot_and_a_fixed_body(swap):
+    """Either geom may come first: the sphere does, and of two spheres that with the lower number."""
+    fixed = '<body pos="0 0 .1"><geom type="capsule" size=".1" fromto="-.3 0 0 .3 .1 0"/></body>'
+    ball = '<body pos=".1 .03 .29"><freejoint/><geom type="sphere" size=".1"/></body>'
+    if swap:
+        fixed = fixed.replace('type="capsule" size=".1" fromto="-.3 0 0 .3 .1 0"', 'type="sphere" size=".12"')
+    m = converged(mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{fixed}{ball}</worldbody></mujoco>"))
+    d = mujoco.MjData(m)
+    d.qvel[:] = 0.3, -0.2, -0.5, 1, 2, 3
+    mujoco.mj_forward(m, d)
+    mujoco.mj_rnePostConstraint(m, d)
+    assert d.ncon == 1
+    model = vecsim.load_model(m, dtype=torch.float64)
+    state = vecsim.State(*(torch.tensor(x)[:, None] for x in (d.qpos, d.qvel, 0 * d.qvel)))
+    dynamics = vecsim.forward(model, state, torch.zeros(0, 1, dtype=torch.float64), 12)
+    wrench = vecsim.contact_wrenches(model, dynamics, torch.tensor(d.subtree_com[2])[:, None])[..., 0].numpy()
+    scale = np.abs(d.cfrc_ext).max()
+    assert scale > 1 and np.abs(dynamics.solution.qacc[:, 0].numpy() - d.qacc).max() <= 1e-9 * np.abs(d.qacc).max()
+    assert np.abs(wrench[1] - d.cfrc_ext[2]).max() <= 1e-9 * scale
+    assert np.abs(wrench[0, 3:] - d.cfrc_ext[1, 3:]).max() <= 1e-9 * scale  # its torque is about another point
+
+
 def test_step_refuses_what_it_does_not_know():
     model = vecsim.load_model("<mujoco><worldbody><body><joint/><geom size='.1'/></body></worldbody></mujoco>")
     state = vecsim.State(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))

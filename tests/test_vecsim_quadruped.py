@@ -376,6 +376,24 @@ def test_level_field_is_the_plane(quadruped):
     assert ((ours - plane).abs().amax(0) / (1 + plane.abs().amax(0))).max() <= 1e-12
 
 
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("<worldbody>", '<worldbody><geom name="wall" type="plane" size="0 0 1" contype="1" conaffinity="0" '
+         'euler="0 90 0"/>', r"terrain with planes .*wall"),
+        ('name="floor"', 'name="floor" euler="0 20 0"', r"terrain with planes 'floor' \(plane\); .*one horizontal plane"),
+        ("<freejoint/>", '<freejoint/><geom name="crate" type="box" size=".1 .1 .1"/>', "terrain with boxes"),
+    ],
+)  # fmt: skip
+def test_terrain_refuses_what_it_would_ignore(old, new, message):
+    text = vecsim.quadruped_mjcf()
+    model = vecsim.load_model(text.replace(old, new, 1), dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(model, terrain=field(np.zeros((3, 3))))
+    plain = vecsim.load_model(text, dtype=torch.float64)
+    assert dataclasses.replace(plain, terrain=field(np.zeros((3, 3)))).terrain is not None
+
+
 @pytest.mark.parametrize("slope", [(0.3, 0.0), (-0.2, 0.4)])
 def test_slope_equals_mujocos_tilted_plane(slope):
     """A field that is one slope against MuJoCo's plane of the same tilt, on which the contact model is exact."""
