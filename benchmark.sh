@@ -310,6 +310,7 @@ xml = Path(env.fullpath)
 model = mujoco.MjModel.from_xml_path(str(xml))
 model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
 model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # see `converged` in vecsim_torch.py
 converged = copy.copy(model)
 converged.opt.iterations, converged.opt.ls_iterations, converged.opt.tolerance = 100, 50, 1e-15
 
@@ -395,11 +396,12 @@ env = vecsim_torch.make(
     settings["env_id"], num_envs, device=device, seed=1, integrator="euler", iterations=settings["iterations"],
     max_episode_steps=episode, random_initial_ages=True, compile=True, **dict(terminate_when_unhealthy=False) if ends_at_a_fall else {},
 )  # fmt: skip
-rows = (torch.tensor(states[name].T, dtype=env.dtype, device=device) for name in ("qpos", "qvel", "warmstart", "ctrl"))
-qpos, qvel, warmstart, ctrl = rows
-with torch.no_grad():  # the eager functions, which the compiled ones equal to rounding
-    model = vecsim_torch.load_model(env.mj_model, dtype=env.dtype, device=env.device)
-    after, _ = vecsim_torch.step(model, vecsim_torch.State(qpos, qvel, warmstart), ctrl, "euler", settings["iterations"])
+chunk = env._slices[0].stop  # the compiled functions that are timed below take this many robots
+rows = (np.resize(states[name], (chunk, states[name].shape[1])).T for name in ("qpos", "qvel", "warmstart", "ctrl"))
+qpos, qvel, warmstart, ctrl = (torch.tensor(x, dtype=env.dtype, device=device).contiguous() for x in rows)
+with torch.no_grad():
+    state, run = vecsim_torch.State(qpos, qvel, warmstart), env._regions[chunk]
+    after, _ = vecsim_torch.step(env._models[0], state, ctrl, "euler", settings["iterations"], run)
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
 env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")))

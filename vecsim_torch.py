@@ -54,7 +54,8 @@ Parity with MuJoCo C 4.0 in float64, unmodified Gymnasium models, worst of 500 r
 In float32 with the default 4 Newton iterations, p99 under random actions is 2e-7 to 1.2e-5. On one AMD EPYC core whole
 environment steps run at 0.87 to 1.21 times the rate of MuJoCo C's physics alone, Humanoid's at 0.42 (results/vecsim).
 
-Needs torch, mujoco (to compile MJCF) and gymnasium (spaces, the tasks' MJCF). Copy me.
+Needs torch 2.9 or newer, mujoco 4.0 or newer (to compile MJCF; 3 lacks fields that are read here) and gymnasium 1.1 or
+newer (spaces, the tasks' MJCF). Copy me.
 """
 
 from __future__ import annotations
@@ -4036,17 +4037,21 @@ def acceleration_errors(
 ) -> dict[int, np.ndarray]:
     """Relative error of qacc (samples,), max over dofs, per number of Newton iterations.
 
-    Against converged MuJoCo C at the environments' present states, warm-started as the environment is. Evaluated by the
-    eager functions, which the compiled ones equal to rounding (tested). Robots on a height field are set on level ground.
+    Against converged MuJoCo C at the present states of the first chunk, warm-started as the environment is. Evaluated
+    by the functions that `step` runs, compiled where it is, on a whole chunk. Robots on a height field are set on level
+    ground. samples: how many robots of the chunk are compared.
     """
-    m = converged(env.mj_model)
-    data, model = mujoco.MjData(m), dataclasses.replace(env.model, terrain=None)
-    state, ctrl = State(*(x[:, :samples] for x in env.state())), env.task.control(env.model, actions[:samples].T)
-    if env.model.terrain is not None:
-        ground = sample_terrain(env.model.terrain, state.qpos[0], state.qpos[1])[0]
+    m, chunk = converged(env.mj_model), env._slices[0]
+    data, model, run = mujoco.MjData(m), env._models[0], env._regions[chunk.stop]
+    state, ctrl = State(*(x[:, chunk].contiguous() for x in env.state())), env.task.control(model, actions[chunk].T)
+    if model.terrain is not None:
+        ground = sample_terrain(model.terrain, state.qpos[0], state.qpos[1])[0]
         state = state._replace(qpos=torch.cat((state.qpos[:2], state.qpos[2:3] - ground, state.qpos[3:])))
+        level = model.terrain._replace(heights=torch.zeros_like(model.terrain.heights))
+        model = dataclasses.replace(model, terrain=level)
     exact = []
-    for columns in zip(*(x.double().cpu().numpy().T for x in (*state, ctrl)), strict=True):
+    compared = (x[:, :samples].double().cpu().numpy().T for x in (*state, ctrl))
+    for columns in zip(*compared, strict=True):
         data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] = columns
         mujoco.mj_forward(m, data)
         exact.append(data.qacc.copy())
@@ -4054,13 +4059,17 @@ def acceleration_errors(
     errors = {}
     for count in iterations:
         with torch.no_grad():
-            qacc = forward(model, state, ctrl, count).solution.qacc.double().cpu().numpy().T
-        errors[count] = np.abs(qacc - exact).max(1) / (1 + np.abs(exact).max(1))
+            qacc = forward(model, state, ctrl.contiguous(), count, run).solution.qacc[:, :samples]
+        errors[count] = np.abs(qacc.double().cpu().numpy().T - exact).max(1) / (1 + np.abs(exact).max(1))
     return errors
 
 
 def converged(m: mujoco.MjModel) -> mujoco.MjModel:
-    """A copy whose solver is Newton run to convergence, the common answer of all solvers."""
+    """A copy whose solver is Newton run to convergence, the common answer of all solvers.
+
+    The Jacobian is dense in every model that serves as a reference here, in the tests and in benchmark.sh: MuJoCo 4.0.0
+    factorises its sparse Newton matrix wrongly (fixed in 4.0.1), and mjJAC_AUTO is sparse from 60 dofs on.
+    """
     m = copy.deepcopy(m)
     m.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
     m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
@@ -4159,6 +4168,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     statistics = env.pop_statistics()
     episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200  # both see as many falls and starts
     reference = copy.deepcopy(env.mj_model)
+    reference.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # see `converged`
     reference.opt.integrator = {name: code for code, name in INTEGRATORS.items()}[env.settings.integrator]
     name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else cpu_name()
     return {

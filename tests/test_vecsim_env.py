@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import inspect
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from test_vecsim_physics import folded_humanoids, last_axis
+from test_vecsim_physics import converged, folded_humanoids, last_axis, visit
 
 import vecsim_torch as vecsim
 
@@ -448,6 +449,49 @@ def test_compiled_equals_eager(env_id):
             assert wrong.max() <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env_id, active",
+    [
+        ("HalfCheetah-v5", ("contact", "limit")),
+        ("Ant-v5", ("contact", "limit")),
+        ("Quadruped-Rough", ("contact", "limit")),
+        ("Humanoid-v5", ("contact", "limit", "row")),  # the only one of them that can touch itself
+    ],
+)
+def test_compiled_equals_eager_in_contact(env_id, active):
+    """Robots that lie on the ground, on themselves and against their joint limits, in float64."""
+    n, options = 16, {"dtype": torch.float64, "chunk": 16}
+    eager, compiled = (vecsim.make(env_id, n, compile=flag, **options) for flag in (False, True))
+    eager.reset(seed=0), compiled.reset(seed=0)
+    model = eager.model
+    states = visit(converged(copy.deepcopy(eager.mj_model)), 200, stride=20, episode=1000, touching=True)
+    qpos, qvel = last_axis(states.qpos), last_axis(states.qvel)
+    touching = torch.arange(200) % 13  # any, spread over the episodes, where there are no pairs
+    assert bool(model.pair_links) == ("row" in active)
+    if model.pair_links:
+        xpos, xmat = vecsim.kinematics(model, qpos)
+        touching = (vecsim.pair_contacts(model, xpos, xmat, xpos[0])[2] < 0).sum(0)
+    chosen = touching.argsort(descending=True)[:n]
+    qpos, qvel = qpos[:, chosen], qvel[:, chosen]
+    qpos[model.limit_qpos_index[0], :4] = model.limit_bound[0] - 0.05
+    if model.terrain is not None:
+        qpos[:3] += model.terrain.origins[:: len(model.terrain.origins) // n][:n].T
+    eager.set_state(qpos, qvel)
+    action = random_actions(eager)
+    with torch.no_grad():
+        dynamics = vecsim.forward(model, eager.state(), eager.task.control(model, action.T), 4)
+        it, c = dynamics.solution, dynamics.smooth.constraints
+    for name, weight in zip(("contact", "limit", "row"), vecsim.active_weights(c, it), strict=True):
+        pushes = (weight > 0).flatten(0, -2).any(0) if len(weight) else torch.zeros(n, dtype=torch.bool)
+        assert (pushes.sum() >= 4) == (name in active), name
+    compiled.load_state_dict(eager.state_dict())
+    for a, b in zip(rollout(eager, 2), rollout(compiled, 2), strict=True):
+        assert a.dtype == b.dtype
+        wrong = (a.double() - b.double()).abs() / (1 + a.double().abs())
+        assert wrong.max() <= 1e-7  # rounding, 1e-16, times the condition of the contact problem over 20 evaluations
+
+
 def test_compiled_regions_keep_their_guards(monkeypatch):
     """`solve_packed` is called with several numbers of right-hand sides: without guards, one runs the others' kernels."""
     compile, options = torch.compile, []
@@ -464,6 +508,19 @@ def test_compiled_regions_keep_their_guards(monkeypatch):
         right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
         wrong = run.solve_packed(env.model, packed, right) - vecsim.solve_packed(env.model, packed, right)
         assert wrong.shape == right.shape and wrong.abs().max() <= 1e-5
+
+
+def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
+    env, seen = vecsim.make("InvertedPendulum-v5", 24, chunk=16), []
+    env.reset(seed=0)
+
+    def spy(model, smooth, it, solved):
+        seen.append(it.qacc.shape[1])
+        return vecsim.line_search(model, smooth, it, solved)
+
+    monkeypatch.setitem(env._regions, 16, vecsim.EnvironmentRegions(line_search=spy))
+    errors = vecsim.acceleration_errors(env, random_actions(env), [2, 4])
+    assert seen == [16, 16] and errors[4].shape == (16,) and errors[4].max() <= 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

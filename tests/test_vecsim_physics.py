@@ -957,6 +957,18 @@ def test_forces_between_a_robot_and_a_fixed_body(swap):
     assert np.abs(wrench[0, 3:] - d.cfrc_ext[1, 3:]).max() <= 1e-9 * scale  # its torque is about another point
 
 
+def test_every_reference_has_a_dense_jacobian():
+    """MuJoCo 4.0.0 factorises the sparse one wrongly, see `vecsim_torch.converged`."""
+    source = Path(vecsim.__file__).with_name("benchmark.sh").read_text()
+    programs = dict(text.split("() {", 1) for text in source.split("\nprogram_")[1:])
+    for name in ("states", "sim_common"):  # sim_mujoco takes its model from sim_common
+        assert "opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE" in programs[name], name
+    pendulum = mujoco.MjModel.from_xml_path(str(ASSETS / "inverted_pendulum.xml"))
+    assert pendulum.opt.jacobian == mujoco.mjtJacobian.mjJAC_AUTO
+    for dense in (vecsim.converged(pendulum), converged(pendulum)):
+        assert dense.opt.jacobian == mujoco.mjtJacobian.mjJAC_DENSE
+
+
 def test_step_refuses_what_it_does_not_know():
     model = vecsim.load_model("<mujoco><worldbody><body><joint/><geom size='.1'/></body></worldbody></mujoco>")
     state = vecsim.State(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
