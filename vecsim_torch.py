@@ -3121,6 +3121,7 @@ class Transition(NamedTuple):
     reward: Tensor  # (N,)
     terminated: Tensor  # (N,) bool
     truncated: Tensor  # (N,) bool
+    ended: Tensor  # (N,) bool: terminated or truncated
     invalid: Tensor  # (N,) bool
     ended_return: Tensor  # (N,) of the episode, where one ended
     ended_length: Tensor  # (N,)
@@ -3284,8 +3285,8 @@ def settle(
     critic_obs = torch.where(ended, fresh_critic_obs, final_critic_obs)
     terms = {name: torch.where(invalid, 0.0, value.to(obs.dtype)) for name, value in terms.items()}
     return carry, Transition(
-        obs, final_obs, critic_obs, final_critic_obs, reward, terminated, truncated, invalid, episode_return, length,
-        terms,
+        obs, final_obs, critic_obs, final_critic_obs, reward, terminated, truncated, ended, invalid, episode_return,
+        length, terms,
     )  # fmt: skip
 
 
@@ -3358,12 +3359,22 @@ def normal_tensors(method: Callable) -> Callable:
 
 
 class VecSim(gymnasium.vector.VectorEnv):
-    """N robots of one task on one device; tensors in, tensors out, same-step auto-reset.
+    """N robots of one task on one device; tensors or numpy arrays in, the same kind out; same-step auto-reset.
 
     `step` takes actions (N, nu) and returns obs (N, obs), reward (N,), terminated (N,) bool, truncated (N,) bool, info.
     info["final_obs"] (N, obs) is always the observation before auto-reset, info["invalid"] (N,) bool marks transitions
     that a learner must mask, and every reward term stands in info under Gymnasium's name. `terminated` wins over
     `truncated`. Actions are clipped to the control range by the physics; costs see them as given, as in Gymnasium.
+
+    From Gymnasium, with its vector wrappers:
+        env = gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64)    # further options: those of `make`
+        env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
+        obs, info = env.reset(seed=1)                                           # one seed for all environments
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+    `step` answers in the kind of its actions. `reset` answers in tensors, or in numpy with numpy=True, which make_vec
+    sets. info follows Gymnasium's SAME_STEP: final_obs, final_info and the masks _final_obs and _final_info of the
+    environments whose episode ended. With tensors, these four are in every info, and no other key has a mask. With
+    numpy, they are there when an episode ended, and every key has a mask; ignore values where the mask is False.
     """
 
     @normal_tensors
@@ -3385,6 +3396,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         chunk: int | None = None,
         randomize: Randomize | dict[str, Any] | bool | None = None,
         perturb: Perturb | dict[str, Any] | None = None,
+        numpy: bool = False,
         **task_options: Any,
     ):
         """Arguments: `make`."""
@@ -3392,19 +3404,18 @@ class VecSim(gymnasium.vector.VectorEnv):
         single, task_options = single_fields(task_options)
         self.task = build_task(env_id, task_options)
         counts = {"num_envs": num_envs, "iterations": iterations, "max_episode_steps": max_episode_steps}
-        counts |= {} if pair_slots is None else {"pair_slots": pair_slots}
+        counts |= {name: x for name, x in (("pair_slots", pair_slots), ("chunk", chunk)) if x is not None}
         for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:  # whole numbers only
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if integrator not in (None, *INTEGRATORS.values()):
             raise ValueError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}")
-
         perturb = option_group(Perturb, perturb, single["perturb"], None)
         perturb.check()
 
-        self.env_id, self.num_envs, self.dtype = env_id, num_envs, dtype
+        self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, dtype, numpy
         self.mj_model = perturbed(compile_mjcf(self.task.source()), perturb)
         model = load_model(
             self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
@@ -3439,6 +3450,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             delay=round(perturb.action_delay_ms / 1000 / self.model.timestep),
         )
         self._count_noise(observation=0)
+        self._check_memory()
         self.random_initial_ages = random_initial_ages
         self._generator, self._perturb_generator = torch.Generator(self.device), torch.Generator(self.device)
         self._seed(seed)
@@ -3504,7 +3516,27 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._perturb_rows = sum(of_perturb.values())
         self.settings = dataclasses.replace(self.settings, noise=rows | of_perturb)
 
+    def _check_memory(self) -> None:
+        """ValueError where one step's random numbers and the states alone are more than the device's memory."""
+        rows = sum(self.settings.noise.values()) + self.model.nq + 2 * self.model.nv
+        size = rows * self.dtype.itemsize
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.num_envs * size > memory:
+            least = self.num_envs * size / 1e9
+            raise ValueError(
+                f"num_envs = {self.num_envs:,} needs at least {least:,.0f} GB of memory, more than the "
+                f"{memory / 1e9:,.0f} GB of {self.device}; use far fewer than {memory // size:,}"
+            )
+
     def _seed(self, seed: int) -> None:
+        if not isinstance(seed, (int, np.integer)):
+            raise ValueError(f"seed must be one whole number for all environments, not a {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
+        seed = int(seed)
         self._generator.manual_seed(seed)
         other = np.random.SeedSequence((seed % 2**64, 1)).generate_state(1)[0]
         self._perturb_generator.manual_seed(int(other))
@@ -3543,9 +3575,12 @@ class VecSim(gymnasium.vector.VectorEnv):
         return self._robots(self._get_carry().parameters)
 
     @normal_tensors
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor | np.ndarray, dict[str, Any]]:
         """Start an episode in every environment, with the given seed or going on with the generator.
 
+        One seed serves all environments: each draws its own random numbers. ValueError for a list of seeds.
         `random_initial_ages=True` starts each episode at a random age, so that time limits do not fall together.
         """
         if options:
@@ -3564,7 +3599,8 @@ class VecSim(gymnasium.vector.VectorEnv):
             carry = carry._replace(age=age)
         self._set_carry(carry)
         self._statistics.zero_()
-        return obs.T.contiguous(), self._critic_info(critic_obs=critic_obs)
+        obs, info = obs.T.contiguous(), self._critic_info(critic_obs=critic_obs)
+        return (as_numpy(obs), with_masks(as_numpy(info), np.zeros(self.num_envs, bool))) if self.numpy else (obs, info)
 
     def _critic_info(self, **groups: Tensor) -> dict[str, Tensor]:
         """info of the privileged observations, where the task has them."""
@@ -3626,7 +3662,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             columns = zip(*(t[:-1] for t in transitions), strict=True)
             terms = {k: torch.cat([t.terms[k] for t in transitions]) for k in transitions[0].terms}
             merged = Transition(*(torch.cat(column, -1) for column in columns), terms)
-        counted = (merged.terminated | merged.truncated) & ~merged.invalid
+        counted = merged.ended & ~merged.invalid
         sums = torch.stack(
             (
                 torch.ones_like(merged.ended_return),
@@ -3645,14 +3681,20 @@ class VecSim(gymnasium.vector.VectorEnv):
         return merged
 
     @normal_tensors
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(self, actions: Tensor | np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """One control step of every environment; see the class."""
         if not self._carries:
             raise ValueError("call reset() before step()")
         shape = (self.num_envs, self.model.nu)
-        if not isinstance(actions, Tensor) or actions.shape != shape:
-            given = tuple(actions.shape) if isinstance(actions, Tensor) else type(actions).__name__
-            raise ValueError(f"actions must be a tensor of shape {shape}, not {given}")
+        if not isinstance(actions, (Tensor, np.ndarray)) or actions.shape != shape:
+            given = tuple(actions.shape) if isinstance(actions, (Tensor, np.ndarray)) else type(actions).__name__
+            raise ValueError(f"actions must be a tensor or a numpy array of shape {shape}, not {given}")
+        if isinstance(actions, np.ndarray):
+            if not np.can_cast(actions.dtype, np.float64, "same_kind"):
+                raise ValueError(f"actions must be real numbers, not {actions.dtype}")
+            *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
+            info = as_numpy(info)
+            return *map(as_numpy, answer), with_masks(info, info["_final_obs"])
         if actions.dtype != self.dtype or actions.device != self._statistics.device:
             raise ValueError(
                 f"actions must be {self.dtype} on {self.device}, not {actions.dtype} on {actions.device}; "
@@ -3663,7 +3705,9 @@ class VecSim(gymnasium.vector.VectorEnv):
                 t = self._replay(actions)
         else:
             t = self._advance(torch.clone(actions.T, memory_format=torch.contiguous_format))
-        info = {"final_obs": t.final_obs.T.contiguous(), "invalid": t.invalid, **t.terms}
+        terms = {"invalid": t.invalid, **t.terms}
+        info = {"final_obs": t.final_obs.T.contiguous(), "_final_obs": t.ended} | terms
+        info |= {"final_info": terms, "_final_info": t.ended}
         info |= self._critic_info(critic_obs=t.critic_obs, final_critic_obs=t.final_critic_obs)
         return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
 
@@ -3802,6 +3846,30 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._offender.copy_(state["offender"])
 
 
+def as_numpy(value: Tensor | dict[str, Any]) -> Any:
+    """A tensor as a numpy array, a dict of tensors as a dict of arrays."""
+    if isinstance(value, dict):
+        return {name: as_numpy(x) for name, x in value.items()}
+    return value.cpu().numpy()  # host sync
+
+
+def with_masks(info: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
+    """`info` of arrays with Gymnasium's masks: "_key" (N,) bool tells which environments have `key`.
+
+    Where an episode `ended` (N,) bool, what the step measured is in "final_info" and not in info itself.
+    """
+    masked = {}
+    for name, value in info.items():
+        final = name.startswith("final_")
+        if name.startswith("_") or (final and not ended.any()):
+            continue
+        if name == "final_info":
+            value = value | {f"_{term}": ended for term in value}
+        mask = ended if final else ~ended | (name == "critic_obs")  # critic_obs is also of the episode that began
+        masked |= {name: value, f"_{name}": mask}
+    return masked
+
+
 def spaces_of(groups: dict[str, Tensor]) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
     """The rows of each group in an observation, and the space of one; None without groups."""
     bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
@@ -3859,6 +3927,7 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     chunk               environments stepped together; default all on a GPU, what fits the cache on a CPU
     randomize           True for the task's own ranges, or a `Randomize`, or a dict of its fields: {"friction": (0.5, 1.25)}
     perturb             a `Perturb`, or a dict of its fields: {"action_delay_ms": 120}
+    numpy               `reset` answers in numpy arrays; `step` answers in the kind of its actions
     **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...), and single fields
                         of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can
                         give; there a range, but for those of Gymnasium's own tasks, is "0.2:0.8"
@@ -3962,7 +4031,8 @@ gymnasium.register(
 )
 
 for _name in TASKS:
-    gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name})
+    _options = {"env_id": _name, "numpy": True}
+    gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs=_options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4123,8 +4193,8 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     """Time one configuration and check it; returns what --json writes."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"threads must be at least 1, not {args.threads}")
-    if args.seconds <= 0:
-        raise ValueError(f"seconds must be positive, not {args.seconds}")
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"seconds must be positive and finite, not {args.seconds}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts kernels is chatty
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -4216,7 +4286,7 @@ def main() -> None:
     try:
         result = benchmark(args)
     except ValueError as error:
-        print(f"vecsim_torch.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     ratio = result["physics_steps_per_second"] / result["mujoco_c_physics_steps_per_second"]
     print(f"{args.env_id}, {args.num_envs} environments, {result['integrator']}, {result['iterations']} iterations")

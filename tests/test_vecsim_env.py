@@ -39,7 +39,7 @@ def rollout(env, steps, seed=0):
     out = []
     for t in range(steps):
         obs, reward, terminated, truncated, info = env.step(random_actions(env, seed + t))
-        out += [obs, reward, terminated, truncated, *(info[k] for k in sorted(info))]
+        out += [obs, reward, terminated, truncated, *(info[k] for k in sorted(info) if k != "final_info")]
     return out
 
 
@@ -125,7 +125,7 @@ def test_equals_gymnasium(env_id, options, record_property):
     assert not truncated.any()
     for name in set(infos[0]) - GYM_ONLY:
         assert np.abs(info[name].numpy() - [i[name] for i in infos]).max() <= 1e-6, name
-    assert set(info) == set(infos[0]) - GYM_ONLY
+    assert set(info) - {"_final_obs", "final_info", "_final_info"} == set(infos[0]) - GYM_ONLY
 
 
 @pytest.mark.parametrize("env_id", vecsim.TASKS)
@@ -224,7 +224,7 @@ def test_vector_env_attributes():
     obs, reward, terminated, truncated, info = env.step(torch.zeros(6, 3))
     assert terminated.dtype == truncated.dtype == info["invalid"].dtype == torch.bool
     assert info["final_obs"].shape == obs.shape and reward.dtype == torch.float32
-    assert all(value.shape[0] == 6 for value in info.values())
+    assert all(value.shape[0] == 6 for value in (info | info["final_info"]).values() if value is not info["final_info"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,6 +358,8 @@ def test_a_poisoned_robot_harms_no_other(env_id, field, poison):
     healthy.pop_statistics(), poisoned.pop_statistics()
     others = [0, 1, 3, 4, 5]
     good, bad = healthy.step(action), poisoned.step(sick_action)
+    for answer in good, bad:  # these are in info too
+        del answer[4]["final_info"]
     for ours, theirs in zip((*bad[:4], *bad[4].values()), (*good[:4], *good[4].values()), strict=True):
         assert torch.equal(ours[others], theirs[others])
     assert not bad[4]["invalid"][others].any()
@@ -599,11 +601,18 @@ def test_dropped_contacts_are_counted():
     [
         ({"env_id": "Reacher-v5"}, "unknown task 'Reacher-v5'; choose one of .*Ant-v5"),
         ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
+        ({"num_envs": 2.5}, "num_envs must be a whole number, not 2.5"),
+        ({"num_envs": 99_999_999_999_999}, "num_envs = 99,999,999,999,999 needs at least .* GB of memory"),
         ({"iterations": 0}, "iterations must be at least 1, not 0"),
         ({"pair_slots": 0, "env_id": "Ant-v5"}, "pair_slots must be at least 1, not 0"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, not 0"),
         ({"integrator": "rk5"}, "unknown integrator 'rk5'; choose one of .*rk4"),
         ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"chunk": 1.5}, "chunk must be a whole number, not 1.5"),
+        ({"chunk": "many"}, "chunk must be a whole number, not 'many'"),
+        ({"frame_skip": 0}, "frame_skip must be at least 1, not 0"),
+        ({"seed": 10**22}, r"seed must be from -2\*\*63 to 2\*\*64 - 1, not 10000000000000000000000"),
+        ({"seed": 1.5}, "seed must be one whole number for all environments, not a float"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
         ({"ctrl_cost": 1.0}, "unknown option 'ctrl_cost' of Hopper-v5; it takes .*ctrl_cost_weight"),
         ({"healthy_state_range": (0, 1), "env_id": "Walker2d-v5"}, "unknown option 'healthy_state_range'"),
@@ -626,9 +635,14 @@ def test_step_and_reset_refuse():
         env.step(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="reset takes no options"):
         env.reset(options={"x": 1})
+    with pytest.raises(ValueError, match="seed must be one whole number for all environments, not a list"):
+        env.reset(seed=[1, 2])
     env.reset(seed=0)
-    for wrong in (torch.zeros(3, 2), torch.zeros(3), np.zeros((2, 3), np.float32)):
-        with pytest.raises(ValueError, match=r"actions must be a tensor of shape \(2, 3\)"):
+    for wrong in (torch.zeros(3, 2), torch.zeros(3), np.zeros((3, 2), np.float32), [[0.0] * 3] * 2):
+        with pytest.raises(ValueError, match=r"actions must be a tensor or a numpy array of shape \(2, 3\)"):
+            env.step(wrong)
+    for wrong in (np.zeros((2, 3), complex), np.full((2, 3), "0")):
+        with pytest.raises(ValueError, match="actions must be real numbers, not"):
             env.step(wrong)
     with pytest.raises(ValueError, match=r"actions must be torch.float32 .* not torch.float64"):
         env.step(torch.zeros(2, 3, dtype=torch.float64))

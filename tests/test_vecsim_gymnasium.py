@@ -1,0 +1,247 @@
+"""VecSim as one of Gymnasium's vector environments: numpy arrays, `info`, registration and Gymnasium's own wrappers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import vector as wrappers
+
+import vecsim_torch as vecsim
+
+FAST = {"iterations": 2, "integrator": "euler"}  # these tests do not look at the physics
+
+
+def make_vec(env_id="Hopper-v5", num_envs=4, **options):
+    return gymnasium.make_vec(f"vecsim/{env_id}", num_envs=num_envs, **FAST | options)
+
+
+def same(a, b):
+    """Equal in kind, dtype and value, dicts included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def test_make_vec_imports_the_module():
+    program = """
+import gymnasium, sys
+assert "vecsim_torch" not in sys.modules
+env = gymnasium.make_vec("vecsim_torch:vecsim/InvertedPendulum-v5", num_envs=3)
+obs, info = env.reset(seed=1)
+assert env.observation_space.contains(obs)
+env.action_space.seed(0)
+obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+assert env.observation_space.contains(obs) and reward.shape == (3,)
+print(env)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(vecsim.__file__).parent, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == "VecSim(vecsim/InvertedPendulum-v5, num_envs=3)\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Quadruped-Flat"])
+def test_numpy_answers_are_those_in_tensors(env_id, dtype):
+    options = {"dtype": dtype, "max_episode_steps": 2, **FAST}
+    ours, theirs = (vecsim.make(env_id, 3, numpy=flag, **options) for flag in (True, False))
+    (obs, info), (tensor, tensors) = ours.reset(seed=5), theirs.reset(seed=5)
+    assert same(obs, tensor.numpy())
+    assert same(info.get("critic_obs", obs), tensors.get("critic_obs", tensor).numpy())
+    assert info.get("_critic_obs", np.ones(3, bool)).all()
+    rng = np.random.default_rng(0)
+    for t in range(4):
+        action = rng.uniform(-1, 1, ours.action_space.shape)  # float64, as numpy draws it
+        answer, tensors = ours.step(action), theirs.step(torch.tensor(action, dtype=dtype))
+        assert all(same(x, y.numpy()) for x, y in zip(answer[:4], tensors[:4], strict=True))
+        info, expected = answer[4], tensors[4]
+        assert ("final_obs" in info) == (t % 2 == 1)
+        for name in set(expected) - {"final_info"}:
+            if name in info:
+                assert same(info[name], expected[name].numpy()), name
+        for name, value in info.get("final_info", {}).items():
+            assert same(value, np.ones(3, bool) if name.startswith("_") else expected["final_info"][name].numpy()), name
+
+
+def test_a_numpy_action_is_copied():
+    env = make_vec()
+    env.reset(seed=0)
+    action = np.zeros((4, 3), np.float32)
+    action.flags.writeable = False  # as numpy.from_dlpack gives it
+    env.step(action)
+    assert not action.any()
+
+
+def test_info_in_tensors_costs_nothing():
+    """Gymnasium's keys are there in every step, as the tensors that exist anyway."""
+    env = vecsim.make("Hopper-v5", 8, max_episode_steps=10, **FAST)
+    env.reset(seed=0)
+    seen = torch.zeros((), dtype=torch.bool)
+    for t in range(12):
+        *_, terminated, truncated, info = env.step(torch.full((8, 3), 1.0 - 0.2 * t))
+        assert torch.equal(info["_final_obs"], terminated | truncated)
+        assert info["_final_info"] is info["_final_obs"]
+        assert info["final_info"].keys() == info.keys() - {"final_obs", "_final_obs", "final_info", "_final_info"}
+        assert all(value is info[name] for name, value in info["final_info"].items())
+        seen |= info["_final_obs"].any()
+    assert seen
+
+
+def entries(info, i):
+    """What `info` holds of environment i, by its masks."""
+    held = [name for name in info if not name.startswith("_") and info[f"_{name}"][i]]
+    assert all(info[f"_{name}"].dtype == np.bool_ for name in held)
+    return {name: entries(info[name], i) if isinstance(info[name], dict) else info[name][i] for name in held}
+
+
+def test_info_follows_gymnasium():
+    """From the same states and actions: what SyncVectorEnv answers under SAME_STEP, environment by environment."""
+    count, horizon, differing = 3, 5, {"x_position", "z_distance_from_origin"}  # Gymnasium's reset measures these too
+    reference = SyncVectorEnv(
+        [lambda: gymnasium.make("Hopper-v5", max_episode_steps=horizon)] * count, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    robots = [env.unwrapped for env in reference.envs]
+    for robot in robots:
+        robot.model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+        robot.model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    env = make_vec(num_envs=count, max_episode_steps=horizon, dtype=torch.float64, iterations=8)
+    assert env.metadata["autoreset_mode"] == reference.metadata["autoreset_mode"]
+    assert env.reset(seed=0)[1] == {}
+    reference.reset(seed=0)
+    rng, ends = np.random.default_rng(0), []
+    for t in range(2 * horizon):
+        if t == 2:  # one robot is tipped over
+            robots[1].set_state(robots[1].data.qpos + [0, 0, 0.3, 0, 0, 0], robots[1].data.qvel)
+        env.set_state(*(torch.tensor(np.stack([getattr(r.data, x) for r in robots], 1)) for x in ("qpos", "qvel")))
+        action = rng.uniform(-1, 1, (count, 3)).astype(np.float32)
+        theirs, ours = reference.step(action), env.step(action)
+        ended = theirs[2] | theirs[3]
+        assert same(ours[2], theirs[2]) and same(ours[3], theirs[3])
+        assert np.allclose(ours[1], theirs[1], atol=1e-6)
+        assert {"final_obs", "final_info"} & ours[4].keys() == {"final_obs", "final_info"} & theirs[4].keys()
+        for i in range(count):
+            a, b = entries(ours[4], i), entries(theirs[4], i)
+            if ended[i]:
+                assert not a.keys() - {"final_obs", "final_info"} and b.keys() - a.keys() == differing
+                assert np.allclose(a["final_obs"], b["final_obs"], atol=1e-6)
+                a, b = a["final_info"], b["final_info"]
+            assert not a.pop("invalid") and a.keys() == b.keys()
+            assert np.allclose([a[name] for name in b], list(b.values()), atol=1e-6)
+        ends.append(ended.sum())
+    assert set(ends) == {0, 1, 2} and ours[3].sum() == 2  # alone and together, by a fall and by the time limit
+    reference.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gymnasium's wrappers, each over at least one end of an episode
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pendulum(**options):
+    """Four pendulums that are released at up to 0.19 rad and fall at 0.2."""
+    return make_vec("InvertedPendulum-v5", reset_noise_scale=0.19, **options)
+
+
+def steps_of(env, steps=25):
+    """What `steps` random steps from Gymnasium's action space return; several episodes end."""
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    ended = 0
+    for _ in range(steps):
+        action = env.action_space.sample()
+        answer = env.step(torch.tensor(action) if isinstance(env, wrappers.NumpyToTorch) else action)
+        ended += int((answer[2] | answer[3]).sum())
+        yield action, answer
+    assert ended >= 8
+
+
+def test_record_episode_statistics():
+    env = wrappers.RecordEpisodeStatistics(pendulum())
+    returns, lengths, recorded = np.zeros(4), np.zeros(4, int), 0
+    for _, (_, reward, terminated, truncated, info) in steps_of(env):
+        returns, lengths, ended = returns + reward, lengths + 1, terminated | truncated
+        assert ("episode" in info) == ended.any()
+        if ended.any():
+            assert same(info["_episode"], ended)
+            assert np.allclose(info["episode"]["r"][ended], returns[ended])
+            assert (info["episode"]["l"][ended] == lengths[ended]).all()
+            recorded += ended.sum()
+            returns[ended], lengths[ended] = 0, 0
+    assert env.episode_count == recorded == len(env.return_queue)
+
+
+def test_numpy_to_torch():
+    """The quadruped too, whose reset has info."""
+    pytest.importorskip("array_api_compat")
+    for make in (pendulum, lambda: make_vec("Quadruped-Flat", max_episode_steps=10)):
+        env = wrappers.NumpyToTorch(make())
+        for x in (env.reset(seed=0)[0], *env.reset(seed=0)[1].values()):
+            assert isinstance(x, torch.Tensor)
+        direct = make()
+        direct.reset(seed=0)
+        for action, answer in steps_of(env):
+            expected = direct.step(action)
+            info, arrays = answer[4], expected[4]
+            assert info.keys() == arrays.keys()
+            values = [*answer[:4], *(info[name] for name in arrays if name != "final_info")]
+            arrays = [*expected[:4], *(arrays[name] for name in arrays if name != "final_info")]
+            for name, value in info.get("final_info", {}).items():
+                values.append(value)
+                arrays.append(expected[4]["final_info"][name])
+            assert all(isinstance(x, torch.Tensor) and same(x.numpy(), y) for x, y in zip(values, arrays, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrap, low, high, inverse",
+    [
+        (wrappers.ClipAction, -9.0, 9.0, lambda x: np.clip(x, -3, 3)),
+        (lambda env: wrappers.RescaleAction(env, np.float32(0), np.float32(1)), 0.0, 1.0, lambda x: 6 * x - 3),
+    ],
+    ids=["ClipAction", "RescaleAction"],
+)
+def test_wrappers_of_actions(wrap, low, high, inverse):
+    env, direct = wrap(pendulum()), pendulum()
+    env.reset(seed=0), direct.reset(seed=0)
+    rng, ended = np.random.default_rng(0), 0
+    for _ in range(25):
+        action = rng.uniform(low, high, (4, 1)).astype(np.float32)
+        expected = direct.step(inverse(action))
+        answer = env.step(action)
+        assert all(np.allclose(x, y, atol=1e-5) for x, y in zip(answer[:4], expected[:4], strict=True))
+        ended += (answer[2] | answer[3]).sum()
+    assert ended >= 8
+
+
+def test_dict_info_to_list():
+    env = wrappers.DictInfoToList(wrappers.RecordEpisodeStatistics(pendulum()))
+    for _, (_, _, terminated, truncated, infos) in steps_of(env):
+        assert len(infos) == 4
+        for info, ended in zip(infos, terminated | truncated, strict=True):
+            assert info.keys() == ({"final_obs", "final_info", "episode"} if ended else {"invalid", "reward_survive"})
+            if ended:
+                assert info["final_obs"].shape == (4,) and info["final_info"].keys() == {"invalid", "reward_survive"}
+    env = wrappers.DictInfoToList(make_vec("Quadruped-Flat"))
+    assert [info.keys() for info in env.reset(seed=0)[1]] == [{"critic_obs"}] * 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0"])
+def test_seconds_must_be_positive_and_finite(seconds, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vecsim_torch.py", "--seconds", seconds])
+    with pytest.raises(SystemExit) as stopped:
+        vecsim.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: seconds must be positive and finite, not {float(seconds)}\n"
