@@ -1378,8 +1378,8 @@ def versions() -> dict[str, str]:
 
 def check_env_kwargs(args: Args) -> None:
     """Refuse options that this script sets itself."""
-    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32"}
-    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages".split():
+    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32", "numpy": "it is False"}
+    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
         if name in args.env_kwargs:
             advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
             raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")

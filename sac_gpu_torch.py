@@ -1495,15 +1495,15 @@ def gymnasium_options(env_kwargs: dict) -> dict:
 
 def check_env_kwargs(args: Args) -> None:
     """Refuse options that this script sets itself, and those that Gymnasium would refuse after the whole run."""
-    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32"}
-    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages".split():
+    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32", "numpy": "it is False"}
+    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
         if name in args.env_kwargs:
             advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
             raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
     if args.eval_episodes and args.env_id in gymnasium.registry:
         try:
             gymnasium.make(args.env_id, **gymnasium_options(args.env_kwargs)).close()
-        except (TypeError, ValueError, gymnasium.error.Error) as error:
+        except (TypeError, ValueError, ZeroDivisionError, gymnasium.error.Error) as error:
             raise InputError(f"env_kwargs = {args.env_kwargs} do not suit gymnasium.make: {error}") from error
 
 

@@ -659,6 +659,10 @@ def test_options_of_the_simulator_alone_are_not_given_to_gymnasium():
     ppo.check_env_kwargs(args)
     with pytest.raises(ppo.InputError, match="do not suit gymnasium.make.*reset_noise"):
         ppo.check_env_kwargs(dataclasses.replace(args, env_kwargs={"reset_noise": 0.1}))
+    with pytest.raises(ppo.InputError, match="'frame_skip': 0} do not suit gymnasium.make"):
+        ppo.check_env_kwargs(dataclasses.replace(args, env_kwargs={"frame_skip": 0}))
+    with pytest.raises(ppo.InputError, match="env_kwargs sets numpy, which this script sets itself; it is False"):
+        ppo.check_env_kwargs(dataclasses.replace(args, env_kwargs={"numpy": True}))
 
 
 # With the simulator -------------------------------------------------------------------------------------------------------
