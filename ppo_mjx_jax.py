@@ -1398,7 +1398,11 @@ def shardings(setup: Setup, state: AgentState) -> AgentState:
 
 
 def configure(args: Args):
-    """JAX's own settings, before it looks for devices. Compiled programs are kept on disk, where the second run reads them."""
+    """JAX's own settings, before it looks for devices. Compiled programs are kept on disk, where the second run reads them.
+
+    Matrix products are true float32: NVIDIA GPUs since Ampere would else round their inputs to TF32's 10 bits, which the physics
+    does not bear. That holds for the networks too, which are small beside the physics."""
+    jax.config.update("jax_default_matmul_precision", "highest")
     if "xla_cpu_multi_thread_eigen" not in os.environ.get("XLA_FLAGS", ""):
         # XLA's CPU thread pool waits for itself and hangs when batched LAPACK calls of MJX run in it (seen with 8 agents, jaxlib 0.10.2).
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"

@@ -219,6 +219,29 @@ def test_evaluation_leaves_quarantined_episodes_out_and_counts_only_the_first_of
     assert score.failed.any() and ppo.summary(score._replace(failed=np.ones(64, bool))) is None
 
 
+def dot_precisions(jaxpr):
+    """The precision of every matrix product in a jaxpr, those inside of its loops and calls included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.params["precision"])
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        found += [precision for x in inner if hasattr(x, "eqns") for precision in dot_precisions(x)]
+    return found
+
+
+@pytest.mark.parametrize("env_id, integrator", [("InvertedPendulum-v5", "euler"), ("Ant-v5", "rk4")])
+def test_the_matrix_products_of_the_physics_are_true_float32(env_id, integrator):
+    """A GPU would else take TF32. Looked up in the traced step: nothing is compiled."""
+    args = ppo.resolve(ppo.Args(env_id=env_id, integrator=integrator, compilation_cache=CACHE))
+    ppo.configure(args)
+    env = ppo.make_environment(ppo.make_task(args))
+    state, _ = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    precisions = dot_precisions(jax.make_jaxpr(env.step)(state, jnp.zeros(len(env.action_low))).jaxpr)
+    highest = jax.lax.Precision.HIGHEST
+    assert len(precisions) > 3 and set(precisions) == {(highest, highest)}
+
+
 def test_agents_are_summarised_by_hand_computed_numbers():
     scores = [9.0, 1.0, 2.0, 100.0, 4.0, 3.0, 8.0, None, 5.0]  # sorted: 1 2 | 3 4 5 8 | 9 100
     assert ppo.across_agents(scores) == dict(median=4.5, interquartile_mean=5.0, worst=1.0, diverged=1)
