@@ -45,11 +45,14 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -113,7 +116,7 @@ class Args:
     total_timesteps: int | None = None
     """environment steps of the whole run, of each agent (>= 1; rounded up to whole iterations)"""
     seed: int = 1
-    """seed of weights, environments and noise (>= 0)"""
+    """seed of weights, environments and noise (0 to 2,000,000,000)"""
     device: str = "auto"
     """auto (JAX's choice), cpu or cuda; all devices of that kind share the environments"""
     run_dir: str | None = None
@@ -162,7 +165,8 @@ class Args:
     impl: Literal["jax", "warp"] = "jax"
     """MJX's backend; warp needs an NVIDIA GPU, `pip install warp-lang` and self_collision"""
     random_initial_ages: bool = True
-    """start the first episodes at random ages, so that thousands of robots do not time out together"""
+    """start the first episodes at random ages, so that thousands of robots do not time out together; the log leaves these
+    episodes out"""
     reward_scale: float | None = None
     """factor on the rewards that the learner sees (> 0; logged returns are unscaled)"""
     benchmark: str | None = None
@@ -311,6 +315,8 @@ def check(args: Args):
         (f"{counts} checkpoint_every log_every", lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("seed", lambda x: x <= 2_000_000_000, "at most 2,000,000,000, because JAX seeds with 32 bits"),
+        ("run_dir resume play benchmark", lambda x: x != "", "a path that is not empty; omit the flag for its default"),
         ("entropy_coef bounds_coef", lambda x: 0 <= x < np.inf, ">= 0 and finite"),
         ("clip_coef max_grad_norm", lambda x: x > 0, "> 0"),
         (positive, lambda x: 0 < x < np.inf, "> 0 and finite"),
@@ -333,7 +339,10 @@ def check(args: Args):
     require(
         args.eval_every is None or args.eval_episodes, "eval_every needs eval_episodes >= 1; use --eval-episodes 20"
     )
-    batch = args.num_envs * args.num_steps
+    batch, agents = args.num_envs * args.num_steps, args.num_seeds * len(parse_sweep(args.sweep)[1])
+    sizes = f"{agents:,} x {args.num_envs:,} x {args.num_steps:,} = {agents * batch:,}"
+    rule = f"agents x num_envs x num_steps = {sizes} must be below 2,147,483,648; use fewer environments"
+    require(agents * batch < 2**31, rule)
     if batch % args.num_minibatches:
         below = max(n for n in range(1, min(args.num_minibatches, batch) + 1) if batch % n == 0)
         above = min((n for n in range(args.num_minibatches, batch + 1) if batch % n == 0), default=below)
@@ -698,6 +707,7 @@ class Transition(NamedTuple):
     invalid: jax.Array  # () bool: quarantined, masked everywhere
     episode_return: jax.Array  # () return and length of the episode that this step may have ended
     length: jax.Array  # ()
+    age: jax.Array  # () larger than length in an episode that began at a random age
 
 
 def first_slot(env: Environment, random_initial_ages: bool, key: jax.Array) -> Slot:
@@ -724,7 +734,7 @@ def autoreset_step(
     fresh_state, fresh_obs = env.reset(key)
     transition = Transition(
         slot.obs, jnp.where(invalid, fresh_obs, obs), action, mean, jnp.where(invalid, 0.0, reward),
-        terminated, truncated, invalid, episode_return, length,
+        terminated, truncated, invalid, episode_return, length, age,
     )  # fmt: skip
     current = Slot(state, obs, age, length, episode_return)
     fresh = Slot(fresh_state, fresh_obs, *(jnp.zeros_like(x) for x in (age, length, episode_return)))
@@ -1055,10 +1065,11 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
         rows = rollout.obs.reshape(-1, rollout.obs.shape[-1])
         obs_statistics = obs_statistics.merge(Statistics.of(rows, ~rollout.invalid.ravel()))
 
-    # Log
-    ended = rollout.terminated | rollout.truncated
+    # Log. An episode that began at a random age is cut short: its return would pull the mean down.
+    ended = (rollout.terminated | rollout.truncated) & (rollout.age == rollout.length)
     metrics = {name: term.mean() for name, term in terms.items()} | dict(
-        episodes=ended.sum(), success_sum=(rollout.truncated & ~rollout.terminated).sum(), return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),
+        episodes=ended.sum(), success_sum=(ended & ~rollout.terminated).sum(),
+        return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),
         invalid=rollout.invalid.sum(), learning_rate=state.learning_rate, action_std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
         explained_variance=explained_variance,
     )  # fmt: skip
@@ -1178,24 +1189,35 @@ def hardware() -> str:
     return f"{len(jax.local_devices(backend=device.platform))} x {device.device_kind}, {cpu_cores()} CPU cores"
 
 
+def write_whole(path: Path, content: bytes | memoryview):
+    """Write beside the file, then rename: a full disk or a kill leaves the earlier file as it was."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
     """One .npz of plain arrays: every leaf of the state (axis 0: the agents) under its own name, and a JSON header."""
     leaves = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(state)}
     header = json.dumps(dict(args=dataclasses.asdict(args), counters=counters, versions=versions()))
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, header=np.array(header), **leaves)
-    partial.replace(path)  # a run killed here leaves the previous checkpoint whole
+    archive = io.BytesIO()
+    np.savez(archive, header=np.array(header), **leaves)
+    write_whole(path, archive.getbuffer())
 
 
 def load_header(path: str) -> dict:
+    """Flags, counters and versions of a checkpoint, once every array of it agrees with its checksum."""
     require(not Path(path).is_dir(), f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.npz'}")
     require(Path(path).is_file(), f"there is no checkpoint {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
+            require(file.zip.testzip() is None, "an array differs from its checksum")
             header = json.loads(str(file["header"]))
             return header | {name: dict(header[name]) for name in ("args", "counters")}
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile):
+    except (ValueError, KeyError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile):
         raise InputError(f"{path} is not a checkpoint of this script, or it is damaged") from None
 
 
@@ -1252,6 +1274,10 @@ def check_run_dir(args: Args):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"run_dir = {args.run_dir} cannot be made: {error.strerror}") from None
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"run_dir = {args.run_dir} cannot be written: {error.strerror}") from None
 
 
 class Log:
@@ -1262,7 +1288,8 @@ class Log:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of its last line
         # What an interrupted run logged after its checkpoint is run, and logged, again.
-        path.write_text("".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
+        kept = [line for line in whole if json.loads(line)["env_steps"] <= first_step]
+        write_whole(path, "".join(kept).encode())
         self.file = open(path, "a")
         self.events = EventFileWriter(str(run_dir))
         if first_step:  # TensorBoard drops what comes after the checkpoint
@@ -1292,9 +1319,9 @@ class Log:
             self.bar.set_postfix_str(f"return {row['episode_return']:.1f}")
 
     def close(self):
+        self.bar.close()  # first, because the others fail on a full disk
         self.file.close()
         self.events.close()
-        self.bar.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1435,6 +1462,27 @@ def pick_devices(args: Args) -> list:
     return devices
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The list that the first Ctrl-C or SIGTERM goes into, instead of ending the process; a second one ends it at once.
+
+    One process of several must not stop alone, since the others wait for it: there signals keep their usual effect."""
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def receive(number: int, _):
+        received.append(number)
+        for one in numbers:
+            signal.signal(one, signal.SIG_DFL)
+
+    handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    usual = {number: signal.signal(number, receive) for number in numbers} if handles else {}
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
 def train(args: Args, env: Environment | None = None, devices: list | None = None) -> dict:
     """The whole run; returns what eval.json holds. `env` replaces the task by one of the caller's own (its env_id then only names it)."""
     # Set-up
@@ -1457,7 +1505,7 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     run_dir = Path(args.run_dir)
     if leads:
         config = dataclasses.asdict(args) | dict(versions=versions(), hardware=hardware())
-        (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+        write_whole(run_dir / "config.json", json.dumps(config, indent=2).encode())
         print(f"{run_dir}: {len(seeds)} agent(s), {setup.mesh.size} device(s), {setup.iterations:,} iterations of {args.num_envs:,} x "
               f"{args.num_steps} = {steps_per_iteration:,} steps, minibatches of {steps_per_iteration // args.num_minibatches:,}")  # fmt: skip
 
@@ -1486,31 +1534,35 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     gather = jax.jit(lambda state: state, out_shardings=whole)
     done = counters["env_steps"] // steps_per_iteration
     intervals = args.log_every, args.eval_every, args.checkpoint_every
-    while done < setup.iterations:
-        before, done = done, next_stop(done, setup.iterations, steps_per_iteration, intervals)
-        begin = time.perf_counter()
-        state, sums = jax.block_until_ready(run(hyper, state, np.int32(done - before)))  # host sync
-        seconds, steps = time.perf_counter() - begin, (done - before) * steps_per_iteration
-        counters |= dict(env_steps=done * steps_per_iteration, train_seconds=counters["train_seconds"] + seconds)
-        last = done == setup.iterations
-        evaluate_now, save_now = (last or crossed(counters["env_steps"], steps, every) for every in intervals[1:])
-        row = metrics_row(sums, done - before, counters, len(seeds) * steps / seconds)
-        if None in (row[name] for name in ("policy_loss", "value_loss", "kl")):  # of every agent
-            raise FloatingPointError(f"training diverged by {counters['env_steps']:,} steps: {row}")
-        snapshot = gather(state) if evaluate_now or save_now else None  # all hosts take part
-        if leads and evaluate_now and args.eval_every and not own_env:
-            scores = [score and score["mean"] for score in gymnasium_scores(setup, snapshot, seeds)]
-            known = [score for score in scores if score is not None]
-            row["gymnasium_return"] = float(np.mean(known)) if known else None
-            row |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
-        if leads:
-            log.write(row)
-        if leads and save_now:
-            save_checkpoint(run_dir / "checkpoint.npz", args, snapshot, counters)
+    # A thread of its own waits for XLA, so that signals find this one free.
+    with contextlib.closing(log or io.BytesIO()), stop_signals() as stopped, ThreadPoolExecutor(1) as waiter:
+        while done < setup.iterations:
+            before, done = done, next_stop(done, setup.iterations, steps_per_iteration, intervals)
+            begin = time.perf_counter()
+            program = waiter.submit(lambda: jax.block_until_ready(run(hyper, state, np.int32(done - before))))
+            state, sums = program.result()  # host sync
+            seconds, steps = time.perf_counter() - begin, (done - before) * steps_per_iteration
+            counters |= dict(env_steps=done * steps_per_iteration, train_seconds=counters["train_seconds"] + seconds)
+            last = done == setup.iterations
+            evaluate_now, save_now = (last or crossed(counters["env_steps"], steps, every) for every in intervals[1:])
+            row = metrics_row(sums, done - before, counters, len(seeds) * steps / seconds)
+            if None in (row[name] for name in ("policy_loss", "value_loss", "kl")):  # of every agent
+                raise FloatingPointError(f"training diverged by {counters['env_steps']:,} steps: {row}")
+            snapshot = gather(state) if evaluate_now or save_now else None  # all hosts take part
+            if leads and evaluate_now and args.eval_every and not own_env and not stopped:
+                scores = [score and score["mean"] for score in gymnasium_scores(setup, snapshot, seeds)]
+                known = [score for score in scores if score is not None]
+                row["gymnasium_return"] = float(np.mean(known)) if known else None
+                row |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
+            if leads:
+                log.write(row)
+            if leads and (save_now or stopped):
+                save_checkpoint(run_dir / "checkpoint.npz", args, snapshot or gather(state), counters)
+            if stopped:
+                raise KeyboardInterrupt
 
     # Evaluate
     if leads:
-        log.close()
         plot_curve(run_dir, f"{args.env_id}, {len(seeds)} agent(s)")
         return report(setup, args, run_dir, gather(state), counters, own_env)
     gather(state)
@@ -1800,15 +1852,27 @@ def parse_args(argv: list[str]) -> Args:
     return resolve(parse(saved_args(checkpoint)) if checkpoint else args)
 
 
+def saved_words(args: Args | None) -> str:
+    """What an interrupted run leaves to go on from."""
+    path = args and Path(args.run_dir) / "checkpoint.npz"
+    if not path or not path.is_file():
+        return "no checkpoint was written"
+    return f"the run is saved, continue it with --resume {path}"
+
+
 def main() -> int:
+    args = None
     try:
         args = parse_args(sys.argv[1:])
         play(args) if args.play else benchmark(args) if args.benchmark else train(args)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk
+        print(f"error: {error}; {saved_words(args)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("stopped: --resume the run's checkpoint.npz to go on from where it was last saved", file=sys.stderr)
+        print(f"stopped: {saved_words(args)}", file=sys.stderr)
         return 1
     return 0
 

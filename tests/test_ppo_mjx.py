@@ -11,14 +11,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 
 import ast
 import dataclasses
+import errno
 import functools
 import gzip
 import importlib.util
 import json
 import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -169,7 +173,7 @@ def test_a_quarantined_step_changes_neither_loss_nor_gradient_nor_statistics():
     @jax.jit
     def learned(wrong):
         spoilt = [jnp.where(invalid.reshape(*shape, *[1] * (x.ndim - 2)), wrong, x) for x in fields]
-        rollout = ppo.Transition(*spoilt, never, never, invalid, fields[-1], fields[-1])
+        rollout = ppo.Transition(*spoilt, never, never, invalid, fields[-1], fields[-1], fields[-1])
         batch, returns = ppo.make_batch(setup, hyper, state, rollout, jax.random.PRNGKey(0))
         batch, log_std = jax.tree.map(lambda x: x[0], batch), state.parameters["actor"]["log_std"]
         loss = jax.value_and_grad(ppo.ppo_loss, argnums=2, has_aux=True)
@@ -202,6 +206,13 @@ def test_first_ages_are_random_on_request():
     keys = jax.random.split(jax.random.PRNGKey(0), 500)
     ages = [jax.vmap(functools.partial(ppo.first_slot, probe("delayed"), random))(keys).age for random in (True, False)]
     assert len(np.unique(ages[0])) > 300 and not ages[1].any()
+
+
+def test_episodes_that_began_at_a_random_age_are_left_out_of_the_log():
+    """The truncation probe pays 1 for each of its 5 steps, so whole episodes return 5, and cut ones less."""
+    _, _, sums = train_on_probe("truncation", 2, random_initial_ages=True)
+    assert sums["return_sum"] == 5 * sums["episodes"] == sums["length_sum"] and sums["success_sum"] == sums["episodes"]
+    assert 64 * 4 < sums["episodes"] < 64 * 32 / 5
 
 
 def test_evaluation_leaves_quarantined_episodes_out_and_counts_only_the_first_of_each_environment():
@@ -300,6 +311,116 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
     assert any((whole[name] != other[name]).any() for name in whole if "kernel" in name)
+
+
+def main_on_probe(monkeypatch, *words, **patches):
+    """The exit status of the command line, trained on a probe environment in place of the task."""
+    with monkeypatch.context() as patch:
+        train = ppo.train
+        patch.setattr(ppo, "train", lambda args: train(args, probe("action")))
+        for name, value in patches.items():
+            patch.setattr(ppo, name, value)
+        patch.setattr(sys, "argv", ["ppo_mjx_jax.py", *TINY_RUN, *map(str, words)])
+        return ppo.main()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    path, write, saved = tmp_path / "checkpoint.npz", Path.write_bytes, []
+
+    def full(partial, content):
+        if partial.name.startswith("checkpoint"):
+            saved.append(partial)
+        if len(saved) == 2:
+            write(partial, bytes(content)[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+        return write(partial, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main_on_probe(monkeypatch, "--run-dir", tmp_path, "--checkpoint-every", 128) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "No space left on device" in line and f"--resume {path}" in line
+    assert ppo.load_header(str(path))["counters"]["env_steps"] == 128 and not list(tmp_path.glob("*partial*"))
+
+
+def test_a_full_disk_keeps_the_log_of_the_run_that_is_resumed(tmp_path, monkeypatch):
+    log = b'{"env_steps": 128}\n{"env_steps": 256}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(log)
+
+    def full(partial, content):
+        partial.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        ppo.Log(tmp_path, ppo.resolve(ppo.Args(**SMALL)), first_step=128)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(number, tmp_path, monkeypatch, capsys):
+    """The signal comes in the third of 32 stretches. Ctrl-C before the first step finds nothing to save."""
+    rows, metrics_row, handlers = [], ppo.metrics_row, [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(*inputs):
+        rows.append(metrics_row(*inputs))
+        if len(rows) == 3:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        return rows[-1]
+
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    assert main_on_probe(monkeypatch, "--run-dir", half, metrics_row=interrupted) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("stopped: ") and line.endswith(f"--resume {half / 'checkpoint.npz'}")
+    assert ppo.load_header(str(half / "checkpoint.npz"))["counters"]["env_steps"] == 384
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert main_on_probe(monkeypatch, "--resume", half / "checkpoint.npz") == 0
+    assert main_on_probe(monkeypatch, "--run-dir", whole) == 0
+    resumed, uninterrupted = final_state(half), final_state(whole)
+    for name in uninterrupted:
+        np.testing.assert_array_equal(resumed[name], uninterrupted[name], err_msg=name)
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    """Though the program of the first stretch would run for many minutes more."""
+    steps = ("--total-timesteps", 10**9, "--log-every", 10**9, "--checkpoint-every", 10**9)
+    words = [sys.executable, ROOT / "ppo_mjx_jax.py", *TINY_RUN, "--run-dir", tmp_path / "run", *steps]
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL, stderr=err)
+    try:
+        until = time.monotonic() + 300
+        while "steps/s" not in (tmp_path / "err").read_text() and time.monotonic() < until:
+            time.sleep(0.2)  # until the bar is drawn
+        for _ in range(2):
+            time.sleep(2)
+            assert process.poll() is None, (tmp_path / "err").read_text()
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, monkeypatch):
+    """Either the file is refused or all that is read from it is as it was saved."""
+    assert main_on_probe(monkeypatch, "--run-dir", tmp_path / "run") == 0
+    whole, path, rng, refused = tmp_path / "run" / "checkpoint.npz", tmp_path / "flipped.npz", np.random.default_rng(0), 0
+    args = ppo.resolve(ppo.saved_args(str(whole)))
+    create = jax.vmap(functools.partial(ppo.initialise, ppo.make_setup(probe("action"), args)))
+    shapes = jax.eval_shape(create, *ppo.hyperparameters(args))
+    content, expected = whole.read_bytes(), jax.tree.leaves(ppo.load_state(str(whole), shapes))
+    for place in rng.choice(len(content), 150, replace=False):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            ppo.load_header(str(path))
+            found = jax.tree.leaves(ppo.load_state(str(path), shapes))
+        except ppo.InputError:
+            refused += 1
+            continue
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs, err_msg=f"after a flip at {place}")
+    assert refused > 75
 
 
 def test_profile_times_the_parts_and_leaves_the_training_as_it_was(tmp_path, capsys):
@@ -489,7 +610,7 @@ def test_an_interrupted_run_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ppo_mjx_jax.py"])
     assert ppo.main() == 1
     err = capsys.readouterr().err
-    assert "--resume the run's checkpoint.npz" in err and err.count("\n") == 1
+    assert err == "stopped: no checkpoint was written\n"
 
 
 @pytest.mark.parametrize("damage", ["nothing", "one array", "no flags", "a list"])
@@ -564,13 +685,20 @@ def test_schedules_half_way(schedule, kl, rate):
     ("--resume ../tests", "is a folder; give the file in it"),
     ("--run-dir gae_cases.py", "run_dir = gae_cases.py cannot be made: File exists"),
     ("--run-dir gae_cases.py/a", "run_dir = gae_cases.py/a cannot be made: Not a directory"),
+    ("--run-dir /proc", "run_dir = /proc cannot be"),
+    ("--run-dir ''", "run_dir = must be a path that is not empty"),
+    ("--play ''", "play = must be a path that is not empty"),
+    ("--resume ''", "resume = must be a path that is not empty"),
+    ("--seed 99999999999999999999999", "must be at most 2,000,000,000"),
+    ("--num-envs 99999999999999", "1 x 99,999,999,999,999 x 16 = 1,599,999,999,999,984 must be below 2,147,483,648"),
+    ("--num-seeds 99999999999999", "must be below 2,147,483,648"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(flags, complaint, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent)
-    monkeypatch.setattr(sys, "argv", ["ppo_mjx_jax.py", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["ppo_mjx_jax.py", *shlex.split(flags)])
     assert ppo.main() == 2
     message = capsys.readouterr().err.strip()
-    assert complaint in message and "\n" not in message
+    assert complaint in message and message.startswith("error: ") and "\n" not in message
 
 
 @pytest.mark.parametrize("flags, module, complaint", [
