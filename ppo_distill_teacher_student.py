@@ -18,7 +18,8 @@ Sized for two CPU cores (fewer robots, smaller networks):
 The stages, in order; each has a folder with its own log and checkpoint in the folder of the run:
 
     teacher     PPO; policy and value function see the privileged observation (`critic_obs`)
-    student     DAgger (Ross et al. 2011): the student drives, the teacher's mean action labels every state it visits
+    student     on-policy imitation: the student drives, the teacher's mean action labels every state it visits; each
+                iteration learns from its own rollout alone
     finetune    PPO on the student, whose value function, the teacher's, adapts first while the policy stands still
     baseline    PPO on an untrained student, with as many environment steps as the three before it together
     evidence    all of them on seeds x perturbations: evidence.json, .csv, .png and pictures.png, the student on stairs
@@ -30,11 +31,12 @@ The privileged observation of a task without `critic_obs` is `obs`; what its stu
 
 Needs `vecsim_torch.py` beside it and nothing else of this project: copy the two files and they are yours.
 
-Sources: DAgger, Ross et al. 2011 (arXiv:1011.0686), algorithm 3.1 with beta = 0; teacher and student on rough terrain, Lee et al. 2020
-(arXiv:2010.11251); PPO, Schulman et al. 2017 (arXiv:1707.06347), eq. 7; GAE, Schulman et al. 2016 (arXiv:1506.02438), eq. 16; time
-limits, Pardo et al. 2018 (arXiv:1712.00378); learning rate from the KL divergence, many environments, terrain, Rudin et al. 2022
-(arXiv:2109.11978); a value function that sees more than the policy, Pinto et al. 2018 (arXiv:1710.06542); running moments, Chan et
-al. 1983.
+Sources: imitation on the student's own states, Ross et al. 2011 (arXiv:1011.0686), algorithm 3.1 with beta = 0 and without
+its aggregation of data (so not DAgger); teacher and student on rough terrain, Lee et al. 2020 (arXiv:2010.11251); PPO,
+Schulman et al. 2017 (arXiv:1707.06347), eq. 7; GAE, Schulman et al. 2016 (arXiv:1506.02438), eq. 16; time limits, Pardo et
+al. 2018 (arXiv:1712.00378); learning rate from the KL divergence, many environments, terrain, Rudin et al. 2022
+(arXiv:2109.11978); a value function that sees more than the policy, Pinto et al. 2018 (arXiv:1710.06542); running moments,
+Chan et al. 1983.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
@@ -198,7 +201,7 @@ class Args:
     learning_rate_max: float | None = None
     """upper bound of the adapted learning rate (>= learning_rate_min)"""
 
-    # DAgger: student
+    # On-policy imitation: student
     distill_steps: int | None = None
     """steps per environment and iteration of the student stage (>= 1)"""
     distill_epochs: int = 2
@@ -306,7 +309,7 @@ class Sizes(NamedTuple):
     envs: int  # environments of this process
     minibatch: int  # environments of this process in one gradient step of PPO
     microbatch: int  # environments in one backward pass of PPO
-    distill_minibatch: int  # environments of this process in one gradient step of DAgger
+    distill_minibatch: int  # environments of this process in one gradient step of the student stage
     plans: dict[str, Plan]  # of each training stage
 
 
@@ -666,7 +669,7 @@ class LossTerms(NamedTuple):
 
 
 class ImitationTerms(NamedTuple):
-    """DAgger: means over a minibatch, in the order in which imitation_loss stacks them."""
+    """On-policy imitation: means over a minibatch, in the order in which imitation_loss stacks them."""
 
     imitation_loss: Tensor  # square of the difference to the teacher's action, mean over actions, half ranges squared
     action_error: Tensor  # size of that difference, mean over actions, half ranges
@@ -894,7 +897,7 @@ def imitate(
     loss_function,
     args: Args,
 ) -> Tensor:
-    """All gradient steps of one iteration of DAgger; returns the ImitationTerms summed over them, stacked.
+    """All gradient steps of one iteration of imitation; returns the ImitationTerms summed over them, stacked.
 
     Slices of gradient_length steps follow one another in time, one Adam step each; the memory goes on from slice to slice, its
     gradient does not. label: (T, N, actions), half ranges; order: (N,) in which the environments fall into minibatches."""
@@ -1440,6 +1443,18 @@ def mean_over_seeds(rows: list[dict], policy: str, perturbation: str, metric: st
     return None if None in values or not values else sum(values) / len(values)
 
 
+def paired_difference(rows: list[dict], policy: str, other: str, perturbation: str, metric: str) -> dict | None:
+    """Mean of policy - other, paired by seed, and the ends of its 95% t interval; None with less than two seeds."""
+    values = {(row["policy"], row["seed"]): row[metric] for row in rows if row["perturbation"] == perturbation}
+    seeds = [seed for name, seed in values if name == policy]
+    if len(seeds) < 2 or None in values.values():
+        return None
+    differences = np.array([values[policy, seed] - values[other, seed] for seed in seeds])
+    half = stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / math.sqrt(len(seeds))
+    mean = float(differences.mean())
+    return dict(mean=mean, low=mean - float(half), high=mean + float(half))
+
+
 def write_evidence(
     rows: list[dict], sources: dict, args: Args, device: torch.device, run_dir: Path, panel: dict = PERTURBATIONS
 ) -> dict:
@@ -1460,6 +1475,10 @@ def write_evidence(
             mine["tracking_of_teacher"] = mine["tracking"] / reference if reference else None
             by_level = [row["by_level"] for row in rows if (row["policy"], row["perturbation"]) == (policy, name)]
             mine["levels_mastered"] = None if None in by_level else levels_mastered(by_level)
+            others = [other for other in policies if other != policy]
+            for metric in ("tracking", "falls"):  # a difference is shown where its interval does not contain 0
+                pairs = {other: paired_difference(rows, policy, other, name, metric) for other in others}
+                mine[f"{metric}_beyond"] = pairs
     on_gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if on_gpu else vecsim_torch.cpu_name()
     evidence = dict(env_id=args.env_id, algorithm="distill", seeds=args.evidence_seeds, episodes=args.eval_episodes)

@@ -835,6 +835,16 @@ def test_the_evidence_is_taken_under_its_perturbation_without_randomisation():
     assert not any(name.split(".")[0] == "randomize" or name.startswith("perturb.") for options in made for name in options)
 
 
+def test_differences_between_policies_are_paired_by_seed():
+    """Of 0.1, 0.2 and 0.3: mean 0.2, standard error 0.1 / sqrt(3), and t = 4.303 with two degrees of freedom."""
+    values = dict(student=(0.5, 0.2, 0.9), teacher=(0.4, 0.0, 0.6))
+    rows = [dict(policy=policy, perturbation="nominal", seed=seed, tracking=x)
+            for policy, own in values.items() for seed, x in zip((3, 7, 11), own, strict=True)]  # fmt: skip
+    found = distill.paired_difference(rows, "student", "teacher", "nominal", "tracking")
+    assert found == pytest.approx(dict(mean=0.2, low=0.2 - 0.2484, high=0.2 + 0.2484), abs=1e-4)
+    assert distill.paired_difference(rows[::3], "student", "teacher", "nominal", "tracking") is None
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -941,6 +951,8 @@ def test_all_stages_on_the_quadruped_with_evidence(tmp_path, monkeypatch, capsys
             teacher = evidence["summary"]["teacher"][name]["tracking"]
             assert cell["tracking_of_teacher"] == pytest.approx(cell["tracking"] / teacher)
             assert cell["levels_mastered"] is None and cell["quarantined"] == 0
+            others = [other for other in policies if other != policy]
+            assert list(cell["tracking_beyond"]) == list(cell["falls_beyond"]) == others
     rows = list(csv.DictReader((tmp_path / "evidence.csv").open()))
     assert (
         len(rows) == 16 and {"policy", "perturbation", "seed", "success", "velocity_error", "falls"} <= rows[0].keys()
