@@ -16,7 +16,8 @@ The folder, readable without running anything:
 
     record.json     the task in words, configuration, checkpoints, versions, hardware, and what was left out and why
     episodes.csv    one row per episode: return, length, success, tracking, and all that its failure label follows from
-    summary.csv     one row per checkpoint and perturbation: means with 95% intervals, differences from `none` and between checkpoints
+    summary.csv     one row per checkpoint and perturbation: middles with 95% intervals, also of the differences from `none`
+                    and between checkpoints
     worst.npz       traces of the worst episodes, "<checkpoint>/<perturbation>/<seed>/<episode>/<what>", (T, ...), SI units:
                     time, qpos, qvel, action, unit_action (+-1 spans the range), obs, reward; row t is before step t, reward what it earned
     *.png, *.mp4    scores, failures and traces; the worst failure on film
@@ -27,9 +28,11 @@ A failed episode gets one label, by the first rule of RULES that holds (`failure
 number under `none`, from the same start under the same command. Causes are counterfactual: the twin succeeded, so what the perturbation
 changes is to blame (or, under `timestep` and in `mujoco_c`, a later command of a quadruped, which is another then).
 
-Intervals are percentile bootstraps (Efron 1979) over episodes within each seed, the same draws for all cells (so differences are
-paired; stratified as Agarwal et al. 2021, arXiv:2108.13264, do by task), spread to the variance of E - 1 degrees of freedom. They cover
-initial states and disturbances, never the training. A teacher that reads privileged observations is not run under noise: they have none.
+The middle of returns, lengths, speeds and velocity errors is their interquartile mean (Agarwal et al. 2021,
+arXiv:2108.13264), which a few episodes that fall cannot move. The middle of shares (success, unsafe steps) is their mean.
+A difference is the middle of the differences between twins. Intervals are percentile bootstraps (Efron 1979) over the
+episodes of all seeds; where one contains 0, no difference is shown. They cover initial states and disturbances, never the
+training. A teacher that reads privileged observations is not run under noise: they have none.
 
 A checkpoint says itself how it is read: the file's kind, then its field `algorithm` (LOADERS): a .npz is of ppo_mjx_jax.py, "ppo" of
 ppo_gpu_torch.py, "sac" of sac_gpu_torch.py, "distill" of ppo_distill_teacher_student.py, whose `stage` says if it is teacher or student.
@@ -70,6 +73,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -178,6 +182,8 @@ def check_args(args: Args) -> Args:
     for name in args.perturbations:
         if name not in PERTURBATIONS:
             raise InputError(f"unknown perturbation {name!r}; choose from {', '.join(PERTURBATIONS)}")
+    if args.out == "":
+        raise InputError("out is empty; name a folder, or omit --out for its default")
     ordered = tuple(name for name in PERTURBATIONS if name == "none" or name in args.perturbations)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     with refusals_of_the_simulator():
@@ -578,6 +584,10 @@ def read_checkpoint(path: str, agent: int) -> dict:
     if Path(path).is_dir():
         raise InputError(f"checkpoint {path} is a folder; give a file in it, such as {Path(path) / 'checkpoint.pt'}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} differs from its checksum")
         if is_numpy_archive(path):
             with np.load(path, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
@@ -590,7 +600,7 @@ def read_checkpoint(path: str, agent: int) -> dict:
     except Exception as error:  # torch.load and numpy raise many types on a damaged file
         reason = str(error).split("\n")[0][:100]
         raise InputError(
-            f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
+            f"checkpoint {path} cannot be read; is it damaged? ({type(error).__name__}: {reason})"
         ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") not in LOADERS:
         known = ", ".join(LOADERS)
@@ -1047,61 +1057,47 @@ def episode_rows(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...]) 
 METRICS = ("return", "success", "length", "speed", "tracking", "unsafe")
 
 
-def bootstrap_means(values: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """(resamples, K): means of values (S, E, K), with E episodes drawn anew within each of S seeds, all K columns by the same draws.
-
-    A draw of E episodes spreads as if E were one less; spread about the mean by sqrt(E / (E - 1)), few episodes get intervals as wide as
-    their variance says (Davison and Hinkley 1997, section 2.3)."""
-    rng, (seeds, episodes, _) = np.random.default_rng(seed), values.shape
-    alike, means = np.full(episodes, 1 / episodes), []
-    for _ in range(resamples):
-        times = rng.multinomial(episodes, alike, size=seeds)  # (S, E): how often each is drawn
-        means.append(np.tensordot(times, values, 2) / (seeds * episodes))
-    centre = values.mean((0, 1))
-    return centre + math.sqrt(episodes / (episodes - 1)) * (np.array(means) - centre)
+def middle_of(metric: str) -> Callable:
+    """The mean of a share; the interquartile mean of anything else."""
+    share = metric in ("success", "unsafe")
+    return np.mean if share else functools.partial(stats.trim_mean, proportiontocut=0.25)
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of draws (resamples,)."""
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(low), float(high)
+def estimate(values: np.ndarray, metric: str, resamples: int) -> tuple[float, float, float]:
+    """The middle of values (episodes,) and the ends of its 95% interval; NaN where a value is missing."""
+    if np.isnan(values).any():
+        return (math.nan,) * 3
+    middle, drawing = middle_of(metric), dict(method="percentile", rng=0, batch=500)
+    low, high = stats.bootstrap((values,), middle, n_resamples=resamples, **drawing).confidence_interval
+    return float(middle(values)), float(low), float(high)
 
 
-def summarize(subjects: list[Subject], cells: Cells, seeds: tuple[int, ...], resamples: int) -> list[dict]:
-    """One row per checkpoint and perturbation, in the columns of summary.csv; all intervals from the same draws."""
-    pairs = list(dict.fromkeys((label, perturbation) for label, perturbation, _ in cells))
-    stacked = {}  # (S, E, metrics) each
-    for pair in pairs:
-        own = [np.stack([cells[*pair, seed][metric] for metric in METRICS], -1) for seed in seeds]
-        stacked[pair] = np.stack(own).astype(float)
-    drawn_together = bootstrap_means(np.concatenate([*stacked.values()], -1), resamples)
-    draws = dict(zip(pairs, np.split(drawn_together, len(pairs), axis=1), strict=True))
-    means = {pair: values.mean((0, 1)) for pair, values in stacked.items()}
-    rows = []
+def summarize(rows: list[dict], resamples: int) -> list[dict]:
+    """Rows of episodes.csv -> one row per checkpoint and perturbation, in the columns of summary.csv."""
+    values, first = {}, rows[0]["checkpoint"]  # values: (episodes, metrics) by checkpoint and perturbation
+    for row in rows:
+        values.setdefault((row["checkpoint"], row["perturbation"]), []).append([row[metric] for metric in METRICS])
+    values = {pair: np.array(x, float) for pair, x in values.items()}
+    summary, several = [], len({label for label, _ in values}) > 1
 
-    def columns(prefix: str, k: int, pair: tuple, other: tuple | None) -> dict[str, float]:
-        mean, drawn = means[pair][k], draws[pair][:, k]
-        if other is not None and other not in pairs:  # the first checkpoint ran none of this
-            return {f"{prefix}{end}": math.nan for end in ("", "_low", "_high")}
-        if other is not None:
-            mean, drawn = mean - means[other][k], drawn - draws[other][:, k]
-        low, high = interval(drawn)
-        if other is None and METRICS[k] in ("success", "unsafe"):
-            low, high = max(low, 0.0), min(high, 1.0)  # shares
-        return {prefix: float(mean), f"{prefix}_low": low, f"{prefix}_high": high}
+    def columns(name: str, metric: str, pair: tuple, twin: tuple | None = None) -> dict[str, float]:
+        k = METRICS.index(metric)
+        missing = np.full(len(values[pair]), math.nan)  # the first checkpoint may have run none of this
+        own = values[pair][:, k] - (0.0 if twin is None else values[twin][:, k] if twin in values else missing)
+        return dict(zip((name, f"{name}_low", f"{name}_high"), estimate(own, metric, resamples), strict=True))
 
-    for pair in pairs:
+    for pair in values:
         label, perturbation = pair
+        own = [row for row in rows if (row["checkpoint"], row["perturbation"]) == pair]
         row = dict(checkpoint=label, perturbation=perturbation, simulator=PERTURBATIONS[perturbation].simulator)
-        row |= dict(seeds=len(seeds), episodes=stacked[pair][..., 0].size)
-        for k, metric in enumerate(METRICS):
-            row |= columns(metric, k, pair, None)
+        row |= dict(seeds=len({one["seed"] for one in own}), episodes=len(own))
+        for metric in METRICS:
+            row |= columns(metric, metric, pair)
         for metric in ("return", "success"):
-            k, first = METRICS.index(metric), (subjects[0].label, perturbation)
-            row |= columns(f"{metric}_change_from_none", k, pair, (label, "none"))
-            row |= columns(f"{metric}_beyond_{subjects[0].label}", k, pair, first) if len(subjects) > 1 else {}
-        rows.append(row)
-    return rows
+            row |= columns(f"{metric}_change_from_none", metric, pair, (label, "none"))
+            row |= columns(f"{metric}_beyond_{first}", metric, pair, (first, perturbation)) if several else {}
+        summary.append(row)
+    return summary
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -1296,7 +1292,7 @@ def words_of(perturbation: str) -> str:
 
 
 def plot_scores(path: Path, summary: list[dict], title: str) -> None:
-    """Mean return and success rate of each checkpoint under each perturbation, with their intervals."""
+    """Middle return and success rate of each checkpoint under each perturbation, with their intervals."""
     names = conditions(summary)
     labels = list(dict.fromkeys(row["checkpoint"] for row in summary))
     figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained")
@@ -1314,7 +1310,7 @@ def plot_scores(path: Path, summary: list[dict], title: str) -> None:
             axis.axvline(middle[0], color=colour, lw=0.8, ls=":")
     axes[0].set_yticks(range(len(names)), [words_of(name) for name in names])
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("mean return")
+    axes[0].set_xlabel("return, interquartile mean")
     axes[1].set_xlabel("success, % of episodes")
     axes[1].set_xlim(-3, 103)
     for axis in axes:
@@ -1500,7 +1496,7 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
                 f"return changed by {with_interval(weakest, 'return_change_from_none')}."
             )
         else:
-            lines.append(f"**{subject.label}**: no perturbation lowers return or success measurably.")
+            lines.append(f"**{subject.label}**: no drop of return or success is shown under any perturbation.")
         lines += [f"**{subject.label}**: {swap_words(row, rows)}." for row in swaps]
         same = kept(rows, subject.label, ("return", "length"))
         if "sparse_reward" in kept(rows, subject.label, MEASURED):
@@ -1519,7 +1515,7 @@ def headline(subjects: list[Subject], summary: list[dict], rows: list[dict]) -> 
         own = [row for row in own if not math.isnan(row[name])]
         equal = [row["perturbation"] for row in own if all_returns_equal(rows, row["perturbation"], (first, other.label))]
         parts = [f"equal in every episode under {', '.join(map(words_of, equal))}"] if equal else []
-        for sign, words in ((1, "more"), (-1, "less"), (0, "undecided")):
+        for sign, words in ((1, "more"), (-1, "less"), (0, "no difference shown")):
             compared = [row for row in own if row["perturbation"] not in equal and verdict(row, name) == sign]
             names = [words_of(row["perturbation"]) for row in compared]
             parts += [f"{words} under {', '.join(names)}"] if names else []
@@ -1545,7 +1541,7 @@ def swap_words(row: dict, rows: list[dict]) -> str:
             f"{name} and vecsim are both at a return of {sized(*returns)} in every episode, a limit that may hide "
             f"differences; success changed by {success}"
         )
-    return f"{name} agrees with vecsim from the same initial states, within the intervals of return and success: {changes}"
+    return f"no difference shown between {name} and vecsim from the same initial states: {changes}"
 
 
 def kept(rows: list[dict], label: str, columns: tuple[str, ...]) -> list[str]:
@@ -1622,6 +1618,8 @@ def postmortem(record: dict, summary: list[dict], rows: list[dict], traced: list
         "## The task\n",
         markdown_table(["", ""], [[name, text] for name, text in task.items()]),
         "## How far this goes\n",
+        "- Returns and velocity errors are interquartile means; success and unsafe steps are means. A change is taken "
+        "episode by episode, then averaged in the same way.\n"
         "- Intervals are 95%, paired by episode, over initial states and disturbances: another training run is another policy.\n"
         "- Where no episode of n failed or none succeeded, the interval has no width; by the rule of three the rate may still be 3/n off.\n"
         "- With intervals for many conditions, one in twenty differences is expected to exclude 0 by chance.",
@@ -1700,7 +1698,7 @@ def write_evidence(
     contract = CONTRACTS[subjects[0].env_id]
     rows = episode_rows(subjects, cells, args.seeds)
     write_rows(out / "episodes.csv", rows)
-    summary = summarize(subjects, cells, args.seeds, args.resamples)
+    summary = summarize(rows, args.resamples)
     write_rows(out / "summary.csv", summary)
     traced = trace_worst(subjects, rows, args)
     arrays = {f"{episode_name(row)}/{name}": x for row in traced for name, x in row["trace"].items()}

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -262,39 +263,36 @@ def test_usual_is_the_median_of_successes():
 # The bootstrap ------------------------------------------------------------------------------------------------------------
 
 
-def test_bootstrap_of_a_normal_sample_has_the_width_of_theory():
-    values = np.random.default_rng(1).standard_normal((5, 200, 1))
-    values = (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
-    low, high = panel.interval(panel.bootstrap_means(values, 4000)[:, 0])
-    expected = 1.96 / math.sqrt(1000)
+@pytest.mark.parametrize("metric, variance", [("success", 1.0), ("return", 1.195)])
+def test_intervals_have_the_width_of_theory(metric, variance):
+    """Of a normal sample: the variance of its mean is 1 / n, that of its interquartile mean 1.195 / n (Huber 1981)."""
+    values = [NormalDist().inv_cdf((k + 0.5) / 1000) for k in range(1000)]
+    middle, low, high = panel.estimate(np.array(values), metric, 4000)
+    expected = 1.96 * math.sqrt(variance / 1000)
+    assert middle == pytest.approx(0, abs=1e-9)
     assert high == pytest.approx(expected, rel=0.06) and low == pytest.approx(-expected, rel=0.06)
 
 
-def test_bootstrap_is_exact_for_constants_stratified_paired_and_repeatable():
+def test_middles_by_hand_and_intervals_that_repeat():
+    values = np.array([100.0, 1, 2, 3, 4, 5, 6, 7])
+    assert panel.estimate(values, "return", 100)[0] == 4.5 and panel.estimate(values, "unsafe", 100)[0] == 16
+    assert panel.estimate(values, "return", 100) == panel.estimate(values, "return", 100)
+    assert panel.estimate(np.full(9, 3.0), "return", 100) == (3, 3, 3)
+    assert all(map(math.isnan, panel.estimate(np.array([1.0, math.nan]), "tracking", 100)))
+
+
+def test_differences_are_paired_and_one_fall_makes_none():
+    """Twins differ by noise about 0; then by 0.5 each; then one of them falls, which would move the mean by 90."""
     rng = np.random.default_rng(2)
-    noise = rng.standard_normal((3, 50, 1))
-    of_seed = np.broadcast_to(np.array([1.0, 2.0, 6.0])[:, None, None], (3, 50, 1))
-    draws = panel.bootstrap_means(np.concatenate([of_seed, noise, noise + 0.5], -1), 300)
-    np.testing.assert_allclose(draws[:, 0], 3.0, rtol=1e-12)  # seeds are strata: their differences add no width
-    np.testing.assert_allclose(draws[:, 2] - draws[:, 1], 0.5, rtol=1e-9)  # the same episodes are drawn for both
-    assert draws[:, 1].std() > 0.05
-    np.testing.assert_array_equal(draws, panel.bootstrap_means(np.concatenate([of_seed, noise, noise + 0.5], -1), 300))
-    np.testing.assert_allclose(panel.interval(np.arange(1001.0)), (25, 975))
-
-
-def test_bootstrap_of_four_episodes_has_the_variance_of_theory():
-    """s^2 / E within each seed, s^2 with E - 1 below the line: a plain bootstrap would give three quarters of it."""
-    values = np.random.default_rng(3).standard_normal((6, 4, 1)) * np.arange(1.0, 7.0)[:, None, None]
-    draws = panel.bootstrap_means(values, 20_000)[:, 0]
-    theory = (values[..., 0].var(1, ddof=1) / 4).sum() / 6**2
-    assert draws.var() == pytest.approx(theory, rel=0.03) and draws.mean() == pytest.approx(values.mean(), abs=0.02)
-
-
-def test_intervals_of_shares_stay_within_them():
-    cell = {name: np.array([1.0, 1.0, 1.0, 0.0]) for name in panel.METRICS}
-    subject = panel.Subject("ppo", "", "Hopper-v5", {}, None, 0, "", {})
-    (row,) = panel.summarize([subject], {("ppo", "none", 3): cell}, (3,), 500)
-    assert row["success_high"] == 1.0 and row["return_high"] > 1.0
+    none = 100 * rng.standard_normal(100)
+    fall = none + rng.standard_normal(100) + np.where(np.arange(100) == 7, -9000.0, 0.0)
+    returns = {"none": none, "mass": none + rng.standard_normal(100), "gravity": none + 0.5, "push": fall}
+    _, noise, shift, fall = panel.summarize(episodes(returns), 1000)
+    assert [shift[f"return_change_from_none{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.5] * 3)
+    assert panel.verdict(shift, "return_change_from_none") == 1
+    for row in (noise, fall):
+        assert panel.verdict(row, "return_change_from_none") == 0
+        assert row["return_change_from_none_high"] - row["return_change_from_none_low"] < 1
 
 
 # Sentences ----------------------------------------------------------------------------------------------------------------
@@ -332,7 +330,7 @@ def test_worse_is_less_return_or_less_success(change, success, worse):
     rows = episodes({"none": [1.0, 2.0], "mass": [2.0, 3.0], "push": [3.0, 4.0]})
     text = "\n".join(panel.headline([subject], summary, rows))
     assert ("is weakest under push (pushed by 1 m/s" in text) == worse
-    assert ("no perturbation lowers return or success measurably" in text) != worse
+    assert ("no drop of return or success is shown under any perturbation" in text) != worse
 
 
 def test_the_weakest_is_the_lowest_success_of_those_that_are_worse():
@@ -346,7 +344,7 @@ def test_the_weakest_is_the_lowest_success_of_those_that_are_worse():
 def test_verdicts_on_another_simulator_take_return_and_success_and_no_ceiling():
     ceiling, usual = ({"none": x, "mujoco_c": x} for x in ([1000.0, 1000.0], [1.0, 2.0]))
     for row, returns, words in (
-        (summary_row("mujoco_c"), usual, "MuJoCo C agrees with vecsim"),
+        (summary_row("mujoco_c"), usual, "no difference shown between MuJoCo C and vecsim"),
         (summary_row("mujoco_c", change=5), usual, "MuJoCo C differs from vecsim"),
         (summary_row("mujoco_c", success=-0.3), usual, "MuJoCo C differs from vecsim"),
         (summary_row("mujoco_c", success=-0.3), ceiling, "MuJoCo C differs from vecsim"),
@@ -430,13 +428,14 @@ def test_episodes_add_up_and_the_two_policies_get_what_they_deserve(evidence):
             for r in rows
             if (r["checkpoint"], r["perturbation"]) == (mine["checkpoint"], mine["perturbation"])
         ]
-        assert float(mine["return"]) == pytest.approx(np.mean(own), rel=1e-4)
+        assert float(mine["return"]) == pytest.approx(np.mean(sorted(own)[1:-1]), rel=1e-4)  # of six, a quarter is one
         assert float(mine["return_low"]) <= float(mine["return"]) <= float(mine["return_high"])
     page = (evidence / "postmortem.md").read_text()
     assert "**sac** against **ppo**" in page and "less under" in page
     assert "no episode changed at all under sparse reward" in page
     assert "every episode kept its return and length under observation noise" in page
-    assert "**ppo**: MuJoCo C and vecsim are both at a return of 6 in every episode" in page and "agrees" not in page
+    assert "**ppo**: MuJoCo C and vecsim are both at a return of 6 in every episode" in page
+    assert "no difference shown" not in page
 
 
 def test_worst_traces_are_the_episodes_of_the_table(evidence):
@@ -499,7 +498,8 @@ def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(pl
 def test_simulators_agree_step_by_step(tmp_path, name):
     """The pendulum under a policy that tilts it: what is left is float32."""
     if name == "mjx":
-        pytest.importorskip("ppo_mjx_jax")
+        jax = pytest.importorskip("ppo_mjx_jax").jax
+        jax.config.update("jax_default_matmul_precision", None)
     save(tmp_path / "checkpoint.pt", ppo, "ppo", actor_hidden=(4,), log_std_init=0.0)
     given = panel.Args((str(tmp_path / "checkpoint.pt"),), episodes=2, device="cpu")
     args = panel.check_args(
@@ -511,6 +511,7 @@ def test_simulators_agree_step_by_step(tmp_path, name):
     for condition in ("none", name):
         simulator = panel.open_simulator(subject, condition, args)
         results.append(panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0, 1)))
+    assert name != "mjx" or jax.config.jax_default_matmul_precision == "highest", "a GPU would take TF32"
     (mine, trace), (theirs, other) = results
     np.testing.assert_array_equal(mine["start"], theirs["start"])
     for key in ("return", "length", "survived", "terminated"):
@@ -566,7 +567,8 @@ def test_noise_is_for_policies_that_see_it(tmp_path):
             seen.append(panel.run_batch(subject.policy, simulator, safety, seed=5, watched=(0,))[1]["obs"][0])
         assert np.array_equal(*seen) == (subject.label not in ran)
 
-    summary, rows = panel.summarize(subjects, cells, args.seeds, 100), panel.episode_rows(subjects, cells, args.seeds)
+    rows = panel.episode_rows(subjects, cells, args.seeds)
+    summary = panel.summarize(rows, 100)
     (noisy,) = [row for row in summary if row["perturbation"] == "observation_noise"]
     assert math.isnan(noisy["return_beyond_teacher"]) and not math.isnan(noisy["return_change_from_none"])
     (line,) = [line for line in panel.headline(subjects, summary, rows) if "against" in line]
@@ -801,12 +803,24 @@ def test_a_disk_that_was_full_from_the_start_can_be_used_later(checkpoints, tmp_
 # Refusals -----------------------------------------------------------------------------------------------------------------
 
 
+def flipped(content, array):
+    """The bytes of a file, with one bit of an array in it flipped."""
+    place, content = content.index(array.tobytes()), bytearray(content)
+    content[place + 5] ^= 1
+    return content
+
+
 @pytest.fixture(scope="module")
 def bad(checkpoints, tmp_path_factory):
     """Files and folders that the panel must refuse, by name."""
     folder = tmp_path_factory.mktemp("bad")
     whole = open(checkpoints[0], "rb").read()
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    statistics = torch.load(checkpoints[0], weights_only=True)["agent"]["obs_statistics.mean"]
+    (folder / "flipped.pt").write_bytes(flipped(whole, statistics.numpy()))
+    arrays = np.linspace(0, 1, 50)
+    np.savez(folder / "whole.npz", header="{}", arrays=arrays)
+    (folder / "flipped.npz").write_bytes(flipped((folder / "whole.npz").read_bytes(), arrays))
     (folder / "empty.npz").write_bytes(b"")
     torch.save([1, 2], folder / "list.pt")
     checkpoint = torch.load(checkpoints[0], weights_only=True)
@@ -834,8 +848,11 @@ def bad(checkpoints, tmp_path_factory):
     [
         ([], "give at least one checkpoint"),
         (["{bad}/nothing.pt"], "nothing.pt does not exist"),
-        (["{bad}/truncated.pt"], "cannot be read; is it truncated?"),
-        (["{bad}/empty.npz"], "cannot be read; is it truncated?"),
+        (["{bad}/truncated.pt"], "cannot be read; is it damaged?"),
+        (["{bad}/flipped.pt"], "differs from its checksum"),
+        (["{bad}/flipped.npz"], "arrays.npy differs from its checksum"),
+        (["{good}", "--out", ""], "out is empty"),
+        (["{bad}/empty.npz"], "cannot be read; is it damaged?"),
         (["{bad}/list.pt"], "of no trainer that the panel knows"),
         (["{bad}/td3.pt"], "algorithm 'td3'"),
         (["{bad}/gone.pt"], "'Swimmer-v5', which is no task here; there are InvertedPendulum-v5"),
