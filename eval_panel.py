@@ -581,7 +581,7 @@ def is_numpy_archive(path: str) -> bool:
 
 def read_checkpoint(path: str, agent: int) -> dict:
     """The checkpoint's fields; a .npz, of which `agent` is wanted, gets those of a .pt. InputError where it cannot be read."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # also of a name that is too long
         raise InputError(f"checkpoint {path} is a folder; give a file in it, such as {Path(path) / 'checkpoint.pt'}")
     try:
         if zipfile.is_zipfile(path):
@@ -1311,6 +1311,7 @@ def plot_scores(path: Path, summary: list[dict], title: str) -> None:
     axes[0].set_yticks(range(len(names)), [words_of(name) for name in names])
     axes[0].invert_yaxis()
     axes[0].set_xlabel("return, interquartile mean")
+    axes[0].locator_params(axis="x", nbins=5)
     axes[1].set_xlabel("success, % of episodes")
     axes[1].set_xlim(-3, 103)
     for axis in axes:

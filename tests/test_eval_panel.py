@@ -848,6 +848,7 @@ def bad(checkpoints, tmp_path_factory):
     [
         ([], "give at least one checkpoint"),
         (["{bad}/nothing.pt"], "nothing.pt does not exist"),
+        (["{bad}/" + 300 * "x"], "cannot be read"),
         (["{bad}/truncated.pt"], "cannot be read; is it damaged?"),
         (["{bad}/flipped.pt"], "differs from its checksum"),
         (["{bad}/flipped.npz"], "arrays.npy differs from its checksum"),
