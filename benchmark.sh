@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Every figure of README, measured again: this project beside what a user would pick instead.
+# The comparisons of README, measured again: this project beside what a user would pick instead.
+#
+# Three figures of README come from elsewhere: the errors against MuJoCo C from `python -m pytest --figures results/parity.json`, the speed
+# beside MuJoCo C alone from `python vecsim_torch.py --json`, the panels from `python eval_panel.py`.
 #
 #     ./benchmark.sh sim        physics steps/s and one-step error: vecsim, MuJoCo C, MJX, Brax, mujoco-torch, MuJoCo Warp
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC updates/s against skrl
@@ -89,6 +92,7 @@ case "$mode" in
   *) refuse "unknown mode '$mode'; choose one of sim learner train scores peers walk distill seeds ablate sizes scaling cost profile film plot table programs" ;;
 esac
 
+gymnasium_tasks="InvertedPendulum-v5 Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5"
 env_ids="" device="" cores="" num_envs="" solver_iterations=4 max_envs="" max_processes="" total_timesteps="" set="" repeats="" seconds=""
 patience="" dollars_per_hour="" results="$root/results" quick="" dry_run="" force="" shared="" programs_folder=""
 while [ $# -gt 0 ]; do
@@ -103,6 +107,7 @@ while [ $# -gt 0 ]; do
       [ $# -ge 2 ] || refuse "$1 needs a value"
       name=${1#--}
       name=${name//-/_}
+      [[ "$name" != env_id || "$2" =~ [^,\ ] ]] || refuse "--env-id must name a task"
       if [ "$name" = env_id ]; then env_ids=${2//,/ }; else printf -v "$name" %s "$2"; fi
       shift
       ;;
@@ -119,6 +124,13 @@ done
 [[ -z "$dollars_per_hour" || "$dollars_per_hour" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--dollars-per-hour must be a number, not $dollars_per_hour"
 [[ ! "$dollars_per_hour" =~ ^[0.]+$ ]] || refuse "--dollars-per-hour must be more than 0"
 [[ "$set" =~ ^(ppo|sac|candidates|mjx)?$ ]] || refuse "--set must be ppo, sac, candidates or mjx, not $set"
+[ -n "$results" ] || refuse "--results must name a folder"
+[ ! -e "$results" ] || [ -d "$results" ] || refuse "--results must name a folder, and $results is a file"
+for env_id in $env_ids; do
+  tasks=$gymnasium_tasks
+  [[ "$mode" =~ ^(sim|train|scaling|cost)$ ]] || tasks+=" Quadruped-Flat Quadruped-Rough"
+  [[ " $tasks " = *" $env_id "* ]] || refuse "$mode knows no task $env_id; choose among $tasks"
+done
 [[ "$mode" != ablate && "$mode" != sizes || "$env_ids" != *" "* ]] || refuse "$mode takes one task, not $env_ids"
 [[ -z "$quick" || "$mode" =~ ^(sim|learner|train|scaling|cost)$ ]] || refuse "--quick does nothing in $mode; it is for sim, learner, train, scaling and cost"
 [[ "$device" =~ ^(cpu|cuda)?$ ]] || refuse "--device must be cpu or cuda, not $device"
@@ -3177,7 +3189,7 @@ simulator_settings() { # TASK ENVIRONMENTS -> settings of a `sim` comparison; sa
 run_sim() {
   local env_id settings compiled=""
   [ -n "$quick" ] || compiled="mujoco-torch, compiled|mujoco_torch|sim_mujoco_torch|compiled" # compiles for long
-  for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo InvertedPendulum-v5 Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5)}; do
+  for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo "$gymnasium_tasks")}; do
     settings=$(simulator_settings "$env_id" "${num_envs:-$([ "$device" = cuda ] && echo 8192 || echo 1024)}") || give_up "no states of $env_id"
     measure sim "$env_id-$place" "physics steps/s" "$settings" \
       "vecsim|project|sim_vecsim|" "MuJoCo C|project|sim_mujoco|" "MJX|project|sim_jax|mjx" "Brax, generalized|brax|sim_jax|brax" \

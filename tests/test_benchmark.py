@@ -100,6 +100,13 @@ def test_syntax_and_programs(programs):
         (["cost", "--dollars-per-hour", "0.0"], "--dollars-per-hour must be more than 0"),
         (["walk", "--quick"], "--quick does nothing in walk"),
         (["ablate", "--env-id", "Hopper-v5,Ant-v5"], "ablate takes one task, not Hopper-v5 Ant-v5"),
+        (["sim", "--env-id", "Ant-v6"], "sim knows no task Ant-v6; choose among InvertedPendulum-v5"),
+        (["train", "--env-id", "Ant-v5,Quadruped-Flat"], "train knows no task Quadruped-Flat"),
+        (["walk", "--env-id", "Quadruped"], "walk knows no task Quadruped; choose among"),
+        (["sim", "--env-id", ""], "--env-id must name a task"),
+        (["scores", "--env-id", ","], "--env-id must name a task"),
+        (["table", "--results", SCRIPT], f"--results must name a folder, and {SCRIPT} is a file"),
+        (["table", "--results", ""], "--results must name a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, complaint):
