@@ -23,8 +23,9 @@
 #     ./benchmark.sh programs DIR    writes the Python programs below out as files, to read or to lint
 #
 # How a comparison is made. Every contender is one small Python program of this file, in the virtual environment of its peer.
-# It sets itself up (imports, compilation, first pass: the warm-up, timed apart) and then waits. When all are ready, the
-# referee lets one after the other measure one window: A B C A B C A B C, on the same cores, one at a time. A row is the
+# It sets itself up (imports, compilation, first pass: the warm-up, timed apart) and then waits. It does so twice: the first start
+# finds empty compiler caches, the second finds what the first left there, and measures (`scaling` starts each contender once, with the
+# caches of the user). When all are ready, the referee lets one after the other measure one window: A B C A B C A B C, on the same cores, one at a time. A row is the
 # median, lowest and highest of its windows. A finished round is saved, so an interrupted run goes on at the next round;
 # a finished comparison is not run again without --force. A peer that does not install or start costs one line, no more.
 #
@@ -1466,6 +1467,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib import metadata
@@ -1532,8 +1534,12 @@ class EnergyMeter:
             self.joules = sum(parts)
 
 
+CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR", "WARP_CACHE_PATH", "CUDA_CACHE_PATH"
+
+
 class Contender:
-    def __init__(self, description, comparison):
+    def __init__(self, description, comparison, cache=None):
+        """`cache`: folder for what its compilers keep; None: where they keep it by themselves."""
         self.name, self.description = description["name"], description
         programs = Path(comparison["programs"])
         self.log = Path(comparison["logs"]) / (re.sub(r"\W+", "-", f"{comparison['mode']}-{comparison['case']}-{self.name}") + ".log")
@@ -1547,6 +1553,8 @@ class Contender:
             OMP_NUM_THREADS=str(count), BENCHMARK_ROOT=comparison["root"], BENCHMARK_SETTINGS=json.dumps(comparison["settings"]),
             BENCHMARK_VARIANT=description["variant"], BENCHMARK_SECONDS=str(comparison["seconds"]), PYTHONUNBUFFERED="1",
         )  # fmt: skip
+        if cache:  # JAX keeps nothing that compiled within a second unless it is told to
+            environment |= {name: str(Path(cache) / name) for name in CACHES} | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         launch = ["taskset", "-c", cores] if cores else []
         self.process = subprocess.Popen(
             [*launch, description["python"], programs / f"{description['program']}.py"],
@@ -1579,6 +1587,16 @@ class Contender:
                 self.process.wait(5)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
+
+
+def start(description, comparison, cache=None):
+    """A contender that is ready to measure, and its first report; RuntimeError if it does not get ready."""
+    contender = Contender(description, comparison, cache)
+    try:
+        return contender, contender.reply(comparison["patience"])
+    except BaseException:
+        contender.stop()
+        raise
 
 
 def save(path, record):
@@ -1693,7 +1711,7 @@ def describe_plan(comparison, wanted):
     rows = [known[name] for name in names if name in known]
     print(f"{comparison['mode']} {comparison['case']}: {' | '.join(names)}")
     overrun = 1.5  # a window ends with the piece of work in which it runs out
-    seconds = sum(row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
+    seconds = sum(row.get("first_start_seconds", 0.0) + row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
     memory = sum(row["peak_memory_mib"].get("host", 0.0) for row in rows)
     words = [f"about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded)"] if rows else []
     unknown = [name for name in names if name not in known]
@@ -1730,23 +1748,27 @@ def main():
     contenders, rows, failed, patience = {}, standing.rows, standing.failed, comparison["patience"]
     try:
         for description in standing.wanted:
-            contender = Contender(description, comparison)
-            contenders[contender.name] = contender
+            name, cache, first_start = description["name"], None, {}
             try:
-                ready = contender.reply(patience)
+                if comparison["mode"] != "scaling" and name not in rows:
+                    cache = tempfile.mkdtemp(dir=comparison["scratch"])
+                    contender, ready = start(description, comparison, cache)
+                    contender.stop()
+                    first_start = dict(first_start_seconds=ready["warmup_seconds"])
+                    say(f"  {name}: ready after {ready['warmup_seconds']:.0f} s with empty caches")
+                contenders[name], ready = start(description, comparison, cache)
             except RuntimeError as error:
-                say(f"  {contender.name}: left out: {error}")
-                contenders.pop(contender.name).stop()
-                if contender.name in rows:
-                    rows[contender.name]["stopped"] = f"did not start again: {error}"
-                elif contender.name not in standing.older:
-                    failed[contender.name] = str(error)
+                say(f"  {name}: left out: {error}")
+                if name in rows:
+                    rows[name]["stopped"] = f"did not start again: {error}"
+                elif name not in standing.older:
+                    failed[name] = str(error)
                 continue
-            say(f"  {contender.name}: ready after {ready['warmup_seconds']:.0f} s")
-            rows.setdefault(contender.name, dict(
-                mode=comparison["mode"], case=comparison["case"], contender=contender.name, unit=comparison["unit"],
+            say(f"  {name}: ready after {ready['warmup_seconds']:.0f} s")
+            rows.setdefault(name, first_start | dict(
+                mode=comparison["mode"], case=comparison["case"], contender=name, unit=comparison["unit"],
                 values=[], joules_per_unit=[], warmup_seconds=ready["warmup_seconds"], peak_memory_mib={},
-                command=comparison["command"], cores=contender.cores, versions=ready["versions"],
+                command=comparison["command"], cores=contenders[name].cores, versions=ready["versions"],
                 hardware=comparison["hardware"], commit=comparison["commit"],
             ) | ready["facts"] | (dict(measured_later=True) if standing.rounds else {}))  # fmt: skip
         for turn in range(comparison["repeats"]):
@@ -2473,6 +2495,12 @@ def kernels(row):
     return "-" if count is None else f"{count:.1f}"
 
 
+def starts(row):
+    """Seconds of the first start, with empty compiler caches, and of the second; older files know only one, of an unknown kind."""
+    both = ("first_start_seconds", "warmup_seconds")
+    return [f"{row[x]:.0f} s" if "first_start_seconds" in row else "-" for x in both]
+
+
 def settings_line(record):
     hidden = "env_id env_kwargs device states xml hidden".split()
     words = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in hidden]
@@ -2500,8 +2528,8 @@ def comparison_table(record):
         cells = [row["contender"], speed(row), times(reference, row)]
         if record["mode"] == "sim":
             cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
-        rows.append([*cells, f"{row['warmup_seconds']:.0f} s", memory(row)])
-    print_table([*header, "imports and compilation", "memory"], rows)
+        rows.append([*cells, *starts(row), memory(row)])
+    print_table([*header, "first start", "second start", "memory"], rows)
 
 
 def cost_table(record):
