@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The comparisons of README, measured again: this project beside what a user would pick instead.
 #
-# Three figures of README come from elsewhere: the errors against MuJoCo C from `python -m pytest --figures results/parity.json`, the speed
-# beside MuJoCo C alone from `python vecsim_torch.py --json`, the panels from `python eval_panel.py`.
+# Three kinds of README's figures come from elsewhere: errors against MuJoCo C from `python -m pytest --figures FILE`,
+# the speed beside MuJoCo C alone from `python vecsim_torch.py --json FILE`, the panels from `python eval_panel.py`.
 #
 #     ./benchmark.sh sim        physics steps/s and one-step error: vecsim, MuJoCo C, MJX, Brax, mujoco-torch, MuJoCo Warp
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC updates/s against skrl
@@ -23,11 +23,12 @@
 #     ./benchmark.sh programs DIR    writes the Python programs below out as files, to read or to lint
 #
 # How a comparison is made. Every contender is one small Python program of this file, in the virtual environment of its peer.
-# It sets itself up (imports, compilation, first pass: the warm-up, timed apart) and then waits. It does so twice: the first start
-# finds empty compiler caches, the second finds what the first left there, and measures (`scaling` starts each contender once, with the
-# caches of the user). When all are ready, the referee lets one after the other measure one window: A B C A B C A B C, on the same cores, one at a time. A row is the
-# median, lowest and highest of its windows. A finished round is saved, so an interrupted run goes on at the next round;
-# a finished comparison is not run again without --force. A peer that does not install or start costs one line, no more.
+# It sets itself up (imports, compilation, first pass: its start, timed apart) and then waits. It starts twice: first
+# with empty compiler caches, then with what the first start left in them, and measures. (`scaling` starts each contender
+# once, with the user's caches.) When all are ready, the referee lets one after the other measure one window: A B C A B C
+# A B C, on the same cores, one at a time. A row is the median, lowest and highest of its windows. A finished round is
+# saved, so an interrupted run goes on at the next round; a finished comparison is not run again without --force. A peer
+# that does not install or start costs one line, no more.
 #
 # Peers live in ${XDG_CACHE_HOME:-~/.cache}/onefile-gpu-rl-bench, each in its own virtual environment, built when first
 # needed. They take torch by pip as it is configured, which on Linux brings CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -145,13 +146,15 @@ done
 # ----------------------------------------------------------------------------------------------------------------------
 
 packages_of() { # PEER -> what pip installs, one call per line; torch goes first, so that no peer chooses its build
-  local gymnasium='gymnasium[mujoco]==1.4.0 mujoco==4.0.0'
+  local gymnasium='gymnasium[mujoco]==1.4.0 mujoco==4.0.0' cuda_jax=
+  [ "$device" != cuda ] || cuda_jax=' jax[cuda12]' # else pip takes the build for CPUs
   case "$1" in
     sb3) printf '%s\n' torch==2.13.0 "stable-baselines3==2.9.2 $gymnasium" ;;
     skrl) printf '%s\n' torch==2.13.0 "skrl==2.1.1 $gymnasium" ;;
     rsl_rl) printf '%s\n' torch==2.13.0 "rsl-rl-lib==5.5.1 $gymnasium" ;;
     rl_games) printf '%s\n' torch==2.13.0 "rl-games==1.6.5 $gymnasium" ;;
-    brax) printf '%s\n' "brax==0.14.2 mujoco==4.0.0" ;;
+    brax) printf '%s\n' "brax==0.14.2 mujoco==4.0.0$cuda_jax" ;;
+    mjx) printf '%s\n' "mujoco-mjx==3.17.0 mujoco==4.0.0$cuda_jax" ;; # on a CPU this project's own environment has it
     mujoco_torch) printf '%s\n' torch==2.13.0 "mujoco-torch==0.2.0 mujoco==3.6.0" ;; # it does not know MuJoCo 4
     mujoco_warp) printf '%s\n' "mujoco-warp==4.0.0 mujoco==4.0.0" ;;
   esac
@@ -471,6 +474,7 @@ program_sim_jax() {
 import jax
 import jax.numpy as jnp
 
+jax.config.update("jax_default_matmul_precision", "highest")  # else a GPU computes the physics in TF32
 if variant == "mjx":
     from mujoco import mjx
 
@@ -531,6 +535,13 @@ if 1 < threads < 16:  # else XLA's pool may wait for itself in batched LAPACK ca
     os.environ.setdefault("NPROC", "16")
 if device == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
+# Else it takes three quarters of the GPU's memory, and all contenders stay loaded.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+import jax
+
+if jax.default_backend() != {"cpu": "cpu", "cuda": "gpu"}[device]:
+    raise RuntimeError(f"JAX computes on the {jax.default_backend()}, not on {device}")
 PYTHON
 }
 
@@ -1063,7 +1074,9 @@ PYTHON
 # train: environment steps/s of a whole training, from the second iteration on
 #
 # ppo_gpu_torch.py with its defaults, its log included, against PPO implementations on 8 Gymnasium environments, the way their
-# users run them on such a machine. A window is whole iterations, rollout and update.
+# users run them on such a machine, and against other learners on vecsim itself. A window is whole iterations, rollout
+# and update. All contenders of a comparison integrate alike, except Brax, whose models and engines are its own: with
+# Euler, as our defaults train, or with RK4, as Gymnasium ships all tasks but HalfCheetah. RK4 is four times the work.
 # ----------------------------------------------------------------------------------------------------------------------
 
 program_train_ours() {
@@ -1095,7 +1108,7 @@ import vecsim_torch
 
 args = ppo.with_task_defaults(ppo.Args(
     env_id=settings["env_id"], device=device, total_timesteps=10**12, log_every=150_000, eval_episodes=0, run_dir=tempfile.mkdtemp(dir="."),
-    actor_hidden=tuple(hidden) or None, critic_hidden=tuple(hidden) or None,
+    actor_hidden=tuple(hidden) or None, critic_hidden=tuple(hidden) or None, integrator=settings["integrator"],
 ))  # fmt: skip
 
 
@@ -1128,12 +1141,15 @@ program_gymnasium_envs() {
 """8 Gymnasium environments that count their steps and call the meter where an iteration begins."""
 
 import gymnasium
+import mujoco
 
 num_envs = settings["num_envs"]
 
 
 def make_one(*wrappers):
     env = gymnasium.make(settings["env_id"], **settings["env_kwargs"])
+    if "integrator" in settings:  # else that of the task's MJCF: RK4 for all tasks but HalfCheetah
+        env.unwrapped.model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{settings['integrator'].upper()}")
     for wrapper in wrappers:
         env = wrapper(env)
     return env
@@ -1159,6 +1175,49 @@ def make_vector(num_steps, kind, *wrappers):
 PYTHON
 }
 
+program_vecsim_envs() {
+  cat <<'PYTHON'
+"""For rsl_rl, skrl and rl_games: their variant vecsim has the environments, batch and network sizes of `ours`."""
+
+import torch
+
+torch.set_num_threads(threads)
+torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as ours
+on_vecsim, ours = variant == "vecsim", settings["ours"]
+ours_sizes = [ours[name] for name in ("num_steps", "update_epochs", "num_minibatches", "hidden")]
+if on_vecsim:
+    num_envs = ours["num_envs"]
+
+
+class VecsimEnvs:
+    """vecsim as `ours` makes it. It counts its steps and calls the meter where an iteration begins."""
+
+    def __init__(self):
+        import vecsim_torch
+
+        self.env = vecsim_torch.make(
+            settings["env_id"], num_envs, device=device, seed=1, compile=True, random_initial_ages=True,
+            integrator=settings["integrator"], iterations=ours["solver_iterations"], **settings["env_kwargs"],
+        )  # fmt: skip
+        self.single_observation_space = self.env.single_observation_space
+        self.single_action_space = self.env.single_action_space
+        self.taken = 0
+
+    def reset(self, seed=1):
+        return self.env.reset(seed=seed)
+
+    def step(self, actions):
+        if self.taken and self.taken % ours["num_steps"] == 0:
+            meter.tick(ours["num_steps"] * num_envs)
+        self.taken += 1
+        return self.env.step(actions)
+
+
+def make_envs(num_steps):
+    return VecsimEnvs() if on_vecsim else make_vector(num_steps, "sync")
+PYTHON
+}
+
 program_train_sb3() {
   cat <<'PYTHON'
 """Stable-Baselines3's PPO with its defaults: 2,048 steps, minibatches of 64, 10 epochs; variants dummy and subproc."""
@@ -1181,9 +1240,8 @@ class Ticks(BaseCallback):
 
 if __name__ == "__main__":  # the processes of SubprocVecEnv may import this file
     torch.set_num_threads(threads)
-    vector = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[variant]
-    env = make_vec_env(settings["env_id"], settings["num_envs"], env_kwargs=settings["env_kwargs"], vec_env_cls=vector)
-    PPO("MlpPolicy", env, device="cpu", seed=1).learn(10**12, callback=Ticks())  # the CPU is what it advises for an MLP
+    env = make_vec_env(make_one, num_envs, vec_env_cls={"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[variant])
+    PPO("MlpPolicy", env, device=device, seed=1).learn(10**12, callback=Ticks())
 PYTHON
 }
 
@@ -1301,29 +1359,58 @@ PYTHON
 
 program_train_skrl() {
   cat <<'PYTHON'
-"""skrl's PPO and SequentialTrainer, options as in its Gymnasium examples."""
+"""skrl's PPO and SequentialTrainer, options as in its Gymnasium examples; variant vecsim: the sizes of ours."""
 
+from skrl import config
 from skrl.agents.torch.ppo import PPO
-from skrl.envs.wrappers.torch import wrap_env
+from skrl.envs.wrappers.torch import Wrapper, wrap_env
 from skrl.memories.torch import RandomMemory
 from skrl.resources.preprocessors.torch import RunningStandardScaler
 from skrl.resources.schedulers.torch import KLAdaptiveLR
 from skrl.trainers.torch import SequentialTrainer
 
-torch.set_num_threads(threads)
-num_steps = 1024
-env = wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
-spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device="cpu")
+
+
+class VecsimWrapper(Wrapper):
+    """Spaces of one environment, rewards and ends as columns."""
+
+    device, num_envs = torch.device(device), num_envs
+    observation_space = property(lambda self: self._env.single_observation_space)
+    action_space = property(lambda self: self._env.single_action_space)
+
+    def reset(self):
+        return self._env.reset()
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = self._env.step(actions)
+        return obs, reward[:, None], terminated[:, None], truncated[:, None], info
+
+    def state(self):
+        return None
+
+    def render(self):
+        pass
+
+    def close(self):
+        pass
+
+
+config.torch.device = device
+num_steps, epochs, minibatches, hidden = 1024, 10, 32, [64, 64]
+if on_vecsim:
+    num_steps, epochs, minibatches, hidden = ours_sizes
+env = VecsimWrapper(VecsimEnvs()) if on_vecsim else wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
+spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device=device)
 agent = PPO(
-    models={"policy": Policy(spaces, [64, 64]), "value": Value(spaces, [64, 64])},
-    memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device="cpu"),
+    models={"policy": Policy(spaces, hidden).to(device), "value": Value(spaces, hidden).to(device)},
+    memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device=device),
     **spaces,
     cfg=dict(
-        rollouts=num_steps, learning_epochs=10, mini_batches=32, learning_rate=1e-3, learning_rate_scheduler=KLAdaptiveLR,
-        learning_rate_scheduler_kwargs={"kl_threshold": 0.008},
+        rollouts=num_steps, learning_epochs=epochs, mini_batches=minibatches, learning_rate=1e-3,
+        learning_rate_scheduler=KLAdaptiveLR, learning_rate_scheduler_kwargs={"kl_threshold": 0.008},
         observation_preprocessor=RunningStandardScaler,
-        observation_preprocessor_kwargs={"size": env.observation_space, "device": "cpu"},
-        value_preprocessor=RunningStandardScaler, value_preprocessor_kwargs={"size": 1, "device": "cpu"},
+        observation_preprocessor_kwargs={"size": env.observation_space, "device": device},
+        value_preprocessor=RunningStandardScaler, value_preprocessor_kwargs={"size": 1, "device": device},
         experiment={"write_interval": 0, "checkpoint_interval": 0},
     ),
 )  # fmt: skip
@@ -1333,84 +1420,114 @@ PYTHON
 
 program_train_rsl_rl() {
   cat <<'PYTHON'
-"""rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, the epochs and minibatches of its own."""
+"""rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, the epochs and minibatches of its own.
+
+On vecsim (variant vecsim) it has the sizes of ours, and its networks are compiled, as ours are."""
 
 import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.runners import OnPolicyRunner
 from tensordict import TensorDict
 
-torch.set_num_threads(threads)
-num_steps = 1024
+num_steps, epochs, minibatches, hidden = 1024, 5, 4, [64, 64]
+if on_vecsim:
+    num_steps, epochs, minibatches, hidden = ours_sizes
 
 
-class GymnasiumEnvs(VecEnv):
+def tensor(rows, dtype=torch.float32):
+    return torch.as_tensor(rows, dtype=dtype, device=device)
+
+
+class Envs(VecEnv):
     def __init__(self):
-        self.envs = make_vector(num_steps, "sync")
+        self.envs = make_envs(num_steps)
         self.num_envs, self.num_actions = num_envs, self.envs.single_action_space.shape[0]
-        self.max_episode_length, self.episode_length_buf = 1000, torch.zeros(num_envs, dtype=torch.long)
-        self.device, self.cfg = "cpu", {}
+        self.max_episode_length, self.episode_length_buf = 1000, torch.zeros(num_envs, dtype=torch.long, device=device)
+        self.device, self.cfg = device, {}
         self.obs = self.envs.reset(seed=1)[0]
 
     def get_observations(self):
-        return TensorDict({"policy": torch.as_tensor(self.obs, dtype=torch.float32)}, batch_size=[num_envs])
+        return TensorDict({"policy": tensor(self.obs)}, batch_size=[num_envs], device=device)
 
     def step(self, actions):
-        self.obs, reward, terminated, truncated, _ = self.envs.step(actions.numpy().clip(-1, 1))
-        extras = {"time_outs": torch.as_tensor(truncated)}
-        return self.get_observations(), torch.as_tensor(reward).float(), torch.as_tensor(terminated | truncated), extras
+        actions = actions.clamp(-1, 1)
+        self.obs, reward, terminated, truncated, _ = self.envs.step(actions if on_vecsim else actions.cpu().numpy())
+        extras = {"time_outs": tensor(truncated, torch.bool)}
+        return self.get_observations(), tensor(reward), tensor(terminated | truncated, torch.bool), extras
 
 
-network = dict(class_name="MLPModel", hidden_dims=[64, 64], activation="elu", obs_normalization=True)
+network = dict(class_name="MLPModel", hidden_dims=hidden, activation="elu", obs_normalization=True)
 config = dict(
-    algorithm=dict(class_name="PPO", num_learning_epochs=5, num_mini_batches=4, schedule="adaptive", entropy_coef=0.0),
+    algorithm=dict(
+        class_name="PPO", num_learning_epochs=epochs, num_mini_batches=minibatches,
+        schedule="adaptive", entropy_coef=0.0,
+    ),
+    torch_compile_mode="default" if on_vecsim else None,
     actor=network | dict(distribution_cfg=dict(class_name="GaussianDistribution", init_std=1.0)),
     critic=network,
     obs_groups=dict(actor=["policy"], critic=["policy"]),
     num_steps_per_env=num_steps,
     save_interval=10**9,
     check_for_nan=False,
-)
-OnPolicyRunner(GymnasiumEnvs(), config, device="cpu").learn(10**9)
+)  # fmt: skip
+OnPolicyRunner(Envs(), config, device=device).learn(10**9)
 PYTHON
 }
 
 program_train_rl_games() {
   cat <<'PYTHON'
-"""rl_games' A2CAgent.train, horizon and minibatch as in its configuration for Ant on 64 environments."""
+"""rl_games' A2CAgent.train, horizon and minibatch as in its configuration for Ant on 64 environments.
 
-torch.set_num_threads(threads)
-device = "cpu"
-num_steps = 512
+On vecsim (variant vecsim) it has the sizes of ours."""
+
+num_steps, epochs, minibatches, hidden = 512, 4, 2, [256, 128, 64]
+if on_vecsim:
+    num_steps, epochs, minibatches, hidden = ours_sizes
 
 
-class GymnasiumEnvs(IVecEnv):
+def as_float32(rows):
+    return rows.float() if on_vecsim else rows.astype(np.float32)
+
+
+class Envs(IVecEnv):
     def __init__(self):
-        self.envs = make_vector(num_steps, "sync")
+        self.envs = make_envs(num_steps)
 
     def get_env_info(self):
         return describe_spaces(self.envs.single_observation_space, self.envs.single_action_space)
 
     def reset(self):
-        return self.envs.reset(seed=1)[0].astype(np.float32)
+        return as_float32(self.envs.reset(seed=1)[0])
 
     def step(self, actions):
         obs, reward, terminated, truncated, _ = self.envs.step(actions)
-        return obs.astype(np.float32), reward.astype(np.float32), terminated | truncated, {"time_outs": truncated}
+        return as_float32(obs), as_float32(reward), terminated | truncated, {"time_outs": truncated}
 
 
-make_agent(GymnasiumEnvs(), num_envs, num_steps, 2048, 4, [256, 128, 64]).train()
+make_agent(Envs(), num_envs, num_steps, num_envs * num_steps // minibatches, epochs, hidden).train()
 PYTHON
 }
 
 program_train_brax() {
   cat <<'PYTHON'
-"""Brax's PPO in its own environment of the task, generalized coordinates; options as in its notebook for Ant, on a smaller batch.
+"""Brax's PPO in its own environment of the task, whose model is Brax's own; options as in its notebook for Ant, on a
+smaller batch. The variant is the backend, Brax's word for a physics engine. The notebook trains on generalized,
+positional and spring alike, and says that they get faster, and less realistic, in this order.
 
 A GPU has the notebook's 4,096 environments and batch; a CPU 128, and 2,560 transitions an iteration."""
 
 num_envs, rows = (4096, 2048 * 32) if device == "cuda" else (128, 512)
-env = envs.get_environment(settings["env_id"].split("-")[0].lower(), backend="generalized")
+
+
+class ExactPhysics(envs.Wrapper):
+    """The physics multiplies in float32 on a GPU, too; the networks may in TF32, as all others."""
+
+    def step(self, state, action):
+        with jax.default_matmul_precision("highest"):
+            return self.env.step(state, action)
+
+
+env = ExactPhysics(envs.get_environment(settings["env_id"].split("-")[0].lower(), backend=variant))
 train(
     env, 5, rows, 32 if device == "cuda" else 4, num_envs=num_envs, num_updates_per_batch=4, learning_rate=3e-4,
     entropy_cost=1e-2, discounting=0.97, reward_scaling=10.0,
@@ -1534,7 +1651,7 @@ class EnergyMeter:
             self.joules = sum(parts)
 
 
-CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR", "WARP_CACHE_PATH", "CUDA_CACHE_PATH"
+CACHES = "TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR JAX_COMPILATION_CACHE_DIR WARP_CACHE_PATH CUDA_CACHE_PATH".split()
 
 
 class Contender:
@@ -1553,8 +1670,9 @@ class Contender:
             OMP_NUM_THREADS=str(count), BENCHMARK_ROOT=comparison["root"], BENCHMARK_SETTINGS=json.dumps(comparison["settings"]),
             BENCHMARK_VARIANT=description["variant"], BENCHMARK_SECONDS=str(comparison["seconds"]), PYTHONUNBUFFERED="1",
         )  # fmt: skip
-        if cache:  # JAX keeps nothing that compiled within a second unless it is told to
-            environment |= {name: str(Path(cache) / name) for name in CACHES} | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        if cache:
+            environment |= {name: str(Path(cache) / name) for name in CACHES}
+            environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it keeps only what took a second
         launch = ["taskset", "-c", cores] if cores else []
         self.process = subprocess.Popen(
             [*launch, description["python"], programs / f"{description['program']}.py"],
@@ -1702,7 +1820,7 @@ class Standing:
 
 def describe_plan(comparison, wanted):
     """What --dry-run prints: time and memory from earlier rows of the same task, device and number of environments, where there are any."""
-    known, same = {}, ("env_id", "device", "num_envs")
+    known, same = {}, ("env_id", "device", "num_envs", "integrator")
     for file in sorted(Path(comparison["results"]).glob("*.json")):
         record = json.loads(file.read_text())
         if record["mode"] == comparison["mode"] and all(record["settings"].get(x) == comparison["settings"].get(x) for x in same):
@@ -1711,7 +1829,8 @@ def describe_plan(comparison, wanted):
     rows = [known[name] for name in names if name in known]
     print(f"{comparison['mode']} {comparison['case']}: {' | '.join(names)}")
     overrun = 1.5  # a window ends with the piece of work in which it runs out
-    seconds = sum(row.get("first_start_seconds", 0.0) + row["warmup_seconds"] + overrun * comparison["repeats"] * comparison["seconds"] for row in rows)
+    seconds = len(rows) * overrun * comparison["repeats"] * comparison["seconds"]
+    seconds += sum(row.get("first_start_seconds", 0.0) + row["warmup_seconds"] for row in rows)
     memory = sum(row["peak_memory_mib"].get("host", 0.0) for row in rows)
     words = [f"about {seconds / 60:.0f} minutes, {memory / 1024:.1f} GiB (all contenders stay loaded)"] if rows else []
     unknown = [name for name in names if name not in known]
@@ -2496,13 +2615,13 @@ def kernels(row):
 
 
 def starts(row):
-    """Seconds of the first start, with empty compiler caches, and of the second; older files know only one, of an unknown kind."""
+    """The first start, with empty compiler caches, and the second; an older file has one start, of unknown kind."""
     both = ("first_start_seconds", "warmup_seconds")
     return [f"{row[x]:.0f} s" if "first_start_seconds" in row else "-" for x in both]
 
 
 def settings_line(record):
-    hidden = "env_id env_kwargs device states xml hidden".split()
+    hidden = "env_id env_kwargs device states xml hidden ours".split()
     words = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in hidden]
     row = record["rows"][0]
     cores, most = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}", max(len(row["values"]) for row in record["rows"])
@@ -3065,7 +3184,8 @@ def plot_speed():
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.spines["left"].set_visible(False)
         title = "SAC without its simulator" if "sac" in record["case"] else titles[record["mode"]]
-        axis.set_title(title + (f", {record['settings']['env_id']}" if "env_id" in record["settings"] else ""))
+        shown = [record["settings"].get(name, "") for name in ("env_id", "integrator")]
+        axis.set_title(", ".join([title, *filter(None, shown)]))
         cores = rows[0]["cores"]
         axis.set_xlabel(f"{record['unit']}, {cores} core{'s' if cores > 1 else ''}" + ("; a first look (--quick)" if record["case"].endswith("-quick") else ""))
     machines = dict.fromkeys(record["hardware"] for record in records)
@@ -3130,12 +3250,13 @@ write_programs() { # FOLDER: each program as a file; a contender's begins with t
   contender_program "$1" "jax ppo_batch brax_ppo" learner_brax
   contender_program "$1" "learner random_numbers" learner_sac_ours
   contender_program "$1" "learner skrl_models" learner_sac_skrl
-  contender_program "$1" "" train_ours train_sb3 scaling_processes
-  contender_program "$1" gymnasium_envs train_cleanrl train_rsl_rl
+  contender_program "$1" "" train_ours scaling_processes
+  contender_program "$1" gymnasium_envs train_sb3 train_cleanrl
+  contender_program "$1" "gymnasium_envs vecsim_envs" train_rsl_rl
+  contender_program "$1" "gymnasium_envs vecsim_envs skrl_models" train_skrl
+  contender_program "$1" "gymnasium_envs vecsim_envs rl_games_agent" train_rl_games
   { program_score_meter && program_peers_sb3; } >"$1/peers_sb3.py"
   { program_score_meter && program_gymnasium_envs && program_train_cleanrl; } >"$1/peers_cleanrl.py"
-  contender_program "$1" "gymnasium_envs skrl_models" train_skrl
-  contender_program "$1" "gymnasium_envs rl_games_agent" train_rl_games
   contender_program "$1" "jax brax_ppo" train_brax
 }
 
@@ -3201,13 +3322,21 @@ PYTHON
   [ "$status" = 0 ] || failures=$((failures + 1))
 }
 
-env_kwargs_of() { # TASK -> options of ppo_gpu_torch.py's defaults, given to every contender, so that all see the same observation
-  case "$1" in
-    Ant-v5) echo '{"include_cfrc_ext_in_observation": false}' ;;
-    Humanoid-v5) echo '{"include_cinert_in_observation": false, "include_cvel_in_observation": false,
-      "include_qfrc_actuator_in_observation": false, "include_cfrc_ext_in_observation": false}' ;;
-    *) echo '{}' ;;
-  esac
+# TASK INTEGRATOR -> settings of a `train` comparison: from ppo_gpu_torch.py's defaults the options of the task, so that
+# all see the same observation, and `ours`, the sizes of the learners on vecsim.
+train_settings() {
+  PYTHONPATH="$root" "$project_python" - "$1" "$2" "$device" <<'PYTHON'
+import json, sys
+
+import ppo_gpu_torch as ppo
+
+env_id, integrator, device = sys.argv[1:]
+args = ppo.with_task_defaults(ppo.Args(env_id=env_id))
+names = "num_envs num_steps update_epochs num_minibatches solver_iterations"
+ours = {name: getattr(args, name) for name in names.split()}
+settings = dict(env_id=env_id, device=device, num_envs=8, integrator=integrator, env_kwargs=args.env_kwargs)
+print(json.dumps(settings | dict(ours=ours | dict(hidden=args.actor_hidden))))
+PYTHON
 }
 
 simulator_settings() { # TASK ENVIRONMENTS -> settings of a `sim` comparison; saves its test states
@@ -3215,12 +3344,14 @@ simulator_settings() { # TASK ENVIRONMENTS -> settings of a `sim` comparison; sa
 }
 
 run_sim() {
-  local env_id settings compiled=""
+  local env_id settings compiled="" mjx=project
+  [ "$device" = cpu ] || mjx=mjx # needs JAX's build for GPUs
   [ -n "$quick" ] || compiled="mujoco-torch, compiled|mujoco_torch|sim_mujoco_torch|compiled" # compiles for long
   for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo "$gymnasium_tasks")}; do
     settings=$(simulator_settings "$env_id" "${num_envs:-$([ "$device" = cuda ] && echo 8192 || echo 1024)}") || give_up "no states of $env_id"
     measure sim "$env_id-$place" "physics steps/s" "$settings" \
-      "vecsim|project|sim_vecsim|" "MuJoCo C|project|sim_mujoco|" "MJX|project|sim_jax|mjx" "Brax, generalized|brax|sim_jax|brax" \
+      "vecsim|project|sim_vecsim|" "MuJoCo C|project|sim_mujoco|" \
+      "MJX|$mjx|sim_jax|mjx" "Brax, generalized|brax|sim_jax|brax" \
       "MuJoCo Warp|mujoco_warp|sim_mujoco_warp|" "mujoco-torch, eager|mujoco_torch|sim_mujoco_torch|eager" \
       ${compiled:+"$compiled"}
   done
@@ -3245,11 +3376,23 @@ run_train() {
   local env_id settings processes=1 per_core= words=
   [[ "$device" = cpu && "$units" -gt 1 ]] && processes=$units words=", $units processes" per_core="ours$words|project|train_ours|$units"
   for env_id in ${env_ids:-$([ -n "$quick" ] && echo Ant-v5 || echo Ant-v5 HalfCheetah-v5)}; do
-    settings=$(json env_id "$env_id" device "$device" num_envs 8 env_kwargs "$(env_kwargs_of "$env_id")")
-    measure train "$env_id-$place" "environment steps/s" "$settings" \
-      "ours|project|train_ours|1" ${per_core:+"$per_core"} "ours$words, networks 64-64 as theirs|project|train_ours|$processes,64,64" "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
+    settings=$(train_settings "$env_id" euler) || give_up "no settings of $env_id"
+    measure train "$env_id-euler-$place" "environment steps/s" "$settings" \
+      "ours|project|train_ours|1" ${per_core:+"$per_core"} \
+      "ours$words, networks 64-64 as theirs|project|train_ours|$processes,64,64" \
+      "rsl_rl on vecsim|rsl_rl|train_rsl_rl|vecsim" "skrl on vecsim|skrl|train_skrl|vecsim" \
+      "rl_games on vecsim|rl_games|train_rl_games|vecsim" \
+      "SB3, DummyVecEnv|sb3|train_sb3|dummy" "SB3, SubprocVecEnv|sb3|train_sb3|subproc" \
       "CleanRL-style, SyncVectorEnv|project|train_cleanrl|sync" "CleanRL-style, AsyncVectorEnv|project|train_cleanrl|async" \
-      "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|" "Brax, its own environment|brax|train_brax|"
+      "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|" "rl_games|rl_games|train_rl_games|" \
+      "Brax, its own model, generalized|brax|train_brax|generalized" \
+      "Brax, its own model, spring|brax|train_brax|spring"
+    [ "$env_id" != HalfCheetah-v5 ] || continue # its MJCF says Euler, those of all others RK4
+    settings=$(train_settings "$env_id" rk4) || give_up "no settings of $env_id"
+    measure train "$env_id-rk4-$place" "environment steps/s" "$settings" \
+      "ours|project|train_ours|1" "SB3, DummyVecEnv|sb3|train_sb3|dummy" \
+      "CleanRL-style, SyncVectorEnv|project|train_cleanrl|sync" \
+      "skrl|skrl|train_skrl|" "rsl_rl|rsl_rl|train_rsl_rl|"
   done
 }
 

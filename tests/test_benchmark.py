@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,8 +157,8 @@ def test_rows_hold_what_a_reader_needs_and_windows_alternate(comparison):
 
 
 COMPILING = """
-compiled = [Path(os.environ[name]) / "kernel" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")]
-for file in compiled:
+for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR"):
+    file = Path(os.environ[name]) / "kernel"
     if not file.exists():
         time.sleep(0.5)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ meter.facts["keeps_all"] = os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SEC
 
 
 def test_a_contender_starts_first_with_empty_caches_and_then_with_what_it_left_there(comparison, programs, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", comparison["scratch"])  # of the user: none of the contenders may see it
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", comparison["scratch"])  # the user's, which no contender may see
     counting = (programs / "first.py").read_text().replace("meter = Meter()\n", "meter = Meter()\n" + COMPILING)
     (programs / "compiling.py").write_text(counting)
     comparison["contenders"] = [contender | dict(program="compiling") for contender in comparison["contenders"]]
@@ -191,6 +192,105 @@ def test_memory_is_that_of_all_processes(comparison, programs):
     assert referee(comparison).returncode == 0
     first, second = (row["peak_memory_mib"]["host"] for row in rows_of(comparison).values())
     assert 200 < second - first < 240
+
+
+def train_settings(env_id, integrator, num_envs):
+    sizes = dict(num_envs=num_envs, num_steps=4, update_epochs=2, num_minibatches=2, solver_iterations=4, hidden=[16])
+    return dict(env_id=env_id, device="cpu", num_envs=2, integrator=integrator, env_kwargs={}, ours=sizes)
+
+
+def contend(program, settings, variant="", python=sys.executable, **environment):
+    """What a contender reports: that it is ready, and its first window if its work is enough for one."""
+    environment |= dict(BENCHMARK_SETTINGS=json.dumps(settings), BENCHMARK_VARIANT=variant, BENCHMARK_ROOT=str(ROOT))
+    environment |= dict(BENCHMARK_SECONDS="0.01", OMP_NUM_THREADS="1")
+    answer = run(python, program, input="go\n", env=os.environ | environment, cwd=program.parent)
+    assert answer.returncode == 0, answer.stderr
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+def beginning(programs, name, last):
+    """A program up to a line."""
+    before, found, _ = (programs / f"{name}.py").read_text().partition(last)
+    assert found
+    return before
+
+
+@pytest.mark.parametrize("integrator, code", [("euler", 0), ("rk4", 1)])
+def test_all_contenders_of_a_training_integrate_alike(programs, integrator, code):
+    """Gymnasium's environments, vecsim in others' hands, and our own training, on a task whose MJCF says RK4."""
+    note = """
+meter.facts["theirs"] = int(make_one().unwrapped.model.opt.integrator)
+meter.facts["vecsim"] = make_envs(1).env.settings.integrator
+meter.tick(1)
+"""
+    theirs, ours = programs / f"theirs_{integrator}.py", programs / f"ours_{integrator}.py"
+    theirs.write_text(beginning(programs, "train_skrl", "# Policy and value function") + note)
+    note = "\nmeter.facts['ours'] = args.integrator\nmeter.tick(1)\n"
+    ours.write_text(beginning(programs, "train_ours", "class CountedSteps") + note)
+    settings = train_settings("Hopper-v5", integrator, num_envs=2)
+    assert contend(theirs, settings, "vecsim")[0]["facts"] == dict(theirs=code, vecsim=integrator)
+    assert contend(ours, settings, "1")[0]["facts"] == dict(ours=integrator)
+
+
+@pytest.mark.parametrize("peer", ["rsl_rl", "skrl", "rl_games"])
+def test_other_learners_train_on_vecsim(programs, peer):
+    """In the peer's own environment, where ./benchmark.sh has built it; without compilation, which takes a minute."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "onefile-gpu-rl-bench" / peer
+    if not (folder / ".complete").exists():
+        pytest.skip(f"{peer} is not installed; ./benchmark.sh train installs it")
+    settings = train_settings("InvertedPendulum-v5", "euler", num_envs=8)
+    program, python = programs / f"train_{peer}.py", folder / "bin" / "python"
+    ready, measured = contend(program, settings, "vecsim", python, TORCHDYNAMO_DISABLE="1")
+    assert ready["ready"] and measured["work"] == 4 * 8  # one iteration
+
+
+def test_a_training_is_compared_under_each_integrator(tmp_path):
+    home = dict(PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path))
+    words = ("train", "--dry-run", "--device", "cpu", "--env-id", "Ant-v5,HalfCheetah-v5", "--results", tmp_path)
+    plan = run(SCRIPT, *words, env=os.environ | home).stdout
+    cases = [line.split(":")[0].rsplit("-", 1)[0] for line in plan.splitlines() if line.startswith("train ")]
+    assert cases == ["train Ant-v5-euler", "train Ant-v5-rk4", "train HalfCheetah-v5-euler"]
+    assert plan.count("rsl_rl on vecsim") == plan.count("Brax, its own model, spring") >= 2
+
+
+@pytest.mark.parametrize("name", ["train_sb3", "train_skrl", "train_rsl_rl", "train_rl_games"])
+def test_no_peer_is_fixed_to_the_cpu(programs, name):
+    program = (programs / f"{name}.py").read_text().split("meter = Meter()\n")[1]
+    assert '"cpu"' not in program and "device=device" in program.replace(", device)", ", device=device)")
+
+
+def test_jax_on_a_gpu_is_the_build_for_it_and_computes_there(programs):
+    function = SCRIPT.read_text().split("\npackages_of() ")[1].split("\n}\n")[0]
+    for peer in ("brax", "mjx"):
+        for device, built in (("cuda", True), ("cpu", False)):
+            commands = f"packages_of() {function}\n}}\ndevice={device}\npackages_of {peer}"
+            answer = run("bash", "-euo", "pipefail", "-c", commands)
+            assert ("jax[cuda12]" in answer.stdout) == built, answer.stderr
+    with pytest.raises(AssertionError, match="RuntimeError: JAX computes on the cpu, not on cuda"):
+        contend(programs / "sim_jax.py", dict(device="cuda"), "mjx", JAX_PLATFORMS="cpu")
+
+
+def test_the_physics_of_jax_is_in_float32(programs):
+    """On Ampere and newer GPUs its matrix products are else in TF32."""
+    import jax
+    import jax.numpy as jnp
+
+    set_for_all = 'jax.config.update("jax_default_matmul_precision", "highest")'
+    assert set_for_all in beginning(programs, "sim_jax", "if variant ==")
+    wrapper = (programs / "train_brax.py").read_text().split("class ExactPhysics")[1].split("\n\n\n")[0]
+
+    class Wrapper:
+        def __init__(self, env):
+            self.env = env
+
+    class Env:
+        def step(self, state, action):
+            return state @ action
+
+    scope = dict(envs=SimpleNamespace(Wrapper=Wrapper), jax=jax)
+    exec("class ExactPhysics" + wrapper, scope)
+    trace = jax.make_jaxpr(scope["ExactPhysics"](Env()).step)(jnp.ones((2, 2)), jnp.ones(2))
+    assert "HIGHEST" in str(trace) and "HIGHEST" not in str(jax.make_jaxpr(Env().step)(jnp.ones((2, 2)), jnp.ones(2)))
 
 
 @pytest.mark.parametrize("num_envs", [8, 600])
@@ -385,7 +485,8 @@ def test_no_program_hides_a_module_that_python_brings(programs):
 
 @pytest.fixture
 def results(tmp_path):
-    rows = [sample_row("vecsim", 100_000.0, step_error_p50=1e-7, step_error_p99=2e-5, first_start_seconds=80.0), sample_row("MJX", 8_000.0)]
+    errors = dict(step_error_p50=1e-7, step_error_p99=2e-5)
+    rows = [sample_row("vecsim", 100_000.0, first_start_seconds=80.0, **errors), sample_row("MJX", 8_000.0)]
     record = dict(
         mode="sim", case="Ant-v5-cpu1", unit="physics steps/s", settings={"env_id": "Ant-v5"}, seconds=10, cores=""
     )
@@ -453,8 +554,8 @@ def test_tables_follow_from_the_files(programs, results):
     text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,seeds,ablate,cost", "2").stdout
     assert "| first start | second start |" in text
     assert "| vecsim | 100,000 (90,000 to 110,000) | 1 | 1e-07 | 2e-05 | 80 s | 12 s | 0.5 GiB host |" in text
-    older = "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | - | - | 0.5 GiB host |"  # from before both starts were measured
-    assert older in text
+    without_starts = "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | - | - | 0.5 GiB host |"  # an older file
+    assert without_starts in text
     assert "Brax is missing: does not install." in text
     assert (
         "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in text
