@@ -1271,7 +1271,7 @@ class Constraints(NamedTuple):
     """Rows J x - aref >= 0 with weight D = 1/R, zero where inactive. A contact has four rows, n +- mu t1, n +- mu t2."""
 
     point: Tensor  # (nc, 3, N) m, from the origin
-    normal: Tensor  # (nc, 3, 1), or N on a height field
+    normal: Tensor  # (nc, 3, 1), or N on a height field and with obstacles
     distance: Tensor  # (nc, N) m
     tangent: Tensor  # (2, nc, 3, N) times the friction coefficient
     contact_weight: Tensor  # (nc, N)
