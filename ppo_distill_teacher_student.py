@@ -1887,7 +1887,7 @@ def play(args: Args, make_env=vecsim_torch.make, task_options: dict = EVIDENCE_O
     agent = make_agent(stage, views, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     view = views["teacher" if stage == "teacher" else "student"]
-    if args.export:
+    if args.export is not None:
         slices = env.critic_slices if view.privileged and env.critic_slices else env.observation_slices
         names = env.observation_names(slices)
         facts = dict(stage=stage, observation_names=[names[column] for column in view.columns.tolist()])
@@ -1925,7 +1925,7 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--resume continues training and --play plays: give one of them")
     if args.capture_video and not args.play:
         raise InputError("--capture-video draws a checkpoint: give --play, after training")
-    if args.export and not args.play:
+    if args.export is not None and not args.play:
         raise InputError("--export writes the policy of a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:

@@ -1823,7 +1823,7 @@ def export_onnx(
 def play(args: Args, make_env=vecsim_torch.make) -> dict:
     """Score a checkpoint deterministically, in Gymnasium's own environment where there is one; film one episode on request."""
     checkpoint = load_checkpoint(args.play, "sac")
-    if args.eval_episodes < (0 if args.export else 1):
+    if args.eval_episodes < (1 if args.export is None else 0):
         raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
     if args.seed < 0:
         raise InputError(f"seed = {args.seed} must be >= 0")
@@ -1838,7 +1838,7 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     sizes = env.single_observation_space.shape[0], critic_observation_size(env, args)
     agent = Agent(*sizes, env.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
-    if args.export:
+    if args.export is not None:
         torch.onnx.register_custom_op_symbolic("aten::rms_norm", rms_norm_in_onnx, opset_version=17)
         facts = dict(observation_names=env.observation_names(env.observation_slices), action_names=env.action_names())
         facts |= dict(control_step_seconds=env.control_step)
@@ -1872,7 +1872,7 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--resume continues training and --play plays: give one of them")
     if args.capture_video and not args.play:
         raise InputError("--capture-video films a checkpoint: give --play, after training")
-    if args.export and not args.play:
+    if args.export is not None and not args.play:
         raise InputError("--export writes the policy of a checkpoint: give --play, after training")
     path = args.resume or args.play
     if path is None:

@@ -748,9 +748,9 @@ def test_exported_policy_of_a_bf16_run_is_float32_and_its_options_are_in_the_fil
 def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
     _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
     flags = ["--play", checkpoint, "--eval-episodes", "0", "--export"]
-    status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "nowhere" / "policy.onnx")
-    assert status == 2 and err.endswith("policy.onnx cannot be written: No such file or directory\n")
-    assert err.count("\n") == 1
+    for path in (tmp_path / "nowhere" / "policy.onnx", ""):
+        status, err = run_main(monkeypatch, capsys, *flags, path)
+        assert status == 2 and re.fullmatch(rf"error: export = ?{path} cannot be written: No such file or directory\n", err)
     monkeypatch.setitem(sys.modules, "onnx", None)
     status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "policy.onnx")
     assert status == 2 and err == "error: export needs ONNX; run `pip install onnx` or omit --export\n"
