@@ -24,11 +24,11 @@
 #
 # How a comparison is made. Every contender is one small Python program of this file, in the virtual environment of its peer.
 # It sets itself up (imports, compilation, first pass: its start, timed apart) and then waits. It starts twice: first
-# with empty compiler caches, then with what the first start left in them, and measures. (`scaling` starts each contender
-# once, with the user's caches.) When all are ready, the referee lets one after the other measure one window: A B C A B C
-# A B C, on the same cores, one at a time. A row is the median, lowest and highest of its windows. A finished round is
-# saved, so an interrupted run goes on at the next round; a finished comparison is not run again without --force. A peer
-# that does not install or start costs one line, no more.
+# with empty compiler caches, then with what the first start left in them, and measures. (`scaling` starts each
+# contender once, with the user's caches.) When all are ready, the referee lets one after the other measure one
+# window: A B C A B C A B C, on the same cores, one at a time. A row is the median, lowest and highest of its windows.
+# A finished round is saved, so an interrupted run goes on at the next round; a finished comparison is not run again
+# without --force. A peer that does not install or start costs one line, no more.
 #
 # Peers live in ${XDG_CACHE_HOME:-~/.cache}/onefile-gpu-rl-bench, each in its own virtual environment, built when first
 # needed. They take torch by pip as it is configured, which on Linux brings CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
