@@ -2745,6 +2745,28 @@ def peers_tables():
         print_table([*header, f"{PEERS_GOALS[env_id]:,} reached after, s", "compilation, s"], rows)
 
 
+def candidate_tables():
+    """The settings that could be SAC's default: scores after the whole budget, and the time that they take."""
+    runs = {}
+    for path in files("sac/candidates/*-seed*.json"):
+        runs.setdefault(path.stem.split("-seed")[0], []).append(json.loads(path.read_text()))
+    rows = []
+    for name, members in runs.items():
+        task, scores = members[0]["env_id"], [run["gymnasium"]["mean"] for run in members]
+        flags = members[0]["command"].split(f"--env-id {task} ")[1].split(" --seed")[0]
+        reached = [run["seconds_to_threshold"] for run in members]
+        rows.append([
+            name.removeprefix(f"{task}-").replace("-", " "), f"{statistics.median_low(scores):,.0f}",
+            " / ".join(f"{score:,.0f}" for score in scores), " / ".join(f"{run['train_seconds']:,.0f}" for run in members),
+            " / ".join("-" if seconds is None else f"{seconds:,.0f}" for seconds in reached), f"`{flags}`",
+        ])  # fmt: skip
+    if rows:
+        first = members[0]
+        print(f"\n**candidates for SAC's default, {task}, {first['env_steps']:,} environment steps of each**\n")
+        header = "", "score, median", "score of each seed (20 episodes)", "training, s"
+        print_table([*header, f"{first['threshold']:,} reached after, s", "flags"], rows)
+
+
 def ablation_tables():
     """The ladder, rung by rung, then the variants of the highest; each with the flags that it adds. Scores after the whole budget, and
     over the curve, which luck at the end moves less."""
@@ -2902,6 +2924,7 @@ if "profile" in modes and (runs := [json.loads(path.read_text()) for path in fil
     profile_table(runs)
 if "scores" in modes:
     score_tables()
+    candidate_tables()
 if "peers" in modes:
     peers_tables()
 if "ablate" in modes:
