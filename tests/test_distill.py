@@ -773,7 +773,7 @@ def test_task_defaults_yield_to_flags_and_fill_everything_else():
         args = distill.with_task_defaults(distill.Args(env_id=task, device="cpu"))
         distill.derive_sizes(args, world_size=1)
         left = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
-        assert left == {"teacher", "student", "resume", "play", "teacher_groups", "student_groups"}
+        assert left == {"teacher", "student", "resume", "play", "export", "teacher_groups", "student_groups"}
         assert args.env_kwargs == {"randomize": True}
         assert distill.with_task_defaults(distill.Args(env_id=task, device="cpu", num_envs=8)).num_envs == 8
     assert all(set(row) <= set(distill.COMMON) for row in distill.TASK_DEFAULTS.values())

@@ -386,7 +386,7 @@ def test_task_defaults_yield_to_flags_and_fill_everything_else():
     args = ppo.with_task_defaults(ppo.Args(env_id="Ant-v5", gamma=0.5, device="cpu"))
     assert args.gamma == 0.5 and args.env_kwargs == {"include_cfrc_ext_in_observation": False}
     left = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
-    assert left == {"resume", "play", "eval_every"}
+    assert left == {"resume", "play", "export", "eval_every"}
     for task in ppo.TASK_DEFAULTS:
         ppo.derive_sizes(ppo.with_task_defaults(ppo.Args(env_id=task, device="cpu")), world_size=1)
     known = {field.name for field in dataclasses.fields(ppo.Args)}

@@ -773,7 +773,7 @@ def test_flags_win_over_presets_and_presets_over_tasks():
     best = sac.with_task_defaults(sac.Args(env_id="InvertedPendulum-v5", device="cpu"))
     assert best.actor_hidden == (64, 64) and best.critic == "categorical"
     left = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
-    assert left == {"resume", "play", "eval_every"}
+    assert left == {"resume", "play", "export", "eval_every"}
     for task in sac.TASK_DEFAULTS:
         for preset in sac.PRESETS:
             args = sac.with_task_defaults(sac.Args(env_id=task, preset=preset, device="cpu"))
