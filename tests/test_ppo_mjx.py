@@ -358,7 +358,7 @@ def test_a_full_disk_keeps_the_log_of_the_run_that_is_resumed(tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(number, tmp_path, monkeypatch, capsys):
-    """The signal comes in the third of 32 stretches. Ctrl-C before the first step finds nothing to save."""
+    """The signal comes in the third of four iterations."""
     rows, metrics_row, handlers = [], ppo.metrics_row, [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(*inputs):
