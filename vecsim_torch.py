@@ -3125,6 +3125,7 @@ class Transition(NamedTuple):
     invalid: Tensor  # (N,) bool
     ended_return: Tensor  # (N,) of the episode, where one ended
     ended_length: Tensor  # (N,)
+    started_late: Tensor  # (N,) bool: the episode began at a random age, so the time limit cuts it short
     terms: dict[str, Tensor]  # reward terms and other info, (N,) each
 
 
@@ -3286,7 +3287,7 @@ def settle(
     terms = {name: torch.where(invalid, 0.0, value.to(obs.dtype)) for name, value in terms.items()}
     return carry, Transition(
         obs, final_obs, critic_obs, final_critic_obs, reward, terminated, truncated, ended, invalid, episode_return,
-        length, terms,
+        length, age > length, terms,
     )  # fmt: skip
 
 
@@ -3662,7 +3663,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             columns = zip(*(t[:-1] for t in transitions), strict=True)
             terms = {k: torch.cat([t.terms[k] for t in transitions]) for k in transitions[0].terms}
             merged = Transition(*(torch.cat(column, -1) for column in columns), terms)
-        counted = merged.ended & ~merged.invalid
+        counted = merged.ended & ~merged.invalid & ~merged.started_late
         sums = torch.stack(
             (
                 torch.ones_like(merged.ended_return),
@@ -3746,7 +3747,9 @@ class VecSim(gymnasium.vector.VectorEnv):
     # -- statistics, state, diagnosis ----------------------------------------------------------------------------------
 
     def pop_statistics(self) -> dict[str, float]:
-        """Means over all episodes that ended since the last call, and counts; NaN means where none ended.
+        """Means over the whole episodes that ended since the last call, and counts; NaN means where none ended.
+
+        An episode that began at a random age is left out: the time limit cuts it short, so its return would be too low.
 
         episodes, episode_return, episode_length, success (share that reached the time limit), invalid (quarantined);
         dropped_contacts, of a robot in a physics step, for want of pair_slots; and what the task averages. The last two

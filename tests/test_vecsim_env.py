@@ -282,10 +282,34 @@ def test_random_initial_ages_spread_the_time_limits():
     assert (ends[:8].sum(0) == 1).all()  # each once in the first eight steps, at any of them
     assert (ends[:8].sum(1) > 0).all()
     assert torch.equal(ends[:8], ends[8:])  # later episodes are whole
+
+
+def test_statistics_leave_out_episodes_that_began_at_a_random_age():
+    """A fixed policy with return 1 per step: its mean return is that of whole episodes, also after a resume."""
+    options = {"max_episode_steps": 8, "random_initial_ages": True, **FAST}
+    env, other = (vecsim.make("InvertedPendulum-v5", 64, seed=seed, **options) for seed in (0, 1))
+    env.reset(seed=0)
+    taken, all_returns = torch.zeros(64), []
+    for t in range(16):
+        if t == 4:
+            other.load_state_dict(env.state_dict())
+            env = other
+        _, reward, terminated, truncated, _ = env.step(torch.zeros(64, 1))
+        taken += reward
+        assert not terminated.any()
+        all_returns += taken[truncated].tolist()
+        taken[truncated] = 0
+    whole = all_returns.count(8.0)
+    assert len(all_returns) == 128 and 64 <= whole < 80
+    assert np.mean(all_returns) < 6.8  # with the episodes that are cut short: too low
     statistics = env.pop_statistics()
-    assert statistics["episodes"] == 128
-    first = (torch.arange(1, 9)[:, None] * ends[:8]).sum()  # steps really taken, not ages
-    assert math.isclose(statistics["episode_length"], (float(first) + 64 * 8) / 128)
+    assert statistics["episodes"] == whole and statistics["success"] == 1
+    assert statistics["episode_return"] == statistics["episode_length"] == 8.0
+    env.random_initial_ages = False  # as evaluations do: first episodes count
+    env.reset(seed=1)
+    for _ in range(8):
+        env.step(torch.zeros(64, 1))
+    assert env.pop_statistics()["episodes"] == 64
 
 
 def test_resets_are_fresh():
