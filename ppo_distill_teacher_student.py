@@ -50,9 +50,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -323,9 +326,13 @@ def check_divides(parts: int, name: str, whole: int, what: str) -> None:
 
 
 def derive_sizes(
-    args: Args, world_size: int, panel: dict = PERTURBATIONS, profiled: tuple[int, int] = PROFILED
+    args: Args,
+    world_size: int,
+    panel: dict = PERTURBATIONS,
+    profiled: tuple[int, int] = PROFILED,
+    checkpoint: dict | None = None,
 ) -> Sizes:
-    """Check every flag before anything is allocated, then compute the sizes."""
+    """Check every flag before anything is allocated, then compute the sizes. checkpoint: the one to resume."""
     counts = "num_envs student_timesteps finetune_timesteps checkpoint_every log_every eval_episodes solver_iterations"
     counts += " student_history student_memory num_steps update_epochs num_minibatches microbatch_size distill_steps"
     counts += " distill_epochs distill_minibatches gradient_length"
@@ -335,7 +342,8 @@ def derive_sizes(
     rules = (  # flags, what is legal, and how to say it
         (counts, lambda x: x >= 1, ">= 1"),
         ("total_timesteps", lambda x: x > spent, f"> student_timesteps + finetune_timesteps = {spent:,}"),
-        ("seed critic_warmup_iterations", lambda x: x >= 0, ">= 0"),
+        ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
+        ("critic_warmup_iterations", lambda x: x >= 0, ">= 0"),
         ("entropy_coef bounds_coef", lambda x: 0 <= x < math.inf, ">= 0 and finite"),
         ("clip_coef max_grad_norm", lambda x: x > 0, "> 0"),
         (positive, lambda x: 0 < x < math.inf, "> 0 and finite"),
@@ -348,7 +356,7 @@ def derive_sizes(
          f"finite and >= log_std_min = {args.log_std_min:g}"),
         ("log_std_min", math.isfinite, "finite"),
         ("stages", len, "one stage or more"),
-        ("evidence_seeds", lambda x: x and min(x) >= 0, "one seed >= 0 or more"),
+        ("evidence_seeds", lambda x: x and min(x) >= 0 and max(x) < 2**63, "one seed or more, between 0 and 2**63 - 1"),
         ("evidence_perturbations", lambda x: x and set(x) <= set(panel), f"some of: {', '.join(panel)}"),
     )  # fmt: skip
     for names, legal, rule in rules:
@@ -380,9 +388,11 @@ def derive_sizes(
         for stage, (timesteps, (steps, per_iteration, gradient_steps)) in budgets.items()
     }
     for stage, plan in plans.items():
-        if args.profile and stage in args.stages and plan.iterations < (least := sum(profiled) + 1):
+        done = checkpoint["iteration"] if checkpoint and checkpoint["stage"] == stage else 0
+        left, least = plan.iterations - done, sum(profiled) + 1
+        if args.profile and stage in args.stages and 0 < left < least:
             raise InputError(
-                f"profile needs {least} iterations of each stage; {stage}, of {budgets[stage][0]:,} steps, has {plan.iterations}"
+                f"profile needs {least} iterations of each stage; {stage}, of {budgets[stage][0]:,} steps, has {left} left"
             )
     return Sizes(envs, minibatch, microbatch, envs // args.distill_minibatches, plans)
 
@@ -965,7 +975,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(
             f"device = {name}: {processes} processes cannot share one GPU; use --device cuda, one GPU for each"
         )
-    if processes > 1 and local_rank >= available:
+    if processes > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > available:  # all find it alike
         raise InputError(
             f"device = {name}: a process for each GPU, and there are {available} here; use --nproc-per-node={available}"
         )
@@ -981,8 +991,57 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world_size
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM. During training the first signal waits until the iteration has ended and is saved.
+
+    A second signal raises KeyboardInterrupt at once, and so does the first one before and after training. A repetition
+    within a second is ignored: `timeout` signals a process and then its group."""
+
+    def __init__(self):
+        self.number, self.time = 0, 0.0  # of the first signal; number 0: none came
+        self.training = False  # set by the training loop
+        self.checkpoint: Path | str | None = None  # the newest one
+
+    def __enter__(self) -> StopSignals:
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _) -> None:
+        second = self.number > 0
+        if second and time.monotonic() - self.time < 1.0:
+            return
+        if not second:
+            self.number, self.time = number, time.monotonic()
+        if second or not self.training:
+            raise KeyboardInterrupt
+
+    def requested(self) -> bool:
+        """Whether a signal came to any process: all processes get the same answer."""
+        number = torch.tensor(self.number)  # on the host, so that no process waits for its GPU
+        if distributed.is_initialized():
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        if number > 0:
+            self.number = int(number)
+        return bool(number > 0)
+
+    def end_training(self) -> None:
+        """From now on a signal takes effect at once; so does one that came after the last call of `requested`."""
+        self.training = False
+        if self.number:
+            raise KeyboardInterrupt
+
+    def advice(self) -> str:
+        if self.checkpoint is None:
+            return "stopped: there is no checkpoint yet"
+        return f"stopped: {self.checkpoint} is the last checkpoint; --resume continues from it"
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -1039,6 +1098,16 @@ def stream_seed(seed: int, rank: int, stream: int) -> int:
     return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
 
 
+def reseeded(seed: int, checkpoint: dict, device: torch.device, rank: int) -> int:
+    """A new seed from `seed` and the step of the checkpoint, whose random generators are of another kind of device."""
+    if rank == 0:
+        print(
+            f"the checkpoint was written on {checkpoint['device']}: on {device.type} the random generators start from "
+            "a new seed, so the run continues, but not bit for bit"
+        )
+    return stream_seed(seed, checkpoint["env_steps"], stream=2)
+
+
 def on_cpu(tree):
     """The same tree of dicts and lists with every tensor copied, once, to the CPU."""
     if isinstance(tree, dict):
@@ -1048,17 +1117,57 @@ def on_cpu(tree):
     return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
+@contextlib.contextmanager
+def refusals_of_the_disk(path: Path):
+    """While `path` is written, a full disk, a read-only folder and the like are one line: InputError names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):  # torch.save and TensorBoard raise their own from it
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise InputError(f"{path} cannot be written: {cause.strerror}") from error
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder and try to write into it: a run must not find out at its first checkpoint that it cannot."""
+    with refusals_of_the_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Yield a file name beside `path` to write to, then rename it: a failed write leaves the old file as it was."""
+    beside = path.with_suffix(".tmp")
+    with refusals_of_the_disk(path):
+        try:
+            yield beside
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write what on_cpu made beside, then rename: an interrupted run never leaves half a file."""
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    """Write what on_cpu made."""
+    with writing(path) as beside, beside.open("wb") as file:
+        torch.save(checkpoint, file)
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as beside:
+        beside.write_text(text)
 
 
 def load_checkpoint(path: str, algorithm: str) -> dict:
     if Path(path).is_dir():
         raise InputError(f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.pt'}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load ignores the checksums
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load raises many types on a damaged file
@@ -1066,6 +1175,8 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
         raise InputError(
             f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
         ) from None
+    if damaged:
+        raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} in it is wrong")
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm or "args" not in checkpoint:
         raise InputError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
     unknown = checkpoint["args"].keys() - {field.name for field in dataclasses.fields(Args)}
@@ -1082,17 +1193,21 @@ def check_unchanged(checkpoint: dict, args: Args, names: str) -> None:
             raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; leave that flag away")
 
 
-def check_resumable(checkpoint: dict, args: Args, device: torch.device, world_size: int) -> None:
+def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
     """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     names = "env_id env_kwargs teacher_groups student_groups actor_hidden critic_hidden student_network student_hidden"
     names += " student_history student_memory num_envs num_steps distill_steps seed log_std_init distill_noise"
     check_unchanged(checkpoint, args, f"{names} finetune_log_std random_initial_ages teacher student")
+    if checkpoint["stage"] == "finetune" and not warming_up(checkpoint):  # the policy must not be frozen again
+        check_unchanged(checkpoint, args, "critic_warmup_iterations")
     if len(checkpoint["processes"]) != world_size:
         raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
-    if checkpoint["device"] != device.type:
-        raise InputError(
-            f"the checkpoint's random generators are those of {checkpoint['device']}; use --device {checkpoint['device']}"
-        )
+
+
+def warming_up(checkpoint: dict) -> bool:
+    """Whether the checkpoint is of a fine-tuning in which the policy has not moved yet."""
+    warm_up = checkpoint["args"]["critic_warmup_iterations"]
+    return checkpoint["stage"] == "finetune" and checkpoint["iteration"] <= warm_up
 
 
 def training_state(agent: Agent, optimizer: torch.optim.Optimizer, learning_rate: Tensor) -> dict:
@@ -1169,14 +1284,15 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, first_step: int):
         from torch.utils.tensorboard import SummaryWriter  # a second of import that --help and --play need not wait for
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.path = run_dir / "metrics.jsonl"
-        old = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
-        whole = [line for line in old if line.endswith("\n")]  # a killed run may leave half of its last line
-        # What an interrupted run logged after its checkpoint is run, and logged, again.
-        self.path.write_text("".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
-        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
+        with refusals_of_the_disk(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "config.json", json.dumps(dataclasses.asdict(args), indent=2))
+            old = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
+            whole = [line for line in old if line.endswith("\n")]  # a killed run may leave half of its last line
+            # What an interrupted run logged after its checkpoint is run, and logged, again.
+            write_text(self.path, "".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
+            self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
         patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
         self.bar = tqdm(
             total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
@@ -1188,20 +1304,22 @@ class RunLog:
             self.wandb = wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=dataclasses.asdict(args))
 
     def write(self, record: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, record["env_steps"])
+        with refusals_of_the_disk(self.path):
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            for name, value in record.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, record["env_steps"])
         if self.wandb:
             self.wandb.log(record, step=record["env_steps"])
         self.bar.update(record["env_steps"] - self.bar.n)
-        shown = "none ended" if record["episode_return"] is None else f"{record['episode_return']:.1f}"
+        shown = "(no whole episode)" if record["episode_return"] is None else f"{record['episode_return']:.1f}"
         self.bar.set_postfix_str(f"return {shown}")
 
     def close(self) -> None:
         self.bar.close()
-        self.tensorboard.close()
+        with refusals_of_the_disk(self.path.parent):
+            self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1271,7 +1389,8 @@ def plot_curve(run_dir: Path, title: str) -> None:
     if axes[0].lines:  # no episode may have ended yet
         axes[0].legend()
     figure.suptitle(title)
-    figure.savefig(run_dir / "curve.png", dpi=120)
+    with refusals_of_the_disk(run_dir / "curve.png"):
+        figure.savefig(run_dir / "curve.png", dpi=120)
 
 
 def summarize(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
@@ -1284,9 +1403,7 @@ def summarize(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     )
 
 
-def describe(score: dict[str, float] | None) -> str:
-    if score is None:
-        return "no score"
+def describe(score: dict[str, float]) -> str:
     spread = f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}"
     return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
@@ -1583,13 +1700,16 @@ def train_stage(
     checkpoint: dict | None,
     rank: int,
     profiled: tuple[int, int],
+    stop: StopSignals,
 ) -> tuple[dict, dict]:
     """One training stage, from `starts` or from its own checkpoint; writes its folder, returns its last checkpoint and its results."""
     # Set-up: the stage alone decides its random numbers, so that it comes out the same within a run and by itself.
     preparation_started = time.perf_counter()
     device, plan, stream = env.device, sizes.plans[stage], 3 * get_args(Stage).index(stage)
+    moved = checkpoint is not None and checkpoint["device"] != device.type
+    seed = reseeded(args.seed, checkpoint, device, rank) if moved else args.seed
     torch.manual_seed(stream_seed(args.seed, 0, stream))  # the initial weights, the same in every process
-    generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream + 1))
+    generator = torch.Generator(device).manual_seed(stream_seed(seed, rank, stream + 1))
     view, action_size = views["teacher" if stage == "teacher" else "student"], env.single_action_space.shape[0]
     agent = make_agent(stage, views, env.single_action_space, args).to(device)
     teacher, first_learning_rate = None, args.learning_rate
@@ -1606,18 +1726,21 @@ def train_stage(
     rollout = allocate_rollout(plan.num_steps, sizes.envs, *sizes_of_rows, device)
     policy, loss_function = prepare_functions(stage, agent, rollout, sizes, args)
     env.random_initial_ages = args.random_initial_ages
-    obs, info = env.reset(seed=stream_seed(args.seed, rank, stream + 2))
+    obs, info = env.reset(seed=stream_seed(seed, rank, stream + 2))
     privileged_obs = privileged_observation(obs, info)
     memory, fresh = agent.blank(sizes.envs)
     first_iteration, train_seconds = 0, 0.0
     if checkpoint:
         load_training_state(checkpoint, agent, optimizer, learning_rate)
-        if args.learning_rate != checkpoint["args"]["learning_rate"]:  # a rate given anew wins over the adapted one
-            learning_rate.fill_(args.learning_rate)
+        name = "finetune_learning_rate" if stage == "finetune" else "learning_rate"
+        given = getattr(args, name) != checkpoint["args"][name]
+        if given or warming_up(checkpoint):  # a rate given anew wins over the adapted one
+            learning_rate.fill_(getattr(args, name))
         mine = checkpoint["processes"][rank]
         with refusals_of_the_simulator():
             env.load_state_dict(mine["env"])
-        generator.set_state(mine["generator"])
+        if not moved:
+            generator.set_state(mine["generator"])
         obs, privileged_obs, memory, fresh = (mine[x].to(device) for x in ("obs", "privileged_obs", "memory", "fresh"))
         first_iteration, train_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
     compile_seconds = time.perf_counter() - preparation_started
@@ -1637,6 +1760,7 @@ def train_stage(
     profile = Profile(args.profile and rank == 0, device, *profiled)
     terms, record, state, clock = torch.zeros(len(kind._fields), device=device), {}, {}, time.perf_counter()
 
+    stop.training = True
     for iteration in range(first_iteration, plan.iterations):
         # Rollout: copies into the storage, because the simulator's tensors live until its next step.
         profile.start_iteration()
@@ -1680,8 +1804,9 @@ def train_stage(
         # Log and save: whenever a multiple of the interval was crossed.
         env_steps = (iteration + 1) * plan.steps_per_iteration
         before, last = env_steps - plan.steps_per_iteration, iteration + 1 == plan.iterations
-        log_now = last or crossed(args.log_every, before, env_steps)
-        save_now = last or crossed(args.checkpoint_every, before, env_steps)
+        stopping = stop.requested()
+        log_now = last or stopping or crossed(args.log_every, before, env_steps)
+        save_now = last or stopping or crossed(args.checkpoint_every, before, env_steps)
         if not (log_now or save_now):
             continue
         terms /= (env_steps - logged_step) // plan.steps_per_iteration * plan.gradient_steps
@@ -1707,10 +1832,16 @@ def train_stage(
             state = on_cpu(state | training_state(agent, optimizer, learning_rate))
             if log:
                 save_checkpoint(run_dir / "checkpoint.pt", state)
+                stop.checkpoint = run_dir / "checkpoint.pt"
         terms.zero_()
         logged_step, logged_seconds, clock = env_steps, train_seconds, time.perf_counter()
+        if stopping:
+            if log:
+                log.close()
+            raise KeyboardInterrupt
 
     # Score of the stage, by the one writer.
+    stop.end_training()
     if not log:
         return state, record
     log.close()
@@ -1722,7 +1853,7 @@ def train_stage(
     evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, stage=stage)
     evaluation |= dict(outcomes=score(outcomes, levels=None), gymnasium=None)
     evaluation |= dict(vecsim=summarize(outcomes["episode_return"][valid], outcomes["length"][valid]))
-    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
+    write_text(run_dir / "eval.json", json.dumps(evaluation, indent=2))
     level = evaluation["outcomes"]["terrain_level"]
     where = "" if level is None else f", on level {level:.1f} of the terrain, where the curriculum begins"
     print(f"{stage}, vecsim: {describe(evaluation['vecsim'])}{where}")
@@ -1749,22 +1880,27 @@ def prepare_functions(
     return policy, loss_function
 
 
-def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED) -> dict:
-    """Run the stages and write the run folder; returns the results of each."""
+def train(
+    args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED, stop: StopSignals | None = None
+) -> dict:
+    """Run the stages and write the run folder; returns the results of each.
+
+    Raises KeyboardInterrupt when `stop` asks for it, after the iteration at hand and with its checkpoint written."""
     # Everything is checked before anything is trained.
+    stop = stop or StopSignals()
+    stop.checkpoint = args.resume
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
-    sizes = derive_sizes(args, world_size, profiled=profiled)
-    check_env_kwargs(args)
     checkpoint = load_checkpoint(args.resume, "distill") if args.resume else None
+    sizes = derive_sizes(args, world_size, profiled=profiled, checkpoint=checkpoint)
+    check_env_kwargs(args)
     stages = stages_to_run(args, checkpoint, sizes)
     starts = load_starts(args, stages)
     resumed = checkpoint["stage"] if checkpoint and checkpoint["stage"] in stages else None
     if resumed:
-        check_resumable(checkpoint, args, device, world_size)
-    if rank == 0:  # the one writer
-        check_stages(args, stages, starts, resumed)
+        check_resumable(checkpoint, args, world_size)
+    check_stages(args, stages, starts, resumed)
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
     options = dict(num_envs=sizes.envs, device=str(device), seed=args.seed, compile=args.compile)
     options |= dict(integrator=args.integrator, iterations=args.solver_iterations) | args.env_kwargs
@@ -1773,8 +1909,11 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     views = make_views(env, args)
     for stage, start in starts.items():
         check_start(f"the {stage}", start, views, env.single_action_space.shape[0], args)
-    if "evidence" in stages and rank == 0:
+    if "evidence" in stages:
         check_evidence(args, make_env, device)
+    make_writable(Path(args.run_dir))
+    if distributed.is_initialized():
+        distributed.barrier()  # all processes have looked at the folder, before one writes into it
 
     # The training stages share one simulator.
     compile_started = time.perf_counter()
@@ -1783,14 +1922,14 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         env.step(torch.zeros(sizes.envs, env.single_action_space.shape[0], device=device))  # compiles the physics
     run_dir, results = Path(args.run_dir), {}
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        write_text(run_dir / "config.json", json.dumps(dataclasses.asdict(args), indent=2))
         seconds = time.perf_counter() - compile_started
         tqdm.write(f"{args.env_id} on {device} into {run_dir}, physics prepared in {seconds:.1f} s; {world_size} process(es): {', '.join(stages)}")  # fmt: skip
     for stage in stages:
         if stage != "evidence":
             own = checkpoint if stage == resumed else None
-            starts[stage], results[stage] = train_stage(stage, args, sizes, env, views, starts, own, rank, profiled)
+            arguments = args, sizes, env, views, starts, own, rank, profiled, stop
+            starts[stage], results[stage] = train_stage(stage, *arguments)
     action_space = env.single_action_space
     env.close()
 
@@ -1805,7 +1944,8 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         sources = {
             stage: {x: start[x] for x in ("stage", "env_steps", "train_seconds")} for stage, start in starts.items()
         }
-        results["evidence"] = write_evidence(rows, sources, args, device, run_dir)
+        with refusals_of_the_disk(run_dir):
+            results["evidence"] = write_evidence(rows, sources, args, device, run_dir)
         best = next(stage for stage in ("finetune", "student", "baseline", "teacher") if stage in policies)
         print(film(*policies[best], args, make_env, run_dir / "pictures.png"))
         print(f"evidence: {run_dir / 'evidence.json'}")
@@ -1874,6 +2014,8 @@ def export_onnx(
 def play(args: Args, make_env=vecsim_torch.make, task_options: dict = EVIDENCE_OPTIONS) -> dict:
     """Score a checkpoint of any stage deterministically, in the environment it was trained in, on all its levels alike; pictures on request."""
     checkpoint = load_checkpoint(args.play, "distill")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"seed = {args.seed} must be between 0 and 2**63 - 1")
     args = with_task_defaults(dataclasses.replace(args, device="cpu"))
     check_unchanged(checkpoint, args, "env_id")
     check_env_kwargs(args)
@@ -1927,6 +2069,9 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--capture-video draws a checkpoint: give --play, after training")
     if args.export is not None and not args.play:
         raise InputError("--export writes the policy of a checkpoint: give --play, after training")
+    for name in ("run_dir", "resume", "play", "teacher", "student"):
+        if getattr(args, name) == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty: give a path or omit it")
     path = args.resume or args.play
     if path is None:
         return args
@@ -1936,17 +2081,23 @@ def parse_args(argv: list[str]) -> Args:
 
 
 def main() -> int:
-    try:
-        args = parse_args(sys.argv[1:])
-        play(args) if args.play else train(args)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: --resume the run's checkpoint.pt to go on from where it was last saved", file=sys.stderr)
-        return 1
+    first_process = int(os.environ.get("RANK", 0)) == 0
+    with StopSignals() as stop:
+        try:
+            args = parse_args(sys.argv[1:])
+            play(args) if args.play else train(args, stop=stop)
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+        except InputError as error:
+            with contextlib.suppress(KeyboardInterrupt):
+                if not first_process:  # the first one prints the same error, and torchrun then ends this one
+                    time.sleep(10.0)
+                tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            if first_process:
+                tqdm.write(stop.advice(), file=sys.stderr)
+            return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
     return 0
 
 

@@ -45,9 +45,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -282,7 +285,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
     rules = (  # flags, what is legal, and how to say it
         (counts, lambda x: x >= 1, ">= 1"),
         ("eval_every", lambda x: x is None or x >= 1, ">= 1"),
-        ("seed eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
+        ("eval_episodes", lambda x: x >= 0, ">= 0"),
         (f"{rates} reward_scale value_limit temperature_init", lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("num_atoms", lambda x: x >= 2, ">= 2"),
         ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -1111,7 +1115,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(
             f"device = {name}: {processes} processes cannot share one GPU; use --device cuda, one GPU for each"
         )
-    if processes > 1 and local_rank >= available:
+    if processes > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > available:  # all find it alike
         raise InputError(
             f"device = {name}: a process for each GPU, and there are {available} here; use --nproc-per-node={available}"
         )
@@ -1127,7 +1131,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world_size
 
 
@@ -1140,6 +1144,55 @@ def first_process_first():
     yield
     if distributed.is_initialized() and first:
         distributed.barrier()
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM. During training the first signal waits until the iteration has ended and is saved.
+
+    A second signal raises KeyboardInterrupt at once, and so does the first one before and after training. A repetition
+    within a second is ignored: `timeout` signals a process and then its group."""
+
+    def __init__(self):
+        self.number, self.time = 0, 0.0  # of the first signal; number 0: none came
+        self.training = False  # set by the training loop
+        self.checkpoint: Path | str | None = None  # the newest one
+
+    def __enter__(self) -> StopSignals:
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _) -> None:
+        second = self.number > 0
+        if second and time.monotonic() - self.time < 1.0:
+            return
+        if not second:
+            self.number, self.time = number, time.monotonic()
+        if second or not self.training:
+            raise KeyboardInterrupt
+
+    def requested(self) -> bool:
+        """Whether a signal came to any process: all processes get the same answer."""
+        number = torch.tensor(self.number)  # on the host, so that no process waits for its GPU
+        if distributed.is_initialized():
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        if number > 0:
+            self.number = int(number)
+        return bool(number > 0)
+
+    def end_training(self) -> None:
+        """From now on a signal takes effect at once; so does one that came after the last call of `requested`."""
+        self.training = False
+        if self.number:
+            raise KeyboardInterrupt
+
+    def advice(self) -> str:
+        if self.checkpoint is None:
+            return "stopped: there is no checkpoint yet"
+        return f"stopped: {self.checkpoint} is the last checkpoint; --resume continues from it"
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -1203,6 +1256,16 @@ def stream_seed(seed: int, rank: int, stream: int) -> int:
     return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
 
 
+def reseeded(seed: int, checkpoint: dict, device: torch.device, rank: int) -> int:
+    """A new seed from `seed` and the step of the checkpoint, whose random generators are of another kind of device."""
+    if rank == 0:
+        print(
+            f"the checkpoint was written on {checkpoint['device']}: on {device.type} the random generators start from "
+            "a new seed, so the run continues, but not bit for bit"
+        )
+    return stream_seed(seed, checkpoint["env_steps"], stream=2)
+
+
 def on_cpu(tree):
     """The same tree of dicts and lists with every tensor copied, once, to the CPU."""
     if isinstance(tree, dict):
@@ -1212,17 +1275,57 @@ def on_cpu(tree):
     return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
+@contextlib.contextmanager
+def refusals_of_the_disk(path: Path):
+    """While `path` is written, a full disk, a read-only folder and the like are one line: InputError names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):  # torch.save and TensorBoard raise their own from it
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise InputError(f"{path} cannot be written: {cause.strerror}") from error
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder and try to write into it: a run must not find out at its first checkpoint that it cannot."""
+    with refusals_of_the_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Yield a file name beside `path` to write to, then rename it: a failed write leaves the old file as it was."""
+    beside = path.with_suffix(".tmp")
+    with refusals_of_the_disk(path):
+        try:
+            yield beside
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write what on_cpu made beside, then rename: an interrupted run never leaves half a file."""
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    """Write what on_cpu made."""
+    with writing(path) as beside, beside.open("wb") as file:
+        torch.save(checkpoint, file)
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as beside:
+        beside.write_text(text)
 
 
 def load_checkpoint(path: str, algorithm: str) -> dict:
     if Path(path).is_dir():
         raise InputError(f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.pt'}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load ignores the checksums
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load raises many types on a damaged file
@@ -1230,6 +1333,8 @@ def load_checkpoint(path: str, algorithm: str) -> dict:
         raise InputError(
             f"checkpoint {path} cannot be read; is it truncated? ({type(error).__name__}: {reason})"
         ) from None
+    if damaged:
+        raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} in it is wrong")
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != algorithm or "args" not in checkpoint:
         raise InputError(f"checkpoint {path} was not written by this script (algorithm {algorithm})")
     unknown = checkpoint["args"].keys() - {field.name for field in dataclasses.fields(Args)}
@@ -1252,7 +1357,7 @@ def check_same_task(checkpoint: dict, args: Args) -> None:
     check_unchanged(checkpoint, args, f"env_id env_kwargs {networks} normalize_observations normalize_rewards")
 
 
-def check_resumable(checkpoint: dict, args: Args, sizes: Sizes, device: torch.device, world_size: int) -> None:
+def check_resumable(checkpoint: dict, args: Args, sizes: Sizes, world_size: int) -> None:
     """Refuse to continue under flags that do not fit the state, or that would do nothing because it holds what they set."""
     check_same_task(checkpoint, args)
     held = "preset num_envs seed temperature_init random_initial_ages log_std_min log_std_max"  # a preset was filled in before
@@ -1263,10 +1368,6 @@ def check_resumable(checkpoint: dict, args: Args, sizes: Sizes, device: torch.de
         )
     if len(checkpoint["processes"]) != world_size:
         raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
-    if checkpoint["device"] != device.type:
-        raise InputError(
-            f"the checkpoint was written on {checkpoint['device']}, where alone its random generators go on, not on {device.type}"
-        )
     if checkpoint["replay_inside"]:
         saved, dtype = checkpoint["processes"][0]["replay"], torch.float16 if args.half_precision_replay else torch.float32
         if saved["slots"] != sizes.slots:
@@ -1325,10 +1426,7 @@ def check_run_dir(args: Args) -> None:
     if not own and (folder / "metrics.jsonl").exists():
         advice = ", or --resume its checkpoint.pt" if (folder / "checkpoint.pt").exists() else ""
         raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another{advice}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run_dir = {args.run_dir} cannot be made: {error.strerror}") from None
+    make_writable(folder)
 
 
 class RunLog:
@@ -1337,14 +1435,15 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, first_step: int):
         from torch.utils.tensorboard import SummaryWriter  # a second of import that --help and --play need not wait for
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.path = run_dir / "metrics.jsonl"
-        old = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
-        whole = [line for line in old if line.endswith("\n")]  # a killed run may leave half of its last line
-        # What an interrupted run logged after its checkpoint is run, and logged, again.
-        self.path.write_text("".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
-        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
+        with refusals_of_the_disk(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "config.json", json.dumps(dataclasses.asdict(args), indent=2))
+            old = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
+            whole = [line for line in old if line.endswith("\n")]  # a killed run may leave half of its last line
+            # What an interrupted run logged after its checkpoint is run, and logged, again.
+            write_text(self.path, "".join(line for line in whole if json.loads(line)["env_steps"] <= first_step))
+            self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
         patience = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
         self.bar = tqdm(
             total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=patience
@@ -1356,20 +1455,22 @@ class RunLog:
             self.wandb = wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=dataclasses.asdict(args))
 
     def write(self, record: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, record["env_steps"])
+        with refusals_of_the_disk(self.path):
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            for name, value in record.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, record["env_steps"])
         if self.wandb:
             self.wandb.log(record, step=record["env_steps"])
         self.bar.update(record["env_steps"] - self.bar.n)
-        shown = "none ended" if record["episode_return"] is None else f"{record['episode_return']:.1f}"
+        shown = "(no whole episode)" if record["episode_return"] is None else f"{record['episode_return']:.1f}"
         self.bar.set_postfix_str(f"return {shown}")
 
     def close(self) -> None:
         self.bar.close()
-        self.tensorboard.close()
+        with refusals_of_the_disk(self.path.parent):
+            self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1439,7 +1540,8 @@ def plot_curve(run_dir: Path, title: str) -> None:
     if axes[0].lines:  # no episode may have ended yet
         axes[0].legend()
     figure.suptitle(title)
-    figure.savefig(run_dir / "curve.png", dpi=120)
+    with refusals_of_the_disk(run_dir / "curve.png"):
+        figure.savefig(run_dir / "curve.png", dpi=120)
 
 
 def summarize(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
@@ -1470,9 +1572,7 @@ def first_episodes(step, obs: Tensor, agent: Agent) -> dict[str, float]:
     return summarize(returns[~failed].cpu().numpy(), lengths[~failed].cpu().numpy())
 
 
-def describe(score: dict[str, float] | None) -> str:
-    if score is None:
-        return "no score"
+def describe(score: dict[str, float]) -> str:
     spread = f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}"
     return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
@@ -1569,9 +1669,15 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED) -> dict:
-    """Train, write the run folder, evaluate; returns the last log record and the evaluation."""
+def train(
+    args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PROFILED, stop: StopSignals | None = None
+) -> dict:
+    """Train, write the run folder, evaluate; returns the last log record and the evaluation.
+
+    Raises KeyboardInterrupt when `stop` asks for it, after the iteration at hand and with its checkpoint written."""
     # Set-up: every flag is checked before anything is allocated.
+    stop = stop or StopSignals()
+    stop.checkpoint = args.resume
     args = with_task_defaults(args)
     device = pick_device(args.device)
     rank, world_size = start_processes(device)
@@ -1579,19 +1685,21 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     check_env_kwargs(args)
     checkpoint = load_checkpoint(args.resume, "sac") if args.resume else None
     if checkpoint:
-        check_resumable(checkpoint, args, sizes, device, world_size)
+        check_resumable(checkpoint, args, sizes, world_size)
     check_length(args, sizes, checkpoint, profiled)
+    check_run_dir(args)
     if rank == 0:  # the one writer
-        check_run_dir(args)
         if warning := clipping_warning(args):
             print(warning)
     preparation_started = time.perf_counter()
+    moved = checkpoint is not None and checkpoint["device"] != device.type
+    seed = reseeded(args.seed, checkpoint, device, rank) if moved else args.seed
     if device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    generator = torch.Generator(device).manual_seed(stream_seed(args.seed, rank, stream=0))
-    env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(args.seed, rank, stream=1))
+    generator = torch.Generator(device).manual_seed(stream_seed(seed, rank, stream=0))
+    env_options = dict(num_envs=sizes.envs, device=str(device), seed=stream_seed(seed, rank, stream=1))
     env_options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
     env_options |= args.env_kwargs
     with refusals_of_the_simulator():
@@ -1627,7 +1735,8 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         mine = checkpoint["processes"][rank]
         with refusals_of_the_simulator():
             env.load_state_dict(mine["env"])
-        generator.set_state(mine["generator"])
+        if not moved:
+            generator.set_state(mine["generator"])
         obs, critic_obs, held, remaining, returns = (
             mine[name].to(device) for name in ("obs", "critic_obs", "held", "remaining", "returns")
         )
@@ -1652,6 +1761,7 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
     policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
     logged_updates, policy_updates, record, clock = updates, 0, {}, time.perf_counter()
 
+    stop.training = True
     for iteration in range(first_iteration, sizes.iterations):
         # Act: uniformly at random at first, then the policy with its exploration noise.
         learning = written + 1 >= sizes.first_slots  # there will be enough to learn from after this step
@@ -1703,9 +1813,10 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         env_steps = (iteration + 1) * args.num_envs
         last = iteration + 1 == sizes.iterations
         before = env_steps - args.num_envs
-        log_now = last or crossed(args.log_every, before, env_steps)
+        stopping = stop.requested()
+        log_now = last or stopping or crossed(args.log_every, before, env_steps)
         evaluate_now = crossed(args.eval_every, before, env_steps) or (last and args.eval_every is not None)
-        save_now = last or crossed(args.checkpoint_every, before, env_steps)
+        save_now = last or stopping or crossed(args.checkpoint_every, before, env_steps)
         if not (log_now or evaluate_now or save_now):
             continue
         means = critic_terms / max(1, updates - logged_updates), policy_terms / max(1, policy_updates)
@@ -1737,12 +1848,18 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
             if log:
                 state |= on_cpu(training_state(agent, optimizers, learning_rate))
                 save_checkpoint(run_dir / "checkpoint.pt", state)
+                stop.checkpoint = run_dir / "checkpoint.pt"
             del state, mine  # a second replay may hang on them
         critic_terms.zero_(), policy_terms.zero_()
         logged_step, logged_seconds, logged_updates, policy_updates = env_steps, train_seconds, updates, 0
         clock = time.perf_counter()
+        if stopping:
+            if log:
+                log.close()
+            raise KeyboardInterrupt
 
     # Final evaluation, by the one writer.
+    stop.end_training()
     if not log:
         env.close()
         return record
@@ -1755,9 +1872,10 @@ def train(args: Args, make_env=vecsim_torch.make, profiled: tuple[int, int] = PR
         evaluation["vecsim"] = evaluate_vecsim(agent, env, args.seed)
         evaluation["gymnasium"] = score if args.eval_every else evaluate_gymnasium(agent, args)
     env.close()
-    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=2))
+    write_text(run_dir / "eval.json", json.dumps(evaluation, indent=2))
+    reason = f"Gymnasium has no {args.env_id}" if args.eval_episodes else "eval_episodes = 0"
     for name in ("vecsim", "gymnasium"):
-        print(f"{name}: {describe(evaluation[name])}")
+        print(f"{name}: {describe(evaluation[name]) if evaluation[name] else f'no score, because {reason}'}")
     return record | evaluation
 
 
@@ -1825,8 +1943,8 @@ def play(args: Args, make_env=vecsim_torch.make) -> dict:
     checkpoint = load_checkpoint(args.play, "sac")
     if args.eval_episodes < (1 if args.export is None else 0):
         raise InputError(f"eval_episodes = {args.eval_episodes} must be >= 1 to play; use --eval-episodes 20")
-    if args.seed < 0:
-        raise InputError(f"seed = {args.seed} must be >= 0")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"seed = {args.seed} must be between 0 and 2**63 - 1")
     args = with_task_defaults(dataclasses.replace(args, device="cpu", num_envs=args.eval_episodes or 1))
     check_same_task(checkpoint, args)
     check_env_kwargs(args)
@@ -1874,6 +1992,9 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--capture-video films a checkpoint: give --play, after training")
     if args.export is not None and not args.play:
         raise InputError("--export writes the policy of a checkpoint: give --play, after training")
+    for name in ("run_dir", "resume", "play"):
+        if getattr(args, name) == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty: give a path or omit it")
     path = args.resume or args.play
     if path is None:
         return args
@@ -1883,17 +2004,23 @@ def parse_args(argv: list[str]) -> Args:
 
 
 def main() -> int:
-    try:
-        args = parse_args(sys.argv[1:])
-        play(args) if args.play else train(args)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: --resume the run's checkpoint.pt to go on from where it was last saved", file=sys.stderr)
-        return 1
+    first_process = int(os.environ.get("RANK", 0)) == 0
+    with StopSignals() as stop:
+        try:
+            args = parse_args(sys.argv[1:])
+            play(args) if args.play else train(args, stop=stop)
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+        except InputError as error:
+            with contextlib.suppress(KeyboardInterrupt):
+                if not first_process:  # the first one prints the same error, and torchrun then ends this one
+                    time.sleep(10.0)
+                tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            if first_process:
+                tqdm.write(stop.advice(), file=sys.stderr)
+            return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
     return 0
 
 

@@ -3832,18 +3832,24 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     @normal_tensors
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken. ValueError for another task or number of environments."""
+        """Go on exactly where `state_dict` was taken. ValueError for another task or number of environments.
+
+        A state of another kind of device (cpu, cuda) continues with the random generators that this environment has.
+        """
         for key in ("env_id", "num_envs"):
             if state[key] != getattr(self, key):
                 raise ValueError(f"this state is of {key} {state[key]}, not {getattr(self, key)}")
-        for key, value in self._configuration().items():
-            if state["configuration"].get(key) != value:
-                raise ValueError(f"this state is of {key} {state['configuration'].get(key)}, not {value}")
+        there, here = state["configuration"], self._configuration()
+        same_device = there.get("device") == here["device"]
+        for key, value in here.items():
+            if there.get(key) != value and key != "device":
+                raise ValueError(f"this state is of {key} {there.get(key)}, not {value}")
         if self._perturb_rows and "perturb_generator" not in state:
             raise ValueError("this state is of an older vecsim_torch, whose pushes and noise cannot go on exactly here")
         self._set_carry(Carry(**{name: x.to(self.device) for name, x in state["carry"].items()}))
-        self._generator.set_state(state["generator"])
-        if "perturb_generator" in state:  # without perturbations it draws nothing
+        if same_device:
+            self._generator.set_state(state["generator"])
+        if same_device and "perturb_generator" in state:  # without perturbations it draws nothing
             self._perturb_generator.set_state(state["perturb_generator"])
         self._statistics.copy_(state["statistics"])
         self._offender.copy_(state["offender"])

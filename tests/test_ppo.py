@@ -4,6 +4,7 @@ Bit for bit on one CPU with the same versions: same seed, and resume. Statistica
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import importlib.machinery
@@ -11,9 +12,13 @@ import json
 import math
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -353,6 +358,23 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
     assert_same(whole, parts)
 
 
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(two_processes):
+    """Only the second process got SIGTERM, in the third iteration; the run then resumes, and equals the uninterrupted one."""
+    assert (two_processes / "stopped.txt").read_text() == "1536"
+    assert_same(state_of(two_processes / "whole"), state_of(two_processes / "stopped"))
+
+
+def test_bad_input_of_several_processes_is_one_line(tmp_path):
+    """torchrun adds its own summary of every process that fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(TESTS.parent / "ppo_gpu_torch.py"), "--gamma", "2", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if "gamma" in line]
+    assert lines == ["error: gamma = 2.0 must be between 0 and 1"] and done.returncode != 0, done.stderr
+    assert "in train\n" not in done.stderr  # no traceback of the script
+
+
 def test_the_first_process_compiles_before_the_others(two_processes):
     """Compiling at once, they would write the same files of the compiler's cache, and read them half written."""
     first, second = (torch.load(two_processes / f"compiled-{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -490,6 +512,11 @@ def run_main(monkeypatch, capsys, *arguments):
         ),
         (["--gamma", "2"], "gamma = 2.0 must be between 0 and 1"),
         (["--gamma", "high"], "--gamma"),
+        (["--seed", "1" * 23], "seed = 11111111111111111111111 must be between 0 and 2**63 - 1"),
+        (["--run-dir", ""], "--run-dir is empty: give a path or omit it"),
+        (["--resume", ""], "--resume is empty: give a path or omit it"),
+        (["--play", ""], "--play is empty: give a path or omit it"),
+        (["--run-dir", "/sys/kernel", "--device", "cpu"], "/sys/kernel cannot be written"),
         (["--cpu-threads", "0"], "cpu_threads = 0 must be >= 1"),
         (["--nonsense", "1"], "nonsense"),
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
@@ -499,8 +526,8 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--export", "policy.onnx"], "--export writes the policy of a checkpoint: give --play"),
         (["--resume", "tests"], "checkpoint tests is a folder; give the file in it, tests/checkpoint.pt"),
         (["--env-id", "Quadruped-Rough", "--eval-every", "1000"], "eval_every: Gymnasium has no Quadruped-Rough to evaluate in"),
-        (["--run-dir", "README.md", "--device", "cpu"], "run_dir = README.md cannot be made: File exists"),
-        (["--run-dir", "README.md/a", "--device", "cpu"], "run_dir = README.md/a cannot be made: Not a directory"),
+        (["--run-dir", "README.md", "--device", "cpu"], "README.md cannot be written: File exists"),
+        (["--run-dir", "README.md/a", "--device", "cpu"], "README.md/a cannot be written: Not a directory"),
         (["--env-kwargs", "no_such_option", "1", "--device", "cpu"], "no_such_option"),
         (["--env-kwargs", "randomize.weight", "0.1", "--device", "cpu"], "unknown field 'weight' of randomize"),
         (
@@ -533,25 +560,157 @@ def test_threads_on_a_cpu(flags, threads, tmp_path, monkeypatch):
     assert chosen == [threads]
 
 
-def test_an_interrupted_run_ends_in_one_line(monkeypatch, capsys):
-    def interrupted(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ppo, "train", interrupted)
-    status, err = run_main(monkeypatch, capsys)
-    assert status == 1 and "--resume the run's checkpoint.pt" in err and err.count("\n") == 1
+def messages(err):
+    """The lines of stderr beside those of the progress bar."""
+    return [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", err) if line.strip() and " steps/s" not in line]
 
 
-def test_resume_refuses_another_device_and_another_number_of_processes(finished_run, tmp_path, monkeypatch, capsys):
-    checkpoint = torch.load(finished_run / "checkpoint.pt", weights_only=True)
-    one = checkpoint["processes"]
-    for change, message in (
-        (dict(device="cuda"), "was written on cuda, where alone its random generators go on, not on cpu"),
-        (dict(processes=one * 2), "was written by 2 processes, not 1"),
+class Signalled(ProbeEnv):
+    """Sends these signals to its own process in the step of this number, with a pause between them, seconds."""
+
+    signals, step_number, pause = (), 0, 0.0
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.steps_taken = 0
+
+    def step(self, action):
+        self.steps_taken += 1
+        if self.steps_taken == self.step_number:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+                time.sleep(self.pause)
+        return super().step(action)
+
+
+def run_signalled(monkeypatch, capsys, args, **attributes):
+    """What main returns and prints when a run receives the signals of `attributes`."""
+    env = type("Signalled", (Signalled,), attributes)
+    monkeypatch.setattr(ppo, "train", lambda _, stop, train=ppo.train: train(args, env, stop=stop))
+    with monkeypatch.context():
+        status, err = run_main(monkeypatch, capsys)
+    monkeypatch.undo()
+    return status, *messages(err)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(number, status, tmp_path, monkeypatch, capsys):
+    """It comes in the middle of an iteration, twice at once, as `timeout` sends it."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    args = probe_args(tmp_path / "stopped", total_timesteps=20 * 512)
+    sent = dict(signals=(number, number), step_number=1 + 5 * 8 + 3)
+    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
+    message = f"stopped: {checkpoint} is the last checkpoint; --resume continues from it"
+    assert run_signalled(monkeypatch, capsys, args, **sent) == (status, message)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert state_of(tmp_path / "stopped")["env_steps"] == 6 * 512 and logged(tmp_path / "stopped", "env_steps") == [6 * 512]
+    assert not (tmp_path / "stopped" / "eval.json").exists()
+    ppo.train(dataclasses.replace(args, resume=str(checkpoint)), ProbeEnv)
+    ppo.train(probe_args(tmp_path / "whole", total_timesteps=20 * 512), ProbeEnv)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
+
+
+def test_a_second_signal_and_one_outside_of_training_end_a_run_at_once(tmp_path, monkeypatch, capsys):
+    small, end = dict(total_timesteps=2 * 512), 1 + 2 * 8
+    term, path = (signal.SIGTERM,), tmp_path / "evaluating" / "checkpoint.pt"
+    for name, sent, message in (
+        ("training", dict(signals=2 * term, pause=1.1, step_number=3), "there is no checkpoint yet"),
+        ("preparing", dict(signals=term, step_number=1), "there is no checkpoint yet"),
+        ("evaluating", dict(signals=term, step_number=end + 1), f"{path} is the last checkpoint"),
     ):
-        torch.save(checkpoint | change, tmp_path / "other.pt")
-        arguments = ["--resume", tmp_path / "other.pt", "--total-timesteps", "20480", "--device", "cpu"]
-        status, err = run_main(monkeypatch, capsys, *arguments)
+        status, line = run_signalled(monkeypatch, capsys, probe_args(tmp_path / name, **small), **sent)
+        assert status == 143 and line.startswith(f"stopped: {message}"), line
+        assert (tmp_path / name / "checkpoint.pt").exists() == (name == "evaluating")
+        assert not (tmp_path / name / "eval.json").exists()
+
+
+def test_resume_refuses_another_number_of_processes(finished_run, tmp_path, monkeypatch, capsys):
+    checkpoint = torch.load(finished_run / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | dict(processes=checkpoint["processes"] * 2), tmp_path / "other.pt")
+    arguments = ["--resume", tmp_path / "other.pt", "--total-timesteps", "20480", "--device", "cpu"]
+    status, err = run_main(monkeypatch, capsys, *arguments)
+    assert status == 2 and "was written by 2 processes, not 1" in err and err.count("\n") == 1, err
+
+
+def written_on_a_gpu(path):
+    """The checkpoint as a GPU would have written it: its random generators have states of another size."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["device"] = "cuda"
+    for process in checkpoint["processes"]:
+        process["generator"] = torch.zeros(16, dtype=torch.uint8)
+        process["env"]["configuration"]["device"] = "cuda"
+        process["env"] |= dict(generator=process["generator"], perturb_generator=process["generator"])
+    torch.save(checkpoint, path)
+
+
+def test_a_checkpoint_of_another_device_goes_on_from_new_seeds_and_says_so(tmp_path, capsys):
+    small = dict(env_id="InvertedPendulum-v5", num_envs=16, num_minibatches=2, eval_episodes=0)
+    ppo.train(probe_args(tmp_path / "first", **small, total_timesteps=2 * 128))
+    path = tmp_path / "first" / "checkpoint.pt"
+    written_on_a_gpu(path)
+    before, ends = torch.load(path, weights_only=True), []
+    for name in "ab":
+        args = probe_args(tmp_path / name, **small, total_timesteps=4 * 128, resume=str(path))
+        result = ppo.train(args)
+        out = capsys.readouterr().out
+        assert out.count("the checkpoint was written on cuda: on cpu the random generators start from a new seed") == 1
+        assert result["env_steps"] == 4 * 128
+        ends.append(state_of(tmp_path / name))
+    assert_same(*ends)
+    assert ends[0]["agent"]["obs_statistics.count"] == 2 * before["agent"]["obs_statistics.count"]  # it went on
+    start = torch.Generator().manual_seed(ppo.stream_seed(1, rank=0, stream=0)).get_state()
+    assert not torch.equal(ends[0]["processes"][0]["generator"], start)
+    fresh = ppo.train(probe_args(tmp_path / "fresh", **small, total_timesteps=4 * 128)) and state_of(tmp_path / "fresh")
+    assert not torch.equal(fresh["processes"][0]["generator"], ends[0]["processes"][0]["generator"])  # no numbers twice
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """Files of this process cannot grow beyond `room` bytes: writing fails as on a full disk, with another reason."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room, what", [(20_000, "checkpoint.pt"), (100, "config.json")])
+def test_a_full_disk_is_one_line_and_loses_nothing(room, what, tmp_path, monkeypatch, capsys):
+    ppo.train(probe_args(tmp_path, total_timesteps=1_024, log_every=512, eval_episodes=0), ProbeEnv)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "config.json", "metrics.jsonl")}
+    args = probe_args(tmp_path, total_timesteps=2_048, resume=str(tmp_path / "checkpoint.pt"), eval_episodes=0)
+    monkeypatch.setattr(ppo, "train", lambda _, stop, train=ppo.train: train(args, ProbeEnv, stop=stop))
+    with full_disk(room):
+        status, err = run_main(monkeypatch, capsys)
+    assert status == 2 and messages(err) == [f"error: {tmp_path / what} cannot be written: File too large"]
+    assert not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept["checkpoint.pt"]
+    if what == "config.json":
+        assert all((tmp_path / name).read_bytes() == before for name, before in kept.items())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "eval.json"
+    ppo.write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), ppo.writing(path) as beside:
+        beside.write_text("new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [path] == list(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_one_line(finished_run, tmp_path, monkeypatch, capsys):
+    whole = (finished_run / "checkpoint.pt").read_bytes()
+    with zipfile.ZipFile(finished_run / "checkpoint.pt") as archive:
+        largest = max((x for x in archive.infolist() if "/data/" in x.filename), key=lambda x: x.file_size)
+        start = whole.index(archive.read(largest))
+    flipped = bytearray(whole)
+    flipped[start + largest.file_size // 2] ^= 64
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    torch.load(tmp_path / "flipped.pt", weights_only=True)  # reads it without a word
+    for flag in ("--resume", "--play"):
+        status, err = run_main(monkeypatch, capsys, flag, tmp_path / "flipped.pt")
+        message = f"is damaged: the checksum of {largest.filename} in it is wrong"
         assert status == 2 and message in err and err.count("\n") == 1, err
 
 
@@ -599,6 +758,16 @@ def test_play_prints_the_score(finished_run, capsys):
     assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
 
+def test_the_last_lines_say_why_there_is_no_score(tmp_path, capsys):
+    for episodes, lines in (
+        (1, ["vecsim: -", "gymnasium: no score, because Gymnasium has no action"]),
+        (0, [f"{name}: no score, because eval_episodes = 0" for name in ("vecsim", "gymnasium")]),
+    ):
+        ppo.train(short_args(tmp_path / str(episodes), eval_episodes=episodes, total_timesteps=512), ProbeEnv)
+        out = capsys.readouterr().out.splitlines()[-2:]
+        assert all(found.startswith(expected) for found, expected in zip(out, lines, strict=True)), out
+
+
 def test_an_error_of_the_environment_is_not_bad_input(tmp_path, monkeypatch, capsys):
     """ValueError is bad input while a run is set up, and a defect, with its traceback, from then on."""
 
@@ -617,10 +786,10 @@ def test_an_error_of_the_environment_is_not_bad_input(tmp_path, monkeypatch, cap
             raise ValueError("shapes differ")
 
     train = ppo.train
-    monkeypatch.setattr(ppo, "train", lambda args: train(probe_args(tmp_path / "refused"), Refusing))
+    monkeypatch.setattr(ppo, "train", lambda args, stop: train(probe_args(tmp_path / "refused"), Refusing))
     status, err = run_main(monkeypatch, capsys)
     assert status == 2 and err == "error: unknown task\n"
-    monkeypatch.setattr(ppo, "train", lambda args: train(probe_args(tmp_path / "defect"), Defective))
+    monkeypatch.setattr(ppo, "train", lambda args, stop: train(probe_args(tmp_path / "defect"), Defective))
     with pytest.raises(ValueError, match="shapes differ"):
         run_main(monkeypatch, capsys)
 
@@ -814,3 +983,12 @@ def test_profile_times_the_stages_and_leaves_the_training_as_it_was(tmp_path, ca
 def test_profile_needs_enough_iterations(tmp_path):
     with pytest.raises(ppo.InputError, match="profile needs 14 iterations; use --total-timesteps 7168 or more"):
         ppo.train(short_args(tmp_path, total_timesteps=13 * 512, profile=True), ProbeEnv)
+
+
+def test_profile_counts_from_where_a_run_resumes(tmp_path):
+    ppo.train(short_args(tmp_path, total_timesteps=4 * 512), ProbeEnv)
+    resume = dict(resume=str(tmp_path / "checkpoint.pt"), profile=True)
+    with pytest.raises(ppo.InputError, match="profile needs 6 iterations; use --total-timesteps 5120 or more"):
+        ppo.train(short_args(tmp_path, total_timesteps=9 * 512, **resume), ProbeEnv, profiled=(2, 3))
+    ppo.train(short_args(tmp_path, total_timesteps=10 * 512, **resume), ProbeEnv, profiled=(2, 3))
+    assert (tmp_path / "profile.json").exists() and (tmp_path / "trace.json.gz").exists()

@@ -267,6 +267,16 @@ def test_quarantined_environments_are_as_if_they_were_not_there():
         torch.testing.assert_close(masked, oracle, rtol=1e-4, atol=1e-6)
 
 
+def test_explained_variance_leaves_quarantined_transitions_out():
+    value, advantage = torch.randn(6, 5), torch.randn(6, 5)
+    invalid = torch.zeros(6, 5, dtype=torch.bool)
+    invalid[1:3, 2] = True
+    expected = 1 - advantage[~invalid].var() / (advantage + value)[~invalid].var()
+    for broken in (1e6, math.nan):
+        value[invalid] = broken
+        torch.testing.assert_close(ppo.explained_variance(value, advantage, invalid), expected)
+
+
 def test_bf16_rounds_the_networks_and_nothing_else():
     """bfloat16 keeps 8 bits: outputs near 1 differ from those of float32 by less than 2^-6, and do differ."""
     agents = [make_agent(make_args(bf16=bf16)) for bf16 in (False, True)]

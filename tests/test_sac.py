@@ -612,9 +612,9 @@ def test_a_value_error_is_bad_input_only_while_a_run_is_set_up(tmp_path, monkeyp
             raise ValueError("shapes differ")
 
     train = sac.train
-    monkeypatch.setattr(sac, "train", lambda args: train(probe_args(tmp_path / "refused"), Refusing))
+    monkeypatch.setattr(sac, "train", lambda args, stop: train(probe_args(tmp_path / "refused"), Refusing))
     assert run_main(monkeypatch, capsys) == (2, "error: unknown task\n")
-    monkeypatch.setattr(sac, "train", lambda args: train(probe_args(tmp_path / "defect"), Defective))
+    monkeypatch.setattr(sac, "train", lambda args, stop: train(probe_args(tmp_path / "defect"), Defective))
     with pytest.raises(ValueError, match="shapes differ"):
         run_main(monkeypatch, capsys)
 

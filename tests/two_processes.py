@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,33 @@ def updates_on_fixed_data(rank: int, world_size: int) -> dict:
     return dict(agent=dict(agent.state_dict()), learning_rate=learning_rate, terms=terms, episodes=episodes)
 
 
+class Stopped(ProbeEnv):
+    """The second process gets SIGTERM in its third iteration."""
+
+    steps_taken = 0
+
+    def step(self, action):
+        self.steps_taken += 1
+        if self.steps_taken == 1 + 2 * 8 + 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(action)
+
+
+def stop_and_resume(folder: Path) -> None:
+    args = probe_args(folder / "stopped", total_timesteps=20_480, log_every=2_560)
+    with ppo.StopSignals() as stop:
+        try:
+            ppo.train(args, Stopped, stop=stop)
+        except KeyboardInterrupt:
+            assert stop.number == signal.SIGTERM
+    torch.distributed.barrier()  # the checkpoint is written
+    checkpoint = folder / "stopped" / "checkpoint.pt"
+    if os.environ["RANK"] == "0":
+        steps = torch.load(checkpoint, weights_only=True)["env_steps"]
+        (folder / "stopped.txt").write_text(str(steps))
+    ppo.train(dataclasses.replace(args, resume=str(checkpoint)), ProbeEnv)
+
+
 def main(folder: Path) -> None:
     rank, world_size = ppo.start_processes(torch.device("cpu"))
     torch.save(updates_on_fixed_data(rank, world_size), folder / f"update-{rank}.pt")
@@ -55,6 +83,7 @@ def main(folder: Path) -> None:
         args = probe_args(folder / name, total_timesteps=steps, log_every=2_560)
         ppo.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
         torch.distributed.barrier()  # the checkpoint is written
+    stop_and_resume(folder)
     with ppo.first_process_first():
         time.sleep(0.2 if rank == 0 else 0.0)
         torch.save(time.monotonic(), folder / f"compiled-{rank}.pt")
