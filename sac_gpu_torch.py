@@ -772,7 +772,8 @@ def hold_noise(
 ) -> tuple[Tensor, Tensor]:
     """This step's noise (N, actions), and how many more steps (N,) it lasts: robots whose time is up take the fresh draw.
 
-    Noise that lasts explores further than noise that averages out. A uniform number is looked up in the durations' distribution."""
+    Noise that lasts explores further than noise that averages out. The end of an episode does not end it. A uniform number is
+    looked up in the durations' distribution."""
     over = remaining == 0
     duration = torch.searchsorted(durations, uniform, right=True).clamp(max=len(durations) - 1) + 1
     return torch.where(over[:, None], fresh, held), torch.where(over, duration, remaining) - 1

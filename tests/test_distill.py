@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -555,6 +556,31 @@ def test_a_run_killed_in_any_stage_resumes_bit_for_bit(stage, steps, whole_run, 
             assert logged(whole, name, metric) == logged(tmp_path / "run", name, metric)
 
 
+def test_a_signal_saves_the_stage_at_hand_and_the_run_resumes_bit_for_bit(whole_run, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the middle of the second iteration of the student, of four."""
+    whole, flags = whole_run
+
+    class Signalled(RecallEnv):
+        steps_taken = 0
+
+        def step(self, action):
+            self.steps_taken += 1
+            if self.steps_taken == 1 + 6 * 6 + 3 + 12 + 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    args = small_args(tmp_path / "run", **flags)
+    monkeypatch.setattr(distill, "train", lambda _, stop, train=distill.train: train(args, Signalled, stop=stop))
+    status, err = run_main(monkeypatch, capsys)
+    monkeypatch.undo()
+    path = tmp_path / "run" / "student" / "checkpoint.pt"
+    assert status == 143 and f"stopped: {path} is the last checkpoint; --resume continues from it" in err
+    assert saved(tmp_path / "run", "student")["iteration"] == 2
+    distill.train(dataclasses.replace(args, resume=str(path)), RecallEnv)
+    for name in ("student", "finetune"):
+        assert_same(state_of(whole, name), state_of(tmp_path / "run", name))
+
+
 def test_a_stage_by_itself_equals_that_stage_of_a_whole_run(whole_run, tmp_path):
     whole, flags = whole_run
     for stage, start in (("student", dict(teacher="teacher")), ("finetune", dict(student="student")), ("baseline", {})):
@@ -588,6 +614,53 @@ def test_profile_times_the_parts_of_each_stage_and_leaves_the_training_as_it_was
         assert all(part["seconds"] > 0 for part in table["stages"].values())
         assert (tmp_path / "profiled" / stage / "trace.json.gz").stat().st_size > 1000
     assert not list((tmp_path / "plain").glob("*/profile.json"))
+
+
+def test_profile_counts_from_where_a_stage_resumes():
+    args = make_args(profile=True, stages=("finetune",), finetune_timesteps=20 * 384)
+    checkpoint = dict(stage="finetune", iteration=6)
+    distill.derive_sizes(args, 1, checkpoint=checkpoint)
+    with pytest.raises(distill.InputError, match="finetune, of 7,680 steps, has 13 left"):
+        distill.derive_sizes(args, 1, checkpoint=checkpoint | dict(iteration=7))
+
+
+@pytest.fixture(scope="module")
+def finetuned(whole_run, tmp_path_factory):
+    """Fine-tunings of 6 iterations, 2 of them warm-up, and of 4, all of them warm-up: the paths of their checkpoints."""
+    whole, flags = whole_run
+    paths = []
+    for iterations, warm_up in ((6, 2), (4, 8)):
+        folder = tmp_path_factory.mktemp("finetuned")
+        changes = dict(stages=("finetune",), finetune_timesteps=iterations * 384, critic_warmup_iterations=warm_up)
+        start = dict(student=str(whole / "student" / "checkpoint.pt"))
+        distill.train(small_args(folder, **(flags | changes | start)), RecallEnv)
+        paths.append(folder / "finetune" / "checkpoint.pt")
+    return paths
+
+
+def resumed_rate(path, tmp_path, iterations=1, **changes):
+    """The learning rate after so many further iterations, in which the schedule changes nothing."""
+    checkpoint = torch.load(path, weights_only=True)
+    single = dict(num_minibatches=1, update_epochs=1, stages=("finetune",), run_dir=str(tmp_path / "resumed"))
+    steps = dict(finetune_timesteps=(checkpoint["iteration"] + iterations) * 384)
+    args = distill.Args(**(checkpoint["args"] | single | steps | changes | dict(resume=str(path))))
+    return distill.train(args, RecallEnv)["finetune"]["learning_rate"]
+
+
+def test_resume_of_a_moving_policy_takes_its_new_learning_rate_and_keeps_it_moving(finetuned, tmp_path):
+    moving, _ = finetuned
+    adapted = torch.load(moving, weights_only=True)["learning_rate"]
+    assert resumed_rate(moving, tmp_path / "a") == pytest.approx(float(adapted))
+    assert resumed_rate(moving, tmp_path / "b", learning_rate=2e-3) == pytest.approx(float(adapted))  # of the teacher
+    assert resumed_rate(moving, tmp_path / "c", finetune_learning_rate=2e-4) == pytest.approx(2e-4)
+    with pytest.raises(distill.InputError, match="was trained with critic_warmup_iterations = 2, not 30"):
+        resumed_rate(moving, tmp_path / "d", critic_warmup_iterations=30)
+
+
+@pytest.mark.parametrize("warm_up, rate", [(2, 1e-4), (4, 1e-4), (6, 3e-3)])
+def test_resume_during_the_warm_up_may_change_its_length(warm_up, rate, finetuned, tmp_path):
+    _, standing = finetuned
+    assert resumed_rate(standing, tmp_path, critic_warmup_iterations=warm_up) == pytest.approx(rate)
 
 
 def test_run_folder_has_the_names_that_machines_read(whole_run):
@@ -791,6 +864,9 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--stages", "pupil"], "pupil"),
         (["--gamma", "2"], "gamma = 2.0 must be between 0 and 1"),
         (["--resume", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
+        (["--seed", "1" * 23], "seed = 11111111111111111111111 must be between 0 and 2**63 - 1"),
+        (["--evidence-seeds", "1" * 23, "--device", "cpu"], "must be one seed or more, between 0 and 2**63 - 1"),
+        (["--teacher", ""], "--teacher is empty: give a path or omit it"),
         (["--resume", "a.pt", "--play", "b.pt"], "give one of them"),
         (["--capture-video"], "--capture-video draws a checkpoint: give --play"),
         (["--stages", "student", "--teacher", "nowhere.pt", "--device", "cpu"], "checkpoint nowhere.pt does not exist"),

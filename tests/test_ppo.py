@@ -282,6 +282,25 @@ def test_a_failed_capture_stops_the_run(tmp_path, monkeypatch):
 
 
 @needs_cuda
+def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(monkeypatch):
+    """A capture runs nothing, so without a replay the gradients would be whatever was in memory."""
+    order, capture = [], ppo.capture
+
+    def recording(function, inputs):
+        order.append(f"capture {function.__name__}")
+        replay = capture(function, inputs)
+        return lambda *given: order.append(f"replay {function.__name__}") or replay(*given)
+
+    monkeypatch.setattr(ppo, "capture", recording)
+    args = ppo.with_task_defaults(probe_args("unused", device="cuda"))
+    sizes = ppo.derive_sizes(args, 1)
+    agent = ppo.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()
+    rollout = ppo.allocate_rollout(8, 64, 3, None, 1, torch.device("cuda"))
+    ppo.build_functions(agent, ppo.make_optimizer(agent, torch.tensor(1e-3, device="cuda")), rollout, sizes, args)
+    assert order[-2:] == ["replay accumulate", "capture apply"]
+
+
+@needs_cuda
 def test_captured_policy_sees_fresh_noise_and_new_weights():
     args = ppo.with_task_defaults(probe_args("unused", device="cuda"))
     agent = ppo.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -265,6 +266,40 @@ def test_resumed_run_with_its_replay_equals_uninterrupted_run(env_id, changes, t
     stored = min(50 * 64, changes.get("replay_capacity", 10_000))
     assert f"the checkpoint holds the replay, {stored:,} transitions" in capsys.readouterr().out
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
+
+
+def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+    class Signalled(ProbeEnv):
+        steps_taken = 0
+
+        def step(self, action):
+            self.steps_taken += 1
+            if self.steps_taken == 1 + 23:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    common = dict(checkpoint_replay=True, total_timesteps=40 * 64, eval_episodes=0)
+    args = probe_args(tmp_path / "stopped", **common)
+    monkeypatch.setattr(sac, "train", lambda _, stop, train=sac.train: train(args, Signalled, stop=stop))
+    status, err = run_main(monkeypatch, capsys)
+    monkeypatch.undo()
+    path = tmp_path / "stopped" / "checkpoint.pt"
+    assert status == 143 and f"stopped: {path} is the last checkpoint; --resume continues from it" in err
+    assert state_of(tmp_path / "stopped")["env_steps"] == 23 * 64
+    sac.train(dataclasses.replace(args, resume=str(path)), ProbeEnv)
+    sac.train(probe_args(tmp_path / "whole", **common), ProbeEnv)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
+
+
+def test_a_checkpoint_of_another_device_goes_on_and_says_so(tmp_path, capsys):
+    small = dict(total_timesteps=20 * 64, eval_episodes=0)
+    sac.train(probe_args(tmp_path, **small), ProbeEnv)
+    path = tmp_path / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True) | dict(device="cuda")
+    checkpoint["processes"][0]["generator"] = torch.zeros(16, dtype=torch.uint8)  # a GPU's
+    torch.save(checkpoint, path)
+    result = sac.train(probe_args(tmp_path, **small | dict(total_timesteps=40 * 64), resume=str(path)), ProbeEnv)
+    assert result["env_steps"] == 40 * 64 and "was written on cuda: on cpu the random" in capsys.readouterr().out
 
 
 def test_nothing_keeps_a_second_replay_alive(tmp_path, monkeypatch):
@@ -543,6 +578,8 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--network", "flash", "--actor-hidden", "64", "32"], "use (64, 64)"),
         (["--gamma", "2"], "gamma = 2.0 must be between 0 and 1"),
         (["--gamma", "high"], "--gamma"),
+        (["--seed", "1" * 23], "seed = 11111111111111111111111 must be between 0 and 2**63 - 1"),
+        (["--run-dir", ""], "--run-dir is empty: give a path or omit it"),
         (["--nonsense", "1"], "nonsense"),
         (["--preset", "newest"], "vanilla"),
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
