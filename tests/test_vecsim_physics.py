@@ -205,7 +205,7 @@ def test_contact_geometry(visited):
         at = point[row, :, n] + smooth.origin[:, n]
         ours[n].append((model.contact_geom[row], float(distance[row, n]), frame.flatten().numpy(), at.numpy()))
     if model.pair_slots:
-        index, point, distance, frame = vecsim.pair_contacts(model, smooth.xpos, smooth.xmat, smooth.origin)
+        index, point, distance, frame, _ = vecsim.pair_contacts(model, smooth.xpos, smooth.xmat, smooth.origin)
         active = distance < model.pair_solver.margin[:, 0][index]
         for row, n in active.nonzero().tolist():
             geoms = model.pair_geoms[int(index[row, n])]
