@@ -404,7 +404,7 @@ def test_slope_equals_mujocos_tilted_plane(slope):
     tilted = f'name="floor" quat="{" ".join(map(str, quat))}"'
     m = converged(mujoco.MjModel.from_xml_string(vecsim.quadruped_mjcf().replace('name="floor"', tilted)))
     states = visit(m, 40, seed=3, stride=6, touching=True)
-    plane = vecsim.load_model(m, dtype=torch.float64)
+    plane = vecsim.load_model(vecsim.quadruped_mjcf(), dtype=torch.float64)
     along = 10.0 * np.arange(-4, 5)
     heights = slope[0] * along[:, None] + slope[1] * along[None, :]
     model = dataclasses.replace(plane, terrain=field(heights, 10.0, (-40.0, -40.0)))
