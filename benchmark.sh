@@ -1512,7 +1512,8 @@ program_train_brax() {
   cat <<'PYTHON'
 """Brax's PPO in its own environment of the task, whose model is Brax's own; options as in its notebook for Ant, on a
 smaller batch. The variant is the backend, Brax's word for a physics engine. The notebook trains on generalized,
-positional and spring alike, and says that they get faster, and less realistic, in this order.
+positional and spring alike, and says that they get faster, and less realistic, in this order. Spring does learn: Brax's
+PPO reached a return of 3,035 in its Ant after 1.5 million steps, and 1,927 in its HalfCheetah after 0.4 million.
 
 A GPU has the notebook's 4,096 environments and batch; a CPU 128, and 2,560 transitions an iteration."""
 
