@@ -4122,7 +4122,8 @@ def acceleration_errors(
     """
     m, chunk = converged(env.mj_model), env._slices[0]
     data, model, run = mujoco.MjData(m), env._models[0], env._regions[chunk.stop]
-    state, ctrl = State(*(x[:, chunk].contiguous() for x in env.state())), env.task.control(model, actions[chunk].T)
+    state = State(*(x[:, chunk].contiguous() for x in env.state()))
+    ctrl = torch.clone(env.task.control(model, actions[chunk].T), memory_format=torch.contiguous_format)
     if model.terrain is not None:
         ground = sample_terrain(model.terrain, state.qpos[0], state.qpos[1])[0]
         state = state._replace(qpos=torch.cat((state.qpos[:2], state.qpos[2:3] - ground, state.qpos[3:])))
@@ -4138,7 +4139,7 @@ def acceleration_errors(
     errors = {}
     for count in iterations:
         with torch.no_grad():
-            qacc = forward(model, state, ctrl.contiguous(), count, run).solution.qacc[:, :samples]
+            qacc = forward(model, state, ctrl, count, run).solution.qacc[:, :samples]
         errors[count] = np.abs(qacc.double().cpu().numpy().T - exact).max(1) / (1 + np.abs(exact).max(1))
     return errors
 

@@ -381,7 +381,7 @@ def test_level_field_is_the_plane(quadruped):
     [
         ("<worldbody>", '<worldbody><geom name="wall" type="plane" size="0 0 1" contype="1" conaffinity="0" '
          'euler="0 90 0"/>', r"terrain with planes .*wall"),
-        ('name="floor"', 'name="floor" euler="0 20 0"', r"terrain with planes 'floor' \(plane\); .*one horizontal plane"),
+        ('name="floor"', 'name="floor" euler="0 20 0"', r"planes 'floor' \(plane\); .*one horizontal plane"),
         ("<freejoint/>", '<freejoint/><geom name="crate" type="box" size=".1 .1 .1"/>', "terrain with boxes"),
     ],
 )  # fmt: skip
