@@ -289,8 +289,9 @@ def test_the_physics_of_jax_is_in_float32(programs):
 
     scope = dict(envs=SimpleNamespace(Wrapper=Wrapper), jax=jax)
     exec("class ExactPhysics" + wrapper, scope)
-    trace = jax.make_jaxpr(scope["ExactPhysics"](Env()).step)(jnp.ones((2, 2)), jnp.ones(2))
-    assert "HIGHEST" in str(trace) and "HIGHEST" not in str(jax.make_jaxpr(Env().step)(jnp.ones((2, 2)), jnp.ones(2)))
+    with jax.default_matmul_precision("default"):  # other tests may have set it for the whole process
+        exact, usual = (jax.make_jaxpr(env.step)(jnp.ones((2, 2)), jnp.ones(2)) for env in (scope["ExactPhysics"](Env()), Env()))
+    assert "HIGHEST" in str(exact) and "HIGHEST" not in str(usual)
 
 
 @pytest.mark.parametrize("num_envs", [8, 600])

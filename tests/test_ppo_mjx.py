@@ -744,7 +744,7 @@ def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
         assert len({(args.desired_kl, args.desired_kl_final, str(args.env_kwargs)) for args in filled}) == 1
     mine, theirs = ({field.name: field.default for field in dataclasses.fields(module.Args)} for module in (ppo, twin))
     own = {"env_id": "InvertedPendulum-v5"}  # a CPU takes minutes to compile Ant in MJX
-    only_torch = {"compile", "cuda_graphs", "bf16", "cpu_threads", "microbatch_size"}
+    only_torch = {"compile", "cuda_graphs", "bf16", "cpu_threads", "microbatch_size", "export"}
     assert theirs.keys() - mine.keys() <= only_torch
     assert {name: mine[name] for name in theirs.keys() & mine.keys()} == {
         name: theirs[name] for name in theirs.keys() & mine.keys()
