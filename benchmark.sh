@@ -2616,7 +2616,7 @@ def kernels(row):
 
 
 def starts(row):
-    """The first start, with empty compiler caches, and the second; an older file has one start, of unknown kind."""
+    """The first start, with empty compiler caches, and the second; an older row has one start, of unknown kind."""
     both = ("first_start_seconds", "warmup_seconds")
     return [f"{row[x]:.0f} s" if "first_start_seconds" in row else "-" for x in both]
 
@@ -2643,13 +2643,14 @@ def comparison_table(record):
     header = ["", record["unit"], f"{name} / this row"]
     if record["mode"] == "sim":
         header += ["error of one step, median", "p99"]
+    started_twice = any("first_start_seconds" in row for row in record["rows"])  # no row of an older file was
     rows = []
     for row in record["rows"]:
         cells = [row["contender"], speed(row), times(reference, row)]
         if record["mode"] == "sim":
             cells += [number(row, "step_error_p50"), number(row, "step_error_p99")]
-        rows.append([*cells, *starts(row), memory(row)])
-    print_table([*header, "first start", "second start", "memory"], rows)
+        rows.append([*cells, *(starts(row) if started_twice else []), memory(row)])
+    print_table([*header, *(["first start", "second start"] if started_twice else []), "memory"], rows)
 
 
 def cost_table(record):

@@ -555,13 +555,13 @@ def test_tables_follow_from_the_files(programs, results):
     text = run(sys.executable, programs / "table.py", results, "sim,train,scaling,scores,seeds,ablate,cost", "2").stdout
     assert "| first start | second start |" in text
     assert "| vecsim | 100,000 (90,000 to 110,000) | 1 | 1e-07 | 2e-05 | 80 s | 12 s | 0.5 GiB host |" in text
-    without_starts = "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | - | - | 0.5 GiB host |"  # an older file
+    without_starts = "| MJX | 8,000 (7,200 to 8,800) | 12 | - | - | - | - | 0.5 GiB host |"  # an older row
     assert without_starts in text
     assert "Brax is missing: does not install." in text
     assert (
         "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in text
     )  # 0.002 J and 1e-4 s of 2 dollars an hour each
-    assert "| ours | 20,000 (18,000 to 22,000) | 1 | - | - |" in text
+    assert "| ours | 20,000 (18,000 to 22,000) | 1 | 0.5 GiB host |" in text  # no row of the file was started twice
     assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in text
     both = "| 1 / 2 | 2,000,000 | 120 / 120 | 40 / 40 | 4,000 ± 10 / 2,900 ± 5 | 4,100 (60) / 4,100 (60) | 3,000 | 60 / not reached |"
     assert f"| Ant-v5 | PPO {both}" in text

@@ -247,7 +247,7 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path):
     ],
 )
 def test_resumed_run_with_its_replay_equals_uninterrupted_run(env_id, changes, tmp_path, capsys):
-    common = dict(checkpoint_replay=True, learning_rate_final=1e-3, **changes)
+    common = dict(checkpoint_replay=True, learning_rate_final=3e-4, **changes)  # a schedule, which resuming keeps
     half = dict(total_timesteps=100 * 64, checkpoint_every=50 * 64)
 
     def mortal(*arguments, **options):
