@@ -91,10 +91,12 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def refusals_of_the_simulator():
-    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input."""
+    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input.
+
+    So does a MemoryError: there are too many environments."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise InputError(str(error)) from error
 
 

@@ -84,10 +84,12 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def refusals_of_the_simulator():
-    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input."""
+    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input.
+
+    So does a MemoryError: there are too many environments."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise InputError(str(error)) from error
 
 
@@ -319,8 +321,9 @@ class Sizes(NamedTuple):
 def check_divides(parts: int, name: str, whole: int, what: str) -> None:
     """Refuse a number of parts that leaves a rest, and name the nearest ones that leave none."""
     if whole % parts:
-        below = max(n for n in range(1, min(parts, whole) + 1) if whole % n == 0)
-        above = min((n for n in range(parts, whole + 1) if whole % n == 0), default=below)
+        near, least = 10**6, min(parts, whole)  # a search without end for huge numbers helps nobody
+        below = next((n for n in range(least, max(0, least - near), -1) if whole % n == 0), 1)
+        above = next((n for n in range(least, min(whole, least + near) + 1) if whole % n == 0), below)
         choices = f"{below} or {above}" if above != below else f"{below}"
         raise InputError(f"{name} = {parts} does not divide {what} = {whole:,}; use {choices}")
 
@@ -1040,7 +1043,7 @@ class StopSignals:
 
     def advice(self) -> str:
         if self.checkpoint is None:
-            return "stopped: there is no checkpoint yet"
+            return "stopped: no checkpoint was written"
         return f"stopped: {self.checkpoint} is the last checkpoint; --resume continues from it"
 
 
@@ -1162,7 +1165,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_checkpoint(path: str, algorithm: str) -> dict:
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # False for a name that is too long, too
         raise InputError(f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.pt'}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1271,8 +1274,8 @@ def check_stages(args: Args, stages: list[str], starts: dict[str, dict], resumed
     run_dir = Path(args.run_dir)
     own = args.resume and Path(args.resume).resolve().parent.parent == run_dir.resolve()
     for stage in stages:
-        holds_one = (run_dir / stage / "checkpoint.pt").exists() and stage != resumed
-        if holds_one or (not own and (run_dir / "config.json").exists()):
+        holds_one = os.path.exists(run_dir / stage / "checkpoint.pt") and stage != resumed
+        if holds_one or (not own and os.path.exists(run_dir / "config.json")):
             raise InputError(
                 f"run_dir = {args.run_dir} holds a run already; choose another, or --resume a checkpoint.pt in it"
             )
@@ -2004,10 +2007,8 @@ def export_onnx(
     facts |= dict(script=Path(__file__).name, env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
     text = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
     onnx.helper.set_model_props(model, text)
-    try:
-        onnx.save(model, args.export)
-    except OSError as error:
-        raise InputError(f"export = {args.export} cannot be written: {error.strerror}") from None
+    with writing(Path(args.export)) as beside:
+        onnx.save(model, str(beside), format="protobuf")
     print(f"ONNX: {args.export}")
 
 
@@ -2069,7 +2070,7 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--capture-video draws a checkpoint: give --play, after training")
     if args.export is not None and not args.play:
         raise InputError("--export writes the policy of a checkpoint: give --play, after training")
-    for name in ("run_dir", "resume", "play", "teacher", "student"):
+    for name in ("run_dir", "resume", "play", "export", "teacher", "student"):
         if getattr(args, name) == "":
             raise InputError(f"--{name.replace('_', '-')} is empty: give a path or omit it")
     path = args.resume or args.play

@@ -344,8 +344,9 @@ def check(args: Args):
     rule = f"agents x num_envs x num_steps = {sizes} must be below 2,147,483,648; use fewer environments"
     require(agents * batch < 2**31, rule)
     if batch % args.num_minibatches:
-        below = max(n for n in range(1, min(args.num_minibatches, batch) + 1) if batch % n == 0)
-        above = min((n for n in range(args.num_minibatches, batch + 1) if batch % n == 0), default=below)
+        near, least = 10**6, min(args.num_minibatches, batch)  # a search without end for huge numbers helps nobody
+        below = next((n for n in range(least, max(0, least - near), -1) if batch % n == 0), 1)
+        above = next((n for n in range(least, min(batch, least + near) + 1) if batch % n == 0), below)
         choices = f"{below} or {above}" if above != below else f"{below}"
         raise InputError(
             f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches; use {choices}"
@@ -971,6 +972,13 @@ def make_batch(
     return jax.tree.map(lambda x: x[order], batch), statistics  # (minibatches, B, ...)
 
 
+def explained_variance(batch: Batch) -> jax.Array:
+    """1 - Var[target - value] / Var[target], () over the transitions that were not quarantined."""
+    columns = jnp.stack([batch.target - batch.value, batch.target], -1)
+    error, spread = Statistics.of(columns.reshape(-1, 2), batch.weight.ravel() > 0).variance
+    return 1 - error / jnp.maximum(spread, 1e-8)
+
+
 def ppo_loss(
     setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batch, old_log_std: jax.Array
 ) -> tuple[jax.Array, dict]:
@@ -1055,7 +1063,7 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
 
     # Targets: values and advantages, under the statistics of the rollout.
     batch, return_statistics = make_batch(setup, hyper, state, rollout, key_batch)
-    explained_variance = 1 - (batch.target - batch.value).var() / jnp.maximum(batch.target.var(), 1e-8)
+    explained = explained_variance(batch)
     state = state._replace(slots=slots, return_statistics=return_statistics, key=key)
 
     # Update. The observation statistics follow it, so that its ratios compare like with like.
@@ -1071,7 +1079,7 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
         episodes=ended.sum(), success_sum=(ended & ~rollout.terminated).sum(),
         return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(), length_sum=(rollout.length * ended).sum(),
         invalid=rollout.invalid.sum(), learning_rate=state.learning_rate, action_std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
-        explained_variance=explained_variance,
+        explained_variance=explained,
     )  # fmt: skip
     return state._replace(obs_statistics=obs_statistics, iteration=state.iteration + 1), metrics
 

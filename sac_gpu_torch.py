@@ -77,10 +77,12 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def refusals_of_the_simulator():
-    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input."""
+    """While a run is set up, a ValueError of vecsim_torch says that an option or a checkpoint does not fit: bad input.
+
+    So does a MemoryError: there are too many environments."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise InputError(str(error)) from error
 
 
@@ -1192,7 +1194,7 @@ class StopSignals:
 
     def advice(self) -> str:
         if self.checkpoint is None:
-            return "stopped: there is no checkpoint yet"
+            return "stopped: no checkpoint was written"
         return f"stopped: {self.checkpoint} is the last checkpoint; --resume continues from it"
 
 
@@ -1321,7 +1323,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_checkpoint(path: str, algorithm: str) -> dict:
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # False for a name that is too long, too
         raise InputError(f"checkpoint {path} is a folder; give the file in it, {Path(path) / 'checkpoint.pt'}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1424,7 +1426,7 @@ def check_run_dir(args: Args) -> None:
     """Make the folder. A run must not write over another one; only a resumed run goes on in its own folder."""
     folder = Path(args.run_dir)
     own = args.resume and Path(args.resume).resolve().parent == folder.resolve()
-    if not own and (folder / "metrics.jsonl").exists():
+    if not own and os.path.exists(folder / "metrics.jsonl"):  # False for a name that is too long, too
         advice = ", or --resume its checkpoint.pt" if (folder / "checkpoint.pt").exists() else ""
         raise InputError(f"run_dir = {args.run_dir} holds a run already; choose another{advice}")
     make_writable(folder)
@@ -1932,10 +1934,8 @@ def export_onnx(
     facts |= dict(script=Path(__file__).name, env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
     text = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
     onnx.helper.set_model_props(model, text)
-    try:
-        onnx.save(model, args.export)
-    except OSError as error:
-        raise InputError(f"export = {args.export} cannot be written: {error.strerror}") from None
+    with writing(Path(args.export)) as beside:
+        onnx.save(model, str(beside), format="protobuf")
     print(f"ONNX: {args.export}")
 
 
@@ -1993,7 +1993,7 @@ def parse_args(argv: list[str]) -> Args:
         raise InputError("--capture-video films a checkpoint: give --play, after training")
     if args.export is not None and not args.play:
         raise InputError("--export writes the policy of a checkpoint: give --play, after training")
-    for name in ("run_dir", "resume", "play"):
+    for name in ("run_dir", "resume", "play", "export"):
         if getattr(args, name) == "":
             raise InputError(f"--{name.replace('_', '-')} is empty: give a path or omit it")
     path = args.resume or args.play

@@ -54,7 +54,7 @@ Parity with MuJoCo C 4.0 in float64, unmodified Gymnasium models, worst of 500 r
 In float32 with the default 4 Newton iterations, p99 under random actions is 2e-7 to 1.2e-5. On one AMD EPYC core whole
 environment steps run at 0.87 to 1.21 times the rate of MuJoCo C's physics alone, Humanoid's at 0.42 (results/vecsim).
 
-Needs torch 2.9 or newer, mujoco 4.0 or newer (to compile MJCF; 3 lacks fields that are read here) and gymnasium 1.1 or
+Needs torch 2.9 or newer, mujoco 4.0 (to compile MJCF; 3 lacks fields that are read here) and gymnasium 1.1 or
 newer (spaces, the tasks' MJCF). Copy me.
 """
 
@@ -3407,7 +3407,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         counts = {"num_envs": num_envs, "iterations": iterations, "max_episode_steps": max_episode_steps}
         counts |= {name: x for name, x in (("pair_slots", pair_slots), ("chunk", chunk)) if x is not None}
         for name, value in counts.items():
-            if not isinstance(value, int):
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -4147,7 +4147,7 @@ def acceleration_errors(
 def converged(m: mujoco.MjModel) -> mujoco.MjModel:
     """A copy whose solver is Newton run to convergence, the common answer of all solvers.
 
-    The Jacobian is dense in every model that serves as a reference here, in the tests and in benchmark.sh: MuJoCo 4.0.0
+    The Jacobian is dense in every model whose forces serve as a reference here, in the tests and in benchmark.sh: MuJoCo 4.0.0
     factorises its sparse Newton matrix wrongly (fixed in 4.0.1), and mjJAC_AUTO is sparse from 60 dofs on.
     """
     m = copy.deepcopy(m)

@@ -818,6 +818,7 @@ def test_a_student_of_another_network_is_refused(whole_run, tmp_path):
             "num_minibatches = 3 does not divide num_envs = 64; use 2 or 4",
         ),
         (dict(gradient_length=5), "gradient_length = 5 does not divide distill_steps = 12; use 4 or 6"),
+        (dict(num_envs=10**14, num_minibatches=7), "does not divide num_envs = 100,000,000,000,000; use 5 or 8"),
         (
             dict(total_timesteps=20_000),
             "total_timesteps = 20000 must be > student_timesteps + finetune_timesteps = 21,000",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import importlib.machinery
 import json
@@ -21,6 +22,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from probe_envs import ProbeEnv, documented_a2c, probe_args
@@ -546,6 +548,9 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--resume", "tests"], "checkpoint tests is a folder; give the file in it, tests/checkpoint.pt"),
         (["--env-id", "Quadruped-Rough", "--eval-every", "1000"], "eval_every: Gymnasium has no Quadruped-Rough to evaluate in"),
         (["--run-dir", "README.md", "--device", "cpu"], "README.md cannot be written: File exists"),
+        (["--run-dir", "a" * 300, "--device", "cpu"], "cannot be written: File name too long"),
+        (["--play", "a" * 300], "cannot be read"),
+        (["--num-envs", str(10**14), "--num-minibatches", "7"], "does not split into 7 minibatches; use 5 or 8"),
         (["--run-dir", "README.md/a", "--device", "cpu"], "README.md/a cannot be written: Not a directory"),
         (["--env-kwargs", "no_such_option", "1", "--device", "cpu"], "no_such_option"),
         (["--env-kwargs", "randomize.weight", "0.1", "--device", "cpu"], "unknown field 'weight' of randomize"),
@@ -633,8 +638,8 @@ def test_a_second_signal_and_one_outside_of_training_end_a_run_at_once(tmp_path,
     small, end = dict(total_timesteps=2 * 512), 1 + 2 * 8
     term, path = (signal.SIGTERM,), tmp_path / "evaluating" / "checkpoint.pt"
     for name, sent, message in (
-        ("training", dict(signals=2 * term, pause=1.1, step_number=3), "there is no checkpoint yet"),
-        ("preparing", dict(signals=term, step_number=1), "there is no checkpoint yet"),
+        ("training", dict(signals=2 * term, pause=1.1, step_number=3), "no checkpoint was written"),
+        ("preparing", dict(signals=term, step_number=1), "no checkpoint was written"),
         ("evaluating", dict(signals=term, step_number=end + 1), f"{path} is the last checkpoint"),
     ):
         status, line = run_signalled(monkeypatch, capsys, probe_args(tmp_path / name, **small), **sent)
@@ -936,9 +941,24 @@ def test_exported_policy_of_a_bf16_run_is_float32_and_its_options_are_in_the_fil
 def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
     _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
     flags = ["--play", checkpoint, "--eval-episodes", "0", "--export"]
-    for path in (tmp_path / "nowhere" / "policy.onnx", ""):
-        status, err = run_main(monkeypatch, capsys, *flags, path)
-        assert status == 2 and re.fullmatch(rf"error: export = ?{path} cannot be written: No such file or directory\n", err)
+    nowhere = tmp_path / "nowhere" / "policy.onnx"
+    status, err = run_main(monkeypatch, capsys, *flags, nowhere)
+    assert status == 2 and err == f"error: {nowhere} cannot be written: No such file or directory\n"
+    status, err = run_main(monkeypatch, capsys, *flags, "")
+    assert status == 2 and err == "error: --export is empty: give a path or omit it\n"
+
+    def fill_the_disk(model, path, **options):
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    good = tmp_path / "good.onnx"
+    good.write_text("an earlier export")
+    with monkeypatch.context() as full:
+        full.setattr(onnx, "save", fill_the_disk)
+        status, err = run_main(monkeypatch, capsys, *flags, good)
+    assert status == 2 and err == f"error: {good} cannot be written: No space left on device\n"
+    assert good.read_text() == "an earlier export"
+    good.unlink()
     monkeypatch.setitem(sys.modules, "onnx", None)
     status, err = run_main(monkeypatch, capsys, *flags, tmp_path / "policy.onnx")
     assert status == 2 and err == "error: export needs ONNX; run `pip install onnx` or omit --export\n"

@@ -658,6 +658,7 @@ def test_schedules_half_way(schedule, kl, rate):
     ("--env-id Pong-v5", "env_id 'Pong-v5' is unknown"),
     ("--num-minibatches 3", "does not split into 3 minibatches; use 2 or 4"),
     ("--num-minibatches 100000", "does not split into 100000 minibatches; use 8192"),
+    ("--num-envs 16000001 --num-steps 128 --num-minibatches 3", "minibatches; use 2 or 4"),
     ("--num-envs 0", "num_envs = 0 must be >= 1"),
     ("--log-every 0", "log_every = 0 must be >= 1"),
     ("--checkpoint-every 0", "checkpoint_every = 0 must be >= 1"),
@@ -749,3 +750,11 @@ def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
     assert {name: mine[name] for name in theirs.keys() & mine.keys()} == {
         name: theirs[name] for name in theirs.keys() & mine.keys()
     } | own
+
+
+def test_explained_variance_leaves_quarantined_transitions_out():
+    value, target = jnp.array([[1.0, 2.0], [3.0, 1e6]]), jnp.array([[1.0, 4.0], [2.0, 5.0]])
+    weight = jnp.array([[4.0, 4.0], [4.0, 0.0]]) / 3
+    batch = ppo.Batch(None, None, None, None, value=value, target=target, advantage=None, weight=weight)
+    errors, targets = np.array([0.0, 2.0, -1.0]), np.array([1.0, 4.0, 2.0])
+    assert float(ppo.explained_variance(batch)) == pytest.approx(1 - errors.var() / targets.var(), rel=1e-5)
