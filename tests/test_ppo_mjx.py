@@ -753,8 +753,8 @@ def test_shared_flags_and_the_defaults_table_are_those_of_the_pytorch_twin():
 
 
 def test_explained_variance_leaves_quarantined_transitions_out():
-    value, target = jnp.array([[1.0, 2.0], [3.0, 1e6]]), jnp.array([[1.0, 4.0], [2.0, 5.0]])
+    value, target = jnp.array([[1.0, 2.0], [3.0, 1e6]]), jnp.array([[1.0, 6.0], [2.5, 5.0]])
     weight = jnp.array([[4.0, 4.0], [4.0, 0.0]]) / 3
     batch = ppo.Batch(None, None, None, None, value=value, target=target, advantage=None, weight=weight)
-    errors, targets = np.array([0.0, 2.0, -1.0]), np.array([1.0, 4.0, 2.0])
+    errors, targets = np.array([0.0, 4.0, -0.5]), np.array([1.0, 6.0, 2.5])
     assert float(ppo.explained_variance(batch)) == pytest.approx(1 - errors.var() / targets.var(), rel=1e-5)
