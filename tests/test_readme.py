@@ -48,6 +48,11 @@ def result(name):
     return json.loads((ROOT / "results" / name).read_text())
 
 
+def speeds(name):
+    """Median speed of each contender of a comparison."""
+    return {row["contender"]: round(row["median"]) for row in result(name)["rows"]}
+
+
 def noise_floor():
     """The teacher's rows nominal and observation noise of the distillation's evidence are the same experiment."""
     rows = csv.DictReader((ROOT / "results/distill/Quadruped-Rough/evidence.csv").open())
@@ -93,6 +98,14 @@ def claims():
     yield f"(nominal: {signed('teacher', 'nominal', 'baseline')})"
     yield "(by {:.0f} points [{:.0f}, {:.0f}])".format(*beyond("teacher", "heavy", "student", "falls", scale=100))
     yield from noise_floor()
+    speed = {name: speeds(f"benchmark/train-{name}.json") for name in ("Ant-v5-euler-cpu1", "Ant-v5-rk4-cpu1", "HalfCheetah-v5-cpu2")}
+    for rows in speed.values():
+        others = [rows[name] for name in rows if name.startswith(("SB3", "CleanRL", "skrl", "rsl_rl", "rl_games")) and "vecsim" not in name]
+        assert len(others) >= 4 and rows["rsl_rl"] == max(others)
+    euler, rk4, cheetah = speed.values()
+    yield f"Ant with Euler {euler['ours']:,} and {euler['rsl_rl']:,}, Ant with RK4 {rk4['ours']:,} and {rk4['rsl_rl']:,} (one core)"
+    yield f"HalfCheetah {cheetah['ours']:,} and {cheetah['rsl_rl']:,} (two cores)"
+    yield f"Ant {euler['ours']:,} and {euler['rsl_rl on vecsim']:,}"
     yield f"5 of its {result('ppo/Humanoid-v5-seed1.json')['gymnasium']['mean'] / 1000:.1f} a step"
     teacher, student = (x["env_steps"] / 1e6 for x in result("panel/Quadruped-Flat/record.json")["checkpoints"])
     yield f"A teacher of {teacher:.1f} million steps and its student of {student:.1f} million"
