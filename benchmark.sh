@@ -1420,7 +1420,7 @@ PYTHON
 
 program_train_rsl_rl() {
   cat <<'PYTHON'
-"""rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, the epochs and minibatches of its own.
+"""rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, rsl_rl's epochs and minibatches.
 
 On vecsim (variant vecsim) it has the sizes of ours, and its networks are compiled, as ours are."""
 

@@ -1542,7 +1542,7 @@ def train(args: Args, env: Environment | None = None, devices: list | None = Non
     gather = jax.jit(lambda state: state, out_shardings=whole)
     done = counters["env_steps"] // steps_per_iteration
     intervals = args.log_every, args.eval_every, args.checkpoint_every
-    # A thread of its own waits for XLA, so that signals find this one free.
+    # Another thread waits for XLA, so that this one can receive signals.
     with contextlib.closing(log or io.BytesIO()), stop_signals() as stopped, ThreadPoolExecutor(1) as waiter:
         while done < setup.iterations:
             before, done = done, next_stop(done, setup.iterations, steps_per_iteration, intervals)
