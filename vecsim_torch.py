@@ -63,10 +63,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -82,8 +84,13 @@ import mujoco
 import numpy as np
 import torch
 from mujoco import rollout
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class InputError(ValueError):
+    """A user's mistake. The scripts print its message on one line and exit with status 2."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Spatial algebra, environment axis last
@@ -2029,12 +2036,12 @@ class Randomize:
                 spread = {"push": (0.0, value), "push_interval": (value, value)}
                 value = spread.get(name, (centre - value, centre + value))
             if not isinstance(value, (tuple, list)) or len(value) != 2:
-                raise ValueError(f"randomize.{name} = {value!r} must be a number or a range (low, high)")
+                raise InputError(f"randomize.{name} = {value!r} must be a number or a range (low, high)")
             low, high = (float(x) for x in value)
             lowest = 1e-3 if name in (*FACTORS, "push_interval") else 0.0 if name == "push" else -math.inf
             if not lowest <= low <= high < math.inf or low == -math.inf:
                 nearest = max(low, lowest), max(low, high, lowest)
-                raise ValueError(
+                raise InputError(
                     f"randomize.{name} = {(low, high)} must be a finite range (low, high), low at least {lowest:g}; "
                     f"nearest is {nearest}"
                 )
@@ -2060,16 +2067,16 @@ class Perturb:
     sparse_reward: bool = False  # an episode's return is paid at its end, nothing before
 
     def check(self) -> None:
-        """ValueError for a value that makes no sense."""
+        """InputError for a value that makes no sense."""
         for name, value in vars(self).items():
             kinds, rule = ((bool,), "True or False") if name == "sparse_reward" else ((int, float), "a number")
             if not isinstance(value, kinds):
-                raise ValueError(f"perturb.{name} = {value!r} must be {rule}")
+                raise InputError(f"perturb.{name} = {value!r} must be {rule}")
             positive = name.endswith("_scale") or name == "push_interval"
             if not (0 < value < math.inf if positive else 0 <= value < math.inf):
                 nearest = 1.0 if positive else 0.0
                 rule = "positive" if positive else "at least 0"
-                raise ValueError(f"perturb.{name} = {value} must be finite and {rule}; nearest is {nearest:g}")
+                raise InputError(f"perturb.{name} = {value} must be finite and {rule}; nearest is {nearest:g}")
 
 
 def typed_range(value: Any) -> Any:
@@ -2092,12 +2099,12 @@ def option_group(kind: type, given: Any, fields: dict[str, Any], default: Any) -
     elif isinstance(given, kind):
         start = given
     else:
-        raise ValueError(f"{name} must be a dict or a {kind.__name__}, not {given!r}")
+        raise InputError(f"{name} must be a dict or a {kind.__name__}, not {given!r}")
     legal = [field.name for field in dataclasses.fields(kind)]
     for field in fields:
         if field not in legal:
             nearest = difflib.get_close_matches(field, legal, 1, cutoff=0.0)[0]
-            raise ValueError(f"unknown field {field!r} of {name}; nearest is {nearest!r}; it takes {', '.join(legal)}")
+            raise InputError(f"unknown field {field!r} of {name}; nearest is {nearest!r}; it takes {', '.join(legal)}")
     return dataclasses.replace(start, **fields)
 
 
@@ -2255,7 +2262,7 @@ class Task:
     }
 
     def check(self) -> None:
-        """ValueError for an option that is not of its default's kind, or breaks `limits`."""
+        """InputError for an option that is not of its default's kind, or breaks `limits`."""
         for field in dataclasses.fields(self):
             name, value, default = field.name, getattr(self, field.name), field.default
             limits = self.limits.get(name)
@@ -2274,7 +2281,7 @@ class Task:
                 ends = value if isinstance(default, tuple) else (value,)
                 legal, rule = all(limits[0] <= end <= limits[1] for end in ends), limits[2]
             if not legal:
-                raise ValueError(f"{name} must be {rule}, not {value!r}")
+                raise InputError(f"{name} must be {rule}, not {value!r}")
 
     def source(self) -> str | Path:
         """MJCF, a path or the text itself."""
@@ -3063,11 +3070,11 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
     """The task with its options, checked. The quadrupeds' ranges may be text, "0.2:0.8"; Gymnasium's tasks read none."""
     kind = TASKS.get(env_id)
     if kind is None:
-        raise ValueError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
+        raise InputError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
     legal = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in options:
         if name not in legal:
-            raise ValueError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
+            raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
     if issubclass(kind, QuadrupedFlat):
         options = {name: typed_range(value) for name, value in options.items()}
     task = kind(**options)
@@ -3349,6 +3356,37 @@ def compile_regions(device: torch.device) -> EnvironmentRegions:
     )
 
 
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:N. Under torchrun each process takes the GPU of its own local rank.
+
+    auto is a GPU where there is one. A torch.device is returned as it is. InputError for a device that is not here.
+    """
+    if isinstance(name, torch.device):
+        return name
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if not match:
+        raise InputError(f"device = {name} must be auto, cpu, cuda or cuda:N")
+    if not available:
+        raise InputError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
+    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and match[1]:
+        raise InputError(
+            f"device = {name}: {processes} processes cannot share one GPU; use --device cuda, one GPU for each"
+        )
+    if processes > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > available:
+        raise InputError(
+            f"device = {name}: each process needs a GPU, and there are {available} here; "
+            f"use --nproc-per-node={available}"
+        )
+    index = int(match[1] or local_rank)
+    if index >= available:
+        raise InputError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
+    return torch.device("cuda", index)
+
+
 STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid", "dropped_contacts")
 COMPILED_ROWS = 32  # of `Constraints.row_jacobian`: their dense factorisation, unrolled twice, is 6,000 operations each
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
@@ -3401,18 +3439,18 @@ class VecSim(gymnasium.vector.VectorEnv):
         **task_options: Any,
     ):
         """Arguments: `make`."""
-        self.device = check_device(device)
+        self.device = pick_device(device)
         single, task_options = single_fields(task_options)
         self.task = build_task(env_id, task_options)
         counts = {"num_envs": num_envs, "iterations": iterations, "max_episode_steps": max_episode_steps}
         counts |= {name: x for name, x in (("pair_slots", pair_slots), ("chunk", chunk)) if x is not None}
         for name, value in counts.items():
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a whole number, not {value!r}")
+                raise InputError(f"{name} must be a whole number, not {value!r}")
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise InputError(f"{name} must be at least 1, not {value}")
         if integrator not in (None, *INTEGRATORS.values()):
-            raise ValueError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
+            raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
         perturb = option_group(Perturb, perturb, single["perturb"], None)
         perturb.check()
 
@@ -3424,7 +3462,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         self.model = self.task.furnish(model, self.mj_model)
         rows = self.model.pair_slots * self.model.pair_edges + len(self.model.ball_limits)
         if compile and rows > COMPILED_ROWS:
-            raise ValueError(
+            raise InputError(
                 f"{rows} rows of self-contacts and ball limits (pair_slots={self.model.pair_slots}, "
                 f"{self.model.pair_edges} a slot) take too long to compile, at most {COMPILED_ROWS}; "
                 "use fewer pair_slots, condim 1, self_collision=False or compile=False"
@@ -3438,7 +3476,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         asked = ["push"] * bool(perturb.push) + ["friction"] * (perturb.friction_scale != 1)
         for name in [*ranges, *asked]:
             if name not in varied:
-                raise ValueError(f"{name} has nothing to vary in {env_id}; it has {', '.join(varied)}")
+                raise InputError(f"{name} has nothing to vary in {env_id}; it has {', '.join(varied)}")
         self.settings = Settings(
             integrator=integrator or self.model.integrator,
             iterations=iterations,
@@ -3481,7 +3519,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         unbounded = (high - low).isinf().nonzero().flatten().tolist()
         if unbounded:
             names = ", ".join(self.mj_model.actuator(k).name or str(k) for k in unbounded)
-            raise ValueError(f"actuators without a control range: {names}; give them a ctrlrange in the MJCF")
+            raise InputError(f"actuators without a control range: {names}; give them a ctrlrange in the MJCF")
         self.single_action_space = gymnasium.spaces.Box(low.float().cpu().numpy(), high.float().cpu().numpy())
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
@@ -3527,16 +3565,16 @@ class VecSim(gymnasium.vector.VectorEnv):
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.num_envs * size > memory:
             least = self.num_envs * size / 1e9
-            raise ValueError(
+            raise InputError(
                 f"num_envs = {self.num_envs:,} needs at least {least:,.0f} GB of memory, more than the "
                 f"{memory / 1e9:,.0f} GB of {self.device}; use far fewer than {memory // size:,}"
             )
 
     def _seed(self, seed: int) -> None:
         if not isinstance(seed, (int, np.integer)):
-            raise ValueError(f"seed must be one whole number for all environments, not a {type(seed).__name__}")
+            raise InputError(f"seed must be one whole number for all environments, not a {type(seed).__name__}")
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
+            raise InputError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
         seed = int(seed)
         self._generator.manual_seed(seed)
         other = np.random.SeedSequence((seed % 2**64, 1)).generate_state(1)[0]
@@ -3585,7 +3623,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         `random_initial_ages=True` starts each episode at a random age, so that time limits do not fall together.
         """
         if options:
-            raise ValueError(f"reset takes no options, not {sorted(options)}")
+            raise InputError(f"reset takes no options, not {sorted(options)}")
         if seed is not None:
             self._seed(seed)
         noise = self._noise()
@@ -3838,14 +3876,14 @@ class VecSim(gymnasium.vector.VectorEnv):
         """
         for key in ("env_id", "num_envs"):
             if state[key] != getattr(self, key):
-                raise ValueError(f"this state is of {key} {state[key]}, not {getattr(self, key)}")
+                raise InputError(f"this state is of {key} {state[key]}, not {getattr(self, key)}")
         there, here = state["configuration"], self._configuration()
         same_device = there.get("device") == here["device"]
         for key, value in here.items():
             if there.get(key) != value and key != "device":
-                raise ValueError(f"this state is of {key} {there.get(key)}, not {value}")
+                raise InputError(f"this state is of {key} {there.get(key)}, not {value}")
         if self._perturb_rows and "perturb_generator" not in state:
-            raise ValueError("this state is of an older vecsim_torch, whose pushes and noise cannot go on exactly here")
+            raise InputError("this state is of an older vecsim_torch, whose pushes and noise cannot go on exactly here")
         self._set_carry(Carry(**{name: x.to(self.device) for name, x in state["carry"].items()}))
         if same_device:
             self._generator.set_state(state["generator"])
@@ -3900,21 +3938,6 @@ def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
     return qpos, qvel
 
 
-def check_device(device: str | torch.device) -> torch.device:
-    """torch.device, or ValueError where this machine has no such device."""
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU; use device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unsupported device {device}; use cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no device {device}; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return device
-
-
 def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     """A `VecSim`.
 
@@ -3941,7 +3964,167 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
                         of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can
                         give; there a range, but for those of Gymnasium's own tasks, is "0.2:0.8"
     """
-    return VecSim(env_id, num_envs, **options)
+    try:
+        return VecSim(env_id, num_envs, **options)
+    except MemoryError as error:
+        raise InputError(f"num_envs = {num_envs:,} needs more memory than there is: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation and film: what every trainer does with a finished policy
+#
+# A policy is a function act(obs, started) -> action. obs (N, k) float32; started (N,) bool is True where an episode
+# begins, and a policy with memory clears it there; action (N, nu) in the environment's units.
+# ----------------------------------------------------------------------------------------------------------------------
+
+Act = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def evaluate(env: gymnasium.vector.VectorEnv, act: Act, seed: int, observes: str = "obs") -> dict[str, float]:
+    """Score the first episode of each environment: mean, std and min of the returns, episodes, mean_length.
+
+    env: a `VecSim` in tensors, or a vector environment of Gymnasium. observes: "obs" or "critic_obs".
+    Every environment counts once, so short episodes weigh no more than long ones. An environment that was quarantined
+    in its first episode is left out. RuntimeError if all were.
+    """
+    obs, info = env.reset(seed=seed)
+    in_tensors = isinstance(obs, Tensor)
+    returns = torch.zeros(env.num_envs, dtype=torch.float64, device=obs.device if in_tensors else "cpu")
+    lengths = torch.zeros_like(returns)
+    failed = torch.zeros_like(returns, dtype=torch.bool)
+    started = running = ~failed
+    while running.any():  # host sync
+        seen = torch.as_tensor(obs if observes == "obs" else info[observes]).float()
+        action = act(seen, started)
+        obs, reward, terminated, truncated, info = env.step(action if in_tensors else action.cpu().numpy())  # host sync
+        invalid = torch.as_tensor(info.get("invalid", torch.zeros_like(failed)))
+        started = torch.as_tensor(terminated | truncated) | invalid
+        returns += torch.where(running & ~invalid, torch.as_tensor(reward), 0.0)
+        lengths += running
+        failed |= running & invalid
+        running = running & ~started
+    if failed.all():  # host sync
+        raise RuntimeError("every environment of the evaluation was quarantined: the policy breaks the simulator")
+    returns, lengths = (x[~failed].cpu().numpy() for x in (returns, lengths))  # host sync
+    return dict(
+        mean=float(returns.mean()),
+        std=float(returns.std()),
+        min=float(returns.min()),
+        episodes=len(returns),
+        mean_length=float(lengths.mean()),
+    )
+
+
+def evaluate_in_gymnasium(
+    env_id: str, act: Act, episodes: int, seed: int, env_kwargs: dict[str, Any], observes: str = "obs"
+) -> dict[str, float] | None:
+    """`evaluate` in Gymnasium's own environment, that is in MuJoCo C; None where Gymnasium has no such task.
+
+    env_kwargs: options of `make`; those that only vecsim has are left out. act gets tensors on the CPU.
+    """
+    if env_id not in gymnasium.registry:
+        return None
+    options = gymnasium_options(env_kwargs)
+    envs = gymnasium.vector.SyncVectorEnv(
+        [lambda: gymnasium.make(env_id, **options)] * episodes, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+    )
+    score = evaluate(envs, act, seed, observes)
+    envs.close()
+    return score
+
+
+@torch.no_grad()
+def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
+    """Film one episode in Gymnasium's own environment and return the path of the film.
+
+    path: an .mp4 file. Without imageio-ffmpeg the film is a .gif of the same name. act gets tensors on the CPU.
+    """
+    import imageio.v2 as imageio
+
+    if env_id not in gymnasium.registry:
+        raise InputError(f"Gymnasium has no {env_id} to film")
+    if "DISPLAY" not in os.environ:
+        # Without a screen MuJoCo draws through EGL. Where that is missing too, set MUJOCO_GL=osmesa.
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
+    options = dict(render_mode="rgb_array", camera_name="track") | gymnasium_options(env_kwargs)
+    env = gymnasium.make(env_id, **options)
+    obs, info = env.reset(seed=seed)
+    frames, started, ended = [], torch.ones(1, dtype=torch.bool), False
+    while not ended:
+        frames.append(env.render())
+        seen = torch.as_tensor(obs if observes == "obs" else info[observes]).float()
+        action = act(seen.unsqueeze(0), started)
+        obs, _, terminated, truncated, info = env.step(action[0].numpy())  # host sync
+        started, ended = torch.zeros_like(started), terminated or truncated
+    env.close()
+    rate = env.metadata["render_fps"]
+    if importlib.util.find_spec("imageio_ffmpeg"):
+        imageio.mimwrite(path, frames, fps=rate, macro_block_size=8)
+        return path
+    path = path.with_suffix(".gif")
+    imageio.mimwrite(path, frames[::2], duration=2000 / rate, loop=0)
+    return path
+
+
+def describe(score: dict[str, float]) -> str:
+    """One line about a score of `evaluate`."""
+    spread = f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}"
+    return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
+
+
+VECSIM_ALONE = ("randomize", "perturb", "pair_slots", "self_collision", "chunk")  # options that Gymnasium does not have
+
+
+def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of `make` that gymnasium.make takes too."""
+    return {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VECSIM_ALONE}
+
+
+def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
+    """InputError for options that a trainer's own flags set, and for those that Gymnasium would refuse later on."""
+    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32", "numpy": "it is False"}
+    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
+        if name in env_kwargs:
+            advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
+            raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
+    if env_id in gymnasium.registry:
+        try:
+            gymnasium.make(env_id, **gymnasium_options(env_kwargs)).close()
+        except (TypeError, ValueError, ZeroDivisionError, gymnasium.error.Error) as error:
+            raise InputError(f"env_kwargs = {env_kwargs} do not suit gymnasium.make: {error}") from error
+
+
+def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
+    """Merge `VecSim.pop_statistics` of all torchrun processes; None where no episode ended, or for a missing value.
+
+    Return, length and success are means over episodes. Everything else that a task averages is a mean over steps, and
+    every process makes equally many steps.
+    """
+    counts, over_episodes = ("episodes", "invalid"), ("episode_return", "episode_length", "success")
+    over_steps = [name for name in statistics if name not in counts + over_episodes]
+    episodes = statistics["episodes"]
+    sums = {name: statistics[name] * episodes if episodes else 0.0 for name in over_episodes}
+    sums |= {name: statistics[name] for name in (*over_steps, *counts)} | dict(processes=1)
+    totals = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(totals)
+    total = dict(zip(sums, totals.tolist(), strict=True))  # host sync
+    divisors = dict.fromkeys(over_episodes, total["episodes"]) | dict.fromkeys(over_steps, total["processes"])
+    means = {name: total[name] / n if n and math.isfinite(total[name]) else None for name, n in divisors.items()}
+    return means | {name: int(total[name]) for name in counts}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on, for checkpoints and reports."""
+    return dict(
+        python=sys.version.split()[0],
+        torch=str(torch.__version__),
+        mujoco=mujoco.__version__,
+        gymnasium=gymnasium.__version__,
+        numpy=np.__version__,
+    )
 
 
 class QuadrupedInMujoco(gymnasium.Env):

@@ -636,6 +636,87 @@ def test_dropped_contacts_are_counted():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Evaluation, and what the trainers share
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def all_of(count):
+    return torch.ones(count, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("observes", ["obs", "critic_obs"])
+def test_evaluation_scores_the_first_episode_of_each_environment(observes):
+    """Against a loop written out here: each environment counts once, however many episodes it could have had."""
+    options = {"max_episode_steps": 12, "reset_noise_scale": 0.4, **FAST}
+    env, sizes, starts = vecsim.make("Quadruped-Flat", 8, **options), [], []
+
+    def act(obs, started):
+        sizes.append(obs.shape[1])
+        starts.append(started)
+        return 2 * torch.sin(obs[:, :12])
+
+    score = vecsim.evaluate(env, act, seed=3, observes=observes)
+    assert set(sizes) == {(env.single_observation_space if observes == "obs" else env.single_critic_space).shape[0]}
+    obs, info = env.reset(seed=3)
+    returns, lengths, running, began = torch.zeros(8), torch.zeros(8), all_of(8), [all_of(8)]
+    while running.any():
+        seen = obs if observes == "obs" else info["critic_obs"]
+        obs, reward, terminated, truncated, info = env.step(2 * torch.sin(seen[:, :12]))
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+        began.append(terminated | truncated)
+    expected = [returns.mean(), returns.std(correction=0), returns.min(), 8, lengths.mean()]
+    assert list(score) == ["mean", "std", "min", "episodes", "mean_length"]
+    assert list(score.values()) == pytest.approx([float(x) for x in expected])
+    assert all(torch.equal(a, b) for a, b in zip(starts, began))
+    assert vecsim.describe(score).endswith(f"8 episodes of {score['mean_length']:.0f} steps)")
+
+
+def test_evaluation_leaves_out_quarantined_environments():
+    env = vecsim.make("InvertedPendulum-v5", 4, max_episode_steps=3, **FAST)
+    step, broken = env.step, torch.tensor([True, False, False, False])
+
+    def breaking(action):
+        *answer, info = step(action)
+        return *answer, info | {"invalid": broken}
+
+    env.step = breaking
+    score = vecsim.evaluate(env, lambda obs, started: torch.zeros(4, 1), seed=0)
+    assert score == dict(mean=3.0, std=0.0, min=3.0, episodes=3, mean_length=3.0)
+    broken = ~torch.zeros_like(broken)
+    with pytest.raises(RuntimeError, match="every environment of the evaluation was quarantined"):
+        vecsim.evaluate(env, lambda obs, started: torch.zeros(4, 1), seed=0)
+
+
+def test_merged_statistics_are_none_where_undefined():
+    statistics = dict(episode_return=3.0, episode_length=10.0, episodes=4.0, success=math.nan, invalid=1.0)
+    statistics |= dict(velocity_error=0.25, terrain_level=math.nan)
+    merged = vecsim.merge_episode_statistics(statistics, torch.device("cpu"))
+    expected = dict(episode_return=3.0, episode_length=10.0, episodes=4, success=None, invalid=1)
+    assert merged == expected | dict(velocity_error=0.25, terrain_level=None)
+    none_ended = vecsim.merge_episode_statistics(statistics | dict(episodes=0.0), torch.device("cpu"))
+    assert none_ended["episode_return"] is None and none_ended["episodes"] == 0
+
+
+def test_each_process_needs_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert vecsim.pick_device("cuda") == vecsim.pick_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    with pytest.raises(vecsim.InputError, match="4 processes cannot share one GPU; use --device cuda"):
+        vecsim.pick_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(vecsim.InputError, match="there are 2 here; use --nproc-per-node=2"):
+        vecsim.pick_device("auto")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(vecsim.InputError, match="there is no GPU 5 here; use cuda:0 to cuda:1"):
+        vecsim.pick_device("cuda:5")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Illegal input
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -657,19 +738,19 @@ def test_dropped_contacts_are_counted():
         ({"frame_skip": 0}, "frame_skip must be at least 1, not 0"),
         ({"seed": 10**22}, r"seed must be from -2\*\*63 to 2\*\*64 - 1, not 10000000000000000000000"),
         ({"seed": 1.5}, "seed must be one whole number for all environments, not a float"),
-        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"device": "abacus"}, "device = abacus must be auto, cpu, cuda or cuda:N"),
         ({"ctrl_cost": 1.0}, "unknown option 'ctrl_cost' of Hopper-v5; it takes .*ctrl_cost_weight"),
         ({"healthy_state_range": (0, 1), "env_id": "Walker2d-v5"}, "unknown option 'healthy_state_range'"),
     ],
 )
 def test_make_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(vecsim.InputError, match=message):
         vecsim.make(**{"env_id": "Hopper-v5", "num_envs": 2} | arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU, which is not refused")
 def test_make_refuses_a_missing_gpu():
-    with pytest.raises(ValueError, match="torch sees no CUDA GPU"):
+    with pytest.raises(ValueError, match="sees no CUDA device here; use --device cpu"):
         vecsim.make("Hopper-v5", 2, device="cuda")
 
 
@@ -692,7 +773,7 @@ def test_step_and_reset_refuse():
         env.step(torch.zeros(2, 3, dtype=torch.float64))
     state = env.state_dict()
     for other in (vecsim.make("Hopper-v5", 3), vecsim.make("Walker2d-v5", 2)):
-        with pytest.raises(ValueError, match="this state is of"):
+        with pytest.raises(vecsim.InputError, match="this state is of"):
             other.load_state_dict(state)
 
 

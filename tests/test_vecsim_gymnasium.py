@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,85 @@ def test_dict_info_to_list():
                 assert info["final_obs"].shape == (4,) and info["final_info"].keys() == {"invalid", "reward_survive"}
     env = wrappers.DictInfoToList(make_vec("Quadruped-Flat"))
     assert [info.keys() for info in env.reset(seed=0)[1]] == [{"critic_obs"}] * 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policies in Gymnasium's own environments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lean(obs, started):
+    """A pendulum's cart moves under its pole, for a while."""
+    return (2 * obs[:, 1:2] + 0.3 * obs[:, 3:4]).clamp(-3, 3)
+
+
+def test_evaluation_in_gymnasium():
+    """Each episode against Gymnasium alone; options that only vecsim has are left out."""
+    options = {"reset_noise_scale": 0.15, "max_episode_steps": 60}
+    score = vecsim.evaluate_in_gymnasium("InvertedPendulum-v5", lean, 5, 7, options | {"randomize.mass": 0.1})
+    env, returns = gymnasium.make("InvertedPendulum-v5", **options), []
+    for episode in range(5):
+        obs, _ = env.reset(seed=7 + episode)
+        returns.append(0.0)
+        ended = False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(lean(torch.tensor(obs).float()[None], None)[0].numpy())
+            returns[-1] += reward
+            ended = terminated or truncated
+    assert len(set(returns)) > 1
+    assert score["mean"] == pytest.approx(np.mean(returns)) and score["min"] == min(returns) and score["episodes"] == 5
+    assert vecsim.evaluate_in_gymnasium("Quadruped-Rough", lean, 5, 7, {}) is None
+
+
+def test_evaluation_in_gymnasium_of_a_policy_that_sees_everything():
+    sizes = []
+
+    def act(obs, started):
+        sizes.append((obs.shape, obs.dtype))
+        return torch.zeros(2, 12)
+
+    options = {"max_episode_steps": 3}
+    score = vecsim.evaluate_in_gymnasium("Quadruped-Flat", act, 2, 0, options, observes="critic_obs")
+    space = vecsim.make("Quadruped-Flat", 1).single_critic_space
+    assert score["mean_length"] == 3.0 and set(sizes) == {((2, *space.shape), torch.float32)}
+
+
+def test_film(tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with pytest.raises(vecsim.InputError, match="Gymnasium has no Quadruped-Rough to film"):
+        vecsim.film("Quadruped-Rough", lean, tmp_path / "play.mp4", 0, {})
+    options = {"max_episode_steps": 5}
+    try:
+        path = vecsim.film("InvertedPendulum-v5", lean, tmp_path / "play.mp4", 0, options)
+        monkeypatch.setattr(vecsim.importlib.util, "find_spec", lambda name: None)
+        still = vecsim.film("InvertedPendulum-v5", lean, tmp_path / "play.mp4", 0, options)
+    except Exception as error:  # MuJoCo's renderers raise AttributeError, ImportError, RuntimeError or their own
+        if re.search(r"\b(E?GL|OSMesa|OpenGL|GLFW|gladLoad\w*|DISPLAY)", str(error), re.IGNORECASE):
+            pytest.skip(f"no OpenGL on this machine: {error}")
+        raise
+    assert path.name in ("play.mp4", "play.gif") and still.name == "play.gif"
+    assert path.stat().st_size > 1_000 and still.stat().st_size > 1_000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reset_noise": 0.1}, "do not suit gymnasium.make.*reset_noise"),
+        ({"frame_skip": 0}, "'frame_skip': 0} do not suit gymnasium.make"),
+        ({"numpy": True}, "env_kwargs sets numpy, which this script sets itself; it is False"),
+        ({"iterations": 8}, "env_kwargs sets iterations, which this script sets itself; use --solver-iterations"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(vecsim.InputError, match=message):
+        vecsim.check_env_kwargs("Hopper-v5", options)
+
+
+def test_options_that_can_be():
+    of_vecsim = {"randomize": True, "randomize.mass": 0.1, "self_collision": False, "chunk": 8}
+    shared = {"reset_noise_scale": 0.1, "max_episode_steps": 50}
+    assert vecsim.gymnasium_options(of_vecsim | shared) == shared
+    vecsim.check_env_kwargs("Hopper-v5", of_vecsim | shared)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
