@@ -1,7 +1,8 @@
-"""Before anything imports JAX: settings under which XLA's CPU backend does not wait for itself. And --figures.
+"""Settings that must come before PyTorch and JAX are imported, the order of the tests, and the option --figures.
 
-jaxlib 0.10.2 on two cores hangs now and then in MJX's batched LAPACK calls, when the calls fill the pool that they wait
-for. One Eigen thread per call and a pool larger than the machine keep it moving.
+PyTorch takes one thread, because each worker of pytest-xdist has one core. XLA takes one Eigen thread per call and a
+large pool: jaxlib 0.10.2 on two cores sometimes hangs in MJX's batched LAPACK calls, when they fill the pool that they
+wait for.
 """
 
 import json
@@ -10,12 +11,19 @@ import shlex
 from importlib import metadata
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("NPROC", "16")
 
 
 def pytest_addoption(parser):
     parser.addoption("--figures", metavar="FILE", help="write the worst errors that the tests measured as JSON")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: with --dist loadfile the long files then do not end alone on one worker."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_terminal_summary(terminalreporter, config):
