@@ -736,8 +736,7 @@ class Vecsim:
 
     def scene(self) -> mujoco.MjModel:
         """The model to draw."""
-        terrain = self.env.model.terrain
-        return self.env.mj_model if terrain is None else vecsim_torch.height_field_model(terrain)
+        return self.env.task.drawn_model(self.env.model, self.env.mj_model)
 
 
 class MujocoC(Vecsim):
@@ -751,9 +750,8 @@ class MujocoC(Vecsim):
         self.robots = [make() for _ in range(num_envs)]
         if args.integrator != "mjcf":
             names = {name: number for number, name in vecsim_torch.INTEGRATORS.items()}
-            for robot in (robot.unwrapped for robot in self.robots):
-                model = robot.mj_model if isinstance(robot, vecsim_torch.QuadrupedInMujoco) else robot.model
-                model.opt.integrator = names[args.integrator]
+            for robot in self.robots:
+                robot.unwrapped.model.opt.integrator = names[args.integrator]
 
     def reset(self, seed: int) -> tuple[Tensor, Tensor]:
         """The observation is vecsim's, which equals Gymnasium's at the same state. A commanded robot begins with vecsim's command and

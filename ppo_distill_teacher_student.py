@@ -1664,13 +1664,13 @@ def film(
         obs, _, terminated, truncated, info = env.step(action)
         fresh = terminated | truncated
         alive &= ~fresh
-    robot, model = 0, env.mj_model
+    robot, model = 0, env.task.drawn_model(env.model, env.mj_model)
     if env.model.terrain is not None:
-        model = vecsim_torch.height_field_model(env.model.terrain)
+        quadruped = sys.modules[type(env.task).__module__]
         columns = info["terrain_column"].long()  # robots keep theirs
-        ends = torch.tensor(vecsim_torch.TERRAIN_SHARES).cumsum(0)
+        ends = torch.tensor(quadruped.TERRAIN_SHARES).cumsum(0)
         kinds = torch.searchsorted(ends, (columns + 0.5) / env.model.terrain.tiles[1])
-        stairs = [k for k, kind in enumerate(kinds.tolist()) if "stairs" in vecsim_torch.TERRAIN_TYPES[kind]]
+        stairs = [k for k, kind in enumerate(kinds.tolist()) if "stairs" in quadruped.TERRAIN_TYPES[kind]]
         robot = stairs[0] if stairs else 0
     env.close()
     try:

@@ -21,7 +21,7 @@ dynamics, the same soft-constraint problem and the same integrators. The problem
 must reach MuJoCo's acceleration, and the tests hold it to that.
 
 Read in this order: spatial algebra, model, kinematics, smooth dynamics, constraints, Newton solver, integrators (that
-is `step`), randomisation, tasks, the quadruped and its terrain, environment, benchmark.
+is `step`), randomisation, tasks, environment, benchmark. The quadruped is in tasks/quadruped.py.
 
 Glossary
     N               number of environments, always the last axis inside the simulator
@@ -2347,6 +2347,10 @@ class Task:
         """Named groups of what only a critic or a teacher sees, each (rows, N)."""
         return {}
 
+    def drawn_model(self, model: Model, m: mujoco.MjModel) -> mujoco.MjModel:
+        """The mjModel to draw the robot with, for example with a terrain that `m` lacks."""
+        return m
+
     @property
     def terminates(self) -> bool:
         """Whether an unhealthy robot ends the episode."""
@@ -2564,518 +2568,63 @@ def between(value: Tensor, bounds: tuple[float, float]) -> Tensor:
     return (bounds[0] < value) & (value < bounds[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A quadruped that follows velocity commands: Unitree's Go1 in spheres and capsules, on flat ground or on a height field
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-QUADRUPED_TIMESTEP = 0.005  # s, of the physics
-
-
-def quadruped_mjcf() -> str:
-    """MJCF of a Go1: the maker's masses, inertias, link lengths, joint ranges and torque limits.
-
-    (github.com/unitreerobotics/unitree_ros, robots/go1_description; as mujoco_menagerie/unitree_go1 has them.) Servos
-    of 35 N m/rad and 0.5 N m s/rad. Joint damping stands in for the gears' friction, 0.2 N m in Menagerie, which vecsim
-    does not compute. The robot touches the ground, not itself.
-    """
-    legs, actuators = "", ""
-    for leg, front, left in (("FR", 1, -1), ("FL", 1, 1), ("RR", -1, -1), ("RL", -1, 1)):
-        legs += f"""
-      <body name="{leg}_hip" pos="{0.1881 * front} {0.04675 * left} 0">
-        <inertial pos="{-0.0049166 * front} {-0.00762615 * left} -8.865e-05" mass="0.68" fullinertia="0.00039938
-          0.00073342 0.00046842 {-1.459e-05 * front * left} {1.2461e-06 * front} {1.5752e-06 * left}"/>
-        <joint name="{leg}_hip" axis="1 0 0" range="-0.863 0.863"/>
-        <body name="{leg}_thigh" pos="0 {0.08 * left} 0">
-          <inertial pos="-0.00304722 {-0.019315 * left} -0.0305004" mass="1.009" fullinertia="0.0045988
-            0.0046892 0.00081745 {6.1374e-05 * left} -0.00022753 {0.00061081 * left}"/>
-          <joint name="{leg}_thigh" axis="0 1 0" range="-0.686 4.501"/>
-          <geom name="{leg}_thigh" size="0.02" fromto="0 0 0 -0.01 0 -0.2"/>
-          <body name="{leg}_calf" pos="0 0 -0.213">
-            <inertial pos="0.00429862 0.000976676 -0.146197" mass="0.195862" fullinertia="0.0014845
-              0.0014976 3.6068e-05 -6.1862e-07 -1.772e-05 -3.5663e-06"/>
-            <joint name="{leg}_calf" axis="0 1 0" range="-2.818 -0.888"/>
-            <geom name="{leg}_calf" size="0.013" fromto="0.01 0 -0.06 0.01 0 -0.15"/>
-            <geom name="{leg}_foot" type="sphere" size="0.023" pos="0 0 -0.213"/>
-          </body>
-        </body>
-      </body>"""
-        for joint, torque in (("hip", 23.7), ("thigh", 23.7), ("calf", 35.55)):
-            name = f"{leg}_{joint}"
-            actuators += f'<position name="{name}" joint="{name}" forcerange="{-torque} {torque}"/>\n    '
-    return f"""<mujoco model="quadruped">
-  <compiler angle="radian" autolimits="true"/>
-  <option timestep="{QUADRUPED_TIMESTEP}" integrator="implicitfast"/>
-  <default>
-    <geom type="capsule" contype="0" conaffinity="1" friction="1 0.005 0.0001" rgba="0.4 0.4 0.45 1"/>
-    <joint damping="0.1" armature="0.01"/>
-    <position kp="35" kv="0.5" inheritrange="1"/>
-  </default>
-  <worldbody>
-    <light pos="0 0 5" directional="true"/>
-    <geom name="floor" type="plane" size="0 0 0.05" contype="1" conaffinity="0"/>
-    <body name="trunk" pos="0 0 0.29">
-      <camera name="track" mode="trackcom" pos="0 -1.6 0.7" xyaxes="1 0 0 0 0.4 1"/>
-      <inertial pos="0.0223 0.002 -0.0005" mass="5.204"
-        fullinertia="0.016813 0.06301 0.071655 -0.00022968 -0.00029455 -4.1873e-05"/>
-      <freejoint/>
-      <geom name="trunk_right" size="0.057" fromto="-0.125 -0.04 0 0.125 -0.04 0"/>
-      <geom name="trunk_left" size="0.057" fromto="-0.125 0.04 0 0.125 0.04 0"/>
-      <geom name="trunk_head" size="0.04" fromto="0.25 -0.04 0 0.25 0.04 0"/>{legs}
-    </body>
-  </worldbody>
-  <actuator>
-    {actuators}</actuator>
-  <keyframe>
-    <key name="home" qpos="0 0 0.29 1 0 0 0 {"0 0.9 -1.8 " * 4}" ctrl="{"0 0.9 -1.8 " * 4}"/>
-  </keyframe>
-</mujoco>"""
-
-
-@dataclass(frozen=True)
-class QuadrupedFlat(Task):
-    """Follow commands of forward, sideways and turning speed on flat ground (Rudin et al. 2022, arXiv:2109.11978).
-
-    Actions are offsets of the servos' targets from the home pose, in units of `action_scale`; the joints' ranges clip
-    them. `obs` holds what a real robot senses, `critic_obs` beside it what only a simulator knows. Reward weights are
-    per second of the nominal control step, which `perturb.timestep_scale` leaves: a longer step is not paid more. Actor
-    groups have noise only under `perturb`; critic groups never.
-    """
-
-    xml_file: str = dataclasses.field(default="", init=False)
-    frame_skip: int = 4
-    reset_noise_scale: float = 0.1
-    action_scale: float = 0.5  # rad
-    command_forward: Range = (-1.0, 1.0)  # m/s
-    command_sideways: Range = (-1.0, 1.0)  # m/s
-    command_yaw: Range = (-1.0, 1.0)  # rad/s
-    heading_command: bool = False  # command a direction, drawn with the speeds; the turning speed steers towards it
-    standing_share: float = 0.1  # of the commands are zero
-    resample_seconds: float = 10.0
-    velocity_in_observation: bool = False  # the base's linear velocity, which no robot senses directly
-    terminate_when_unhealthy: bool = True
-    healthy_tilt: float = 1.2  # rad from upright
-    track_velocity_weight: float = 1.0
-    track_yaw_weight: float = 0.5
-    vertical_velocity_weight: float = -2.0
-    roll_pitch_weight: float = -0.05
-    orientation_weight: float = -1.0
-    torque_weight: float = -2e-4
-    joint_acceleration_weight: float = -2.5e-7
-    action_rate_weight: float = -0.01
-    air_time_weight: float = 0.5
-    air_time_target: float = 0.25  # s; a foot that lands sooner costs, one that lands later pays
-    collision_weight: float = -1.0
-    joint_limit_weight: float = -10.0
-    penalty_scale: float = 0.02  # of the reward, see `total`: a penalty of 1 per second costs a factor of e
-
-    randomization = Randomize(
-        mass=0.1, centre_of_mass=0.03, friction=(0.4, 1.25), damping=0.5, armature=0.2, motor_strength=0.1,
-        position_gain=0.1, velocity_gain=0.1, gravity=0.02, initial_velocity=0.3, push=1.0,
-    )  # fmt: skip
-    noise_scale = {
-        "velocity": 0.1, "angular_velocity": 0.2, "gravity": 0.05, "command": 0.0, "joint_position": 0.01,
-        "joint_velocity": 1.5, "last_action": 0.0, "heights": 0.1,
-    }  # fmt: skip
-    memory = {"command": 3, "heading": 1, "command_age": 1, "last_action": 12, "joint_velocity": 12, "air_time": 4,
-              "contact": 4}  # fmt: skip
-    random_rows = 7  # four of a command, then x, y and yaw of a start
-    limits = Task.limits | {
-        "action_scale": POSITIVE,
-        "command_forward": FINITE,
-        "command_sideways": FINITE,
-        "command_yaw": FINITE,
-        "standing_share": (0.0, 1.0, "from 0 to 1"),
-        "resample_seconds": POSITIVE,
-        "healthy_tilt": (POSITIVE[0], math.pi, "positive and at most pi"),
-        "air_time_target": (0.0, FINITE[1], "finite and at least 0"),
-        "penalty_scale": POSITIVE,
-    }
-    averaged = (
-        "velocity_error", "yaw_error", "reward_track_velocity", "reward_track_yaw", "reward_vertical_velocity",
-        "reward_roll_pitch", "reward_orientation", "reward_torque", "reward_joint_acceleration", "reward_action_rate",
-        "reward_air_time", "reward_collision", "reward_joint_limit",
-    )  # fmt: skip
-
-    def source(self) -> str:
-        return quadruped_mjcf()
-
-    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
-        home = torch.as_tensor(m.key_qpos[0], dtype=model.qpos0.dtype, device=model.qpos0.device)
-        return dataclasses.replace(model, qpos0=home[:, None])
-
-    def control(self, model: Model, action: Tensor) -> Tensor:
-        return model.qpos0[7:] + self.action_scale * action
-
-    def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
-        one = torch.ones_like(model.ctrl_low[:, 0])
-        return -one, one
-
-    def action_limits(self, model: Model) -> tuple[Tensor, Tensor]:
-        low, high = ((limit - model.qpos0[7:]) / self.action_scale for limit in (model.ctrl_low, model.ctrl_high))
-        return low[:, 0], high[:, 0]
-
-    def begin(
-        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """At the origin with any heading, joints about the home pose."""
-        zero = torch.zeros_like(noise[:1])
-        return self.placed(model, qpos, noise, zero, zero)
-
-    def placed(
-        self, model: Model, qpos: Tensor, noise: Tensor, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """qpos and memory of robots that start at (x, y), (1, N) m each, a little above the ground."""
-        ground = torch.zeros_like(x) if model.terrain is None else sample_terrain(model.terrain, x, y)[0]
-        half_yaw = math.pi * noise[6:7]
-        zero = torch.zeros_like(half_yaw)
-        yaw = torch.cat((torch.cos(half_yaw), zero, zero, torch.sin(half_yaw)))
-        quat = quat_multiply(yaw, qpos[3:7] * torch.rsqrt(dot(qpos[3:7], qpos[3:7])))
-        qpos = torch.cat((x, y, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
-        memory = {name: zero.expand(rows, -1) for name, rows in self.memory.items()}
-        command, heading = self.draw_command(noise)
-        return qpos, memory | {"command": self.steered(command, heading, quat), "heading": heading}
-
-    def draw_command(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Speeds (3, N) and a direction (1, N); speeds too small to be worth a step, and some others, are zero."""
-        ranges = (self.command_forward, self.command_sideways, self.command_yaw)
-        speeds = torch.stack([between_ends(bounds, row) for bounds, row in zip(ranges, noise[:3], strict=True)])
-        walk = (torch.hypot(speeds[0], speeds[1]) > 0.2) * speeds.new_ones(())
-        moving = (noise[3] >= self.standing_share) * speeds.new_ones(())
-        speeds = torch.stack((speeds[0] * walk * moving, speeds[1] * walk * moving, speeds[2] * moving))
-        return speeds, 2 * math.pi * noise[2:3] - math.pi
-
-    def steered(self, command: Tensor, heading: Tensor, quat: Tensor) -> Tensor:
-        """The command (3, N); of a walking robot with a `heading` (1, N) rad to keep, the turning speed leads there."""
-        if not self.heading_command:
-            return command
-        off = heading[0] - yaw_of(quat_to_matrix(quat))
-        turn = (0.5 * torch.atan2(torch.sin(off), torch.cos(off))).clamp(*self.command_yaw)
-        turn = turn * (torch.hypot(command[0], command[1]) > 0)
-        return torch.stack((command[0], command[1], turn))
-
-    def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
-        turn = quat_to_matrix(p.qpos[3:7])
-        force = torch.zeros_like(p.qpos[:1]).expand(len(model.contact_names), -1)
-        torque = torch.zeros_like(p.qpos[7:])
-        if p.dynamics is not None:
-            force, torque = normal_forces(p.dynamics), p.dynamics.smooth.qfrc_actuator[6:]
-        sensed = {
-            "position": p.qpos[:3],
-            "velocity": apply(turn.transpose(0, 1), p.qvel[:3]),
-            "gravity": -turn[2],
-            "yaw": yaw_of(turn),
-            "torque": torque,
-            **self.pressures(model, force),
-        }
-        if model.terrain is not None:
-            sensed["heights"] = height_scan(model.terrain, p.qpos[:3], sensed["yaw"])
-        return sensed
-
-    def pressures(self, model: Model, force: Tensor) -> dict[str, Tensor]:
-        """Who touches the ground, from the force (nc, N) N of every contact point."""
-
-        def of(part: str) -> Tensor:
-            return torch.stack([row for row, name in zip(force, model.contact_names, strict=True) if part in name])
-
-        return {
-            "foot_force": of("foot"),
-            "leg_contact": (torch.cat((of("thigh"), of("calf"))) > 0.1).to(force.dtype),
-            "trunk_force": of("trunk").amax(0),
-        }
-
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
-        groups = {"velocity": sensed["velocity"]} if self.velocity_in_observation else {}
-        return groups | {
-            "angular_velocity": p.qvel[3:6],
-            "gravity": sensed["gravity"],
-            "command": p.memory["command"],
-            "joint_position": p.qpos[7:] - model.qpos0[7:],
-            "joint_velocity": p.qvel[6:],
-            "last_action": p.memory["last_action"],
-        }
-
-    def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
-        n = p.qpos.shape[1]
-        push = p.push[1:] if len(p.push) else torch.zeros_like(p.qpos[:2])
-        groups = {
-            "velocity": sensed["velocity"],
-            **self.observe(model, p, sensed),
-            "foot_contact": (sensed["foot_force"] > 1.0).to(p.qpos.dtype),
-            "leg_contact": sensed["leg_contact"],
-            "friction": model.friction[:1].expand(-1, n),
-            "mass": model.mass.expand(-1, n),
-            "centre_of_mass": model.com[model.trunk].expand(-1, n),
-            "position_gain": model.actuator_gain.expand(-1, n),
-            "push": push,
-        }
-        return groups | ({"heights": sensed["heights"]} if "heights" in sensed else {})
-
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
-        seconds = self.frame_skip * model.timestep
-        command, memory, joints = p.memory["command"], p.memory, p.qpos[7:]
-        error = torch.hypot(command[0] - sensed["velocity"][0], command[1] - sensed["velocity"][1])
-        yaw_error = (command[2] - p.qvel[5]).abs()
-        contact = (sensed["foot_force"] > 1.0) | (memory["contact"] > 0)
-        landed = contact & (memory["air_time"] > 0)
-        air_time = ((memory["air_time"] + seconds - self.air_time_target) * landed).sum(0)
-        air_time = air_time * (torch.hypot(command[0], command[1]) > 0.1)
-        centre, half = (model.ctrl_high + model.ctrl_low) / 2, (model.ctrl_high - model.ctrl_low) / 2
-        terms = {
-            "track_velocity": torch.exp(-error.square() / 0.25),
-            "track_yaw": torch.exp(-yaw_error.square() / 0.25),
-            "vertical_velocity": sensed["velocity"][2].square(),
-            "roll_pitch": p.qvel[3:5].square().sum(0),
-            "orientation": sensed["gravity"][:2].square().sum(0),
-            "torque": sensed["torque"].square().sum(0),
-            "joint_acceleration": ((p.qvel[6:] - memory["joint_velocity"]) / seconds).square().sum(0),
-            "action_rate": (action - memory["last_action"]).square().sum(0),
-            "air_time": air_time,
-            "collision": sensed["leg_contact"].sum(0),
-            "joint_limit": ((joints - centre).abs() - 0.9 * half).clamp(min=0).sum(0),
-        }
-        nominal = self.frame_skip * QUADRUPED_TIMESTEP
-        rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * nominal * x for name, x in terms.items()}
-        return rewards | {"velocity_error": error, "yaw_error": yaw_error}
-
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """What is gained times exp(what is lost / penalty_scale): never negative, so that falling early never pays, and
-        never flat, as a sum cut off at zero would be where a beginner stumbles (Ji et al. 2022, arXiv:2202.05481)."""
-        rewards = torch.stack([x for name, x in terms.items() if name.startswith("reward_")])
-        return rewards.clamp(min=0).sum(0) * torch.exp(rewards.clamp(max=0).sum(0) / self.penalty_scale)
-
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
-        return (sensed["trunk_force"] < 1.0) & (-sensed["gravity"][2] > math.cos(self.healthy_tilt))
-
-    def remember(
-        self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, noise: Tensor
-    ) -> dict[str, Tensor]:
-        seconds = self.frame_skip * model.timestep
-        age = p.memory["command_age"] + seconds
-        due = age > self.resample_seconds - 0.5 * seconds
-        fresh_command, fresh_heading = self.draw_command(noise)
-        command = torch.where(due, fresh_command, p.memory["command"])
-        heading = torch.where(due, fresh_heading, p.memory["heading"])
-        touching = (sensed["foot_force"] > 1.0).to(age.dtype)
-        contact = torch.maximum(touching, p.memory["contact"])  # of this step or the last: forces flicker
-        return p.memory | {
-            "command": self.steered(command, heading, p.qpos[3:7]),
-            "heading": heading,
-            "command_age": torch.where(due, 0.0, age),
-            "last_action": action,
-            "joint_velocity": p.qvel[6:],
-            "air_time": torch.where(contact > 0, 0.0, p.memory["air_time"] + seconds),
-            "contact": touching,
-        }
-
-
-def yaw_of(turn: Tensor) -> Tensor:
-    """(N,) rad: the direction that a robot of rotation (3, 3, N) faces, seen from above."""
-    return torch.atan2(turn[1, 0], turn[0, 0])
-
-
-@dataclass(frozen=True)
-class QuadrupedRough(QuadrupedFlat):
-    """The same on slopes, rough ground, stairs and blocks, harder from row to row; a robot that walks out of its tile
-    moves up a row, one that gets nowhere moves down. Heights about the robot are privileged unless asked for."""
-
-    heading_command: bool = True  # a circling robot leaves no tile
-    heights_in_observation: bool = False
-    terrain_rows: int = 10  # levels of difficulty, the lowest as flat as Quadruped-Flat
-    terrain_columns: int = 20  # of terrain types, see `build_terrain`; a robot keeps its column
-    terrain_seed: int = 0
-    curriculum: bool = True  # False draws the level of every episode
-    first_levels: int = 5  # the first episodes start on one of so many lowest levels
-    terrain_level: int = -1  # a fixed level for all episodes, in place of either
-
-    memory = QuadrupedFlat.memory | {"level": 1, "column": 1, "start": 2}
-    random_rows = QuadrupedFlat.random_rows + 2
-    averaged = (*QuadrupedFlat.averaged, "terrain_level")
-    limits = QuadrupedFlat.limits | {
-        "terrain_rows": (1, math.inf, "at least 1"),
-        "terrain_columns": (1, math.inf, "at least 1"),
-        "terrain_seed": (0, math.inf, "at least 0"),
-        "first_levels": (1, math.inf, "at least 1"),
-        "terrain_level": (-1, math.inf, "at least -1, which fixes no level"),
-    }
-
-    def check(self) -> None:
-        super().check()
-        if self.terrain_level >= self.terrain_rows:
-            raise ValueError(
-                f"terrain_level must be under terrain_rows = {self.terrain_rows}, not {self.terrain_level}"
-            )
-
-    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
-        model = super().furnish(model, m)
-        terrain = build_terrain(self.terrain_rows, self.terrain_columns, self.terrain_seed)
-        to = {"dtype": model.qpos0.dtype, "device": model.qpos0.device}
-        heights, origins = (torch.as_tensor(x, **to) for x in (terrain.heights, terrain.origins))
-        return dataclasses.replace(model, terrain=terrain._replace(heights=heights, origins=origins))
-
-    def begin(
-        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Within a metre of the middle of a tile."""
-        terrain, anywhere = model.terrain, noise[7]
-        rows, columns = terrain.tiles
-        if ended is None:
-            column = torch.floor(noise[8] * columns)
-            level = torch.floor(anywhere * min(self.first_levels, rows))
-        else:
-            column, walked = ended.memory["column"][0], ended.qpos[:2] - ended.memory["start"]
-            command, old = ended.memory["command"], ended.memory["level"][0]
-            level = next_level(
-                old, torch.hypot(*walked), torch.hypot(command[0], command[1]),
-                limit * self.frame_skip * model.timestep, terrain, anywhere,
-            )  # fmt: skip
-            level = torch.where(ended.invalid, old, level)  # a diverged robot has walked nowhere
-        if not self.curriculum:
-            level = torch.floor(anywhere * rows)
-        if self.terrain_level >= 0:
-            level = torch.full_like(level, self.terrain_level)
-        origin = terrain.origins[(level * columns + column).long()].T
-        start = origin[:2] + 2 * noise[4:6] - 1
-        qpos, memory = self.placed(model, qpos, noise, start[:1], start[1:])
-        return qpos, memory | {"level": level.unsqueeze(0), "column": column.unsqueeze(0), "start": start}
-
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
-        groups = super().observe(model, p, sensed)
-        return groups | ({"heights": sensed["heights"]} if self.heights_in_observation else {})
-
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
-        terms = super().reward(model, p, sensed, action, velocity)
-        return terms | {"terrain_level": p.memory["level"][0], "terrain_column": p.memory["column"][0]}
-
-
-def next_level(
-    level: Tensor, walked: Tensor, commanded: Tensor, seconds: Tensor, terrain: Terrain, uniform: Tensor
-) -> Tensor:
-    """Row of the next episode, all (N,): up for who left the tile, down for who walked under half of the commanded way.
-
-    level; walked: m from the start; commanded: m/s at the end; seconds: the time limit; uniform: in [0, 1). Past the
-    last row any row follows, so that none is forgotten (Rudin et al. 2022, section 3.1).
-    """
-    rows = terrain.tiles[0]
-    up = walked > terrain.tile / 2
-    down = ~up & (walked < 0.5 * commanded * seconds)
-    level = torch.where(up, level + 1, torch.where(down, level - 1, level))
-    return torch.where(level >= rows, torch.floor(uniform * rows), level.clamp(min=0))
-
-
-def height_scan(terrain: Terrain, position: Tensor, yaw: Tensor) -> Tensor:
-    """(187, N) m: the trunk's height over 17 x 11 points about it, 0.1 m apart, less the standing height, within +-1."""
-    forward = torch.arange(-8, 9, device=yaw.device, dtype=yaw.dtype)[:, None, None] * 0.1
-    sideways = torch.arange(-5, 6, device=yaw.device, dtype=yaw.dtype)[None, :, None] * 0.1
-    x = position[0] + torch.cos(yaw) * forward - torch.sin(yaw) * sideways
-    y = position[1] + torch.sin(yaw) * forward + torch.cos(yaw) * sideways
-    ground = sample_terrain(terrain, x, y)[0].flatten(0, 1)
-    return (position[2] - 0.3 - ground).clamp(-1, 1)
-
-
-TERRAIN_TYPES = ("slope", "rough slope", "stairs up", "stairs down", "blocks")
-TERRAIN_SHARES = (0.1, 0.1, 0.35, 0.25, 0.2)
-
-
-def build_terrain(rows: int, columns: int, seed: int, tile: float = 8.0, cell: float = 0.1) -> Terrain:
-    """Tiles in numpy; column k is of the type that the shares give it.
-
-    Difficulty grows evenly from 0 in the first row, level ground, to 1 in the last; a single row is level.
-    """
-    for name, count in (("terrain_rows", rows), ("terrain_columns", columns)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    points, border = round(tile / cell), round(2 / cell)
-    heights = np.zeros((rows * points + 2 * border + 1, columns * points + 2 * border + 1))
-    origins = np.zeros((rows * columns, 3))
-    kinds = np.searchsorted(np.cumsum(TERRAIN_SHARES), (np.arange(columns) + 0.5) / columns)
-    for row in range(rows):
-        for column in range(columns):
-            rng = np.random.default_rng((seed, row, column))
-            kind = TERRAIN_TYPES[kinds[column]]
-            part = tile_heights(kind, row / max(rows - 1, 1), column % 2 == 0, points, cell, rng)
-            i, j = border + row * points, border + column * points
-            heights[i : i + points + 1, j : j + points + 1] = part
-            origins[row * columns + column] = (row + 0.5) * tile, (column + 0.5) * tile, part[points // 2, points // 2]
-    return Terrain(heights, cell, (-border * cell, -border * cell), origins, (rows, columns), tile)
-
-
-def tile_heights(
-    kind: str, difficulty: float, inward: bool, points: int, cell: float, rng: np.random.Generator
-) -> np.ndarray:
-    """(points + 1, points + 1) m, zero at the edge, level within 1 m of the middle but for the roughness.
-
-    At difficulty 1 slopes of 0.4, roughness of +-6 cm, steps of 23 cm every 31 cm, blocks up to 25 cm high or deep; all
-    in proportion to it, level ground at 0. Heights are given every `cell` metres, and a riser is one cell wide.
-    Stairs up lead out of a pit, stairs down from a mound; `inward` makes slopes climb to the edge.
-    """
-    along = np.abs(np.arange(points + 1) - points / 2) * cell
-    ring = np.maximum(along[:, None], along[None, :])  # m from the middle, in the shape of the tile
-    half = points * cell / 2
-    if "slope" in kind:
-        heights = 0.4 * difficulty * (half - np.maximum(ring, 1.0)) * (-1 if inward else 1)
-        if kind == "rough slope":
-            coarse = 0.06 * difficulty * rng.uniform(-1, 1, (points // 2 + 1, points // 2 + 1))
-            coarse[[0, -1], :] = coarse[:, [0, -1]] = 0  # every 0.2 m, linear in between
-            fine = np.arange(points + 1) / 2
-            low, high, part = fine.astype(int), np.ceil(fine).astype(int), (fine % 1)[:, None]
-            lines = (1 - part) * coarse[low] + part * coarse[high]
-            heights = heights + (1 - part.T) * lines[:, low] + part.T * lines[:, high]
-    elif "stairs" in kind:
-        steps = np.ceil((half - np.maximum(ring, 1.0)) / 0.31)
-        heights = 0.23 * difficulty * steps * (-1 if kind == "stairs up" else 1)
-    else:
-        heights = np.zeros_like(ring)
-        tallest = 0.25 * difficulty
-        for _ in range(20):
-            width, depth = rng.integers(round(1 / cell), round(2 / cell), 2)
-            i, j = rng.integers(1, points - width), rng.integers(1, points - depth)
-            heights[i : i + width, j : j + depth] = tallest * rng.choice((-1.0, -0.5, 0.5, 1.0))
-        heights[ring <= 1.0] = 0
-    return heights
-
-
-def height_field_model(terrain: Terrain) -> mujoco.MjModel:
-    """The quadruped on the same field as MuJoCo's own <hfield>, for pictures and comparison."""
-    heights = np.asarray(terrain.heights.tolist())  # host sync
-    rows, columns = heights.shape
-    low, span = heights.min(), max(np.ptp(heights), 1e-6)
-    half = [(count - 1) * terrain.cell / 2 for count in (rows, columns)]
-    field = f'<asset><hfield name="field" nrow="{columns}" ncol="{rows}" size="{half[0]} {half[1]} {span} 1"/></asset>'
-    place = f'pos="{terrain.corner[0] + half[0]} {terrain.corner[1] + half[1]} {low}"'
-    colour = 'rgba="0.55 0.5 0.42 1"'  # of earth, lest a grey robot vanish on grey ground
-    floor = f'<geom name="floor" type="hfield" hfield="field" {place} {colour} contype="1" conaffinity="0"'
-    text = quadruped_mjcf().replace(
-        '<geom name="floor" type="plane" size="0 0 0.05" contype="1" conaffinity="0"', floor
-    )
-    m = mujoco.MjModel.from_xml_string(text.replace("<worldbody>", field + "<worldbody>"))
-    m.hfield_data[:] = ((heights - low) / span).T.ravel()  # MuJoCo's rows run along y
-    m.vis.map.znear = 0.05 / m.stat.extent  # in units of the extent, a field's of 200 m: a camera is 2 m off the robot
-    return m
-
-
-TASKS: dict[str, type[Task]] = {
+HERE = Path(__file__).resolve().parent
+TASKS: dict[str, type[Task] | str] = {  # a class, or file:class, which is loaded when it is asked for
     "InvertedPendulum-v5": InvertedPendulum,
     "Hopper-v5": Hopper,
     "Walker2d-v5": Walker2d,
     "HalfCheetah-v5": HalfCheetah,
     "Ant-v5": Ant,
     "Humanoid-v5": Humanoid,
-    "Quadruped-Flat": QuadrupedFlat,
-    "Quadruped-Rough": QuadrupedRough,
+    "Quadruped-Flat": f"{HERE}/tasks/quadruped.py:Flat",
+    "Quadruped-Rough": f"{HERE}/tasks/quadruped.py:Rough",
 }
 
 
+def load_class(location: str) -> Any:
+    """The class that `file.py:Class` names. The file is executed once in a process.
+
+    A relative path starts at the working directory, or else at the folder of this file. InputError if the file or the
+    class does not exist.
+    """
+    file, _, name = location.rpartition(":")
+    places = [(folder / file).resolve() for folder in (Path.cwd(), HERE)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise InputError(f"no file {' or '.join(dict.fromkeys(map(str, places)))}")
+    loaded = [module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(path)]
+    if loaded:
+        module = loaded[0]
+    else:
+        spec = importlib.util.spec_from_file_location("_".join(path.with_suffix("").parts[1:]), path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and torch.compile look the module up by its name
+        spec.loader.exec_module(module)
+    if not isinstance(getattr(module, name, None), type):
+        raise InputError(f"{path} has no class {name!r}")
+    return getattr(module, name)
+
+
+def find_task(env_id: str) -> type[Task]:
+    """The class of a task: an id in TASKS, or `file.py:Class`. InputError if there is no such task."""
+    kind = TASKS.get(env_id, env_id)
+    if isinstance(kind, str):
+        if ".py:" not in kind:
+            raise InputError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}, or file.py:Class")
+        kind = load_class(kind)
+    if not issubclass(kind, Task):
+        raise InputError(f"{env_id} is not a vecsim_torch.Task")
+    return kind
+
+
 def build_task(env_id: str, options: dict[str, Any]) -> Task:
-    """The task with its options, checked. The quadrupeds' ranges may be text, "0.2:0.8"; Gymnasium's tasks read none."""
-    kind = TASKS.get(env_id)
-    if kind is None:
-        raise InputError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}")
+    """The task with its options, checked. Text such as "0.2:0.8" is a range, except in Gymnasium's own tasks."""
+    kind = find_task(env_id)
     legal = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in options:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
-    if issubclass(kind, QuadrupedFlat):
+    if not isinstance(TASKS.get(env_id), type):
         options = {name: typed_range(value) for name, value in options.items()}
     task = kind(**options)
     task.check()
@@ -3941,8 +3490,8 @@ def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
 def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     """A `VecSim`.
 
-    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5, Humanoid-v5, Quadruped-Flat
-                        or Quadruped-Rough
+    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5, Humanoid-v5, Quadruped-Flat,
+                        Quadruped-Rough, or a task of your own: my_task.py:MyTask
     num_envs            N
     device              "cpu", "cuda", "cuda:1"
     seed                of every random number the environment draws
@@ -4127,99 +3676,13 @@ def versions() -> dict[str, str]:
     )
 
 
-class QuadrupedInMujoco(gymnasium.Env):
-    """`Quadruped-Flat` in MuJoCo C: the same MJCF on the same flat ground, one robot, Gymnasium's interface.
-
-    For policies that were trained above. Physics and forces are MuJoCo's; the rules are the task's own.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
-
-    def __init__(self, render_mode: str | None = None, camera_name: str = "track", **options: Any):
-        self.render_mode, self.camera_name, self._renderer = render_mode, camera_name, None
-        self.task = build_task("Quadruped-Flat", options)
-        self.mj_model = compile_mjcf(self.task.source())
-        self.data = mujoco.MjData(self.mj_model)
-        self.model = self.task.furnish(load_model(self.mj_model, dtype=torch.float64), self.mj_model)
-        self.memory: dict[str, Tensor] = {}
-        low, high = (bound.float().numpy() for bound in self.task.action_range(self.model))
-        self.action_space = gymnasium.spaces.Box(low, high)
-        measured = self._measured()._replace(memory=self._begin())
-        self.observation_space = spaces_of(self.task.observe(self.model, measured, self._sense(measured)))[1]
-
-    def _random(self, rows: int) -> Tensor:
-        return torch.as_tensor(self.np_random.random((rows, 1)))
-
-    def _begin(self) -> dict[str, Tensor]:
-        """The memory that a fresh episode begins with; mjData gets its state."""
-        qpos, qvel = reset_state(self.task, self.model, self._random(self.model.nq + self.model.nv))
-        qpos, memory = self.task.begin(self.model, qpos, self._random(self.task.random_rows), None, 0)
-        mujoco.mj_resetData(self.mj_model, self.data)
-        self.set_state(qpos[:, 0].numpy(), qvel[:, 0].numpy())
-        return memory
-
-    def _measured(self) -> Measured:
-        qpos, qvel = (torch.as_tensor(x.copy())[:, None] for x in (self.data.qpos, self.data.qvel))
-        return Measured(qpos, qvel, None, self.memory, qpos[:0])
-
-    def _sense(self, measured: Measured) -> dict[str, Tensor]:
-        """The task's measurements; forces and torques are those of MuJoCo's last evaluation, as vecsim's are."""
-        data, geoms = self.data, self.model.contact_geom
-        force, wrench = torch.zeros(len(geoms), 1, dtype=torch.float64), np.zeros(6)
-        for k, contact in enumerate(data.contact):
-            mujoco.mj_contactForce(self.mj_model, data, k, wrench)
-            geom = contact.geom[1]
-            along = data.geom_xmat[geom].reshape(3, 3)[:, 2] @ (contact.pos - data.geom_xpos[geom])
-            of_a_capsule = geoms.count(geom) == 2  # two ends, that along the axis first
-            force[geoms.index(geom) + int(of_a_capsule and along < 0)] = wrench[0]
-        torque = torch.as_tensor(self.data.qfrc_actuator[6:].copy())[:, None]
-        return self.task.sense(self.model, measured) | self.task.pressures(self.model, force) | {"torque": torque}
-
-    def _look(self, measured: Measured, sensed: dict[str, Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The observation, and info of the privileged one."""
-        groups = self.task.observe(self.model, measured, sensed), self.task.privileged(self.model, measured, sensed)
-        obs, critic_obs = (torch.cat(list(rows.values()))[:, 0].float().numpy() for rows in groups)
-        return obs, {"critic_obs": critic_obs}
-
-    def set_state(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """As Gymnasium's own robots have it. What the task carries from step to step stays."""
-        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.memory = self._begin()
-        measured = self._measured()
-        return self._look(measured, self.task.sense(self.model, measured))
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        action = torch.as_tensor(action, dtype=torch.float64).reshape(-1, 1)
-        before = self._measured().qpos[:3]
-        self.data.ctrl[:] = self.task.control(self.model, action)[:, 0]
-        mujoco.mj_step(self.mj_model, self.data, self.task.frame_skip)
-        measured = self._measured()
-        sensed = self._sense(measured)
-        velocity = (sensed["position"] - before) / (self.task.frame_skip * self.model.timestep)
-        terms = self.task.reward(self.model, measured, sensed, action, velocity)
-        fell = self.task.terminates and not bool(self.task.healthy(measured, sensed))
-        self.memory = self.task.remember(self.model, measured, sensed, action, self._random(self.task.random_rows))
-        obs, info = self._look(measured._replace(memory=self.memory), sensed)
-        info |= {name: float(value) for name, value in terms.items()}
-        return obs, float(self.task.total(terms)), fell, False, info
-
-    def render(self) -> np.ndarray:
-        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
-        if self._renderer is None:
-            self._renderer = MujocoRenderer(self.mj_model, self.data, camera_name=self.camera_name)
-        return self._renderer.render(self.render_mode)
-
-    def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
+def quadruped_in_mujoco(**options: Any) -> gymnasium.Env:
+    """Gymnasium's Quadruped-Flat: one robot in MuJoCo C."""
+    return load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
 
 
 gymnasium.register(
-    id="Quadruped-Flat", entry_point=QuadrupedInMujoco, max_episode_steps=1000, disable_env_checker=True
+    id="Quadruped-Flat", entry_point=quadruped_in_mujoco, max_episode_steps=1000, disable_env_checker=True
 )
 
 for _name in TASKS:
@@ -4508,4 +3971,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["vecsim_torch"] = sys.modules["__main__"]  # for task files that import vecsim_torch
     main()

@@ -603,8 +603,7 @@ def test_the_integrator_is_that_of_mujoco_c_too(env_id):
         args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu", integrator=name))
         simulator = panel.open_simulator(subject, "mujoco_c", args)
         for robot in (robot.unwrapped for robot in simulator.robots):
-            model = robot.mj_model if env_id == "Quadruped-Flat" else robot.model
-            assert model.opt.integrator == (simulator.env.mj_model.opt.integrator if number is None else number)
+            assert robot.model.opt.integrator == (simulator.env.mj_model.opt.integrator if number is None else number)
 
 
 def test_more_episodes_than_environments_take_several_batches(checkpoints):

@@ -585,6 +585,43 @@ def test_a_task_that_overrides_control_has_it_called(monkeypatch):
     assert torch.equal(plain.step(action)[0], turned.step(-action)[0])
 
 
+MY_TASK = """
+from dataclasses import dataclass
+
+import vecsim_torch
+
+
+@dataclass(frozen=True)
+class Heavy(vecsim_torch.Hopper):
+    healthy_reward: float = 2.0
+
+
+class Other:
+    pass
+"""
+
+
+def test_a_task_in_a_file(tmp_path, monkeypatch):
+    """A relative path starts at the working directory, else beside vecsim_torch.py. The file is executed once."""
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    monkeypatch.chdir(tmp_path)
+    env = vecsim.make("my_task.py:Heavy", 2, healthy_z_range="0.5:2.0", **FAST)
+    assert env.task.healthy_reward == 2.0 and env.task.healthy_z_range == (0.5, 2.0)
+    assert vecsim.find_task(f"{tmp_path}/my_task.py:Heavy") is type(env.task)
+    assert vecsim.find_task("tasks/quadruped.py:Rough") is vecsim.find_task("Quadruped-Rough")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/quadruped.py").write_text(MY_TASK)  # another quadruped, which the short ids do not mean
+    assert vecsim.find_task("Quadruped-Flat").__name__ == "Flat"
+    for env_id, message in (
+        ("Hoper-v5", "unknown task 'Hoper-v5'; choose one of InvertedPendulum-v5, .*, or file.py:Class$"),
+        ("absent.py:Heavy", f"no file {tmp_path}/absent.py or .*/absent.py$"),
+        ("my_task.py:Light", f"{tmp_path}/my_task.py has no class 'Light'$"),
+        ("my_task.py:Other", "my_task.py:Other is not a vecsim_torch.Task$"),
+    ):
+        with pytest.raises(vecsim.InputError, match=message):
+            vecsim.make(env_id, 2)
+
+
 def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
     class Free(vecsim.InvertedPendulum):
         def source(self):

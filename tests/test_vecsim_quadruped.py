@@ -1,4 +1,4 @@
-"""The quadruped of vecsim_torch.py: its physics against MuJoCo C, its rewards and rules by hand, its terrain both ways."""
+"""The quadruped of tasks/quadruped.py: its physics against MuJoCo C, its rewards and rules by hand, its terrain both ways."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from test_vecsim_env import random_actions, rollout, same
 from test_vecsim_physics import batch, c_forward, c_step, converged, error, visit
 
 import vecsim_torch as vecsim
+from tasks import quadruped as task_file
 
 FAST = {"iterations": 2}
 SMALL = {"terrain_rows": 3, "terrain_columns": 5}  # one column of each type
@@ -31,7 +32,7 @@ def make(env_id="Quadruped-Flat", n=4, **options):
 
 @pytest.fixture(scope="module")
 def quadruped():
-    m = converged(mujoco.MjModel.from_xml_string(vecsim.quadruped_mjcf()))
+    m = converged(mujoco.MjModel.from_xml_string(task_file.quadruped_mjcf()))
     states = visit(m, 150, seed=1, stride=4, touching=True)
     return m, states, vecsim.load_model(m, dtype=torch.float64), *batch(states)
 
@@ -386,7 +387,7 @@ def test_level_field_is_the_plane(quadruped):
     ],
 )  # fmt: skip
 def test_terrain_refuses_what_it_would_ignore(old, new, message):
-    text = vecsim.quadruped_mjcf()
+    text = task_file.quadruped_mjcf()
     model = vecsim.load_model(text.replace(old, new, 1), dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(model, terrain=field(np.zeros((3, 3))))
@@ -402,9 +403,9 @@ def test_slope_equals_mujocos_tilted_plane(slope):
     half = 0.5 * np.arcsin(np.linalg.norm(axis))
     quat = [np.cos(half), *(np.sin(half) * axis / np.linalg.norm(axis))]
     tilted = f'name="floor" quat="{" ".join(map(str, quat))}"'
-    m = converged(mujoco.MjModel.from_xml_string(vecsim.quadruped_mjcf().replace('name="floor"', tilted)))
+    m = converged(mujoco.MjModel.from_xml_string(task_file.quadruped_mjcf().replace('name="floor"', tilted)))
     states = visit(m, 40, seed=3, stride=6, touching=True)
-    plane = vecsim.load_model(vecsim.quadruped_mjcf(), dtype=torch.float64)
+    plane = vecsim.load_model(task_file.quadruped_mjcf(), dtype=torch.float64)
     along = 10.0 * np.arange(-4, 5)
     heights = slope[0] * along[:, None] + slope[1] * along[None, :]
     model = dataclasses.replace(plane, terrain=field(heights, 10.0, (-40.0, -40.0)))
@@ -437,7 +438,7 @@ def test_departure_from_mujocos_height_field(kind):
     while the point under its centre is still level. The bounds are what was measured, rounded up.
     """
     points, cell = 80, 0.1
-    heights = vecsim.tile_heights(kind, 0.5, True, points, cell, np.random.default_rng(0))
+    heights = task_file.tile_heights(kind, 0.5, True, np.random.default_rng(0))
     low, span = heights.min(), np.ptp(heights)
     m = mujoco.MjModel.from_xml_string(BALL.format(nx=points + 1, ny=points + 1, sx=4, sy=4, span=span, low=low))
     m.hfield_data[:] = ((heights - low) / span).T.ravel()
@@ -462,8 +463,8 @@ def test_departure_from_mujocos_height_field(kind):
 
 def test_the_same_field_in_mujoco():
     """`height_field_model`, for pictures: rays from above meet the heights that the simulator samples."""
-    terrain = vecsim.build_terrain(2, 3, 0)
-    m = vecsim.height_field_model(terrain._replace(heights=torch.as_tensor(terrain.heights)))
+    terrain = task_file.build_terrain(2, 3, 0)
+    m = task_file.height_field_model(terrain._replace(heights=torch.as_tensor(terrain.heights)))
     d, geom = mujoco.MjData(m), np.zeros(1, np.int32)
     d.qpos[:3] = 0, 0, 50
     mujoco.mj_forward(m, d)
@@ -478,24 +479,24 @@ def test_the_same_field_in_mujoco():
 
 def test_tiles():
     """Types in their columns, harder from row to row, level at the edges and in the middle, steps of the stated size."""
-    terrain = vecsim.build_terrain(10, 20, 0)
+    terrain = task_file.build_terrain(10, 20, 0)
     assert terrain.heights.shape == (10 * 80 + 41, 20 * 80 + 41) and terrain.origins.shape == (200, 3)
     origins = terrain.origins.reshape(10, 20, 3)
     assert np.allclose(origins[3, 7, :2], [3.5 * 8, 7.5 * 8])
     rng = np.random.default_rng
-    for kind in vecsim.TERRAIN_TYPES:
-        tile = vecsim.tile_heights(kind, 0.5, True, 80, 0.1, rng(3))
+    for kind in task_file.TERRAIN_TYPES:
+        tile = task_file.tile_heights(kind, 0.5, True, rng(3))
         assert tile.shape == (81, 81) and np.allclose(tile[[0, -1]], 0) and np.allclose(tile[:, [0, -1]], 0)
         middle = tile[31:50, 31:50]
         assert np.ptp(middle) <= (0.1 if kind == "rough slope" else 0) + 1e-9
-        assert np.ptp(vecsim.tile_heights(kind, 0.9, True, 80, 0.1, rng(3))) > np.ptp(tile)
-    up, down = (vecsim.tile_heights(f"stairs {way}", 0.5, True, 80, 0.1, rng(3)) for way in ("up", "down"))
+        assert np.ptp(task_file.tile_heights(kind, 0.9, True, rng(3))) > np.ptp(tile)
+    up, down = (task_file.tile_heights(f"stairs {way}", 0.5, True, rng(3)) for way in ("up", "down"))
     rises = np.diff(up[40:, 40])
     assert np.allclose(rises[rises != 0], 0.23 * 0.5) and (rises > 0).sum() == 10  # ceil(3 m / 0.31 m)
     assert np.array_equal(up, -down) and up[40, 40] < 0  # out of a pit, from a mound
-    slope = vecsim.tile_heights("slope", 0.5, False, 80, 0.1, rng(3))
+    slope = task_file.tile_heights("slope", 0.5, False, rng(3))
     assert np.allclose(np.diff(slope[55:80, 40]), -0.4 * 0.5 * 0.1)
-    assert not np.array_equal(*(vecsim.build_terrain(2, 20, seed).heights for seed in (0, 1)))
+    assert not np.array_equal(*(task_file.build_terrain(2, 20, seed).heights for seed in (0, 1)))
     first, last = (terrain.heights[20 + 80 * row : 20 + 80 * (row + 1)] for row in (0, 9))
     assert not first.any() and np.isclose(last.max(), 10 * 0.23)  # level ground, and a mound of full steps
 
@@ -505,9 +506,9 @@ def test_height_scan_by_hand():
     along = 0.1 * np.arange(-20, 21)
     terrain = field(np.repeat(0.1 * along[:, None], 41, 1), 0.1, (-2.0, -2.0))
     position = torch.tensor([[0.0], [0.0], [0.3]], dtype=torch.float64)
-    scan = vecsim.height_scan(terrain, position, torch.tensor([math.pi / 2], dtype=torch.float64)).view(17, 11)
+    scan = task_file.height_scan(terrain, position, torch.tensor([math.pi / 2], dtype=torch.float64)).view(17, 11)
     assert torch.allclose(scan, (0.1 * 0.1 * torch.arange(-5, 6).double()).expand(17, 11), atol=1e-12)
-    high = vecsim.height_scan(terrain, position + 5, torch.zeros(1, dtype=torch.float64))
+    high = task_file.height_scan(terrain, position + 5, torch.zeros(1, dtype=torch.float64))
     assert (high == 1).all()
 
 
@@ -550,7 +551,7 @@ def test_robots_stand_on_the_ground_they_start_on():
 def test_next_level(level, walked, commanded, seconds, uniform, expected):
     terrain = field(np.zeros((2, 2)))._replace(tiles=(10, 20))
     numbers = (torch.tensor([float(x)]) for x in (level, walked, commanded, seconds))
-    assert vecsim.next_level(*numbers, terrain, torch.tensor([uniform])).tolist() == [expected]
+    assert task_file.next_level(*numbers, terrain, torch.tensor([uniform])).tolist() == [expected]
 
 
 def test_curriculum_moves_robots():
@@ -640,7 +641,7 @@ def test_levels_without_a_curriculum():
 def test_make_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         make("Quadruped-Rough", 2, **options)
-    if not any(name in vars(vecsim.QuadrupedRough) and name != "heading_command" for name in options):
+    if not any(name in vars(task_file.Rough) and name != "heading_command" for name in options):
         with pytest.raises(ValueError, match=message):  # the robot in MuJoCo, too
             gymnasium.make("Quadruped-Flat", **options)
 
