@@ -423,8 +423,6 @@ env.reset(seed=1)
 env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")))
 generator = torch.Generator(device).manual_seed(1)
 env.step(vecsim_torch.random_actions(env, generator))  # compiles
-os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler that counts kernels is chatty
-meter.facts["kernels_per_physics_step"] = vecsim_torch.count_kernels(env, vecsim_torch.random_actions(env, generator))
 while True:
     for _ in range(5):
         env.step(vecsim_torch.random_actions(env, generator))

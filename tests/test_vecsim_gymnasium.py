@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -324,4 +325,21 @@ def test_seconds_must_be_positive_and_finite(seconds, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         vecsim.main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"error: seconds must be positive and finite, not {float(seconds)}\n"
+    message = f"error: threads = .* must be at least 1, seconds = {float(seconds)} positive and finite\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Quadruped-Rough"])
+def test_benchmark(env_id, tmp_path):
+    """The command as a user starts it, also for a task that imports vecsim_torch."""
+    flags = "--num-envs 8 --no-compile --threads 1 --seconds 0.01 --json figures/result.json".split()
+    command = [sys.executable, vecsim.__file__, "--env-id", env_id, *flags]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads((tmp_path / "figures/result.json").read_text())
+    assert result["env_id"] == env_id and result["threads"] == 1 and result["command"].endswith("figures/result.json")
+    assert result["physics_steps_per_second"] > 0 and result["mujoco_c_physics_steps_per_second"] > 0
+    assert all(f"  {name} " in answer.stdout for name in result)
+    if env_id == "InvertedPendulum-v5":
+        assert result["qacc_error_p50"] <= result["qacc_error_p99"] <= result["qacc_error_p100"] <= 1e-4
+        assert result["qacc_error_p99"] == result["qacc_error_p99_by_iterations"]["4"]
