@@ -1,61 +1,83 @@
-"""vecsim: MuJoCo's rigid-body physics for thousands of robots at once, in one file of plain PyTorch.
-
-    python vecsim_torch.py --env-id Ant-v5 --num-envs 4096          # speed, compile time, parity with MuJoCo C
-
-    python vecsim_torch.py --env-id Ant-v5 --threads 1 --num-envs 1024 --json results/vecsim/Ant-v5-cpu-1core.json
+"""vecsim: MuJoCo's rigid-body physics for thousands of robots at once, in one file of plain PyTorch. Copy me.
 
     env = vecsim_torch.make("Ant-v5", num_envs=4096, device="cuda", seed=1, compile=True)
     obs, info = env.reset(seed=1)
     obs, reward, terminated, truncated, info = env.step(action)     # tensors on the device, environment axis first
 
-    vecsim_torch.make("Quadruped-Rough", randomize=True)                                 # every robot is another, every episode
+    vecsim_torch.make("Quadruped-Rough", randomize=True)            # every robot is different in every episode
     vecsim_torch.make("Hopper-v5", randomize={"mass": (0.8, 1.2)}, perturb={"action_delay_ms": 120})
 
-The idea: write the physics of one robot and let every number be a whole batch. All tensors inside the simulator carry
-the environment axis LAST: `qpos` is (nq, N) and `qpos[3]` is coordinate 3 of all N robots. Memory is contiguous along
-N, so each line below is one wide vector operation on a CPU and one coalesced kernel on a GPU, and no line mentions the
-batch. There is no matrix product: TF32 may be on for the networks and cannot touch the physics.
+    python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
+    python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
 
-MuJoCo is the specification. Models are compiled by `mujoco.MjModel` from MJCF; this file then computes the same smooth
-dynamics, the same soft-constraint problem and the same integrators. The problem is convex, so every converged solver
-must reach MuJoCo's acceleration, and the tests hold it to that.
+`make` lists the options of an environment, `VecSim` says what `reset` and `step` return.
 
-Read in this order: spatial algebra, model, kinematics, smooth dynamics, constraints, Newton solver, integrators (that
-is `step`), randomisation, tasks, environment, benchmark. The quadruped is in tasks/quadruped.py.
+The idea. Write the physics of one robot, and let every number be a whole batch. Inside the simulator the environment
+axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots. Memory is
+contiguous along N. So each line below is one wide vector operation on a CPU and one coalesced kernel on a GPU, and no
+line mentions the batch. The physics has no matrix products, so TF32 may be on for the networks.
+
+MuJoCo is the specification. It compiles the MJCF; this file then computes the same smooth dynamics, the same soft
+constraints and the same integrators. The constraint problem is convex, so it has one solution, and the tests check that
+both simulators find it. In float64, accelerations of Gymnasium's models and of the quadruped differ from MuJoCo C's by
+at most 4e-13 (relative, 150 to 500 states of each). In float32 with 4 Newton iterations, 99% of the errors are below
+2e-7 to 1.2e-5. On one AMD EPYC core, whole environment steps run at 0.87 to 1.21 times the speed of MuJoCo C's physics
+alone, Humanoid's at 0.42 times (results/README.md).
+
+Read in this order: spatial algebra, model, kinematics, smooth dynamics, constraints, Newton solver, integrators (with
+`step`, one physics step), randomisation, tasks, environment step, vector environment, evaluation, benchmark.
+
+Your own task. Write a file my_task.py and give every script `--env-id my_task.py:SwingUp`:
+
+    from dataclasses import dataclass
+
+    import torch
+
+    import vecsim_torch
+
+    @dataclass(frozen=True)  # each option is a bool, a number or a range (low, high)
+    class SwingUp(vecsim_torch.Task):
+        xml_file: str = ""
+        frame_skip: int = 4  # physics steps in a control step
+        reset_noise_scale: float = 0.1
+        effort_weight: float = 0.001
+
+        def source(self):  # every actuator needs a ctrlrange
+            return '''<mujoco><option timestep="0.005"/>
+              <worldbody><body><joint name="pivot" axis="0 1 0"/>
+                <geom type="capsule" size="0.05" fromto="0 0 0 0 0 -1"/></body></worldbody>
+              <actuator><motor joint="pivot" gear="10" ctrlrange="-1 1"/></actuator></mujoco>'''
+
+        def observe(self, model, p, sensed):  # named groups, (rows, N) each
+            return {"angle": torch.cat((p.qpos.cos(), p.qpos.sin())), "velocity": p.qvel}
+
+        def reward(self, model, p, sensed, action, velocity):  # (N,) each; terms called reward_... are summed
+            effort = action.square().sum(0)
+            return {"reward_up": -p.qpos[0].cos(), "reward_effort": -self.effort_weight * effort}
+
+`Task` documents the other methods. tasks/quadruped.py is a longer example: commands, memory, privileged observations,
+a curriculum and terrain.
 
 Glossary
     N               number of environments, always the last axis inside the simulator
-    nq, nv, nu      coordinates (a free joint has 7, a ball joint 4), degrees of freedom (6, 3), controls
-    nl              links. A link is one joint and the mass that moves with it: bodies without joints are welded into
-                    their parent, a body with three joints becomes a chain of three links (the first two massless)
-    nc, P, K        candidate contacts with what is fixed; pairs of moving geoms; pair slots, the deepest are solved
-    qpos            (nq, N) m or rad; quaternions are (w, x, y, z); a free joint is position then quaternion, world axes
-    qvel            (nv, N) m/s or rad/s; a free joint is linear velocity in world axes, then angular in body axes
+    nq, nv, nu      coordinates (a free joint has 7, a ball joint 4), degrees of freedom (6 and 3), controls
+    nl              links. A link is one joint and the mass that moves with it. Bodies without joints are welded into
+                    their parent; a body with three joints becomes a chain of three links, the first two massless
+    nc, P, K        candidate contacts with fixed geoms; pairs of moving geoms; pair slots: the K deepest are solved
+    qpos            (nq, N) m or rad. Quaternions are (w, x, y, z). A free joint is its position, then its quaternion,
+                    in world axes
+    qvel            (nv, N) m/s or rad/s. A free joint is its linear velocity in world axes, then its angular velocity
+                    in body axes
     world           z up, SI units
-    motion, force   spatial vectors (angular, linear) and (torque, force) in world axes about `origin`, a world-fixed
-                    point that coincides with the first link (Featherstone 2008, chapter 2)
-    cdof            (nv, 6, N) motion of the whole subtree per unit of one degree of freedom
-    inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`, see `apply_symmetric` for the order
+    motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin`. `origin` is a
+                    point fixed in the world that coincides with the first link now (Featherstone 2008, chapter 2)
+    cdof            (nv, 6, N) motion of the whole subtree per unit of velocity of one degree of freedom
+    inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`; `apply_symmetric` gives the order
     terrain         heights on a grid, bilinear in between, in place of the ground plane
     packed          (nnz, N) the entries of a symmetric (nv, nv) matrix that the tree can make non-zero
-    contact normal  points from the plane, or the first geom, into the second; distance is negative in penetration
+    contact normal  points from the plane, or from the first geom, into the second. Distance is negative in penetration
 
-Parity with MuJoCo C 4.0 in float64, unmodified Gymnasium models, worst of 500 random-action states (tests):
-
-    model                qacc, relative    one RK4 step, qpos    100 Euler steps, qpos    growth of a 1e-9 disturbance
-    inverted_pendulum    9e-15             1e-16                 5e-15                    14
-    hopper               2e-14             3e-17                 5e-16                    3.5
-    walker2d             4e-13             1e-16                 6e-14                    12
-    half_cheetah         7e-14             3e-16                 4e-12                    6.4e3
-    ant                  6e-14             5e-16                 1e-12                    9.5e2
-    humanoid             2e-13             5e-16                 2e-14                    21
-    quadruped            8e-15             (150 states; with any parameter randomised, 8e-15 or better)
-
-In float32 with the default 4 Newton iterations, p99 under random actions is 2e-7 to 1.2e-5. On one AMD EPYC core whole
-environment steps run at 0.87 to 1.21 times the rate of MuJoCo C's physics alone, Humanoid's at 0.42 (results/vecsim).
-
-Needs torch 2.9 or newer, mujoco 4.0 (to compile MJCF; 3 lacks fields that are read here) and gymnasium 1.1 or
-newer (spaces, the tasks' MJCF). Copy me.
+Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.1 or newer.
 """
 
 from __future__ import annotations

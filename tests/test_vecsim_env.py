@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import math
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -621,6 +622,17 @@ def test_a_task_in_a_file(tmp_path, monkeypatch):
     ):
         with pytest.raises(vecsim.InputError, match=message):
             vecsim.make(env_id, 2)
+
+
+def test_the_task_of_the_header(tmp_path, monkeypatch):
+    """The example in vecsim_torch.py's docstring works as it is printed there."""
+    example = vecsim.__doc__.split("SwingUp`:\n")[1].split("\n`Task`")[0]
+    (tmp_path / "my_task.py").write_text(textwrap.dedent(example))
+    monkeypatch.chdir(tmp_path)
+    env = vecsim.make("my_task.py:SwingUp", 4, effort_weight=0.5)
+    assert env.reset(seed=0)[0].shape == (4, 3) and env.action_space.shape == (4, 1)
+    info = env.step(torch.ones(4, 1))[4]
+    assert torch.equal(info["reward_effort"], torch.full((4,), -0.5)) and (info["reward_up"] < -0.9).all()
 
 
 def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
