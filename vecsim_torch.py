@@ -3695,6 +3695,69 @@ def cpu_name() -> str:
     return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
 
 
+class CompletedEnv:
+    """A user's own vector environment, completed to what the trainers read from a `VecSim`.
+
+    All values are tensors on the environment's device. It must have
+
+        single_observation_space, single_action_space    flat Box spaces, (k,) and (a,)
+        reset(seed=None) -> obs (N, k), info
+        step(action (N, a)) -> obs, reward (N,), terminated (N,) bool, truncated (N,) bool, info
+
+    and reset an environment in the same step in which its episode ends. info["final_obs"] (N, k) is the observation
+    that the step led to, before any reset. Optional are
+
+        single_critic_space          of a privileged observation for the value function or the teacher; then info holds
+                                     critic_obs, and after a step final_critic_obs too
+        info["invalid"]              (N,) bool: transitions that a learner must mask; default: none
+        pop_statistics()             as in `VecSim`; default: this class counts the episodes
+        state_dict, load_state_dict  for exact resumption; default: a resumed run begins new episodes
+        close()
+    """
+
+    def __init__(self, env: Any):
+        self.env = env
+        self.single_observation_space, self.single_action_space = env.single_observation_space, env.single_action_space
+        self.single_critic_space = getattr(env, "single_critic_space", None)
+        obs, _ = env.reset()
+        self.num_envs = len(obs)
+        self.running = torch.zeros(2, len(obs), device=obs.device)  # return and length of the current episodes
+        self.sums = torch.zeros(4, dtype=torch.float64, device=obs.device)  # returns, lengths, episodes, invalid
+
+    def reset(self, *, seed: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+        self.running.zero_()
+        self.sums.zero_()
+        return self.env.reset(seed=seed)
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        invalid = info.get("invalid", torch.zeros_like(terminated))
+        ended = (terminated | truncated) & ~invalid
+        self.running += torch.stack([torch.where(invalid, 0.0, reward), torch.ones_like(reward)])
+        self.sums += torch.stack([*(self.running * ended).sum(1), ended.sum(), invalid.sum()])
+        self.running *= ~(ended | invalid)
+        return obs, reward, terminated, truncated, info | {"invalid": invalid}
+
+    def pop_statistics(self) -> dict[str, float]:
+        if hasattr(self.env, "pop_statistics"):
+            return self.env.pop_statistics()
+        returns, lengths, episodes, invalid = self.sums.tolist()  # host sync
+        self.sums.zero_()
+        means = dict(episode_return=returns, episode_length=lengths, success=math.nan)
+        means = {name: value / episodes if episodes else math.nan for name, value in means.items()}
+        return dict(episodes=episodes, invalid=invalid) | means
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.env.state_dict() if hasattr(self.env, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.env.load_state_dict(state)
+
+    def close(self) -> None:
+        if hasattr(self.env, "close"):
+            self.env.close()
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on, for checkpoints and reports."""
     return dict(
