@@ -14,23 +14,15 @@ HalfCheetah-v5 8,506 after 6 minutes, Hopper-v5 3,478 after 8, Ant-v5 4,578 afte
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 
-Your own environment: write a function `make_env(env_id, num_envs, device, seed, **env_kwargs)` that returns a vector
-environment of tensors on that device, and call `train(Args(env_id="my-robot"), make_env=make_env)`. It must have
+Your own environment: call `train(Args(env_id="my-robot"), make_env=make_env)`. The function
+`make_env(env_id, num_envs, device, seed, **env_kwargs)` returns a vector environment of tensors on that device.
+It needs reset, step, two spaces and info["final_obs"]; `vecsim_torch.CompletedEnv` says the details.
 
-    single_observation_space, single_action_space        flat Box spaces, (k,) and (a,)
-    reset(seed=None) -> obs (N, k), info
-    step(action (N, a)) -> obs, reward (N,), terminated (N,) bool, truncated (N,) bool, info
-
-and reset an environment in the same step in which its episode ends. info["final_obs"] (N, k) is the observation that
-the step led to, before any reset. `vecsim_torch.CompletedEnv` lists what it may have besides.
-
-A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
+A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123). Add --gae-lambda 1
+--no-normalize-advantages --no-normalize-values --bounds-coef 0 for plain n-step returns, as in the textbook:
 
     python ppo_gpu_torch.py --update-epochs 1 --num-minibatches 1 --clip-coef inf --num-steps 5 \
         --learning-rate-schedule constant
-
-This A2C has GAE, normalised advantages, two networks and Adam. Add --gae-lambda 1 --no-normalize-advantages
---no-normalize-values --bounds-coef 0 for plain n-step returns, as in the textbook.
 
 Sources: PPO, Schulman et al. 2017 (arXiv:1707.06347), eq. 7; GAE, Schulman et al. 2016 (arXiv:1506.02438), eq. 16;
 time limits, Pardo et al. 2018 (arXiv:1712.00378); learning rate from the KL divergence, and the regime of many
@@ -239,21 +231,8 @@ def parse_args(argv: list[str]) -> Args:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Sizes(NamedTuple):
-    """What follows from the flags."""
-
-    envs: int  # environments of this process
-    batch: int  # samples of this process in an iteration: envs x num_steps
-    minibatch: int  # samples of this process in a gradient step
-    microbatch: int  # samples of this process in a backward pass
-    steps_per_iteration: int  # environment steps of all processes
-    iterations: int
-    checkpoint_every: int
-    log_every: int
-
-
-def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
-    """Check the flags, then compute the sizes. InputError names the rule and, if it can, the nearest legal values."""
+def check_ranges(args: Args) -> None:
+    """InputError for a flag that is out of its range."""
     counts = "num_envs total_timesteps num_steps update_epochs num_minibatches solver_iterations"
     rules = (  # flags, whether a value is legal, and the rule in words
         (counts, lambda x: x >= 1, ">= 1"),
@@ -274,33 +253,44 @@ def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
                 raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
     if args.eval_every and not args.eval_episodes:
         raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+
+
+class Sizes(NamedTuple):
+    """Numbers that follow from the flags."""
+
+    envs: int  # environments of this process
+    batch: int  # samples of this process in an iteration: envs x num_steps
+    minibatch: int  # samples of this process in a gradient step
+    microbatch: int  # samples of this process in a backward pass
+    steps_per_iteration: int  # environment steps of all processes
+    iterations: int
+    checkpoint_every: int
+    log_every: int
+
+
+def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
+    """InputError if the environments or the samples do not split evenly; it names the nearest numbers that do."""
     if args.num_envs % world_size:
-        below = args.num_envs // world_size * world_size
-        choices = f"{below} or {below + world_size}" if below else f"{world_size}"
+        above = math.ceil(args.num_envs / world_size) * world_size
+        choices = f"{above - world_size} or {above}" if args.num_envs > world_size else f"{above}"
         raise InputError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {choices}")
     envs = args.num_envs // world_size
     batch = envs * args.num_steps
     if batch % args.num_minibatches:
-        start = min(args.num_minibatches, batch)
-        end = min(batch, start + 10**6)  # a huge number of minibatches must not search for minutes
-        below = next((n for n in range(start, max(0, start - 10**6), -1) if batch % n == 0), 1)
-        above = next((n for n in range(start, end + 1) if batch % n == 0), below)
-        choices = f"{below} or {above}" if above != below else f"{below}"
-        samples = f"num_envs x num_steps = {batch:,}" + (" of each process" if world_size > 1 else "")
-        raise InputError(f"{samples} does not split into {args.num_minibatches} minibatches; use {choices}")
+        divisors = [n for n in range(1, min(batch, 10**6) + 1) if batch % n == 0]
+        nearest = sorted(divisors, key=lambda n: abs(n - args.num_minibatches))[:2]
+        raise InputError(
+            f"num_envs x num_steps = {batch:,} per process does not split into {args.num_minibatches} minibatches; "
+            f"use {' or '.join(str(n) for n in sorted(nearest))}"
+        )
     minibatch = batch // args.num_minibatches
     parts = math.ceil(minibatch / 2048) if device.type == "cpu" else 1  # 2,048 samples fit the cache of a CPU
+    microbatch = math.ceil(minibatch / parts)
     steps_per_iteration = args.num_envs * args.num_steps
-    return Sizes(
-        envs=envs,
-        batch=batch,
-        minibatch=minibatch,
-        microbatch=math.ceil(minibatch / parts),
-        steps_per_iteration=steps_per_iteration,
-        iterations=math.ceil(args.total_timesteps / steps_per_iteration),
-        checkpoint_every=args.checkpoint_every or max(1, args.total_timesteps // 10),
-        log_every=args.log_every or max(1, args.total_timesteps // 200),
-    )
+    iterations = math.ceil(args.total_timesteps / steps_per_iteration)
+    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
+    log_every = args.log_every or max(1, args.total_timesteps // 200)
+    return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, iterations, checkpoint_every, log_every)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -983,6 +973,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     stop = stop or StopSignals()
     device = vecsim.pick_device(args.device)
     rank, world_size = start_processes(device)
+    check_ranges(args)
     sizes = derive_sizes(args, world_size, device)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:

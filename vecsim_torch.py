@@ -3719,15 +3719,13 @@ class CompletedEnv:
         self.env = env
         self.single_observation_space, self.single_action_space = env.single_observation_space, env.single_action_space
         self.single_critic_space = getattr(env, "single_critic_space", None)
-        obs, _ = env.reset()
+
+    def reset(self, *, seed: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed)
         self.num_envs = len(obs)
         self.running = torch.zeros(2, len(obs), device=obs.device)  # return and length of the current episodes
         self.sums = torch.zeros(4, dtype=torch.float64, device=obs.device)  # returns, lengths, episodes, invalid
-
-    def reset(self, *, seed: int | None = None) -> tuple[Tensor, dict[str, Any]]:
-        self.running.zero_()
-        self.sums.zero_()
-        return self.env.reset(seed=seed)
+        return obs, info
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -3748,10 +3746,14 @@ class CompletedEnv:
         return dict(episodes=episodes, invalid=invalid) | means
 
     def state_dict(self) -> dict[str, Any]:
-        return self.env.state_dict() if hasattr(self.env, "state_dict") else {}
+        if not hasattr(self.env, "state_dict"):
+            return {}
+        return {"env": self.env.state_dict(), "running": self.running, "sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.env.load_state_dict(state)
+        self.env.load_state_dict(state["env"])
+        self.running.copy_(state["running"])
+        self.sums.copy_(state["sums"])
 
     def close(self) -> None:
         if hasattr(self.env, "close"):

@@ -1,12 +1,12 @@
-"""Tiny vector environments with known answers, on the contract of vecsim_torch: they tell which part of a trainer is broken.
+"""Tiny vector environments with known answers. Each one tells whether a part of a trainer works.
 
-    constant     one step, reward 1                                       V = 1: the value function learns a constant
-    value        one step, reward x, which is observed                    V = x: the critic reads the observation
-    privileged   one step, reward x, which only the critic observes       V = x: the critic reads critic_obs
-    action       one step, reward -(a - x / 2)^2                          a = x / 2: the policy follows the advantage
-    delayed      two steps, the second pays -(a_0 - x / 2)^2              a_0 = x / 2: credit goes back through time
-    truncation   reward 1 for ever, cut by a time limit of 5 steps        V = 1 / (1 - gamma): no end
-    broken       as action, but environment 0 is always quarantined       its NaN must not reach the learner
+    constant     one step, reward 1                                   V = 1: the value function learns a constant
+    value        one step, reward x, which is observed                V = x: the critic reads the observation
+    privileged   one step, reward x, which only the critic sees       V = x: the critic reads critic_obs
+    action       one step, reward -(a - x / 2)^2                      a = x / 2: the policy follows the advantage
+    delayed      two steps, the second pays -(a_0 - x / 2)^2          a_0 = x / 2: credit goes back through time
+    truncation   reward 1 in every step, time limit of 5 steps        V = 1 / (1 - gamma): a time limit is no end
+    broken       like action, but environment 0 is quarantined        its NaN must not reach the learner
 
 x is -1 or 1, drawn at reset; observation = (x, age, a_0).
 """
@@ -32,7 +32,7 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = box(-2.0, 2.0, (1,), np.float32)
         self.single_critic_space = box(-np.inf, np.inf, (1,), np.float32) if env_id == "privileged" else None
         self.generator = torch.Generator(self.device)
-        self.steps_left = None  # raise KeyboardInterrupt after so many steps, where a test sets it
+        self.steps_left = None  # a test may set it: KeyboardInterrupt after that many steps
         self.reset(seed=seed)
 
     def draw(self):
@@ -46,11 +46,7 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         if seed is not None:
             self.generator.manual_seed(seed)
         self.x = self.draw()
-        self.age, self.first_action, self.episode_return = (
-            torch.zeros_like(self.x),
-            torch.zeros_like(self.x),
-            torch.zeros_like(self.x),
-        )
+        self.age, self.first_action, self.episode_return = (torch.zeros_like(self.x) for _ in range(3))
         self.sums = torch.zeros(4, device=self.device)  # return, length, episodes, invalid
         return self.observation(), {"critic_obs": self.x[:, None].clone()}
 
@@ -63,14 +59,8 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         self.first_action = torch.where(self.age == 0, a, self.first_action)
         self.age = self.age + 1
         error = -(self.first_action - self.x / 2).square()
-        reward = {
-            "value": self.x,
-            "privileged": self.x,
-            "action": error,
-            "broken": error,
-            "delayed": error * (self.age == 2),
-        }
-        reward = reward.get(self.env_id, torch.ones_like(self.x))
+        rewards = dict(value=self.x, privileged=self.x, action=error, broken=error, delayed=error * (self.age == 2))
+        reward = rewards.get(self.env_id, torch.ones_like(self.x))
         ended = self.age == EPISODE_STEPS.get(self.env_id, 1)
         never = torch.zeros_like(ended)
         terminated, truncated = (never, ended) if self.env_id == "truncation" else (ended, never)
@@ -88,22 +78,16 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         self.age, self.first_action, self.episode_return = (
             torch.where(fresh, 0.0, x) for x in (self.age, self.first_action, self.episode_return)
         )
-        info = dict(
-            final_obs=final_obs, invalid=invalid, critic_obs=self.x[:, None].clone(), final_critic_obs=final_critic_obs
-        )
+        info = dict(final_obs=final_obs, invalid=invalid)
+        info |= dict(critic_obs=self.x[:, None].clone(), final_critic_obs=final_critic_obs)
         return self.observation(), reward, terminated, truncated, info
 
     def pop_statistics(self):
         returns, lengths, episodes, invalid = self.sums.tolist()
         self.sums.zero_()
-        mean = (lambda x: x / episodes) if episodes else (lambda x: float("nan"))
-        return dict(
-            episode_return=mean(returns),
-            episode_length=mean(lengths),
-            episodes=episodes,
-            success=float("nan"),
-            invalid=invalid,
-        )
+        count = episodes or float("nan")
+        means = dict(episode_return=returns / count, episode_length=lengths / count, success=float("nan"))
+        return means | dict(episodes=episodes, invalid=invalid)
 
     def state_dict(self):
         names = ("x", "age", "first_action", "episode_return", "sums")
@@ -116,16 +100,15 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
 
 
 def probe_args(run_dir, env_id="action", **changes):
-    """Flags under which a probe environment is solved in seconds."""
-    small = dict(
-        num_envs=64, num_steps=8, total_timesteps=40_000, num_minibatches=2, actor_hidden=(32,), critic_hidden=(32,),
-        learning_rate=3e-3, gamma=0.9, eval_episodes=1, compile=False, device="cpu", checkpoint_every=10**9, log_every=10**9,
-    )  # fmt: skip
+    """Flags of PPO that solve a probe environment in seconds."""
+    small = dict(num_envs=64, num_steps=8, total_timesteps=40_000, num_minibatches=2, learning_rate=3e-3, gamma=0.9)
+    small |= dict(actor_hidden=(32,), critic_hidden=(32,), eval_episodes=1, compile=False, device="cpu")
+    small |= dict(checkpoint_every=10**9, log_every=10**9)
     return ppo.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
 
 
 def documented_a2c():
-    """The flags of the A2C command that ppo_gpu_torch's docstring gives."""
+    """The flags of the A2C command in ppo_gpu_torch's docstring."""
     (command,) = [line for line in ppo.__doc__.splitlines() if "--clip-coef inf" in line]
     words = command.split()
     assert words[:2] == ["python", "ppo_gpu_torch.py"]

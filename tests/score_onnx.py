@@ -1,6 +1,6 @@
 """Score a checkpoint of ppo_gpu_torch.py and the ONNX file of --export in Gymnasium's environment, on the same seeds:
 
-    python tests/score_onnx.py runs/NAME/checkpoint.pt results/export/HalfCheetah-v5.json
+python tests/score_onnx.py runs/NAME/checkpoint.pt results/export/HalfCheetah-v5.json
 """
 
 from __future__ import annotations
@@ -15,33 +15,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_gpu_torch as ppo
-import vecsim_torch
+import vecsim_torch as vecsim
 
 
 class OnnxPolicy:
-    """An ONNX file that acts like a trainer's Agent, in ONNX Runtime."""
+    """An ONNX file as a policy, run by ONNX Runtime."""
 
     def __init__(self, path: Path):
         self.session = onnxruntime.InferenceSession(path)
         self.metadata = self.session.get_modelmeta().custom_metadata_map
-        self.seen = []  # the observations of each step, (B, obs), and the actions, (B, actions)
+        self.seen = []  # observations (B, obs) and actions (B, actions) of each call
 
-    def act(self, obs: torch.Tensor) -> torch.Tensor:
+    def act(self, obs: torch.Tensor, started: torch.Tensor | None = None) -> torch.Tensor:
         action = torch.from_numpy(self.session.run(["action"], {"obs": obs.numpy()})[0])
         self.seen.append((obs, action))
         return action
 
-    # What evaluate_gymnasium does with an agent before it plays: this one is on the CPU already.
-
-    def __deepcopy__(self, memo: dict) -> OnnxPolicy:
-        return self
-
-    def cpu(self) -> OnnxPolicy:
-        return self
-
 
 def randomize(agent: torch.nn.Module) -> None:
-    """Weights and running moments unlike those of a fresh agent."""
+    """Give an agent weights and running moments that differ from those of a fresh one."""
     generator = torch.Generator().manual_seed(0)
     for weights in agent.parameters():
         weights.data += 0.05 * torch.randn(weights.shape, generator=generator)
@@ -58,9 +50,9 @@ def check_file(
     limits: tuple[torch.Tensor, torch.Tensor],
     squashed: bool = False,
 ) -> None:
-    """The file gives act(obs), clipped to limits, for 1,000 observations together and for one alone.
+    """Check that the file gives act(obs), clipped to limits, for 1,000 observations at once and for one alone.
 
-    A third of the observations are far outside the normaliser's range. squashed: no action is outside the limits."""
+    A third of the observations are far outside of the normaliser's range. squashed: act never leaves the limits."""
     generator = torch.Generator().manual_seed(1)
     obs = torch.randn(1000, len(statistics.mean), generator=generator)
     obs = obs * statistics.deviation() + statistics.mean.float()
@@ -76,7 +68,7 @@ def check_file(
 
 
 def read_names(policy: OnnxPolicy, script: str, env_steps: int) -> tuple[list[str], list[str], float]:
-    """Names of observations and actions and the control step, after a look at the other facts."""
+    """Check the facts in the file; return the names of observations and actions, and the control step in seconds."""
     facts = policy.metadata
     assert facts["script"] == script and facts["env_steps"] == str(env_steps)
     assert {"python", "torch", "gymnasium", "numpy"} <= json.loads(facts["versions"]).keys()
@@ -88,21 +80,20 @@ def read_names(policy: OnnxPolicy, script: str, env_steps: int) -> tuple[list[st
 
 
 def score_all(checkpoint: str, path: Path, episodes: int = 100) -> dict:
-    """Export to `path`; scores of the PyTorch policy, of the same with clipped actions, and of the ONNX file.
+    """Export to `path`; score the PyTorch policy, the same policy with clipped actions, and the ONNX file.
 
-    MuJoCo clips every action, so the robot moves alike; but Gymnasium's control cost counts an action as it was given.
-    The largest action difference is that between the ONNX file and the clipped PyTorch policy, over all observations of
-    the ONNX file's episodes."""
+    MuJoCo clips every action, so the robot moves alike. But Gymnasium's control cost counts the action as it was given.
+    largest_action_difference: between the ONNX file and the clipped PyTorch policy, over the file's own episodes."""
     args = ppo.parse_args(["--play", checkpoint, "--export", str(path), "--eval-episodes", str(episodes)])
+    env = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs)
+    limits = env.task.action_limits(env.model)
     scores = dict(pytorch=ppo.play(args))
-    env = vecsim_torch.make(args.env_id, num_envs=1, **args.env_kwargs)
-    agent = ppo.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
-    agent.load_state_dict(ppo.load_checkpoint(checkpoint, "ppo")["agent"])
-    agent.to_env = lambda action: ppo.Agent.to_env(agent, action).clamp(*env.task.action_limits(env.model))
-    policy = OnnxPolicy(path)
-    scores |= dict(pytorch_clipped=ppo.evaluate_gymnasium(agent, args), onnx=ppo.evaluate_gymnasium(policy, args))
+    act, policy = ppo.load_policy(ppo.load_checkpoint(checkpoint)), OnnxPolicy(path)
+    others = dict(pytorch_clipped=lambda obs, started: act(obs).clamp(*limits), onnx=policy.act)
+    for name, other in others.items():
+        scores[name] = vecsim.evaluate_in_gymnasium(args.env_id, other, episodes, args.seed, args.env_kwargs)
     obs, action = (torch.cat(parts) for parts in zip(*policy.seen, strict=True))
-    difference = float((action - agent.act(obs)).abs().max())
+    difference = float((action - act(obs).clamp(*limits)).abs().max())
     return dict(scores=scores, largest_action_difference=difference, metadata=policy.metadata)
 
 
@@ -110,11 +101,11 @@ def main(checkpoint: str, result: Path) -> None:
     scored = score_all(checkpoint, Path(checkpoint).with_name("policy.onnx"))
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True)
     record = dict(command=f"python tests/score_onnx.py {checkpoint} {result}", commit=commit.strip())
-    versions = ppo.versions() | dict(onnxruntime=onnxruntime.__version__)
-    record |= dict(hardware=vecsim_torch.cpu_name(), versions=versions)
+    versions = vecsim.versions() | dict(onnxruntime=onnxruntime.__version__)
+    record |= dict(hardware=vecsim.cpu_name(), versions=versions)
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(record | scored, indent=1) + "\n")
-    print(f"{result}:", *(f"{name} {ppo.describe(score)}" for name, score in scored["scores"].items()), sep="\n")
+    print(f"{result}:", *(f"{name} {vecsim.describe(score)}" for name, score in scored["scores"].items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""What tests read in a trainer's source: its functions by qualified name, and the places where they read the device."""
+"""Find the functions in a trainer's source, and the places where they make the host wait for the device."""
 
 from __future__ import annotations
 
 import ast
 
-METHODS = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "synchronize"}
+METHODS = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "synchronize"}
+METHODS |= {"unique", "unique_consecutive"}
 CONVERSIONS = {"float", "int", "bool"}
 
 
 def functions(source: str) -> dict[str, ast.FunctionDef]:
-    """Functions, methods ("Class.method") and nested functions ("outer.inner"); no two share a name."""
+    """All functions by name: methods as "Class.method", nested functions as "outer.inner"."""
     found = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
@@ -28,15 +29,20 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
 
 
 def is_mask(index: ast.AST) -> bool:
-    """Whether an index is plainly boolean: a comparison, ~x, x & y, or x | y with such a side (`int | None` is a type). A name tells nothing."""
+    """Whether an index is plainly a mask: a comparison, ~x, x & y, or x | y with such a side (but not int | None).
+
+    A mere name may hold a mask too; this lint cannot tell."""
     if isinstance(index, ast.BinOp) and isinstance(index.op, ast.BitOr):
         return is_mask(index.left) or is_mask(index.right)
     inverted = isinstance(index, ast.UnaryOp) and isinstance(index.op, ast.Invert)
-    return isinstance(index, ast.Compare) or inverted or (isinstance(index, ast.BinOp) and isinstance(index.op, ast.BitAnd))
+    both = isinstance(index, ast.BinOp) and isinstance(index.op, ast.BitAnd)
+    return isinstance(index, ast.Compare) or inverted or both
 
 
 def host_reads(node: ast.AST) -> list[ast.AST]:
-    """Where `node` waits for the device: .item() and its like, float(), int() or bool(), .any() or .all() as a condition, x[x > 0]."""
+    """The parts of `node` that wait for the device.
+
+    These are .item() and the other METHODS, float(), int() and bool(), .any() and .all() as a condition, and x[x > 0]."""
     nodes = list(ast.walk(node))
     calls = [x for x in nodes if isinstance(x, ast.Call)]
     found = [x for x in calls if isinstance(x.func, ast.Attribute) and x.func.attr in METHODS]
@@ -52,7 +58,7 @@ def host_reads(node: ast.AST) -> list[ast.AST]:
 
 
 def unmarked_host_reads(function: ast.FunctionDef, source: str) -> list[str]:
-    """The lines of `function` that read the device without the comment that says so."""
+    """The lines of `function` that wait for the device and lack the comment that says so."""
     lines = source.splitlines()
     read = [lines[(x.end_lineno or x.lineno) - 1] for x in host_reads(function)]
     return [line.strip() for line in read if "# host sync" not in line]

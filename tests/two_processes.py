@@ -1,4 +1,4 @@
-"""What test_ppo.py runs in two processes: torchrun --nproc-per-node=2 two_processes.py FOLDER"""
+"""test_ppo.py runs this in two processes: torchrun --nproc-per-node=2 two_processes.py FOLDER"""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 from probe_envs import ProbeEnv, probe_args
 
 import ppo_gpu_torch as ppo
+import vecsim_torch as vecsim
 
 
 def updates_on_fixed_data(rank: int, world_size: int) -> dict:
-    """3 iterations of 6 gradient steps on random data that are the same however many processes share them."""
-    args = ppo.with_task_defaults(probe_args(None, num_envs=32, num_minibatches=1, update_epochs=6, microbatch_size=50))
-    sizes = ppo.derive_sizes(args, world_size)
+    """3 iterations of 6 gradient steps. Their random data do not depend on how many processes share them."""
+    args = probe_args(None, num_envs=32, num_minibatches=1, update_epochs=6)
+    sizes = ppo.derive_sizes(args, world_size, torch.device("cpu"))._replace(microbatch=50)
     torch.manual_seed(0)
     agent = ppo.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
     learning_rate = torch.tensor(args.learning_rate)
     optimizer = ppo.make_optimizer(agent, learning_rate)
     mine = slice(rank * sizes.envs, (rank + 1) * sizes.envs)
     for _ in range(3):
-        obs, final_obs, action, reward, *flags = (
-            torch.randn(8, 32, *k)[:, mine] for k in ((3,), (3,), (2,), (), (), (), ())
-        )
+        shapes = (3,), (3,), (2,), (), (), (), ()
+        obs, final_obs, action, reward, *flags = (torch.randn(8, 32, *shape)[:, mine] for shape in shapes)
         obs, final_obs, flags = 3 * obs + 1, 3 * final_obs + 1, [flag > 1.3 for flag in flags]
         mean = agent.policy_mean(agent.obs_statistics.normalize(obs.flatten(0, 1))).detach().view_as(action)
         rollout = ppo.Rollout(obs, obs, final_obs, action, mean, reward, *flags)
@@ -39,9 +39,9 @@ def updates_on_fixed_data(rank: int, world_size: int) -> dict:
         terms = ppo.update(agent, batch, accumulate, apply, learning_rate, 0.01, sizes.minibatch, args)
         agent.obs_statistics.update(obs.flatten(0, 1), ~rollout.invalid.flatten())
     statistics = dict(
-        episode_return=float(rank), episode_length=2.0, episodes=1 + rank, success=float("nan"), invalid=1
+        episode_return=float(rank), episode_length=2.0, success=float("nan"), episodes=1 + rank, invalid=1
     )
-    episodes = ppo.merge_episode_statistics(statistics, learning_rate.device)
+    episodes = vecsim.merge_episode_statistics(statistics, learning_rate.device)
     return dict(agent=dict(agent.state_dict()), learning_rate=learning_rate, terms=terms, episodes=episodes)
 
 
@@ -59,11 +59,12 @@ class Stopped(ProbeEnv):
 
 def stop_and_resume(folder: Path) -> None:
     args = probe_args(folder / "stopped", total_timesteps=20_480, log_every=2_560)
-    with ppo.StopSignals() as stop:
-        try:
-            ppo.train(args, Stopped, stop=stop)
-        except KeyboardInterrupt:
-            assert stop.number == signal.SIGTERM
+    stop = ppo.StopSignals()
+    stop.install()
+    try:
+        ppo.train(args, Stopped, stop=stop)
+    except KeyboardInterrupt:
+        assert stop.number == signal.SIGTERM
     torch.distributed.barrier()  # the checkpoint is written
     checkpoint = folder / "stopped" / "checkpoint.pt"
     if os.environ["RANK"] == "0":
@@ -75,11 +76,8 @@ def stop_and_resume(folder: Path) -> None:
 def main(folder: Path) -> None:
     rank, world_size = ppo.start_processes(torch.device("cpu"))
     torch.save(updates_on_fixed_data(rank, world_size), folder / f"update-{rank}.pt")
-    for name, steps, resume in (
-        ("whole", 20_480, None),
-        ("parts", 10_240, None),
-        ("parts", 20_480, "parts/checkpoint.pt"),
-    ):
+    runs = ("whole", 20_480, None), ("parts", 10_240, None), ("parts", 20_480, "parts/checkpoint.pt")
+    for name, steps, resume in runs:
         args = probe_args(folder / name, total_timesteps=steps, log_every=2_560)
         ppo.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
         torch.distributed.barrier()  # the checkpoint is written
