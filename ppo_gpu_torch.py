@@ -975,40 +975,35 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     rank, world_size = start_processes(device)
     check_ranges(args)
     sizes = derive_sizes(args, world_size, device)
+    if make_env is None:
+        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
+    run_dir = pick_run_dir(args)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, world_size)
-    if make_env is None:
-        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir, log, profiler = pick_run_dir(args), None, None
     first_iteration = checkpoint["iteration"] if checkpoint else 0
-    if rank == 0:  # the only process that writes
+    moved = checkpoint is not None and checkpoint["device"] != device.type
+    if rank == 0:
         print(
             f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}\n"
             f"{args.num_envs:,} environments x {args.num_steps} steps = {sizes.steps_per_iteration:,} samples, "
             f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
             f"{sizes.minibatch:,} in parts of {sizes.microbatch:,}"
         )
+        if moved:
+            print(f"the checkpoint is from {checkpoint['device']}: the random numbers on {device.type} are others")
         if args.compile:
-            print("compiling; this takes one to three minutes the first time", flush=True)
-        log = RunLog(run_dir, args, first_iteration * sizes.steps_per_iteration)
-        profiler = start_profiler(run_dir) if args.profile else None
+            print("compiling, one to three minutes the first time", flush=True)
 
-    # Random numbers. A checkpoint of another kind of device continues with a new seed.
+    # Environment, networks and random generators, then what a checkpoint says about them.
     started = time.perf_counter()
-    moved = checkpoint is not None and checkpoint["device"] != device.type
-    seed = args.seed
-    if moved:
-        seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2)
-        print(f"the checkpoint is from {checkpoint['device']}: on {device.type} it continues with other random numbers")
     if device.type == "cpu" and not args.compile:
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
+    seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
     generator = torch.Generator(device).manual_seed(stream_seed(seed, rank, stream=0))
     env_seed = stream_seed(seed, rank, stream=1)
-
-    # Environment, networks, and what the checkpoint says about them.
     env = make_environment(args, make_env, sizes.envs, device, env_seed)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     privileged = env.single_critic_space is not None
@@ -1024,6 +1019,8 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
                 moment.copy_(saved[name])
         if args.learning_rate == checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
             learning_rate.copy_(checkpoint["learning_rate"])
+    logged_step = first_iteration * sizes.steps_per_iteration
+    log = RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
     with first_process_first():
         policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
         env.reset()
@@ -1039,10 +1036,12 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         if not moved:
             generator.set_state(mine["generator"])
     compile_seconds = time.perf_counter() - started
+    if log:
+        log.bar.unpause()  # its clock starts here
 
     terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
-    logged_step, logged_seconds = first_iteration * sizes.steps_per_iteration, train_seconds
-    clock = time.perf_counter()
+    profiler = start_profiler(run_dir) if args.profile and log else None
+    logged_seconds, clock = train_seconds, time.perf_counter()
     stop.training = True
     for iteration in range(first_iteration, sizes.iterations):
         # Rollout. The storage gets copies, because the simulator's tensors live until its next step.
@@ -1088,17 +1087,15 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         save_now = last or crossed(sizes.checkpoint_every, before, env_steps)
         if not (evaluate_now or save_now or crossed(sizes.log_every, before, env_steps)):
             continue
-        gradient_steps = (
-            (env_steps - logged_step) // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
-        )
-        terms /= gradient_steps  # means over all gradient steps since the last record
+        steps = env_steps - logged_step  # since the last record
+        terms /= steps // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
         names = [*LossTerms._fields, "learning_rate", "action_std", "explained_variance"]
         explained = explained_variance(value, advantage, rollout.invalid)  # of this iteration alone
         numbers = torch.stack([*terms, learning_rate, agent.log_std.exp().mean(), explained])
         numbers = numbers.tolist()  # host sync
         episodes = vecsim.merge_episode_statistics(env.pop_statistics(), device)  # host sync
         train_seconds += time.perf_counter() - clock
-        speed = (env_steps - logged_step) / (train_seconds - logged_seconds)
+        speed = steps / (train_seconds - logged_seconds)
         record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
         record |= {name: x if math.isfinite(x) else None for name, x in zip(names, numbers, strict=True)}
         if None in [record[name] for name in LossTerms._fields]:
