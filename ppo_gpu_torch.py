@@ -16,7 +16,7 @@ The script needs `vecsim_torch.py` beside it and no other file of this project. 
 
 Your own environment: call `train(Args(env_id="my-robot"), make_env=make_env)`. The function
 `make_env(env_id, num_envs, device, seed, **env_kwargs)` returns a vector environment of tensors on that device.
-It needs reset, step, two spaces and info["final_obs"]; `vecsim_torch.CompletedEnv` says the details.
+It needs reset, step, two spaces and info["final_obs"]; the docstring of `vecsim_torch.CompletedEnv` has the details.
 
 A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123). Add --gae-lambda 1
 --no-normalize-advantages --no-normalize-values --bounds-coef 0 for plain n-step returns, as in the textbook:
@@ -87,9 +87,9 @@ class Args:
     bf16: bool = False
     """run the networks in bfloat16; the physics and the weights stay in float32"""
     run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__ppo__<seed>__<time>, or that of --resume)"""
+    """output folder; must not contain a run (default: runs/<env_id>__ppo__<seed>__<time>; a resumed run keeps its own)"""
     resume: str | None = None
-    """checkpoint to continue; omitted flags keep its values, and an omitted --learning-rate its adapted rate"""
+    """checkpoint to continue; omitted flags keep its values, and the learning rate stays as it was adapted"""
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     log_every: int | None = None
@@ -97,7 +97,7 @@ class Args:
     eval_episodes: int = 20
     """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
     eval_every: int | None = None
-    """steps between evaluations in Gymnasium (>= 1; default: only a final one); the clock of the run stops for them"""
+    """steps between evaluations in Gymnasium (>= 1; default: only a final one); their time is not counted"""
     play: str | None = None
     """checkpoint to play deterministically on the CPU instead of training; prints its score"""
     export: str | None = None
@@ -220,7 +220,7 @@ def parse_args(argv: list[str]) -> Args:
     if path:
         of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
-    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
+    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of every key
     if (args.export or args.capture_video) and not args.play:
         raise InputError("--export and --capture-video need a checkpoint; give it with --play")
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
@@ -563,7 +563,7 @@ def make_batch(
 
 
 def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args: Args) -> tuple[Tensor, Tensor]:
-    """The loss of this (part of a) minibatch of `samples` samples, and its LossTerms, stacked; parts add up.
+    """Loss () and stacked LossTerms of a minibatch, or of a part of it. `samples` is the size of the whole minibatch.
 
     There is no value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam
     ignores the scale of a loss."""
@@ -968,7 +968,8 @@ def crossed(every: int | None, before: int, after: int) -> bool:
 def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     """Train, write the run folder and evaluate; return the last log record together with the evaluation.
 
-    make_env: see the top of this file. After a signal, the iteration is finished and saved; then KeyboardInterrupt."""
+    make_env: see the top of this file. After a signal it finishes and saves the iteration, then raises
+    KeyboardInterrupt."""
     # Check the flags before anything is allocated.
     stop = stop or StopSignals()
     device = vecsim.pick_device(args.device)
@@ -991,11 +992,11 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
             f"{sizes.minibatch:,} in parts of {sizes.microbatch:,}"
         )
         if moved:
-            print(f"the checkpoint is from {checkpoint['device']}: the random numbers on {device.type} are others")
+            print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
             print("compiling, one to three minutes the first time", flush=True)
 
-    # Environment, networks and random generators, then what a checkpoint says about them.
+    # Make the random generators, the environment and the networks; then load the checkpoint into the networks.
     started = time.perf_counter()
     if device.type == "cpu" and not args.compile:
         torch.set_num_threads(1)  # small operations get slower with more threads
@@ -1037,7 +1038,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
             generator.set_state(mine["generator"])
     compile_seconds = time.perf_counter() - started
     if log:
-        log.bar.unpause()  # its clock starts here
+        log.bar.unpause()  # the clock of the bar starts here
 
     terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
     profiler = start_profiler(run_dir) if args.profile and log else None
