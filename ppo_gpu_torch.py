@@ -87,7 +87,7 @@ class Args:
     bf16: bool = False
     """run the networks in bfloat16; the physics and the weights stay in float32"""
     run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__ppo__<seed>__<time>; a resumed run keeps its own)"""
+    """output folder; must not contain a run (default: runs/<env_id>__ppo__<seed>__<time>; resumed: its old folder)"""
     resume: str | None = None
     """checkpoint to continue; omitted flags keep its values, and the learning rate stays as it was adapted"""
     checkpoint_every: int | None = None
@@ -111,7 +111,7 @@ class Args:
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """options of the task, on top of those in TASKS, for example --env-kwargs ctrl_cost_weight 0.1 randomize.mass 0.2"""
+    """options of the task, on top of those in TASKS, such as ctrl_cost_weight 0.1 randomize.mass 0.2"""
     integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
     """integrator of the training physics; Gymnasium's environments keep their own"""
     solver_iterations: int = 4
