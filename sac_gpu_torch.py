@@ -170,8 +170,6 @@ class Args:
     """hidden layer sizes of the policy; flash: one residual block per entry, all of one width"""
     critic_hidden: tuple[int, ...] | None = None
     """hidden layer sizes of each critic; flash: one residual block per entry, all of one width"""
-    weight_projection: bool | None = None
-    """scale each weight row of the hidden layers to norm 1 after every gradient step (not for mlp)"""
     asymmetric_critic: bool = True
     """let the critics see the task's privileged observation, where it has one, instead of the policy's"""
     normalize_observations: bool | None = None
@@ -218,7 +216,7 @@ class Args:
 COMMON = dict(
     num_envs=128, total_timesteps=2_000_000, env_kwargs={}, integrator="euler", solver_iterations=4, reward_scale=1.0, normalize_rewards=True,
     replay_capacity=1_000_000, learning_starts=10_000, batch_size=512, updates_per_step=4, policy_frequency=2,
-    network="layer_norm", actor_hidden=(256, 256), critic_hidden=(256, 256), weight_projection=False, normalize_observations=True,
+    network="layer_norm", actor_hidden=(256, 256), critic_hidden=(256, 256), normalize_observations=True,
     critic="categorical", critic_reduction="mean", gamma=0.99, n_step=1, tau=0.05, target_entropy=-0.5, temperature_init=0.01,
     noise_repeat_max=16, learning_rate=1e-3, learning_rate_final=3e-4, temperature_learning_rate=1e-3,
 )  # fmt: skip
@@ -239,7 +237,7 @@ PRESETS = {
     "best": dict(),
     "vanilla": dict(
         reward_scale=1.0, normalize_rewards=False, normalize_observations=False, policy_frequency=1, network="mlp", actor_hidden=(256, 256),
-        critic_hidden=(256, 256), weight_projection=False, critic="scalar", critic_reduction="min", n_step=1, tau=0.005,
+        critic_hidden=(256, 256), critic="scalar", critic_reduction="min", n_step=1, tau=0.005,
         target_entropy=-1.0, temperature_init=1.0, noise_repeat_max=1, learning_rate=3e-4, learning_rate_final=3e-4,
         temperature_learning_rate=3e-4),
 }  # fmt: skip
@@ -307,8 +305,6 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
         if args.network == "flash" and len(set(hidden)) != 1:
             alike = (max(hidden, default=256),) * max(1, len(hidden))
             raise InputError(f"{name} = {hidden} must be blocks of one width for --network flash; use {alike}")
-    if args.weight_projection and args.network == "mlp":
-        raise InputError("weight_projection needs normalised layers; use --network layer_norm or flash")
     if args.eval_every is not None and not args.eval_episodes:
         raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
     if args.eval_every is not None and args.env_id not in gymnasium.registry:
@@ -349,17 +345,6 @@ def check_length(args: Args, sizes: Sizes, checkpoint: dict | None, profiled: tu
             f"total_timesteps = {args.total_timesteps:,} ends before {missed}{refill}; "
             f"use --total-timesteps {least * args.num_envs} or more"
         )
-
-
-def clipping_warning(args: Args) -> str | None:
-    """One line where a categorical critic was given neither scaled rewards nor a range of its own: larger values look alike to it."""
-    fitted = args.normalize_rewards or args.reward_scale != 1.0 or args.value_limit != Args.value_limit
-    if args.critic == "scalar" or fitted:
-        return None
-    return (
-        f"warning: the categorical critic clips returns beyond +-{args.value_limit:g}, and rewards come as they are; "
-        "use --normalize-rewards True, a --reward-scale or a --value-limit that fits them"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -413,19 +398,21 @@ def linear_layer(inputs: int, outputs: int, gain: float, bias: bool = True) -> n
 
 
 class PlainNetwork(nn.Module):
-    """ReLU layers; or, normalised, layers each followed by layer norm and SiLU. The head starts near zero.
+    """ReLU layers or, if normalized, layers that are each followed by layer norm and SiLU. The head starts near zero.
 
-    Layer norm alone would divide the size of the input away: x and 2 x would look the same, and a robot near its target has only
-    small errors to tell apart. So normalised layers start with biases of the size that torch.nn.Linear gives them, not with zeros."""
+    Layer norm alone would hide the size of its input: x and 2 x would look the same, and a robot near its target could
+    not tell a small error from a large one. Therefore normalized layers start with random biases, as nn.Linear's do."""
 
     def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int, normalized: bool):
         super().__init__()
         sizes, layers = [inputs, *hidden], []
         for i in range(len(hidden)):
-            layers += [linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0))]
+            linear = linear_layer(sizes[i], sizes[i + 1], math.sqrt(2.0))
             if normalized:
-                nn.init.uniform_(layers[-1].bias, -(sizes[i] ** -0.5), sizes[i] ** -0.5)
-            layers += [nn.LayerNorm(sizes[i + 1]), nn.SiLU()] if normalized else [nn.ReLU()]
+                nn.init.uniform_(linear.bias, -(sizes[i] ** -0.5), sizes[i] ** -0.5)
+                layers += [linear, nn.LayerNorm(sizes[i + 1]), nn.SiLU()]
+            else:
+                layers += [linear, nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.head = linear_layer(sizes[-1], outputs, gain=0.01)
 
@@ -434,7 +421,7 @@ class PlainNetwork(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm that is told by its caller whose moments to use: those of the batch when learning, else their running means."""
+    """Batch norm whose caller chooses the moments: those of the batch when learning, otherwise the running ones."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -443,13 +430,12 @@ class BatchNorm(nn.Module):
         self.register_buffer("variance", torch.ones(size))
 
     def forward(self, x: Tensor, learning: bool) -> Tensor:
-        return functional.batch_norm(
-            x, self.mean, self.variance, self.weight, self.bias, training=learning, momentum=0.01
-        )
+        moments = self.mean, self.variance
+        return functional.batch_norm(x, *moments, self.weight, self.bias, training=learning, momentum=0.01)
 
 
 class ResidualBlock(nn.Module):
-    """FlashSAC's inverted bottleneck: x + f(x), where f widens by 4 and narrows again, each time with batch norm and ReLU."""
+    """FlashSAC's block x + f(x): f widens by 4 and narrows again, each time with batch norm and ReLU."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -487,12 +473,12 @@ def make_network(kind: str, inputs: int, hidden: tuple[int, ...], outputs: int) 
 
 
 def critic_observation_size(env: gymnasium.vector.VectorEnv, args: Args) -> int | None:
-    """None where the critics see what the policy sees."""
+    """None if the critics see what the policy sees."""
     return env.single_critic_space.shape[0] if env.single_critic_space and args.asymmetric_critic else None
 
 
 class TwinCritics(nn.Module):
-    """Two action-value networks on the same input, with initial weights of their own."""
+    """Two action-value networks with the same input and different initial weights."""
 
     def __init__(self, kind: str, inputs: int, hidden: tuple[int, ...], outputs: int):
         super().__init__()
@@ -505,7 +491,7 @@ class TwinCritics(nn.Module):
 
 
 class Temperature(nn.Module):
-    """The weight of the entropy, positive because its logarithm is what is learned."""
+    """Weight of the entropy. It learns the logarithm, so it stays positive."""
 
     def __init__(self, initial: float):
         super().__init__()
@@ -516,7 +502,10 @@ class Temperature(nn.Module):
 
 
 class Agent(nn.Module):
-    """Squashed Gaussian policy, twin critics, their targets, the temperature. The policy acts in half ranges: +-1 spans the action space."""
+    """Squashed Gaussian policy, twin critics, target critics and temperature.
+
+    Inside the agent an action is in half ranges: -1 to 1 spans the action space. critic_obs_size is None if the critics
+    see what the policy sees."""
 
     def __init__(self, obs_size: int, critic_obs_size: int | None, action_space: gymnasium.spaces.Box, args: Args):
         super().__init__()
@@ -526,10 +515,10 @@ class Agent(nn.Module):
         self.register_buffer("action_half_range", torch.where(bounded, (high - low) / 2, 1.0))
         self.obs_statistics = RunningStatistics(obs_size, args.normalize_observations, limit=10.0)
         self.critic_obs_statistics = self.obs_statistics
-        if critic_obs_size is not None:  # the task has privileged observations for the critics
+        if critic_obs_size is not None:
             self.critic_obs_statistics = RunningStatistics(critic_obs_size, args.normalize_observations, limit=10.0)
         self.return_statistics = RunningStatistics(1, args.normalize_rewards)
-        self.register_buffer("largest_return", torch.zeros(()))  # in size, of the discounted returns so far
+        self.register_buffer("largest_return", torch.zeros(()))  # absolute value, of all discounted returns so far
         outputs = args.num_atoms if args.critic == "categorical" else 1
         critic_inputs = (critic_obs_size or obs_size) + len(low)
         self.actor = make_network(args.network, obs_size, args.actor_hidden, 2 * len(low))
@@ -537,13 +526,10 @@ class Agent(nn.Module):
         atoms = torch.linspace(-args.value_limit, args.value_limit, args.num_atoms)
         self.register_buffer("atoms", atoms if args.critic == "categorical" else None, persistent=False)
         if self.atoms is not None:
-            # A Gaussian of deviation value_limit / 5 at first. A uniform distribution would stay wide for as long as the discount
-            # takes to shrink it, and until then lose probability at one edge, which pulls every value towards 0.
+            # The first distribution is a Gaussian of deviation value_limit / 5. A uniform one would stay wide until the
+            # discount has shrunk it. Meanwhile it would lose probability at one edge, which pulls every value towards 0.
             for critic in (self.critics.first, self.critics.second):
                 critic.head.bias.data.copy_(-0.5 * (5.0 * atoms / args.value_limit).square())
-        if args.weight_projection:
-            project_weights(self.actor)
-            project_weights(self.critics)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.temperature = Temperature(args.temperature_init).requires_grad_(args.learn_temperature)
         self.value_limit, self.reduction = args.value_limit, args.critic_reduction
@@ -562,21 +548,24 @@ class Agent(nn.Module):
         return mean, middle + reach * spread.tanh()
 
     def value(self, outputs: Tensor) -> Tensor:
-        """(..., outputs) to (...): the expected value where the critic is categorical."""
+        """Critic outputs (..., outputs) to values (...): the mean of the distribution if the critic is categorical."""
         return outputs.squeeze(-1) if self.atoms is None else outputs.softmax(-1) @ self.atoms
 
     def combined_value(self, outputs: Tensor) -> Tensor:
-        """(2, B, outputs) to (B,)."""
+        """Outputs (2, B, outputs) of both critics to one value (B,)."""
         first, second = self.value(outputs)
         return torch.min(first, second) if self.reduction == "min" else (first + second) / 2
 
     def reward_divisor(self) -> Tensor:
-        """Deviation of the discounted return, or more where the largest would not fit +-value_limit; 1 where rewards stay as they are."""
+        """Scale of the rewards: deviation of the discounted return, or more if the largest exceeds +-value_limit.
+
+        1 without normalize_rewards. The largest return never decays, as in FlashSAC: one outlier shrinks rewards for good."""
         if not self.return_statistics.enabled:
             return torch.ones_like(self.largest_return)
         return torch.max(self.return_statistics.deviation().squeeze(0), self.largest_return / self.value_limit)
 
     def to_env(self, action: Tensor) -> Tensor:
+        """An action in half ranges to the environment's units."""
         return self.action_centre + self.action_half_range * action
 
     @torch.no_grad()
@@ -591,106 +580,72 @@ class Agent(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------------
 
 
-class Replay(NamedTuple):
-    """A ring of vector steps, (S, N, ...) on the device: S slots, N environments of this process. Step number t lies in slot t % S.
+class Transitions(NamedTuple):
+    """One vector step of N environments; or the replay, a ring of S such steps. Step number t is in slot t % S.
 
-    What a step led to is stored beside it (final_obs), not read from the next slot: after an episode's end the next slot holds
-    the first observation of another episode, and behind the newest slot lies the oldest."""
+    Shapes are those of the replay; a step has no first dimension. Where a step led to is stored beside it (final_obs)
+    and not read from the next slot: after the end of an episode the next slot holds the first observation of another
+    episode, and the slot after the newest step holds the oldest one."""
 
     obs: Tensor  # (S, N, obs)
-    critic_obs: Tensor  # (S, N, critic obs); the same tensor as obs where the critics see nothing else
-    final_obs: Tensor  # (S, N, obs): what the step led to, before any auto-reset
-    final_critic_obs: Tensor  # (S, N, critic obs); the same tensor as final_obs where the critics see nothing else
+    final_obs: Tensor  # (S, N, obs): where the step led to, before any auto-reset
     action: Tensor  # (S, N, actions), half ranges
     reward: Tensor  # (S, N), unscaled
     terminated: Tensor  # (S, N) bool
     truncated: Tensor  # (S, N) bool
     invalid: Tensor  # (S, N) bool: quarantined, masked everywhere
+    critic_obs: Tensor | None = None  # (S, N, critic obs); None if the critics see obs
+    final_critic_obs: Tensor | None = None  # (S, N, critic obs); None if the critics see final_obs
 
 
-def allocate_replay(
-    slots: int, envs: int, obs: int, critic_obs: int | None, actions: int, half_precision: bool, device: torch.device
-) -> Replay:
+def allocate_replay(agent: Agent, sizes: Sizes, half_precision: bool) -> Transitions:
+    """An empty ring on the agent's device for its observations and actions; half_precision: observations in float16.
+
+    InputError if the memory is too small."""
+    observed, device = torch.float16 if half_precision else torch.float32, agent.action_centre.device
+
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(slots, envs, *shape, dtype=dtype, device=device)
+        return torch.zeros(sizes.slots, sizes.envs, *shape, dtype=dtype, device=device)
 
-    observed = torch.float16 if half_precision else torch.float32
-    seen, final = zeros(obs, dtype=observed), zeros(obs, dtype=observed)
-    privileged, final_privileged = seen, final
-    if critic_obs is not None:
-        privileged, final_privileged = zeros(critic_obs, dtype=observed), zeros(critic_obs, dtype=observed)
-    flags = [zeros(dtype=torch.bool) for _ in range(3)]
-    return Replay(seen, privileged, final, final_privileged, zeros(actions), zeros(), *flags)
-
-
-def distinct_tensors(replay: Replay) -> list[Tensor]:
-    """Each tensor once: critic_obs may be obs itself."""
-    return list({id(x): x for x in replay}.values())
-
-
-def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that one process may still take on the device; on a CPU the machine's, or its container's where that is less, shared by
-    its processes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1])
-    else:  # no way to ask what is free: all there is
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = (cgroup / "memory.max").read_text().strip() if (cgroup / "memory.max").exists() else "max"
-    if limit.isdecimal():  # a container's; "max" says that it has none
-        cached = int(re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)[1])  # given up on demand
-        free = min(free, max(0, int(limit) - int((cgroup / "memory.current").read_text()) + cached))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def check_replay_fits(bytes_per_slot: int, slots: int, free: int, device: torch.device, args: Args) -> str:
-    """How large the replay will be, in words; InputError with the largest that fits nine tenths of the free memory.
-
-    On a CPU a checkpoint that holds the replay takes a copy of it from the same memory while it is written."""
-    copied = args.checkpoint_replay and device.type == "cpu"
-    taken = bytes_per_slot * (2 if copied else 1)
-    needed, largest = slots * taken, int(0.9 * free) // taken
-    if slots > largest:
-        most = largest * args.num_envs
-        choice = f"use at most --replay-capacity {most}" if most else "use fewer environments"
-        if 0 < most < args.learning_starts:
-            choice += f" --learning-starts {most}"
-        if 0 < largest < args.n_step:
-            choice += f" --n-step {largest}"
-        choice += ", or more with --half-precision-replay" if not args.half_precision_replay else ""
-        choice += ", or leave --checkpoint-replay away" if copied and slots * bytes_per_slot <= 0.9 * free else ""
+    obs_size, critic_obs_size = len(agent.obs_statistics.mean), len(agent.critic_obs_statistics.mean)
+    try:
+        flags = [zeros(dtype=torch.bool) for _ in range(3)]
+        obs, final_obs = (zeros(obs_size, dtype=observed) for _ in range(2))
+        replay = Transitions(obs, final_obs, zeros(len(agent.action_centre)), zeros(), *flags)
+        if agent.critic_obs_statistics is not agent.obs_statistics:
+            critic_obs, final_critic_obs = (zeros(critic_obs_size, dtype=observed) for _ in range(2))
+            replay = replay._replace(critic_obs=critic_obs, final_critic_obs=final_critic_obs)
+        return replay
+    except RuntimeError as error:  # torch.OutOfMemoryError is one too
         raise InputError(
-            f"replay_capacity = {slots * args.num_envs:,} transitions needs {needed / 2**30:.2f} GiB in each process"
-            f"{', the copy for a checkpoint included' if copied else ''}, and 90% of what is free on {device} is "
-            f"{0.9 * free / 2**30:.2f} GiB; {choice}"
-        )
-    return (
-        f"replay: {slots:,} steps x {args.num_envs:,} environments = {slots * args.num_envs:,} transitions; "
-        f"{slots * bytes_per_slot / 2**20:,.1f} MiB on {device} in each process"
-        f"{', twice that while a checkpoint is written' if copied else ''}"
-    )
+            f"the replay's {sizes.slots:,} steps of {sizes.envs:,} environments do not fit into the memory of {device}; "
+            "use a smaller --replay-capacity or --half-precision-replay"
+        ) from error
 
 
-def store(replay: Replay, step: int, *columns: Tensor) -> None:
-    """Write step number `step`, over the oldest one where the ring is full; columns in the order of Replay's fields.
+def replay_size(replay: Transitions) -> str:
+    """One line about its transitions and its memory in this process."""
+    slots, envs = replay.reward.shape
+    size = sum(ring.nbytes for ring in replay if ring is not None) / 2**20
+    return f"replay: {slots:,} steps x {envs:,} environments, {size:,.1f} MiB on {replay.reward.device}"
 
-    Observations beyond the range of float16 are stored as its largest number."""
-    slot = step % len(replay.reward)
-    for ring, column in zip(replay, columns, strict=True):
-        if ring.dtype == torch.float16:
-            column = column.clamp(-65504.0, 65504.0)
-        ring[slot] = column
+
+def store(replay: Transitions, number: int, step: Transitions) -> None:
+    """Write step number `number`, over the oldest one if the ring is full. float16 stores what exceeds it as its largest number."""
+    slot = number % len(replay.reward)
+    for ring, x in zip(replay, step, strict=True):
+        if ring is not None:
+            ring[slot] = x.clamp(-65504.0, 65504.0) if ring.dtype == torch.float16 else x
 
 
 def draw_transitions(
-    written: int, slots: int, envs: int, n_step: int, count: int, generator: torch.Generator
+    replay: Transitions, written: int, n_step: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Slot and environment (count,) of transitions drawn uniformly, with replacement, when `written` steps were stored so far.
+    """Slot and environment (count,) of uniformly drawn transitions, with replacement, after `written` steps were stored.
 
-    A transition can be drawn as soon as the n_step - 1 steps that follow it are stored too: so no window of n_step steps reaches
-    past the newest step into the oldest."""
+    A transition can be drawn only once the n_step - 1 steps after it are stored too. So no window of n_step steps
+    crosses from the newest step to the oldest one."""
+    slots, envs = replay.reward.shape
     stored = min(written, slots)
     starts = stored - n_step + 1
     draw = torch.randint(starts * envs, (count,), generator=generator, device=generator.device)
@@ -704,28 +659,28 @@ def draw_transitions(
 
 
 class Batch(NamedTuple):
-    """The transitions of one gradient step, B of them in a row."""
+    """The B transitions of one gradient step. Observations are normalized, actions in half ranges."""
 
-    obs: Tensor  # (B, obs), normalised
-    critic_obs: Tensor  # (B, critic obs), normalised
-    action: Tensor  # (B, actions), half ranges
+    obs: Tensor  # (B, obs)
+    critic_obs: Tensor  # (B, critic obs)
+    action: Tensor  # (B, actions)
     reward: Tensor  # (B,): discounted sum of up to n_step rewards, scaled
-    discount: Tensor  # (B,): of the value that follows; 0 after a real end
-    next_obs: Tensor  # (B, obs), normalised: where the last of those steps led, before any auto-reset
-    next_critic_obs: Tensor  # (B, critic obs), normalised
-    weight: Tensor  # (B,): 0 for a quarantined transition, else 1
+    discount: Tensor  # (B,): factor on the value that follows; 0 after a termination
+    next_obs: Tensor  # (B, obs): where the last of those steps led to, before any auto-reset
+    next_critic_obs: Tensor  # (B, critic obs)
+    weight: Tensor  # (B,): 0 for a quarantined transition, otherwise 1
 
 
 class CriticTerms(NamedTuple):
-    """Means over all B rows of a batch, in which quarantined ones count as 0, in the order in which critic_loss stacks them."""
+    """Logged by critic_loss: means over a batch, in which quarantined transitions count as 0."""
 
     critic_loss: Tensor
     value: Tensor  # of the first critic, in scaled rewards
-    target_clipped: Tensor  # share of categorical targets whose mean lies outside +-value_limit
+    target_clipped: Tensor  # share of categorical targets whose mean is outside +-value_limit
 
 
 class PolicyTerms(NamedTuple):
-    """Means over all B rows of a batch, in which quarantined ones count as 0, in the order in which policy_loss stacks them."""
+    """Logged by policy_loss: means over a batch, in which quarantined transitions count as 0."""
 
     policy_loss: Tensor
     entropy: Tensor
@@ -747,9 +702,9 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Action tanh(u), u ~ N(mean, std), and its log density (B,) on (-1, 1): that of u less sum log(d tanh(u) / du).
+    """Action tanh(u) with u ~ N(mean, std), and its log density (B,): that of u minus the sum of log(d tanh(u) / du).
 
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)) does not cancel where tanh saturates."""
+    log(1 - tanh(u)^2) is computed as 2 (log 2 - u - softplus(-2 u)), which stays exact where tanh saturates."""
     u = mean + log_std.exp() * noise
     log_slope = 2.0 * (math.log(2.0) - u - functional.softplus(-2.0 * u))
     return u.tanh(), gaussian_log_prob(u, mean, log_std) - log_slope.sum(-1)
@@ -757,14 +712,14 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
 
 @torch.no_grad()
 def policy_step(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Sampled action (N, actions) in half ranges, and in the environment's units."""
+    """Sampled action (N, actions), in half ranges and in the environment's units."""
     mean, log_std = agent.policy(agent.obs_statistics.normalize(obs), learning=False)
     action = (mean + log_std.exp() * noise).tanh()
     return action, agent.to_env(action)
 
 
 def zeta_distribution(longest: int) -> Tensor:
-    """Cumulative probability (longest,) of 1, 2, ... steps: proportional to 1 / n^2, cut off at the longest."""
+    """Cumulative probability (longest,) of the durations 1, 2, ..., longest, each in proportion to 1 / duration^2."""
     weight = torch.arange(1, longest + 1, dtype=torch.float64) ** -2.0
     return (weight.cumsum(0) / weight.sum()).float()
 
@@ -772,10 +727,11 @@ def zeta_distribution(longest: int) -> Tensor:
 def hold_noise(
     held: Tensor, remaining: Tensor, fresh: Tensor, uniform: Tensor, durations: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """This step's noise (N, actions), and how many more steps (N,) it lasts: robots whose time is up take the fresh draw.
+    """Exploration noise (N, actions) of this step, and for how many more steps (N,) each robot keeps it.
 
-    Noise that lasts explores further than noise that averages out. The end of an episode does not end it. A uniform number is
-    looked up in the durations' distribution."""
+    A robot keeps one draw for several steps (FlashSAC), because held noise explores further than noise that averages
+    out. When its time is up, it takes `fresh`, and `uniform` (N,) is looked up in `durations`, the cumulative
+    probabilities. The end of an episode does not replace the noise."""
     over = remaining == 0
     duration = torch.searchsorted(durations, uniform, right=True).clamp(max=len(durations) - 1) + 1
     return torch.where(over[:, None], fresh, held), torch.where(over, duration, remaining) - 1
@@ -785,10 +741,9 @@ def hold_noise(
 def follow_returns(
     agent: Agent, returns: Tensor, reward: Tensor, terminated: Tensor, invalid: Tensor, gamma: float
 ) -> Tensor:
-    """Discounted sum (N,) of each robot's rewards so far; the statistics of its size are updated here and only here.
+    """Discounted sum (N,) of each robot's rewards so far. Updates the statistics of its size, here and only here.
 
-    A time limit does not end the sum, as it does not end the value: sums of cut episodes alone would be smaller than the values
-    that are bootstrapped beyond the cut, and these would not fit the atoms."""
+    A time limit does not reset the sum: bootstrapped values look past the time limit, so their scale must too."""
     returns = gamma * returns + torch.where(invalid, 0.0, reward)
     agent.return_statistics.update(returns[:, None], ~invalid)
     largest = torch.max(agent.largest_return, returns.abs().max())
@@ -799,29 +754,29 @@ def follow_returns(
 def n_step_returns(
     reward: Tensor, terminated: Tensor, truncated: Tensor, invalid: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, discount of the bootstrap, and index of the last step used, all (B,), of windows of n consecutive steps (B, n).
+    """Return, discount of the bootstrap, and index of the last step used, all (B,), of windows (B, n) of n steps.
 
-    The sum stops after a step that ended its episode, and before a quarantined one. The value that follows is that of the last
-    used step's final_obs. Where that step ran on or hit the time limit (truncated) it counts with gamma to the number of steps
-    used, because the robot would have gone on; after a real end (terminated, which wins over truncated) it counts 0."""
+    The sum stops after a step that ended its episode and before a quarantined step. The value that follows is that of
+    final_obs of the last step used. It counts with gamma^(steps used) if that step ran on or was truncated, because the
+    robot would have gone on. It counts 0 after a termination, which wins over a truncation."""
     ended = terminated | truncated
     reached = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1).cumsum(1) == 0  # no end before this step
     used = reached & (invalid.cumsum(1) == 0)
     steps = torch.arange(reward.shape[1], device=reward.device)
     total = torch.where(used, reward * gamma**steps, 0.0).sum(1)
     length = used.sum(1)
-    last = (length - 1).clamp(min=0)  # of a window that starts quarantined: masked by its weight
+    last = (length - 1).clamp(min=0)  # a window that starts quarantined has length 0; its weight masks it
     bootstrapped = ~terminated.gather(1, last[:, None]).squeeze(1)
     return total, bootstrapped * torch.full_like(total, gamma) ** length, last
 
 
 @torch.no_grad()
-def gather_batch(agent: Agent, replay: Replay, slot: Tensor, env: Tensor, args: Args) -> Batch:
-    """The drawn transitions as rows, scaled by the statistics of now."""
+def gather_batch(agent: Agent, replay: Transitions, slot: Tensor, env: Tensor, args: Args) -> Batch:
+    """The drawn transitions as rows, scaled by the current statistics."""
     slots = len(replay.reward)
     window = (slot[:, None] + torch.arange(args.n_step, device=slot.device)) % slots
-    reward, *ends = (x[window, env[:, None]] for x in (replay.reward, *replay[-3:]))
-    total, discount, last = n_step_returns(reward, *ends, args.gamma)
+    columns = replay.reward, replay.terminated, replay.truncated, replay.invalid
+    total, discount, last = n_step_returns(*(x[window, env[:, None]] for x in columns), args.gamma)
     valid = ~replay.invalid[slot, env]
     last_slot = (slot + last) % slots
 
@@ -833,7 +788,7 @@ def gather_batch(agent: Agent, replay: Replay, slot: Tensor, env: Tensor, args: 
 
     obs, next_obs = normalized_pair(replay.obs, replay.final_obs, agent.obs_statistics)
     critic_obs, next_critic_obs = obs, next_obs
-    if replay.critic_obs is not replay.obs:
+    if replay.critic_obs is not None:
         pair = replay.critic_obs, replay.final_critic_obs
         critic_obs, next_critic_obs = normalized_pair(*pair, agent.critic_obs_statistics)
     total = total * (args.reward_scale / agent.reward_divisor())
@@ -842,12 +797,12 @@ def gather_batch(agent: Agent, replay: Replay, slot: Tensor, env: Tensor, args: 
 
 
 def project_categorical(probability: Tensor, reward: Tensor, discount: Tensor, atoms: Tensor) -> Tensor:
-    """The distribution of reward + discount * Z over the atoms, for Z with this probability (B, K) on them.
+    """Distribution (B, K) of reward + discount * Z on the K atoms, where Z has this probability (B, K) on them.
 
-    Each moved atom shares its probability between its two neighbours, which keeps the mean; what falls outside goes to the edge."""
-    low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)  # neighbours' difference has few exact digits
+    Each moved atom shares its probability between its two neighbours, which keeps the mean. Outside goes to the edge."""
+    low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)  # more exact than a difference of neighbours
     moved = (reward[:, None] + discount[:, None] * atoms).clamp(atoms[0], atoms[-1])
-    position = ((moved - low) / spacing).clamp(0.0, len(atoms) - 1.0)  # in atoms; clamped again against rounding
+    position = ((moved - low) / spacing).clamp(0.0, len(atoms) - 1.0)  # in atoms; rounding may leave the range
     below = position.floor()
     share_above = position - below
     below = below.long()
@@ -858,9 +813,9 @@ def project_categorical(probability: Tensor, reward: Tensor, discount: Tensor, a
 
 
 def critic_target(agent: Agent, outputs: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-    """What both critics regress on, from the outputs (2, B, K) of the target critics: (B, K) probabilities, or (B, 1) values.
+    """Target of both critics, from the outputs (2, B, K) of the target critics: (B, K) probabilities or (B, 1) values.
 
-    reward already holds the entropy bonus of the action that follows."""
+    reward (B,) already holds the entropy bonus of the next action."""
     if agent.atoms is None:
         return (reward + discount * agent.combined_value(outputs))[:, None]
     first, second = outputs.softmax(-1)
@@ -875,14 +830,12 @@ def critic_target(agent: Agent, outputs: Tensor, reward: Tensor, discount: Tenso
 def critic_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of both critics on a batch, and CriticTerms, stacked (Haarnoja et al. 2018b, eq. 5 and 6).
 
-    With n_step > 1 only the entropy of the last action is counted, as usual."""
+    With n_step > 1 only the entropy of the last action counts, as usual."""
     size = len(batch.obs)
     with torch.no_grad():
         next_action, next_log_prob = squashed_gaussian(*agent.policy(batch.next_obs, learning=False), noise)
     critic_obs, action, next_critic_obs = batch.critic_obs, batch.action, batch.next_critic_obs
-    if (
-        args.network == "flash"
-    ):  # batch norm sees both halves at once: the two distributions must not be normalised apart
+    if args.network == "flash":  # one batch norm over current and next rows, which have different distributions
         critic_obs = next_critic_obs = torch.cat([batch.critic_obs, batch.next_critic_obs])
         action = next_action = torch.cat([batch.action, next_action])
     with agent.autocast(action):
@@ -906,14 +859,14 @@ def critic_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[
 
 
 def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Haarnoja et al. 2018b, eq. 18: its gradient raises the temperature where the entropy -log_prob is below the target."""
+    """Haarnoja et al. 2018b, eq. 18: raises the temperature where the entropy -log_prob is below its target."""
     return -temperature * (log_prob.detach() + target_entropy)
 
 
 def policy_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss of the policy and of the temperature on a batch, and PolicyTerms, stacked (Haarnoja et al. 2018b, eq. 7 and 18).
+    """Loss of policy and temperature on a batch, and PolicyTerms, stacked (Haarnoja et al. 2018b, eq. 7 and 18).
 
-    The critics are read through detached parameters, so that no gradient is computed for them."""
+    The critics run with detached parameters, so that they get no gradient."""
     action, log_prob = squashed_gaussian(*agent.policy(batch.obs, learning=True), noise)
     frozen = {name: parameter.detach() for name, parameter in agent.critics.named_parameters()}
     with agent.autocast(action):
@@ -928,35 +881,11 @@ def policy_loss(agent: Agent, noise: Tensor, batch: Batch, args: Args) -> tuple[
 
 
 @torch.no_grad()
-def project_weights(module: nn.Module) -> None:
-    """Scale each weight row of the hidden layers to norm 1: the longer a row has grown, the less a step of Adam turns it.
-
-    Batch norm right behind a layer (flash's blocks) divides a row's length out: there only its direction counted anyway. Layer norm
-    divides out one length for the whole layer, and its bias is not scaled along: there unit rows also fix how much a unit weighs
-    beside others and beside its bias. Behind flash's first layer nothing is normalised before blocks add to it: there they fix its
-    share of the sum."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and not name.endswith("head"):
-            layer.weight.div_(layer.weight.norm(dim=1, keepdim=True))
-
-
-@torch.no_grad()
-def critic_step(agent: Agent, optimizer: torch.optim.Optimizer, tau: float, weight_projection: bool) -> None:
+def critic_step(agent: Agent, optimizer: torch.optim.Optimizer, tau: float) -> None:
     """One Adam step of the critics; then the target critics follow."""
     optimizer.step()
-    if weight_projection:
-        project_weights(agent.critics)
     for target, online in zip(agent.target_critics.parameters(), agent.critics.parameters(), strict=True):
         target.lerp_(online, tau)
-
-
-@torch.no_grad()
-def actor_step(agent: Agent, optimizers: dict[str, torch.optim.Optimizer], weight_projection: bool) -> None:
-    """One Adam step of the policy and of the temperature."""
-    optimizers["actor"].step()
-    optimizers["temperature"].step()
-    if weight_projection:
-        project_weights(agent.actor)
 
 
 def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
@@ -1007,19 +936,19 @@ def capture(function, inputs: tuple[Tensor, ...]):
 
 
 class Functions(NamedTuple):
-    """What does the work, as functions of tensors alone."""
+    """The functions that do the work: eager, compiled or, on a GPU, captured."""
 
     policy: Callable  # (obs, noise) -> action in half ranges, action in the environment's units
-    critic_gradients: Callable  # (noise, *batch) -> CriticTerms
+    critic_gradients: Callable  # (noise, *batch) -> CriticTerms, stacked
     critic_step: Callable
-    policy_gradients: Callable  # (noise, *batch) -> PolicyTerms
+    policy_gradients: Callable  # (noise, *batch) -> PolicyTerms, stacked
     actor_step: Callable
 
 
 def build_functions(
-    agent: Agent, optimizers: dict[str, torch.optim.Optimizer], replay: Replay, sizes: Sizes, args: Args
+    agent: Agent, optimizers: dict[str, torch.optim.Optimizer], replay: Transitions, sizes: Sizes, args: Args
 ) -> Functions:
-    """The five functions that do the work: eager, compiled and, on a GPU, captured; leaves agent and optimisers as they were."""
+    """Compile and capture the functions; leaves agent and optimizers as they were."""
     step_function, critic_function, policy_function = policy_step, critic_loss, policy_loss
     if args.compile:
         step_function, critic_function, policy_function = (
@@ -1043,22 +972,23 @@ def build_functions(
         return terms
 
     def step_critics() -> None:
-        critic_step(agent, optimizers["critics"], args.tau, args.weight_projection)
+        critic_step(agent, optimizers["critics"], args.tau)
 
     def step_actor() -> None:
-        actor_step(agent, optimizers, args.weight_projection)
+        optimizers["actor"].step()
+        optimizers["temperature"].step()
 
     functions = Functions(policy, critic_gradients, step_critics, policy_gradients, step_actor)
-    rows = replay.action.new_zeros(sizes.batch, 1)
-    obs, critic_obs, action = (rows.expand(-1, x.shape[-1]) for x in (replay.obs, replay.critic_obs, replay.action))
-    scalars = rows[:, 0]
-    example = (action, obs, critic_obs, action, scalars, scalars, obs, critic_obs, scalars)
-    example = tuple(x.clone() for x in example)
     acting = torch.zeros_like(replay.obs[0], dtype=torch.float32), torch.zeros_like(replay.action[0])
+    critic_ring = replay.obs if replay.critic_obs is None else replay.critic_obs
+    row = replay.action.new_zeros(sizes.batch)
+    obs, critic_obs, action = (row[:, None].repeat(1, x.shape[-1]) for x in (replay.obs, critic_ring, replay.action))
+    batch = Batch(obs, critic_obs, action, row, row, obs, critic_obs, row)
+    example = tuple(x.clone() for x in (action, *batch))
     state = [*agent.state_dict().values()]
     state += [x for optimizer in optimizers.values() for moments in optimizer.state.values() for x in moments.values()]
     before = [x.clone() for x in state]
-    if args.cuda_graphs and rows.device.type == "cuda":
+    if args.cuda_graphs and row.device.type == "cuda":
         try:
             inputs = acting, example, (), example, ()
             functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
@@ -1356,7 +1286,7 @@ def check_unchanged(checkpoint: dict, args: Args, names: str) -> None:
 
 def check_same_task(checkpoint: dict, args: Args) -> None:
     """Refuse other observations and networks than the checkpoint's."""
-    networks = "network actor_hidden critic_hidden weight_projection asymmetric_critic critic num_atoms value_limit"
+    networks = "network actor_hidden critic_hidden asymmetric_critic critic num_atoms value_limit"
     check_unchanged(checkpoint, args, f"env_id env_kwargs {networks} normalize_observations normalize_rewards")
 
 
@@ -1372,15 +1302,7 @@ def check_resumable(checkpoint: dict, args: Args, sizes: Sizes, world_size: int)
     if len(checkpoint["processes"]) != world_size:
         raise InputError(f"the checkpoint was written by {len(checkpoint['processes'])} processes, not {world_size}")
     if checkpoint["replay_inside"]:
-        saved, dtype = checkpoint["processes"][0]["replay"], torch.float16 if args.half_precision_replay else torch.float32
-        if saved["slots"] != sizes.slots:
-            raise InputError(
-                f"the checkpoint's replay has {saved['slots']:,} steps, not {sizes.slots:,}; leave --replay-capacity away"
-            )
-        if saved["rings"][0].dtype != dtype:
-            raise InputError(
-                f"the checkpoint's replay holds {saved['rings'][0].dtype}, not {dtype}; leave --half-precision-replay away"
-            )
+        check_unchanged(checkpoint, args, "replay_capacity half_precision_replay")
 
 
 def training_state(agent: Agent, optimizers: dict[str, torch.optim.Optimizer], learning_rate: Tensor) -> dict:
@@ -1400,16 +1322,18 @@ def load_training_state(
                 x.copy_(saved[key])
 
 
-def replay_state(replay: Replay, written: int) -> dict:
-    """Only the slots that hold something."""
+def replay_state(replay: Transitions, written: int) -> dict:
+    """The filled slots, copied to the CPU."""
+    rings = {name: ring for name, ring in replay._asdict().items() if ring is not None}
     stored = min(written, len(replay.reward))
-    return dict(written=written, slots=len(replay.reward), rings=[x[:stored] for x in distinct_tensors(replay)])
+    copies = {name: ring[:stored].to("cpu", copy=True) for name, ring in rings.items()}
+    return dict(written=written, slots=len(replay.reward), rings=copies)
 
 
-def load_replay_state(replay: Replay, saved: dict) -> int:
-    """Copy in place; returns the number of steps stored so far."""
-    for ring, x in zip(distinct_tensors(replay), saved["rings"], strict=True):
-        ring[: len(x)] = x.to(ring.device)
+def load_replay_state(replay: Transitions, saved: dict) -> int:
+    """Copy the saved steps in; returns their number."""
+    for name, x in saved["rings"].items():
+        getattr(replay, name)[: len(x)] = x.to(replay.reward.device)
     return saved["written"]
 
 
@@ -1691,9 +1615,6 @@ def train(
         check_resumable(checkpoint, args, sizes, world_size)
     check_length(args, sizes, checkpoint, profiled)
     check_run_dir(args)
-    if rank == 0:  # the one writer
-        if warning := clipping_warning(args):
-            print(warning)
     preparation_started = time.perf_counter()
     moved = checkpoint is not None and checkpoint["device"] != device.type
     seed = reseeded(args.seed, checkpoint, device, rank) if moved else args.seed
@@ -1713,15 +1634,9 @@ def train(
     agent = Agent(obs_size, critic_obs_size, env.single_action_space, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizers = make_optimizers(agent, learning_rate, args.temperature_learning_rate)
-    row_sizes = sizes.envs, obs_size, critic_obs_size, action_size, args.half_precision_replay
-    bytes_per_slot = sum(x.nbytes for x in distinct_tensors(allocate_replay(1, *row_sizes, torch.device("meta"))))
-    free = free_bytes(device)
-    if checkpoint and checkpoint["replay_inside"] and args.checkpoint_replay and device.type == "cpu":
-        free += sum(x.nbytes for x in checkpoint["processes"][rank]["replay"]["rings"])  # dropped before the copy is made
-    replay_size = check_replay_fits(bytes_per_slot, sizes.slots, free, device, args)
+    replay = allocate_replay(agent, sizes, args.half_precision_replay)
     if rank == 0:
-        print(replay_size)
-    replay = allocate_replay(sizes.slots, *row_sizes, device)
+        print(replay_size(replay))
     with first_process_first():
         functions = build_functions(agent, optimizers, replay, sizes, args)
         env.reset()
@@ -1782,9 +1697,10 @@ def train(
         with profile.stage("simulate"):
             next_obs, reward, terminated, truncated, info = env.step(env_action)
         invalid, final_obs = info["invalid"], info["final_obs"]
-        final_critic_obs = info["final_critic_obs"] if privileged else final_obs
-        ends = terminated, truncated, invalid
-        store(replay, written, obs, critic_obs, final_obs, final_critic_obs, action, reward, *ends)
+        step = Transitions(obs, final_obs, action, reward, terminated, truncated, invalid)
+        if privileged:
+            step = step._replace(critic_obs=critic_obs, final_critic_obs=info["final_critic_obs"])
+        store(replay, written, step)
         written += 1
         agent.obs_statistics.update(obs, ~invalid)
         if privileged:
@@ -1800,7 +1716,7 @@ def train(
             learning_rate.fill_(args.learning_rate + progress * (args.learning_rate_final - args.learning_rate))
             rows = args.updates_per_step * sizes.batch
             with profile.stage("sample"):
-                drawn = draw_transitions(written, sizes.slots, sizes.envs, args.n_step, rows, generator)
+                drawn = draw_transitions(replay, written, args.n_step, rows, generator)
                 batch = gather_batch(agent, replay, *drawn, args)
             shape = args.updates_per_step, 2, sizes.batch, action_size
             noise = torch.randn(shape, generator=generator, device=device)

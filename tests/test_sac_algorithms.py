@@ -23,9 +23,9 @@ FUNCTIONS = source_lint.functions(SOURCE)
 KINDS = ("mlp", "layer_norm", "flash")
 
 
-def make_args(**changes):
-    small = dict(env_id="probe", device="cpu", actor_hidden=(16,), critic_hidden=(16,), n_step=1, compile=False)
-    return sac.with_task_defaults(sac.Args(**(small | changes)))
+def make_args(env_id="probe", preset="best", **changes):
+    small = dict(device="cpu", actor_hidden=(16,), critic_hidden=(16,), compile=False, run_dir="unused")
+    return dataclasses.replace(sac.default_args(env_id, preset), **(small | changes))
 
 
 def make_agent(args, obs_size=3, actions=2, critic_obs_size=None):
@@ -36,6 +36,11 @@ def make_agent(args, obs_size=3, actions=2, critic_obs_size=None):
         for parameter in (*agent.actor.parameters(), *agent.critics.parameters(), *agent.target_critics.parameters()):
             parameter += 0.1 * torch.randn(parameter.shape)
     return agent
+
+
+def make_replay(slots, envs, critic_obs=None, half_precision=False, obs=3, actions=2):
+    widths = sac.Widths(obs, critic_obs, actions)
+    return sac.allocate_replay(slots, envs, widths, half_precision, torch.device("cpu"))
 
 
 def random_batch(size=32, obs_size=3, actions=2, seed=0):
@@ -182,12 +187,6 @@ def test_n_step_return_by_hand(case):
     assert [x.item() for x in result] == [total, discount, last]
 
 
-def test_one_step_return_is_the_reward():
-    reward, ended, never = torch.tensor([[3.0], [4.0]]), torch.tensor([[True], [False]]), torch.zeros(2, 1).bool()
-    total, discount, last = sac.n_step_returns(reward, ended, never, never, 0.5)
-    assert (total.tolist(), discount.tolist(), last.tolist()) == ([3.0, 4.0], [0.0, 0.5], [0, 0])
-
-
 # Replay -------------------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +202,7 @@ class Story:
         return torch.stack([self.env, self.episode, self.age], 1)
 
     def next(self):
-        """One vector step, in the order of Replay's fields."""
+        """One vector step."""
         obs, reward, episode = self.seen(), 1000.0 * self.episode + self.age, self.episode.clone()
         self.age = self.age + 1
         final_obs, ended = self.seen(), self.age == 2 + self.env
@@ -211,7 +210,7 @@ class Story:
         self.episode = self.episode + ended
         self.age = torch.where(ended, 0.0, self.age)
         never = torch.zeros_like(ended)
-        return obs, obs, final_obs, final_obs, torch.zeros(len(obs), 1), reward, terminated, truncated, never
+        return sac.Transitions(obs, final_obs, torch.zeros(len(obs), 1), reward, terminated, truncated, never)
 
 
 @pytest.mark.parametrize("n_step", [1, 2, 3])
@@ -221,19 +220,17 @@ def test_no_sample_crosses_an_episode_or_the_write_head_at_any_phase(slots, n_st
     return and next observation are those of its own episode, final observation included."""
     args = make_args(n_step=n_step, gamma=1.0, normalize_observations=False, normalize_rewards=False)
     agent = make_agent(args, actions=1)
-    replay = sac.allocate_replay(slots, 3, 3, None, 1, False, torch.device("cpu"))
-    assert replay.critic_obs is replay.obs and replay.final_critic_obs is replay.final_obs
+    replay = make_replay(slots, 3, actions=1)
     generator, story, written = torch.Generator().manual_seed(0), Story(), []
     for step in range(3 * slots + 1):
-        columns = story.next()
-        written.append(columns)
-        sac.store(replay, step, *columns)
+        written.append(story.next())
+        sac.store(replay, step, written[-1])
         if step + 1 < n_step:
             continue
-        slot, env = sac.draw_transitions(step + 1, slots, 3, n_step, 600, generator)
+        slot, env = sac.draw_transitions(replay, step + 1, n_step, 600, generator)
         batch = sac.gather_batch(agent, replay, slot, env, args)
         oldest = max(0, step + 1 - slots)
-        legal = {tuple(row) for s in range(oldest, step + 2 - n_step) for row in written[s][0].tolist()}
+        legal = {tuple(row) for s in range(oldest, step + 2 - n_step) for row in written[s].obs.tolist()}
         assert {tuple(row) for row in batch.obs.tolist()} == legal
         for (e, episode, age), reward, discount, after in zip(
             batch.obs.tolist(), batch.reward.tolist(), batch.discount.tolist(), batch.next_obs.tolist(), strict=True
@@ -247,7 +244,7 @@ def test_no_sample_crosses_an_episode_or_the_write_head_at_any_phase(slots, n_st
 def test_draws_are_uniform():
     """Chi-square over all 7 x 5 cells that may be drawn, ring full and wrapped: 34 degrees of freedom, 99.9% below 65.2."""
     generator = torch.Generator().manual_seed(0)
-    slot, env = sac.draw_transitions(23, 9, 5, 3, 70_000, generator)
+    slot, env = sac.draw_transitions(make_replay(9, 5), 23, 3, 70_000, generator)
     counts = collections.Counter(zip(slot.tolist(), env.tolist(), strict=True))
     assert {s for s, _ in counts} == {step % 9 for step in range(14, 21)} and len(counts) == 35
     assert sum((count - 2000) ** 2 / 2000 for count in counts.values()) < 65.2
@@ -256,13 +253,11 @@ def test_draws_are_uniform():
 def test_privileged_observations_are_stored_beside():
     args = make_args(normalize_observations=False, normalize_rewards=False)
     agent = make_agent(args, critic_obs_size=1)
-    replay = sac.allocate_replay(4, 2, 3, 1, 2, False, torch.device("cpu"))
-    seen, final = torch.full((2, 3), 1.0), torch.full((2, 3), 2.0)
-    privileged, final_privileged = torch.full((2, 1), 3.0), torch.full((2, 1), 4.0)
-    never = torch.zeros(2, dtype=torch.bool)
-    sac.store(
-        replay, 0, seen, privileged, final, final_privileged, torch.zeros(2, 2), torch.ones(2), never, never, never
-    )
+    replay = make_replay(4, 2, critic_obs=1)
+    seen, final, privileged, final_privileged = (torch.full((2, k), x) for k, x in ((3, 1.0), (3, 2.0), (1, 3.0), (1, 4.0)))
+    flags = [torch.zeros(2, dtype=torch.bool)] * 3
+    step = sac.Transitions(seen, final, torch.zeros(2, 2), torch.ones(2), *flags, privileged, final_privileged)
+    sac.store(replay, 0, step)
     batch = sac.gather_batch(agent, replay, torch.tensor([0]), torch.tensor([1]), args)
     rows = batch.obs, batch.critic_obs, batch.next_obs, batch.next_critic_obs
     assert [x.unique().tolist() for x in rows] == [[1.0], [3.0], [2.0], [4.0]]
@@ -274,7 +269,7 @@ def test_quarantined_transitions_leave_no_trace():
     for garbage in (torch.nan, 1e9):
         args = make_args(n_step=2)
         agent = make_agent(args)
-        replay = sac.allocate_replay(4, 8, 3, None, 2, False, torch.device("cpu"))
+        replay = make_replay(4, 8)
         generator = torch.Generator().manual_seed(0)
         for step in range(4):
             obs, final, action, reward, *flags = (
@@ -282,8 +277,8 @@ def test_quarantined_transitions_leave_no_trace():
             )
             flags = [flag > 1.0 for flag in flags]
             reward, final = torch.where(flags[2], garbage, reward), torch.where(flags[2][:, None], garbage, final)
-            sac.store(replay, step, obs, obs, final, final, action.tanh(), reward, *flags)
-        slot, env = sac.draw_transitions(4, 4, 8, 2, 64, generator)
+            sac.store(replay, step, sac.Transitions(obs, final, action.tanh(), reward, *flags))
+        slot, env = sac.draw_transitions(replay, 4, 2, 64, generator)
         batch = sac.gather_batch(agent, replay, slot, env, args)
         assert 0 < (batch.weight == 0).sum() < 64 and replay.invalid.any()
         noise = torch.randn(64, 2, generator=generator)
@@ -296,73 +291,21 @@ def test_quarantined_transitions_leave_no_trace():
 
 
 def test_half_precision_halves_the_observations_and_keeps_three_digits():
-    sizes = 4, 2, 30, None, 2
-    whole, half = (sac.allocate_replay(*sizes, h, torch.device("cpu")) for h in (False, True))
-    size = lambda replay: sum(x.nbytes for x in sac.distinct_tensors(replay))  # noqa: E731
-    assert size(whole) - size(half) == 4 * 2 * 2 * 30 * 2  # steps, environments, obs and final_obs, entries, bytes
-    obs = torch.randn(2, 30)
-    obs[0, 0], never = 1e6, torch.zeros(2, dtype=torch.bool)
-    sac.store(half, 5, obs, obs, obs, obs, torch.zeros(2, 2), torch.zeros(2), never, never, never)
+    whole, half = (make_replay(4, 2, half_precision=h, obs=30) for h in (False, True))
+    assert whole.obs.nbytes == 2 * half.obs.nbytes and whole.reward.dtype == half.reward.dtype == torch.float32
+    obs, never = torch.randn(2, 30), torch.zeros(2, dtype=torch.bool)
+    obs[0, 0] = 1e6
+    sac.store(half, 5, sac.Transitions(obs, obs, torch.zeros(2, 2), torch.zeros(2), never, never, never))
     assert half.obs[1, 0, 0] == 65504.0  # not inf
     torch.testing.assert_close(half.obs[1].float()[:, 1:], obs[:, 1:], rtol=1e-3, atol=1e-6)
 
 
-def test_replay_size_is_known_before_it_is_allocated_and_refused_where_it_does_not_fit():
-    sizes = 2, 30, 7, 2, False
-    meta = sac.allocate_replay(1, *sizes, torch.device("meta"))
-    per_slot = sum(x.nbytes for x in sac.distinct_tensors(meta))
-    assert per_slot == 2 * (4 * (30 + 7 + 30 + 7 + 2 + 1) + 3)
-    real = sac.allocate_replay(5, *sizes, torch.device("cpu"))
-    assert sum(x.nbytes for x in sac.distinct_tensors(real)) == 5 * per_slot
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    free = math.ceil(100 * per_slot / 0.9)  # 100 steps fit
-    args = make_args(num_envs=2, learning_starts=10)
-    said = sac.check_replay_fits(per_slot, 100, free, cpu, args)
-    assert "100 steps x 2 environments = 200 transitions" in said and "checkpoint" not in said
-
-    def refusal(slots, free, device=cpu, **changes):
-        with pytest.raises(sac.InputError) as error:
-            sac.check_replay_fits(per_slot, slots, free, device, dataclasses.replace(args, **changes))
-        return str(error.value).split("; ")[1]
-
-    assert refusal(101, free) == "use at most --replay-capacity 200, or more with --half-precision-replay"
-    assert refusal(101, free, half_precision_replay=True) == "use at most --replay-capacity 200"
-    few = refusal(101, free, learning_starts=500, half_precision_replay=True)
-    assert few == "use at most --replay-capacity 200 --learning-starts 200"
-    few = refusal(101, free, learning_starts=500, n_step=101, half_precision_replay=True)
-    assert few == "use at most --replay-capacity 200 --learning-starts 200 --n-step 100"
-    assert refusal(1, per_slot, half_precision_replay=True) == "use fewer environments"
-    copied = dict(checkpoint_replay=True, half_precision_replay=True)  # a checkpoint's copy counts where the replay lies
-    assert refusal(51, free, **copied) == "use at most --replay-capacity 100, or leave --checkpoint-replay away"
-    assert refusal(101, free, **copied) == "use at most --replay-capacity 100"
-    said = sac.check_replay_fits(per_slot, 50, free, cpu, dataclasses.replace(args, **copied))
-    assert "twice that while a checkpoint is written" in said
-    sac.check_replay_fits(per_slot, 100, free, gpu, dataclasses.replace(args, **copied))
-    assert 0 < sac.free_bytes(cpu) < 2**50
-
-
-def test_free_memory_is_that_of_the_container_where_it_is_less(tmp_path, monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    cpu = torch.device("cpu")
-    (tmp_path / "memory.current").write_text("350\n")
-    (tmp_path / "memory.stat").write_text("anon 250\nfile 100\ninactive_file 50\nactive_file 50\n")
-    for limit, free in (("1000\n", 700), ("200\n", 0)):
-        (tmp_path / "memory.max").write_text(limit)
-        assert sac.free_bytes(cpu, tmp_path) == free
-    for limit in ("max\n", f"{2**60}\n"):
-        (tmp_path / "memory.max").write_text(limit)
-        assert 2**20 < sac.free_bytes(cpu, tmp_path) < 2**50
-
-
-def test_a_checkpoint_copies_the_replay_once_and_only_what_it_holds(tmp_path, monkeypatch):
-    replay = sac.allocate_replay(8, 2, 3, None, 2, False, torch.device("cpu"))
-    copied = sac.on_cpu(sac.replay_state(replay, 5))
-    for ring, x in zip(sac.distinct_tensors(replay), copied["rings"], strict=True):
-        assert x.data_ptr() != ring.data_ptr() and x.untyped_storage().nbytes() == x.nbytes == ring.nbytes * 5 // 8
-    monkeypatch.setattr(torch, "save", lambda tree, file: saved.append(tree))
-    saved = []
-    sac.save_checkpoint(tmp_path / "checkpoint.pt", copied)
-    assert saved[0] is copied
+def test_a_checkpoint_copies_only_the_filled_part_of_the_replay():
+    replay = make_replay(8, 2)
+    saved = sac.replay_state(replay, 5)["rings"]
+    assert saved.keys() == {name for name, ring in replay._asdict().items() if ring is not None}
+    for name, x in saved.items():
+        assert x.untyped_storage().nbytes() == x.nbytes == getattr(replay, name).nbytes * 5 // 8
 
 
 # Policy and temperature ---------------------------------------------------------------------------------------------------
@@ -443,13 +386,6 @@ def test_noise_is_held_for_its_time_and_no_longer():
     np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.006)
 
 
-def test_without_repeats_noise_is_fresh_every_step():
-    durations, remaining = sac.zeta_distribution(1), torch.zeros(5, dtype=torch.long)
-    fresh = torch.randn(5, 2)
-    held, left = sac.hold_noise(torch.zeros(5, 2), remaining, fresh, torch.rand(5), durations)
-    assert torch.equal(held, fresh) and (left == 0).all()
-
-
 # The scale of rewards -----------------------------------------------------------------------------------------------------
 
 
@@ -478,7 +414,7 @@ def test_a_batch_has_rewards_in_the_learners_scale():
         args = make_args(reward_scale=0.5, normalize_rewards=normalized, value_limit=5.0)
         agent = make_agent(args)
         agent.largest_return.fill_(20.0)  # over 5: a divisor of 4
-        replay = sac.allocate_replay(1, 2, 3, None, 2, False, torch.device("cpu"))
+        replay = make_replay(1, 2)
         replay.reward.fill_(3.0)
         batch = sac.gather_batch(agent, replay, torch.tensor([0]), torch.tensor([1]), args)
         assert batch.reward.item() == expected
@@ -561,9 +497,10 @@ def test_bf16_is_what_the_networks_compute_in(kind):
     loss, terms = sac.critic_loss(agent, noise, batch, args)
     loss.backward()
     assert loss.dtype == terms.dtype == torch.float32
-    sac.critic_step(agent, optimizers["critics"], 0.05, weight_projection=False)
+    sac.critic_step(agent, optimizers["critics"], 0.05)
     sac.policy_loss(agent, noise, batch, args)[0].backward()
-    sac.actor_step(agent, optimizers, weight_projection=False)
+    optimizers["actor"].step()
+    optimizers["temperature"].step()
     assert sac.policy_step(agent, batch.obs, noise)[0].dtype == torch.float32
     assert len(heads) == 5 and dict(seen) == dict.fromkeys(heads, {torch.bfloat16})
     assert all(x.isfinite().all() and x.dtype != torch.bfloat16 for x in agent.state_dict().values())
@@ -635,12 +572,10 @@ def test_flash_critics_normalise_both_halves_together():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_steps_move_everything_and_the_targets_follow_by_tau(kind):
-    args = make_args(
-        network=kind, weight_projection=kind != "mlp", tau=0.25, updates_per_step=4, policy_frequency=2, batch_size=8
-    )
+    args = make_args(network=kind, tau=0.25, updates_per_step=4, policy_frequency=2, batch_size=8)
     agent = make_agent(args)
     optimizers = sac.make_optimizers(agent, torch.tensor(1e-2), 1e-2)
-    replay = sac.allocate_replay(1, 4, 3, None, 2, False, torch.device("cpu"))
+    replay = make_replay(1, 4)
     untouched = {key: value.clone() for key, value in agent.state_dict().items()}
     functions = sac.build_functions(agent, optimizers, replay, sac.derive_sizes(args, 1), args)
     for key, value in agent.state_dict().items():  # building leaves the agent as it was
@@ -661,11 +596,6 @@ def test_gradient_steps_move_everything_and_the_targets_follow_by_tau(kind):
     assert sac.update(agent, functions, batch, torch.randn(4, 2, 8, 2), 1, args)[2] == 2
     for p, old in zip((*agent.actor.parameters(), *agent.temperature.parameters()), actor, strict=True):
         assert not torch.equal(p, old)
-    if args.weight_projection:
-        for name, layer in agent.named_modules():
-            if isinstance(layer, torch.nn.Linear) and "target" not in name:
-                norms = layer.weight.norm(dim=1)
-                assert torch.allclose(norms, torch.ones_like(norms)) != name.endswith("head"), name
 
 
 def test_fixed_temperature_stays():
@@ -674,7 +604,8 @@ def test_fixed_temperature_stays():
     optimizers = sac.make_optimizers(agent, torch.tensor(1e-2), 1e-2)
     batch, noise = random_batch()
     sac.policy_loss(agent, noise, batch, args)[0].backward()
-    sac.actor_step(agent, optimizers, False)
+    optimizers["actor"].step()
+    optimizers["temperature"].step()
     assert agent.temperature().item() == pytest.approx(0.2)
 
 
@@ -725,45 +656,6 @@ def test_environments_and_batches_must_split_over_the_processes():
         num_envs=100, batch_size=64, replay_capacity=1_001, learning_starts=201, total_timesteps=450, n_step=2
     )
     assert sac.derive_sizes(args, world_size=2) == sac.Sizes(50, 32, 11, 3, 5)
-
-
-@pytest.mark.parametrize(
-    "changes, checkpoint, profile, least",
-    [
-        ({}, None, False, 10),  # 10 steps fill the replay far enough, and the 10th is followed by updates
-        ({}, None, True, 10 + 110),
-        (dict(n_step=30), None, False, 30),
-        ({}, dict(iteration=50, written=0), False, 50 + 10),
-        ({}, dict(iteration=50, written=50), False, 50 + 1),
-        ({}, dict(iteration=7, written=7), False, 10),
-        ({}, dict(iteration=50, written=50), True, 50 + 1 + 110),
-        ({}, dict(iteration=50, written=0), True, 50 + 10 + 110),
-    ],
-)
-def test_a_run_too_short_to_learn_is_refused(changes, checkpoint, profile, least):
-    changes |= dict(num_envs=64, learning_starts=640, profile=profile)
-    if checkpoint:
-        replay = dict(written=checkpoint["written"]) if checkpoint["written"] else None
-        checkpoint = dict(iteration=checkpoint["iteration"], processes=[dict(replay=replay)])
-    for iterations in (least, least - 1):
-        args = make_args(**changes, total_timesteps=64 * iterations)
-        sizes = sac.derive_sizes(args, world_size=1)
-        if iterations == least:
-            sac.check_length(args, sizes, checkpoint, sac.PROFILED)
-        else:
-            with pytest.raises(sac.InputError, match=f"use --total-timesteps {64 * least} or more"):
-                sac.check_length(args, sizes, checkpoint, sac.PROFILED)
-
-
-def test_a_categorical_critic_on_unscaled_rewards_is_warned_of():
-    unscaled = dict(critic="categorical", normalize_rewards=False, reward_scale=1.0)
-    assert "clips returns beyond +-5, and" in sac.clipping_warning(make_args(**unscaled))
-    for change in (dict(critic="scalar"), dict(normalize_rewards=True), dict(reward_scale=0.1), dict(value_limit=50.0)):
-        assert sac.clipping_warning(make_args(**(unscaled | change))) is None
-    for task in sac.TASK_DEFAULTS:
-        for preset in sac.PRESETS:
-            args = sac.with_task_defaults(sac.Args(env_id=task, preset=preset, device="cpu"))
-            assert sac.clipping_warning(args) is None
 
 
 def test_flags_win_over_presets_and_presets_over_tasks():
