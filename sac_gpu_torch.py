@@ -257,20 +257,8 @@ def parse_args(argv: list[str]) -> Args:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Sizes(NamedTuple):
-    """What follows from the flags."""
-
-    envs: int  # environments of this process
-    batch: int  # transitions of this process in a gradient step
-    slots: int  # steps that the replay holds
-    first_slots: int  # steps that the replay must hold before an update
-    iterations: int  # steps of each environment in the whole run
-    checkpoint_every: int
-    log_every: int
-
-
-def derive_sizes(args: Args, world_size: int) -> Sizes:
-    """Check the flags, then compute the sizes. InputError names the rule and, if it can, the nearest legal values."""
+def check_ranges(args: Args) -> None:
+    """InputError for a flag that is out of its range."""
     counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
     counts += " policy_frequency n_step noise_repeat_max"
     rates = "learning_rate learning_rate_final temperature_learning_rate"
@@ -297,21 +285,35 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
                 raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
     if args.eval_every and not args.eval_episodes:
         raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
+
+
+class Sizes(NamedTuple):
+    """Numbers that follow from the flags."""
+
+    envs: int  # environments of this process
+    batch: int  # transitions of this process in a gradient step
+    slots: int  # steps that the replay holds
+    first_slots: int  # steps that the replay must hold before an update
+    iterations: int  # steps of each environment in the whole run
+    checkpoint_every: int
+    log_every: int
+
+
+def derive_sizes(args: Args, world_size: int) -> Sizes:
+    """InputError if the environments or the batches do not split evenly; it names the nearest numbers that do."""
     for name in ("num_envs", "batch_size"):
         count = getattr(args, name)
         if count % world_size:
-            below = count // world_size * world_size
-            choices = f"{below} or {below + world_size}" if below else f"{world_size}"
+            above = math.ceil(count / world_size) * world_size
+            choices = f"{above - world_size} or {above}" if count > world_size else f"{above}"
             raise InputError(f"{name} = {count:,} does not split over {world_size} processes; use {choices}")
-    return Sizes(
-        envs=args.num_envs // world_size,
-        batch=args.batch_size // world_size,
-        slots=max(args.n_step, math.ceil(args.replay_capacity / args.num_envs)),
-        first_slots=max(args.n_step, math.ceil(args.learning_starts / args.num_envs)),
-        iterations=math.ceil(args.total_timesteps / args.num_envs),
-        checkpoint_every=args.checkpoint_every or max(1, args.total_timesteps // 10),
-        log_every=args.log_every or max(1, args.total_timesteps // 200),
-    )
+    envs, batch = args.num_envs // world_size, args.batch_size // world_size
+    slots = max(args.n_step, math.ceil(args.replay_capacity / args.num_envs))
+    first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
+    iterations = math.ceil(args.total_timesteps / args.num_envs)
+    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
+    log_every = args.log_every or max(1, args.total_timesteps // 200)
+    return Sizes(envs, batch, slots, first_slots, iterations, checkpoint_every, log_every)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,7 +543,7 @@ class Agent(nn.Module):
     def reward_divisor(self) -> Tensor:
         """Scale of the rewards: the deviation of the discounted return, or more if the largest exceeds value_limit.
 
-        1 without normalize_rewards. The largest return never decays, as in FlashSAC: an outlier has a lasting effect."""
+        1 without normalize_rewards. As in FlashSAC the largest return never decays: outliers have a lasting effect."""
         if not self.return_statistics.enabled:
             return torch.ones_like(self.largest_return)
         return torch.max(self.return_statistics.deviation().squeeze(0), self.largest_return / self.value_limit)
@@ -1273,40 +1275,36 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     stop = stop or StopSignals()
     device = vecsim.pick_device(args.device)
     rank, world_size = start_processes(device)
+    check_ranges(args)
     sizes = derive_sizes(args, world_size)
+    if make_env is None:
+        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
+    run_dir = pick_run_dir(args)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, world_size)
-    if make_env is None:
-        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir, log, profiler = pick_run_dir(args), None, None
     first_iteration = checkpoint["iteration"] if checkpoint else 0
-    if rank == 0:  # the only process that writes
+    moved = checkpoint is not None and checkpoint["device"] != device.type
+    if rank == 0:
         print(
             f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}\n"
             f"{args.num_envs:,} environments, {sizes.iterations:,} steps of each; {args.updates_per_step} updates "
             f"after each step, on batches of {args.batch_size:,}; one of {args.policy_frequency} updates the policy too"
         )
+        if moved:
+            print(f"the checkpoint is from {checkpoint['device']}: the random numbers on {device.type} are others")
         if args.compile:
-            print("compiling; this takes one to three minutes the first time", flush=True)
-        log = RunLog(run_dir, args, first_iteration * args.num_envs)
-        profiler = start_profiler(run_dir) if args.profile else None
+            print("compiling, one to three minutes the first time", flush=True)
 
-    # Random numbers. A checkpoint of another kind of device continues with a new seed.
+    # Environment, networks, replay and random generators, then what a checkpoint says about them.
     started = time.perf_counter()
-    moved = checkpoint is not None and checkpoint["device"] != device.type
-    seed = args.seed
-    if moved:
-        seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2)
-        print(f"the checkpoint is from {checkpoint['device']}: on {device.type} it continues with other random numbers")
     if device.type == "cpu" and not args.compile:
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
+    seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
     generator = torch.Generator(device).manual_seed(stream_seed(seed, rank, stream=0))
     env_seed = stream_seed(seed, rank, stream=1)
-
-    # Environment, networks and replay, and what the checkpoint says about them.
     env = make_environment(args, make_env, sizes.envs, device, env_seed)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     privileged = env.single_critic_space is not None
@@ -1324,6 +1322,8 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
             for moments, saved in zip(optimizer.state.values(), checkpoint["moments"][name], strict=True):
                 for key, moment in moments.items():
                     moment.copy_(saved[key])
+    logged_step = first_iteration * args.num_envs
+    log = RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
     with first_process_first():
         functions = build_functions(agent, optimizers, replay, sizes, args)
         env.reset()
@@ -1353,8 +1353,8 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     critic_terms = torch.zeros(len(CriticTerms._fields), device=device)
     policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
     logged_updates, policy_updates, record, score = updates, 0, {}, None
-    logged_step, logged_seconds = first_iteration * args.num_envs, train_seconds
-    clock = time.perf_counter()
+    profiler = start_profiler(run_dir) if args.profile and log else None
+    logged_seconds, clock = train_seconds, time.perf_counter()
     stop.training = True
     for iteration in range(first_iteration, sizes.iterations):
         # Act: at first uniformly at random, later with the policy and its exploration noise.
