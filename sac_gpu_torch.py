@@ -262,6 +262,7 @@ def check_ranges(args: Args) -> None:
     counts = "num_envs total_timesteps solver_iterations replay_capacity learning_starts batch_size updates_per_step"
     counts += " policy_frequency n_step noise_repeat_max"
     rates = "learning_rate learning_rate_final temperature_learning_rate"
+    widths = "one or more blocks of one width for --network flash, such as 256 256"
     rules = (  # flags, whether a value is legal, and the rule in words
         (counts, lambda x: x >= 1, ">= 1"),
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
@@ -275,10 +276,8 @@ def check_ranges(args: Args) -> None:
         ("total_timesteps", lambda x: x > args.learning_starts, f"> learning_starts = {args.learning_starts}"),
         ("replay_capacity", lambda x: x >= args.learning_starts, f">= learning_starts = {args.learning_starts}"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "sizes >= 1"),
+        ("actor_hidden critic_hidden", lambda x: args.network != "flash" or len(set(x)) == 1, widths),
     )
-    if args.network == "flash":
-        widths = "one or more blocks of one width for --network flash, such as 256 256"
-        rules += (("actor_hidden critic_hidden", lambda x: len(set(x)) == 1, widths),)
     for names, legal, rule in rules:
         for name in names.split():
             if not legal(getattr(args, name)):
@@ -522,7 +521,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
 
     def autocast(self, x: Tensor) -> torch.autocast:
-        # No cache: a cast cached inside a graph capture would go stale.
+        # No cache: weights that were cast while a graph was captured would go stale.
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def policy(self, normalized_obs: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
@@ -549,7 +548,7 @@ class Agent(nn.Module):
         return torch.max(self.return_statistics.deviation().squeeze(0), self.largest_return / self.value_limit)
 
     def to_env(self, action: Tensor) -> Tensor:
-        """An action in half ranges to the environment's units."""
+        """Half ranges to the environment's units."""
         return self.action_centre + self.action_half_range * action
 
     @torch.no_grad()
@@ -1233,7 +1232,7 @@ def start_profiler(run_dir: Path) -> torch.profiler.profile:
     """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
 
     def report(profiler: torch.profiler.profile) -> None:
-        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=12, max_name_column_width=40))
+        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
         profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)

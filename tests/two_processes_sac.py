@@ -1,4 +1,4 @@
-"""What test_sac.py runs in two processes: torchrun --nproc-per-node=2 two_processes_sac.py FOLDER"""
+"""test_sac.py runs this in two processes: torchrun --nproc-per-node=2 two_processes_sac.py FOLDER"""
 
 from __future__ import annotations
 
@@ -15,26 +15,23 @@ from probe_envs import ProbeEnv
 import sac_gpu_torch as sac
 
 
-def probe_args(run_dir, env_id="action", **changes):
-    """Flags under which a probe environment is solved in seconds."""
-    small = dict(
-        num_envs=64, total_timesteps=20_000, learning_starts=640, replay_capacity=10_000, batch_size=128, updates_per_step=2,
-        actor_hidden=(32,), critic_hidden=(32,), learning_rate=3e-3, learning_rate_final=3e-3, gamma=0.9, tau=0.05, n_step=1,
-        noise_repeat_max=1, eval_episodes=1, compile=False, device="cpu", checkpoint_every=10**9, log_every=10**9,
-    )  # fmt: skip
-    return sac.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
+def probe_args(run_dir, env_id="action", preset="best", **changes):
+    """Flags of SAC that solve a probe environment in seconds."""
+    small = dict(num_envs=64, total_timesteps=20_000, learning_starts=640, replay_capacity=10_000, batch_size=128)
+    small |= dict(updates_per_step=2, actor_hidden=(32,), critic_hidden=(32,), noise_repeat_max=1, gamma=0.9)
+    small |= dict(learning_rate=3e-3, learning_rate_final=3e-3, eval_episodes=1, compile=False, device="cpu")
+    small |= dict(tau=0.05, checkpoint_every=10**9, log_every=10**9, run_dir=run_dir and str(run_dir))
+    return dataclasses.replace(sac.task_defaults(env_id, preset), **(small | changes))
 
 
 def updates_on_fixed_data(rank: int, world_size: int, network: str = "layer_norm") -> dict:
-    """3 vector steps of 4 updates on random batches that are the same however many processes share them."""
-    args = probe_args(None, num_envs=32, batch_size=64, updates_per_step=4, network=network, weight_projection=True)
-    args = sac.with_task_defaults(args)
+    """3 steps of 4 updates on random batches. Their data do not depend on how many processes share them."""
+    args = probe_args(None, num_envs=32, batch_size=64, updates_per_step=4, network=network, replay_capacity=640)
     sizes = sac.derive_sizes(args, world_size)
     torch.manual_seed(0)
     agent = sac.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
     optimizers = sac.make_optimizers(agent, torch.tensor(args.learning_rate), args.temperature_learning_rate)
-    replay = sac.allocate_replay(1, sizes.envs, 3, None, 2, False, torch.device("cpu"))
-    functions = sac.build_functions(agent, optimizers, replay, sizes, args)
+    functions = sac.build_functions(agent, optimizers, sac.allocate_replay(agent, sizes, False), sizes, args)
     mine = slice(rank * sizes.batch, (rank + 1) * sizes.batch)
     robots = slice(rank * sizes.envs, (rank + 1) * sizes.envs)
     for k in range(3):
@@ -55,11 +52,8 @@ def main(folder: Path) -> None:
     rank, world_size = sac.start_processes(torch.device("cpu"))
     for network in ("layer_norm", "flash"):
         torch.save(updates_on_fixed_data(rank, world_size, network), folder / f"{network}-{rank}.pt")
-    for name, steps, resume in (
-        ("whole", 12_800, None),
-        ("parts", 6_400, None),
-        ("parts", 12_800, "parts/checkpoint.pt"),
-    ):
+    runs = ("whole", 12_800, None), ("parts", 6_400, None), ("parts", 12_800, "parts/checkpoint.pt")
+    for name, steps, resume in runs:
         args = probe_args(folder / name, total_timesteps=steps, log_every=1_600, checkpoint_replay=True, tau=0.1)
         sac.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
         torch.distributed.barrier()  # the checkpoint is written
