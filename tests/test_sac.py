@@ -476,7 +476,7 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
     assert json.loads((two_processes / "whole" / "eval.json").read_text())["vecsim"]["mean"] > -0.1
     whole, parts = state_of(two_processes / "whole"), state_of(two_processes / "parts")
     assert len(whole["processes"]) == 2
-    assert not torch.equal(whole["processes"][0]["env"]["x"], whole["processes"][1]["env"]["x"])  # own seeds
+    assert not torch.equal(whole["processes"][0]["obs"], whole["processes"][1]["obs"])  # own seeds
     assert_same(whole, parts)
 
 
