@@ -363,8 +363,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monk
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main_on_probe(monkeypatch, "--run-dir", tmp_path, "--checkpoint-every", 128) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line == f"error: {path} cannot be written: No space left on device"
+    assert f"error: {path} cannot be written: No space left on device\n" in capsys.readouterr().err
     assert ppo.load_checkpoint(str(path))["env_steps"] == 128 and not list(tmp_path.glob("*.tmp"))
 
 
