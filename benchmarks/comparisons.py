@@ -1,0 +1,152 @@
+"""What is compared with what: the contenders and settings of the modes sim, learner and train."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+
+from benchmarks import machine
+from benchmarks.referee import Comparison, Contender
+from benchmarks.sim import states
+
+GYMNASIUM_TASKS = "InvertedPendulum-v5 Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5".split()
+
+
+def units(options: Namespace) -> int:
+    """Number of GPUs, or of CPU cores in use."""
+    return len(machine.gpu()) if options.device == "cuda" else machine.cpu_cores(options.cores)
+
+
+def place(options: Namespace) -> str:
+    """The device and how many of them, for a file's name."""
+    return f"{options.device}{units(options)}"
+
+
+def case(options: Namespace, *words: str) -> str:
+    return "-".join(filter(None, [*words, options.quick and "quick"]))
+
+
+def simulators(quick: bool) -> list[Contender]:
+    contenders = [
+        Contender("vecsim", "sim/vecsim.py"),
+        Contender("MuJoCo C", "sim/mujoco_c.py"),
+        Contender("MJX", "sim/mjx.py"),
+        Contender("Brax, generalized", "sim/brax.py"),
+        Contender("MuJoCo Warp", "sim/mujoco_warp.py"),
+        Contender("mujoco-torch, eager", "sim/mujoco_torch.py", "eager"),
+    ]
+    slow = Contender("mujoco-torch, compiled", "sim/mujoco_torch.py", "compiled")
+    return contenders if quick else [*contenders, slow]
+
+
+def sim(options: Namespace) -> Iterator[Comparison]:
+    """Physics steps/s and error of one step; with --num-envs vecsim alone, once for each number."""
+    scaling = bool(options.num_envs)
+    default = 8192 if options.device == "cuda" else 1024
+    for env_id in options.env_id or (["Ant-v5"] if options.quick or scaling else GYMNASIUM_TASKS):
+        for num_envs in options.num_envs or [default]:
+            many = f"{num_envs}-envs" if scaling else ""
+            alone = [Contender(f"{num_envs} environments", "sim/vecsim.py")]
+            yield Comparison(
+                mode="scaling" if scaling else "sim",
+                case=case(options, env_id, place(options), many),
+                unit="physics steps/s",
+                settings=states.settings(env_id, options.device, num_envs),
+                contenders=alone if scaling else simulators(options.quick),
+                prepare=partial(states.save, env_id, num_envs),
+            )
+
+
+def learner(options: Namespace) -> Iterator[Comparison]:
+    """PPO: samples/s of the update alone. SAC: updates/s of the whole trainer without a simulator."""
+    ppo = dict(num_envs=2048, num_steps=32, epochs=5, minibatches=4)
+    sac = dict(num_envs=128, batch_size=4096, updates_per_step=8, first_steps=40, replay_steps=2000)
+    sizes = dict(obs_size=27, action_size=8)
+    yield Comparison(
+        mode="learner",
+        case=case(options, place(options)),
+        unit="samples/s",
+        settings=dict(device=options.device) | ppo | sizes | dict(hidden=[256, 128, 64]),
+        contenders=[
+            Contender("ours, compiled", "learner/ours.py", "compiled"),
+            Contender("ours, eager", "learner/ours.py", "eager"),
+            Contender("rsl_rl, compiled", "learner/rsl_rl.py", "compiled"),
+            Contender("rsl_rl, eager", "learner/rsl_rl.py", "eager"),
+            Contender("skrl", "learner/skrl.py"),
+            Contender("rl_games", "learner/rl_games.py"),
+            Contender("Brax", "learner/brax.py"),
+            Contender("ours, bf16", "learner/ours.py", "bf16"),
+            Contender("rsl_rl, bf16", "learner/rsl_rl.py", "bf16"),
+        ],
+    )
+    yield Comparison(
+        mode="learner",
+        case=case(options, "sac", place(options)),
+        unit="updates/s",
+        settings=dict(device=options.device) | sac | sizes | dict(hidden=[256, 256]),
+        contenders=[
+            Contender("ours, compiled", "learner/sac_ours.py", "compiled"),
+            Contender("ours, eager", "learner/sac_ours.py", "eager"),
+            Contender("skrl", "learner/sac_skrl.py"),
+        ],
+    )
+
+
+def train_settings(env_id: str, integrator: str, device: str) -> dict:
+    """What the contenders of one `train` comparison share.
+
+    env_kwargs are the task's options in ppo_gpu_torch.py's defaults, so that all see the same observation; `ours` is
+    the sizes of the learners on vecsim."""
+    import ppo_gpu_torch
+
+    args = ppo_gpu_torch.parse_args(["--env-id", env_id])
+    names = "num_envs num_steps update_epochs num_minibatches solver_iterations".split()
+    ours = {name: getattr(args, name) for name in names} | dict(hidden=list(args.actor_hidden))
+    shared = dict(env_id=env_id, device=device, num_envs=8, integrator=integrator, env_kwargs=args.env_kwargs)
+    return shared | dict(ours=ours)
+
+
+def train(options: Namespace) -> Iterator[Comparison]:
+    """Environment steps/s of whole trainings, under each integrator.
+
+    HalfCheetah's MJCF says Euler, those of all other tasks RK4."""
+    count = units(options)
+    words = f", {count} processes" if count > 1 else ""
+    processes = [Contender(f"ours{words}", "train/ours.py", str(count))] if count > 1 else []
+    for env_id in options.env_id or (["Ant-v5"] if options.quick else ["Ant-v5", "HalfCheetah-v5"]):
+        contenders = {
+            "euler": [
+                Contender("ours", "train/ours.py", "1"),
+                *processes,
+                Contender(f"ours{words}, networks 64-64 as theirs", "train/ours.py", f"{count},64,64"),
+                Contender("rsl_rl on vecsim", "train/rsl_rl.py", "vecsim"),
+                Contender("skrl on vecsim", "train/skrl.py", "vecsim"),
+                Contender("rl_games on vecsim", "train/rl_games.py", "vecsim"),
+                Contender("SB3, DummyVecEnv", "train/sb3.py", "dummy"),
+                Contender("SB3, SubprocVecEnv", "train/sb3.py", "subproc"),
+                Contender("CleanRL-style, SyncVectorEnv", "train/cleanrl.py", "sync"),
+                Contender("CleanRL-style, AsyncVectorEnv", "train/cleanrl.py", "async"),
+                Contender("skrl", "train/skrl.py"),
+                Contender("rsl_rl", "train/rsl_rl.py"),
+                Contender("rl_games", "train/rl_games.py"),
+                Contender("Brax, its own model, generalized", "train/brax.py", "generalized"),
+                Contender("Brax, its own model, spring", "train/brax.py", "spring"),
+            ]
+        }
+        if env_id != "HalfCheetah-v5":
+            contenders["rk4"] = [
+                Contender("ours", "train/ours.py", "1"),
+                Contender("SB3, DummyVecEnv", "train/sb3.py", "dummy"),
+                Contender("CleanRL-style, SyncVectorEnv", "train/cleanrl.py", "sync"),
+                Contender("skrl", "train/skrl.py"),
+                Contender("rsl_rl", "train/rsl_rl.py"),
+            ]
+        for integrator, members in contenders.items():
+            yield Comparison(
+                mode="train",
+                case=case(options, env_id, integrator, place(options)),
+                unit="environment steps/s",
+                settings=train_settings(env_id, integrator, options.device),
+                contenders=members,
+            )

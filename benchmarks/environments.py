@@ -1,0 +1,71 @@
+"""One virtual environment for each peer, built when it is first needed.
+
+A contender that needs other packages than this project lists them at its top, in the format of PEP 723:
+
+    # /// script
+    # dependencies = ["skrl==2.1.1", "torch==2.13.0"]
+    # ///
+
+The first package names the environment, so files with the same list share one. `jax` becomes `jax[cuda12]` on a GPU.
+A contender without such a list runs in this project's own environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onefile-gpu-rl-bench"
+
+
+def dependencies(source: Path, device: str) -> list[str]:
+    """The packages that a contender's file asks for; none: it needs this project's environment only."""
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source.read_text(), re.MULTILINE)
+    if not block:
+        return []
+    text = "".join(line.removeprefix("#").strip() + "\n" for line in block[1].splitlines())
+    packages = tomllib.loads(text)["dependencies"]
+    return ["jax[cuda12]" if name == "jax" and device == "cuda" else name for name in packages]
+
+
+def folder_of(packages: list[str]) -> Path:
+    return CACHE / re.match(r"[\w.-]+", packages[0])[0]
+
+
+def is_built(packages: list[str]) -> bool:
+    """Whether the environment is there and was built from this very list; the list is written when all is installed."""
+    done = folder_of(packages) / "dependencies.txt"
+    return done.exists() and done.read_text().split("\n") == packages
+
+
+def interpreter(source: Path, device: str) -> str:
+    """The Python that runs this contender; builds its environment first. RuntimeError with the reason in one line."""
+    packages = dependencies(source, device)
+    if not packages:
+        return sys.executable
+    folder = folder_of(packages)
+    python, log = folder / "bin" / "python", folder.with_suffix(".log")
+    if not is_built(packages):
+        print(f"installing {' '.join(packages)}", file=sys.stderr)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+        for command in ([sys.executable, "-m", "venv", folder], install):
+            with log.open("w") as out:
+                status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+            if status:
+                raise RuntimeError(f"does not install: {last_error(log)}")
+        (folder / "dependencies.txt").write_text("\n".join(packages))
+    return str(python)
+
+
+def last_error(log: Path) -> str:
+    """The last error of pip's log; a full disk may keep even the log empty, so say how much space is left."""
+    errors = [x for x in log.read_text(errors="replace").splitlines() if re.search("error|no space", x, re.IGNORECASE)]
+    free = shutil.disk_usage(CACHE).free / 2**30
+    return f"{errors[-1][:160] if errors else f'no message; {free:.1f} GiB free on the disk'} (log: {log})"

@@ -1,0 +1,41 @@
+# /// script
+# dependencies = ["rl-games==1.6.5", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
+# ///
+"""rl_games' train_epoch, its rollout replaced by one that it collected before."""
+
+import gymnasium
+import numpy as np
+import torch
+from rl_games.common.ivecenv import IVecEnv
+
+from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
+from benchmarks.learner.rl_games_agent import describe_spaces, make_agent
+from benchmarks.meter import device, meter
+
+
+class RandomNumbers(IVecEnv):
+    def get_env_info(self):
+        bound = np.full(obs_size, np.inf, np.float32)
+        limit = np.ones(action_size, np.float32)
+        return describe_spaces(gymnasium.spaces.Box(-bound, bound), gymnasium.spaces.Box(-limit, limit))
+
+    def reset(self):
+        return torch.randn(num_envs, obs_size, device=device)
+
+    def step(self, actions):
+        done = torch.rand(num_envs, device=device) < 0.01
+        return self.reset(), torch.randn(num_envs, device=device), done, {}
+
+
+agent = make_agent(RandomNumbers(), num_envs, num_steps, samples // minibatches, epochs, hidden)
+agent.init_tensors()
+agent.is_tensor_obses = True
+agent.obs = agent.env_reset()
+agent.set_eval()
+with torch.no_grad():
+    collected = agent.play_steps()
+# The update overwrites the means and deviations that it is given.
+agent.play_steps = lambda: collected | {name: collected[name].clone() for name in ("mus", "sigmas")}
+while True:
+    agent.train_epoch()
+    meter.tick(samples)

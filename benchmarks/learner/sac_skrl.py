@@ -1,0 +1,62 @@
+# /// script
+# dependencies = ["skrl==2.1.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
+# ///
+"""skrl's SAC: act, record_transition and post_interaction, as its trainer calls them.
+
+The models are those of its documentation."""
+
+import numpy as np
+import torch
+from skrl.agents.torch.sac import SAC
+from skrl.memories.torch import RandomMemory
+from skrl.models.torch import DeterministicMixin, Model
+
+from benchmarks.learner.common import action_size, hidden, num_envs, obs_size
+from benchmarks.learner.skrl_models import Policy, box, mlp
+from benchmarks.meter import device, meter, settings
+
+
+class SquashedPolicy(Policy):
+    def compute(self, inputs, role):
+        return torch.tanh(self.net(inputs["observations"])), {"log_std": self.log_std}
+
+
+class Critic(DeterministicMixin, Model):
+    def __init__(self, spaces, hidden):
+        Model.__init__(self, **spaces)
+        DeterministicMixin.__init__(self)
+        self.net = mlp(self.num_observations + self.num_actions, hidden, 1)
+
+    def compute(self, inputs, role):
+        return self.net(torch.cat([inputs["observations"], inputs["taken_actions"]], dim=1)), {}
+
+
+spaces = dict(observation_space=box(obs_size, np.inf), action_space=box(action_size, 1.0), device=device)
+critics = ("critic_1", "critic_2", "target_critic_1", "target_critic_2")
+updates = settings["updates_per_step"]
+agent = SAC(
+    models={"policy": SquashedPolicy(spaces, hidden)} | {name: Critic(spaces, hidden) for name in critics},
+    memory=RandomMemory(memory_size=settings["replay_steps"], num_envs=num_envs, device=device),
+    **spaces,
+    cfg=dict(
+        gradient_steps=updates, batch_size=settings["batch_size"], polyak=0.005, learn_entropy=True, grad_norm_clip=0.0,
+        learning_starts=settings["first_steps"], experiment={"write_interval": 0, "checkpoint_interval": 0},
+    ),
+)  # fmt: skip
+agent.init()
+agent.enable_training_mode(True)
+obs = torch.randn(num_envs, obs_size, device=device)
+reward = torch.randn(num_envs, 1, device=device)
+never = torch.zeros(num_envs, 1, dtype=torch.bool, device=device)
+timestep = 0
+while True:
+    with torch.no_grad():
+        actions, _ = agent.act(obs, None, timestep=timestep, timesteps=10**9)
+        agent.record_transition(
+            observations=obs, states=None, actions=actions, rewards=reward, next_observations=obs, next_states=None,
+            terminated=never, truncated=never, infos={}, timestep=timestep, timesteps=10**9,
+        )  # fmt: skip
+    agent.post_interaction(timestep=timestep, timesteps=10**9)
+    if timestep >= settings["first_steps"]:
+        meter.tick(updates)
+    timestep += 1

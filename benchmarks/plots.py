@@ -1,0 +1,293 @@
+"""The pictures in results/: learning curves in each folder, speed.png, scaling.png and peers.png."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks import tables
+
+INK, FAINT, GRID, OURS, THEIRS = "#22262b", "#8a9099", "#eceff2", "#1f6feb", "#b6bec9"
+COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e"}
+STAGE_COLOURS = {"teacher": "#2b8a3e", "student": "#1f6feb", "finetune": "#d9480f", "baseline": "#8a9099"}
+PEER_COLOURS = {
+    "ours-ppo": "#1f6feb",
+    "ours-sac": "#d9480f",
+    "sb3-ppo": "#2b8a3e",
+    "sb3-sac": "#7048e8",
+    "cleanrl-ppo": "#8a9099",
+}
+STYLE = {
+    "font.size": 10,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+}
+SCORE = "Deterministic score in gymnasium.make(task), one line for each seed"
+
+
+def short(value: float, _: int | None = None) -> str:
+    """1,234,567 -> 1.23M"""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels in a grid."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * lines + 0.5), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def label_axes(axis: Axes, title: str, words: str) -> None:
+    axis.set_title(title)
+    axis.set_xlabel(words)
+    axis.yaxis.set_major_formatter(FuncFormatter(short))
+    axis.grid(axis="y", color=GRID)
+    axis.set_axisbelow(True)
+
+
+def save(figure: Figure, path: Path, title: str = "", runs: list[dict] = ()) -> None:
+    """Write the picture, with a title above and the hardware of these runs below."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", size=11)
+    if runs:
+        hardware = dict.fromkeys(run["hardware"].split(", shared")[0] for run in runs)
+        figure.supxlabel("; ".join(hardware), size=8, color=FAINT)
+    figure.savefig(path, dpi=150, facecolor="white")
+    print(path)
+
+
+def with_curves(results: Path, pattern: str) -> list[dict]:
+    return [run for run in tables.load(results, pattern) if run.get("curve")]
+
+
+def learning_curves(axis: Axes, runs: list[dict], over: int, scale: float = 1.0) -> None:
+    """One line for each seed, one colour and one label for each algorithm.
+
+    over: 0 draws scores over environment steps, 1 over seconds; scale divides them."""
+    for algorithm in sorted({run["algorithm"] for run in runs}, reverse=True):
+        colour, seeds = COLOURS[algorithm], [run for run in runs if run["algorithm"] == algorithm]
+        for run in seeds:
+            x, scores = [point[over] / scale for point in run["curve"]], [point[2] for point in run["curve"]]
+            axis.plot(x, scores, ".-", color=colour, lw=1.6, alpha=0.75, ms=3)
+        last = [run["curve"][-1][2] for run in seeds]
+        label = f"{tables.ALGORITHMS[algorithm]}: {last[0]:,.0f}, one seed"
+        if len(last) > 1:
+            middle, worst = statistics.median(last), min(last)
+            label = f"{tables.ALGORITHMS[algorithm]}: median {middle:,.0f}, worst {worst:,.0f} of {len(last)} seeds"
+        axis.plot([run["curve"][-1][over] / scale for run in seeds], last, "o", color=colour, ms=4.5, label=label)
+    axis.legend(loc="best", frameon=False, fontsize=8.5, labelcolor="linecolor", handlelength=0)
+    threshold = next((run["threshold"] for run in runs if "threshold" in run), None)
+    if threshold:
+        axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
+        spot, offset = (0, threshold), (3, 3)
+        words = dict(xycoords=("axes fraction", "data"), textcoords="offset points", color=FAINT, size=8)
+        axis.annotate(f"{threshold:,}", spot, offset, **words)
+
+
+def plot_curves(results: Path) -> None:
+    """Scores over training time, PPO and SAC, one panel for each task."""
+    runs = [run for run in with_curves(results, "*/*-seed*.json") if run["folder"] in ("ppo", "sac")]
+    runs = [run for run in runs if not run["name"].endswith("-ppo") and not run.get("cores_shared")]
+    tasks = list(dict.fromkeys(run["env_id"] for run in runs))
+    if not tasks:
+        return
+    figure, axes = panels(len(tasks), 3, 4.2, 3.1)
+    for axis, env_id in zip(axes, tasks):
+        members = [run for run in runs if run["env_id"] == env_id]
+        longest = max(run["curve"][-1][1] for run in members)
+        scale, unit = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
+        learning_curves(axis, members, 1, scale)
+        label_axes(axis, env_id, f"{unit} of training")
+        axis.set_xlim(left=0)
+        axis.set_ylim(min(0.0, 1.1 * min(point[2] for run in members for point in run["curve"])), None)
+    save(figure, results / "curves.png", SCORE, runs)
+
+
+def plot_twins(results: Path) -> None:
+    """ppo_mjx_jax.py beside ppo_gpu_torch.py on the same task and batch, over environment steps and over time."""
+    runs = with_curves(results, "mjx/*-seed*.json")
+    tasks = sorted({run["env_id"] for run in runs}, reverse=True)
+    if not tasks:
+        return
+    figure, axes = panels(2 * len(tasks), 2, 4.5, 3.1)
+    for k, env_id in enumerate(tasks):
+        members = [run for run in runs if run["env_id"] == env_id]
+        for over, words in enumerate(("environment steps", "seconds of training, compilation apart")):
+            axis = axes[2 * k + over]
+            learning_curves(axis, members, over)
+            label_axes(axis, env_id, words)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter(FuncFormatter(short))
+    save(figure, results / "mjx/curves.png", f"{SCORE}; same task, batch and flags", runs)
+
+
+def plot_off_policy(results: Path) -> None:
+    """SAC beside PPO over environment steps; PPO's curve is cut where both have reached the threshold."""
+    runs = with_curves(results, "sac/*-seed*.json")
+    tasks = sorted({run["env_id"] for run in runs if run["algorithm"] == "sac"})
+    if not tasks:
+        return
+    figure, axes = panels(len(tasks), 3, 4.6, 3.1)
+    for axis, env_id in zip(axes, tasks):
+        members = [run for run in runs if run["env_id"] == env_id]
+        if all(run["algorithm"] == "sac" for run in members):  # PPO was not trained for this comparison: its usual run
+            members += with_curves(results, f"ppo/{env_id}-seed*.json")
+        learning_curves(axis, members, 0)
+        ends = [run["curve"][-1][0] for run in members if run["algorithm"] == "sac"]
+        for run in members:
+            ends += [steps for steps, _, score in run["curve"] if score >= run["threshold"]][:1]
+        axis.set_xscale("log")  # PPO takes ten to twenty times as many steps as SAC
+        axis.set_xlim(0.8 * min(run["curve"][0][0] for run in members), 1.05 * max(ends))
+        label_axes(axis, env_id, "environment steps")
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: short(x) if f"{x:.0e}"[0] in "25" else ""))
+    save(figure, results / "sac/curves.png", SCORE)
+
+
+def plot_peers(results: Path) -> None:
+    """Scores over minutes of training beside other libraries: thin lines are seeds, a thick one is the median seed."""
+    runs = tables.load(results, "peers/*/*-seed*.json")
+    tasks = [task for task in tables.PEERS_GOALS if any(run["env_id"] == task for run in runs)]
+    if not tasks:
+        return
+    figure, axes = panels(len(tasks), 3, 4.4, 3.3)
+    for axis, env_id in zip(axes, tasks):
+        for contender, colour in PEER_COLOURS.items():
+            seeds = [run for run in runs if (run["env_id"], run["contender"]) == (env_id, contender)]
+            seeds.sort(key=lambda run: run["curve"][-1][2])
+            for rank, run in enumerate(seeds):
+                x = [0.0, *(seconds / 60 for _, seconds, _ in run["curve"])]
+                scores = [0.0, *(score for *_, score in run["curve"])]
+                middle = dict(lw=2.2, label=tables.PEERS[contender])
+                style = middle if rank == len(seeds) // 2 else dict(lw=0.9, alpha=0.5)
+                axis.plot(x, scores, ".-", color=colour, ms=4, **style)
+        label_axes(axis, env_id, "minutes of training, compilation apart")
+        axis.set_xlim(0, max(run["minutes"] for run in runs if run["env_id"] == env_id) * 1.05)
+    axes[-1].legend(frameon=False, fontsize=8)
+    save(figure, results / "peers.png", "Score in gymnasium.make(task) on one CPU core; thick: the median seed", runs)
+
+
+def plot_stages(results: Path) -> None:
+    """Of each distillation: errors, and terrain level where there is terrain, over the steps of each stage."""
+    titles = dict(
+        velocity_error="velocity error, m/s",
+        terrain_level="mean terrain level",
+        imitation_loss="imitation loss of the student",
+    )
+    for path in [*results.glob("distill/*/evidence.json"), *results.glob("distill/*/training.json")]:
+        [record] = tables.load(path.parent, path.name)
+        column = {name: k for k, name in enumerate(record["curve_columns"])}
+        rows = [row for stage in record["curves"].values() for row in stage]
+        shown = [name for name in titles if any(row[column[name]] is not None for row in rows)]
+        figure, axes = panels(len(shown), 3, 4.4, 2.9)
+        for axis, name in zip(axes, shown):
+            for stage, lines in record["curves"].items():
+                points = [(row[column["env_steps"]], row[column[name]]) for row in lines]
+                points = [point for point in points if point[1] is not None]
+                if points:
+                    axis.plot(*zip(*points), color=STAGE_COLOURS[stage], lw=1.6, label=stage)
+            label_axes(axis, titles[name], "environment steps of the stage")
+            axis.xaxis.set_major_formatter(FuncFormatter(short))
+            axis.set_ylim(bottom=0)
+            axis.legend(frameon=False, fontsize=8)
+        title = f"{record['env_id']}: training, with exploration noise and randomised robots"
+        save(figure, path.with_name("curves.png"), title)
+
+
+def in_words(ratio: float) -> str:
+    """How many times as fast the reference is."""
+    if 0.95 < ratio < 1.05:
+        return "level"
+    if ratio < 1:
+        return f"{1 / ratio:.2f}× faster"
+    return f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1.5 else 2}f}× slower"
+
+
+def plot_speed(results: Path) -> None:
+    """Every comparison of sim, learner and train as bars, with the ratio at the end of each bar."""
+    titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
+    records = [record for record in tables.load(results, "benchmark/*.json") if record["mode"] in titles]
+    records = [record for record in records if not record["case"].endswith("-quick")] or records
+    if not records:
+        return
+    records.sort(key=lambda record: list(titles).index(record["mode"]))
+    tallest = max(len(record["rows"]) for record in records)
+    figure, axes = panels(len(records), 2, 6.6, 0.36 * tallest + 1.0)
+    for axis, record in zip(axes, records):
+        rows, (_, reference) = record["rows"], tables.reference(record)
+        colours = [OURS if row["contender"].startswith(("ours", "vecsim")) else THEIRS for row in rows]
+        names = [textwrap.fill(row["contender"], 28) for row in rows]
+        axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
+        for place, row in enumerate(rows):
+            axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
+            text = short(row["median"])
+            if reference and row is not reference:
+                text += f"  {in_words(reference['median'] / row['median'])}"
+            end = row["maximum"], place
+            axis.annotate(text, end, (5, 0), textcoords="offset points", va="center", size=9)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.6 * max(row["maximum"] for row in rows))
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+        axis.spines["left"].set_visible(False)
+        title = "SAC without its simulator" if "sac" in record["case"] else titles[record["mode"]]
+        details = [record["settings"].get(name, "") for name in ("env_id", "integrator")]
+        axis.set_title(", ".join([title, *filter(None, details)]))
+        cores = f"{rows[0]['cores']} core{'s' if rows[0]['cores'] > 1 else ''}"
+        first_look = "; a first look (--quick)" if record["case"].endswith("-quick") else ""
+        axis.set_xlabel(f"{record['unit']}, {cores}{first_look}")
+    save(figure, results / "speed.png", "Medians, with the lowest and highest window", records)
+
+
+def plot_scaling(results: Path) -> None:
+    """Physics steps/s over the number of environments."""
+    records = [record for record in tables.load(results, "benchmark/scaling-*.json") if "-envs" in record["case"]]
+    cases = sorted({tables.family(record) for record in records})
+    if not cases:
+        return
+    figure, axes = panels(len(cases), 3, 5.2, 3.1)
+    for axis, case in zip(axes, cases):
+        members = [record for record in records if tables.family(record) == case]
+        members.sort(key=lambda record: record["settings"]["num_envs"])
+        counts, rows = [record["settings"]["num_envs"] for record in members], [record["rows"][0] for record in members]
+        lowest, highest = [row["minimum"] for row in rows], [row["maximum"] for row in rows]
+        axis.fill_between(counts, lowest, highest, color=OURS, alpha=0.15, lw=0)
+        axis.plot(counts, [row["median"] for row in rows], "o-", color=OURS, ms=4)
+        best = max(range(len(rows)), key=lambda k: rows[k]["median"])
+        spot, words = (counts[best], rows[best]["median"]), short(rows[best]["median"])
+        axis.annotate(words, spot, (0, 7), textcoords="offset points", ha="center", color=OURS, weight="bold")
+        label_axes(axis, members[0]["settings"]["env_id"], "environments")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(0, 1.2 * max(highest))
+        axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45 if len(counts) > 6 else 0)
+        axis.minorticks_off()
+        axis.set_ylabel(rows[0]["unit"])
+    save(figure, results / "scaling.png", runs=records)
+
+
+def draw(results: Path) -> None:
+    """Every picture that has files."""
+    rcParams.update(STYLE)
+    for plot in (plot_curves, plot_twins, plot_off_policy, plot_peers, plot_stages, plot_speed, plot_scaling):
+        plot(results)

@@ -1,0 +1,317 @@
+"""Runs a set of trainings from runs.toml and keeps what each came to in results/.
+
+A result that is there is not measured again without --force. A training that was interrupted continues from its last
+checkpoint, at the same commit only. Times are the trainer's own, without compilation and evaluations.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from argparse import Namespace
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks import environments, machine
+from benchmarks.comparisons import place, units
+from benchmarks.referee import save, say
+
+SETS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+TASK = re.compile(r"\w+-(?:v5|Flat|Rough)")
+CURVE_COLUMNS = "env_steps wall_seconds velocity_error episode_length terrain_level imitation_loss".split()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the table of a set to its runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def command_of(run: dict, options: Namespace) -> str:
+    """What a user would type for this training."""
+    total = options.total_timesteps or run.get("total_timesteps")
+    words = ["python", run["script"], "--env-id", run["env_id"], *run["flags"].split(), *run.get("always", "").split()]
+    words += ["--seed", str(run["seed"])] if "seed" in run else []
+    words += ["--eval-every", str(run["every"])] if "every" in run else []
+    words += ["--total-timesteps", str(total)] if total else []
+    words += ["--device", "cpu"] if options.device == "cpu" else []
+    words += ["--compilation-cache", ""] if run["script"] == "ppo_mjx_jax.py" else []  # JAX compiles cold
+    return shlex.join(words)
+
+
+def trainings(name: str, options: Namespace) -> list[dict]:
+    """The runs of a set, each with all its keys, its file and its command; seed by seed, so that all have as many."""
+    shared = {key: value for key, value in SETS[name].items() if key != "runs"}
+    found, above = [], ""
+    for run_name, own in SETS[name]["runs"].items():
+        run = dict(flags=f"{above} {own['adds']}" if "adds" in own else "") | shared | own
+        above = run["flags"]
+        folder = run["folder"]
+        if "env_id" in shared:  # the whole set is about one task
+            run["env_id"] = options.env_id[0] if options.env_id else shared["env_id"]
+            folder = f"{folder}/{run['env_id']}"
+        run.setdefault("env_id", (TASK.match(run_name) or [""])[0])
+        if options.env_id and run["env_id"] not in options.env_id:
+            continue
+        for seed in run.get("seeds", [None]):
+            one = run | (
+                dict(seed=seed, file=f"{folder}/{run_name}-seed{seed}") if seed else dict(file=f"{folder}/{run_name}")
+            )
+            if run["kind"] == "profile":
+                parts = Path(run["script"]).stem, run["env_id"], place(options), run.get("stage")
+                one["file"] = f"{folder}/{'-'.join(filter(None, parts))}"
+            if run["kind"] == "panel":
+                one["file"] += "/training"
+            found.append(one | dict(command=command_of(one, options)))
+    return sorted(found, key=lambda run: run.get("seed", 0))
+
+
+def contests(name: str, options: Namespace) -> list[dict]:
+    """The runs of `peers`: each task, seed by seed, by each contender."""
+    found = []
+    for env_id, task in SETS[name]["tasks"].items():
+        if options.env_id and env_id not in options.env_id:
+            continue
+        for seed in SETS[name]["seeds"]:
+            for contender, how in SETS[name]["contenders"].items():
+                run = dict(
+                    kind=SETS[name]["kind"], contender=contender, env_id=env_id, seed=seed, minutes=task["minutes"]
+                )
+                if "script" in how:
+                    flags = f"--eval-episodes 10 {task['flags']}"
+                    one = how | dict(env_id=env_id, seed=seed, every=task["every"][how["algorithm"]], flags=flags)
+                    command = command_of(one, options)
+                else:
+                    command = f"{how['program']}, {how['variant']}"
+                found.append(run | how | dict(command=command, file=f"peers/{env_id}/{contender}-seed{seed}"))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kinds of runs: each takes a run and returns the record that becomes its file
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def on_cores(options: Namespace) -> list[str]:
+    return ["taskset", "-c", options.cores] if options.cores else []
+
+
+def call(command: str, *more: str | Path, options: Namespace, quiet: bool = False) -> None:
+    """Run a command of runs.toml with this Python; RuntimeError if it fails."""
+    words = [*on_cores(options), sys.executable, *shlex.split(command)[1:], *map(str, more)]
+    status = subprocess.run(words, cwd=machine.ROOT, stdout=subprocess.DEVNULL if quiet else None).returncode
+    if status:
+        raise RuntimeError(f"stopped with status {status}; the same command continues it")
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")}
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train(run: dict, options: Namespace, last: str) -> Path:
+    """Train to the end, from the last checkpoint if there is one; returns the folder, in which `last` is a file."""
+    folder = environments.CACHE / "runs" / machine.commit().replace(" ", "-") / run["file"]
+    if options.total_timesteps:
+        folder = folder.with_name(f"{folder.name}-{options.total_timesteps}-steps")
+    if options.force and (folder / last).exists():
+        shutil.rmtree(folder)  # a finished training; an interrupted one continues
+    if not (folder / last).exists():
+        stages = [folder / stage for stage in run.get("stages", [""])]
+        checkpoints = [file for stage in stages for file in sorted(stage.glob("checkpoint.*"))]
+        if checkpoints:
+            call(run["command"], "--resume", checkpoints[-1], options=options)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # interrupted before its first checkpoint
+            call(run["command"], "--run-dir", folder, options=options)
+    return folder
+
+
+def score(run: dict, options: Namespace) -> dict:
+    """One training with evaluations on the way: its scores, and when it reached the threshold."""
+    folder = train(run, options, "eval.json")
+    record = json.loads((folder / "eval.json").read_text())
+    curve = [
+        [line["env_steps"], round(line["wall_seconds"], 1), round(line["gymnasium_return"], 1)]
+        for line in lines_of(folder / "metrics.jsonl")
+        if "gymnasium_return" in line
+    ]
+    steps, seconds = next(((x, t) for x, t, reached in curve if reached >= run["threshold"]), (None, None))
+    return (
+        dict(versions=versions())
+        | record
+        | dict(
+            threshold=run["threshold"],
+            steps_to_threshold=steps,
+            seconds_to_threshold=None if options.shared else seconds,
+            cores_shared=options.shared,
+            curve=curve,
+        )
+    )
+
+
+def agents(run: dict, options: Namespace) -> dict:
+    """Trainings of one and of many agents in turn, each in a fresh process."""
+    found = {count: [] for count in run["counts"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        for repeat in range(options.repeats):
+            for count in found:
+                folder = Path(scratch) / f"{count}-agents-{repeat}"
+                call(run["command"], "--num-seeds", str(count), "--run-dir", folder, options=options, quiet=True)
+                found[count].append(json.loads((folder / "eval.json").read_text()))
+                say(
+                    f"  round {repeat + 1}/{options.repeats}  {count} agents: {found[count][-1]['train_seconds']:.1f} s"
+                )
+    rows = []
+    for count, members in found.items():
+        row = dict(num_seeds=count, env_steps=members[0]["env_steps"])
+        for name in ("train_seconds", "compile_seconds"):
+            row[name] = [round(member[name], 2) for member in members]
+            row[f"median_{name}"] = statistics.median(row[name])
+        rows.append(row)
+    ratio = rows[-1]["median_train_seconds"] / rows[0]["median_train_seconds"]
+    first = found[run["counts"][0]][0]
+    return {name: first[name] for name in ("env_id", "algorithm", "versions")} | dict(rows=rows, times_one_seed=ratio)
+
+
+def stage_times(trace: Path) -> dict[str, dict]:
+    """Seconds and share of each stage of an iteration, from a trace of torch.profiler; on a GPU of the GPU's work."""
+    with gzip.open(trace) as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("cat", "").endswith("user_annotation")]
+    iterations = [x for x in events if x["name"].startswith("ProfilerStep") and x["cat"] == "user_annotation"]
+    kind = "gpu_user_annotation" if any(x["cat"] == "gpu_user_annotation" for x in events) else "user_annotation"
+    whole = sum(x["dur"] for x in iterations)
+    stages = {}
+    for name in ("simulate", "infer", "targets", "sample", "update"):
+        spent = sum(x["dur"] for x in events if x["name"] == name and x["cat"] == kind)
+        if spent:
+            stages[name] = dict(seconds=spent / len(iterations) / 1e6, share=spent / whole)
+    share = 1.0 - sum(stage["share"] for stage in stages.values())
+    return stages | {"the rest": dict(seconds=share * whole / len(iterations) / 1e6, share=share)}
+
+
+def profile(run: dict, options: Namespace) -> dict:
+    """A short training under --profile: where the time of an iteration goes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        call(run["command"], "--run-dir", folder, options=options, quiet=True)
+        stages = stage_times(folder / run.get("stage", "") / "trace.json.gz")
+        first, second, *_ = lines_of(folder / run.get("stage", "") / "metrics.jsonl")  # --log-every 1
+    about = dict(script=run["script"], env_id=run["env_id"], stage=run.get("stage", ""), versions=versions())
+    return about | dict(steps=second["env_steps"] - first["env_steps"], stages=stages)
+
+
+def panel(run: dict, options: Namespace) -> dict:
+    """A training of one or several policies, which eval_panel.py then judges; its evidence lies beside the record."""
+    folder = train(run, options, f"{run['stages'][-1]}/eval.json".lstrip("/"))
+    out = (options.results / run["file"]).parent / "panel"
+    if options.force:
+        shutil.rmtree(out, ignore_errors=True)
+    checkpoints = [folder / stage / "checkpoint.pt" for stage in run["stages"]]
+    device = shlex.join(["--device", options.device])
+    call(f"python eval_panel.py {run['panel']} {device} --out {shlex.quote(str(out))}", *checkpoints, options=options)
+    policies, curves = {}, {}
+    for stage in run["stages"]:
+        name, log = stage or "policy", lines_of(folder / stage / "metrics.jsonl")
+        policies[name] = dict(env_steps=log[-1]["env_steps"], train_seconds=log[-1]["wall_seconds"])
+        curves[name] = [[line.get(column) for column in CURVE_COLUMNS] for line in log]
+    about = dict(env_id=run["env_id"], versions=versions(), policies=policies)
+    return about | dict(curve_columns=CURVE_COLUMNS, curves=curves)
+
+
+def minutes(run: dict, options: Namespace) -> dict:
+    """Training for some minutes on one core, ours or a peer's: a curve of scores in Gymnasium.
+
+    The clock excludes imports, evaluations and compilation, whose seconds are kept apart."""
+    threads = str(machine.cpu_cores(options.cores))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        environment = os.environ | dict(OMP_NUM_THREADS=threads, TORCHINDUCTOR_CACHE_DIR=f"{scratch}/compiled")
+        contest = our_minutes if "script" in run else peer_minutes
+        compile_seconds, curve, packages = contest(run, options, Path(scratch), environment)
+    say(f"  {curve[-1][2]:,.0f} after {curve[-1][1]:.0f} s, {curve[-1][0]:,} steps")
+    about = {name: run[name] for name in ("env_id", "contender", "seed", "minutes")}
+    return about | dict(versions=packages, compile_seconds=compile_seconds, curve=curve)
+
+
+def peer_minutes(run: dict, options: Namespace, scratch: Path, environment: dict) -> tuple[float, list, str]:
+    """A program that scores itself with meter.ScoreMeter; it compiles nothing."""
+    source = machine.ROOT / "benchmarks" / run["program"]
+    python = environments.interpreter(source, "cpu")
+    settings = dict(env_id=run["env_id"], seed=run["seed"], minutes=run["minutes"], num_envs=1, env_kwargs={})
+    environment |= dict(
+        BENCHMARK_SETTINGS=json.dumps(settings | dict(curve=str(scratch / "curve.json"))),
+        BENCHMARK_VARIANT=run["variant"],
+        BENCHMARK_SECONDS="0",
+        PYTHONPATH=str(machine.ROOT),
+    )
+    module = f"benchmarks.{run['program'].removesuffix('.py').replace('/', '.')}"
+    status = subprocess.run([*on_cores(options), python, "-m", module], env=environment, cwd=scratch).returncode
+    if status:
+        raise RuntimeError(f"stopped with status {status}")
+    packages = environments.dependencies(source, "cpu") or [f"{k} {v}" for k, v in versions().items()]
+    return 0.0, json.loads((scratch / "curve.json").read_text()), " ".join(packages)
+
+
+def our_minutes(run: dict, options: Namespace, scratch: Path, environment: dict) -> tuple[float, list, str]:
+    """One of our trainers, whose log has the evaluations; it is ended when its minutes are over."""
+    words = [*on_cores(options), sys.executable, *shlex.split(run["command"])[1:], "--run-dir", str(scratch / "run")]
+    metrics, curve = scratch / "run" / "metrics.jsonl", []
+    with (scratch / "out").open("w") as out:
+        trainer = subprocess.Popen(words, env=environment, cwd=machine.ROOT, stdout=out, stderr=subprocess.STDOUT)
+        while trainer.poll() is None:
+            time.sleep(0.5)
+            lines = lines_of(metrics) if metrics.exists() else []
+            curve = [
+                [x["env_steps"], x["wall_seconds"], x["gymnasium_return"]] for x in lines if "gymnasium_return" in x
+            ]
+            if curve and curve[-1][1] >= 60 * run["minutes"]:
+                trainer.kill()
+    output = (scratch / "out").read_text()
+    if not curve:
+        raise RuntimeError(f"no evaluation; the trainer's output:\n{output[-2000:]}")
+    compile_seconds = float(re.search(r"(?:prepared|compiled) in ([0-9.]+) s", output)[1])
+    return (
+        compile_seconds,
+        [[round(x, 1) for x in row] for row in curve],
+        " ".join(f"{k} {v}" for k, v in versions().items()),
+    )
+
+
+KINDS = dict(score=score, agents=agents, profile=profile, panel=panel, minutes=minutes)
+
+
+def run_set(name: str, options: Namespace) -> bool:
+    """All runs of a set; False if one of them failed."""
+    hardware = f"{machine.processor()}, {units(options)} of {os.cpu_count()} cores"
+    if options.device == "cuda":
+        hardware = f"{machine.gpu()[0]}; {machine.processor()}, {os.cpu_count()} cores"
+    failures = 0
+    for run in (contests if name == "peers" else trainings)(name, options):
+        path = options.results / f"{run['file']}.json"
+        if options.dry_run:
+            print(f"{run['file']}: {run['command']}")
+        elif path.exists() and not options.force:
+            record = json.loads(path.read_text())
+            made = f"{record['hardware']}, commit {record['commit']}"
+            say(f"{run['file']}: there ({made}); --force measures again, --results DIR keeps both")
+        else:
+            say(f"{run['file']}: {run['command']}")
+            try:
+                record = KINDS[run["kind"]](run, options)
+                save(path, record | dict(command=run["command"], hardware=hardware, commit=machine.commit()))
+            except RuntimeError as error:
+                failures += 1
+                say(f"error: {run['file']}: {error}")
+    return not failures

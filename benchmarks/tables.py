@@ -1,0 +1,368 @@
+"""Markdown tables of the result files. Each function takes the content of files and returns text."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC"}
+PEERS = {
+    "ours-ppo": "ours, PPO",
+    "ours-sac": "ours, SAC",
+    "sb3-ppo": "SB3, PPO",
+    "sb3-sac": "SB3, SAC",
+    "cleanrl-ppo": "CleanRL-style, PPO",
+}
+PEERS_GOALS = {"InvertedPendulum-v5": 1000, "HalfCheetah-v5": 3000, "Hopper-v5": 2500}
+NOT_SETTINGS = "env_id env_kwargs device states xml hidden ours".split()
+
+
+def load(results: Path, pattern: str) -> list[dict]:
+    """The files that match, in the order of their names; `name` is a file's name without its ending and its seed."""
+    found = []
+    for path in sorted(results.glob(pattern)):
+        found.append(json.loads(path.read_text()) | dict(name=path.stem.split("-seed")[0], folder=path.parent.name))
+    return found
+
+
+def grouped(runs: list[dict], *keys: str) -> list[list[dict]]:
+    """Runs that are next to each other and agree in these keys."""
+    return [list(members) for _, members in groupby(runs, key=lambda run: [run[key] for key in keys])]
+
+
+def table(title: str, header: list[str], rows: list[list[str]], note: str = "") -> str:
+    lines = [f"**{title}**", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", note] if note else lines) + "\n"
+
+
+def each(values: list, form: str = ",.0f") -> str:
+    """Values of the seeds; "-" for one that is missing."""
+    return " / ".join("-" if value is None else f"{value:{form}}" for value in values)
+
+
+def made_by(record: dict, command: str | None = None) -> str:
+    return f"Commit {record['commit']}, `{command or record['command']}`."
+
+
+def package_list(versions: dict) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sim, learner, train
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def speed(row: dict) -> str:
+    form = ",.0f" if row["median"] >= 100 else ".2f"
+    return f"{row['median']:{form}} ({row['minimum']:{form}} to {row['maximum']:{form}})"
+
+
+def memory(row: dict) -> str:
+    return ", ".join(f"{value / 1024:.1f} GiB {where}" for where, value in row["peak_memory_mib"].items())
+
+
+def reference(record: dict) -> tuple[str, dict | None]:
+    """Name and row of the contender that the others are compared with; no row if it was not measured."""
+    name = record.get("reference", record["rows"][0]["contender"])
+    return name, next((row for row in record["rows"] if row["contender"] == name), None)
+
+
+def ratio(first: dict | None, row: dict) -> str:
+    if first is None:
+        return "-"
+    times = first["median"] / row["median"]
+    return "1" if row is first else f"{times:.2f}" if times < 10 else f"{times:.0f}"
+
+
+def small(row: dict, name: str) -> str:
+    return f"{row[name]:.0e}" if name in row else "-"
+
+
+def protocol(record: dict) -> str:
+    """How a comparison was measured, and which contenders are missing or incomplete."""
+    row, rows = record["rows"][0], record["rows"]
+    cores = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}"
+    settings = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in NOT_SETTINGS]
+    windows = f"{max(len(row['values']) for row in rows)} windows of {record['seconds']} s in turn"
+    packages = sorted({item for row in rows for item in row["versions"].items()})
+    lines = [
+        f"{cores} of {record['hardware']}; {', '.join(settings)}; {windows}.",
+        f"{', '.join(f'{name} {version}' for name, version in packages)}. {made_by(record)}",
+    ]
+    lines += [f"{name} is missing: {reason.split(' (log:')[0]}." for name, reason in record["failed"].items()]
+    for row in rows:
+        if "stopped" in row:
+            stopped = row["stopped"].split(" (log:")[0]
+            lines.append(f"{row['contender']} has {len(row['values'])} of them; it stopped: {stopped}.")
+    return "\n".join(lines)
+
+
+def comparison(record: dict) -> str:
+    name, first = reference(record)
+    errors = {"error of one step, median": "step_error_p50", "p99": "step_error_p99"} if record["mode"] == "sim" else {}
+    starts = {"first start": "first_start_seconds", "second start": "warmup_seconds"}
+    if not any("first_start_seconds" in row for row in record["rows"]):  # the contenders of an older file started once
+        starts = {}
+    rows = []
+    for row in record["rows"]:
+        seconds = [f"{row[key]:.0f} s" if "first_start_seconds" in row else "-" for key in starts.values()]
+        cells = [row["contender"], speed(row), ratio(first, row), *(small(row, key) for key in errors.values())]
+        rows.append([*cells, *seconds, memory(row)])
+    header = ["", record["unit"], f"{name} / this row", *errors, *starts, "memory"]
+    return table(f"{record['mode']}, {record['case']}", header, rows, protocol(record))
+
+
+def scaling(records: list[dict]) -> str:
+    """One row for each number of environments; each is a comparison with one contender."""
+    records = sorted(records, key=lambda record: int(record["rows"][0]["contender"].split()[0]))
+    rows = []
+    for row in (record["rows"][0] for record in records):
+        kernels = f"{row['kernels_per_physics_step']:.1f}" if "kernels_per_physics_step" in row else "-"
+        rows.append([row["contender"], speed(row), kernels, f"{row['warmup_seconds']:.0f} s", memory(row)])
+    first = records[0]
+    settings = {name: value for name, value in first["settings"].items() if name != "num_envs"}
+    header = ["", first["unit"], "kernels per physics step", "imports and compilation", "memory"]
+    return table(f"scaling, {family(first)}", header, rows, protocol(first | dict(settings=settings)))
+
+
+def family(record: dict) -> str:
+    """The case of a scaling record without its number of environments."""
+    return re.sub(r"-\d+-(envs|processes)", r"-\1", record["case"])
+
+
+def cost(record: dict, dollars_per_hour: float) -> str:
+    """Steps per joule, where the hardware tells its power, and per dollar."""
+    rows = []
+    for row in record["rows"]:
+        joules, watts, per_joule = statistics.median_high(row["joules_per_unit"] or [0.0]), "-", "-"
+        if joules:
+            watts, per_joule = f"{joules * row['median']:,.0f}", f"{1 / joules:,.0f}"
+        per_dollar = f"{row['median'] * 3600 / dollars_per_hour / 1e6:,.1f} M"
+        rows.append([row["contender"], f"{row['median']:,.0f}", watts, per_joule, per_dollar, memory(row)])
+    header = ["", record["unit"], "watts", "steps per joule", "steps per dollar", "memory"]
+    return table(f"cost, {record['case']}", header, rows, f"{dollars_per_hour} dollars per hour")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Simulator: files of the tests and of vecsim_torch.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parity(record: dict) -> str:
+    """Worst errors that the tests measured. They name a model as its task or as its MJCF file; a row has both."""
+    rows = {}
+    for model, worst in record["rows"].items():
+        row = rows.setdefault(re.sub("[^a-z0-9]|_?-?v5$", "", model.lower()), {"task": model})
+        row |= worst | ({"task": model} if "-" in model else {})
+    columns = ["qacc", *(f"qpos after a step of {name}" for name in ("euler", "implicitfast", "rk4"))]
+    columns.append("observation of Gymnasium")
+    cells = [[row["task"], *(small(row, column) for column in columns)] for row in rows.values()]
+    note = f"`{record['command']}`, {package_list(record['versions'])}."
+    return table("worst relative error against MuJoCo C, float64", ["task", *columns], cells, note)
+
+
+def physics(records: list[dict]) -> str:
+    """Files of `python vecsim_torch.py --json`: whole environment steps beside MuJoCo C's physics alone."""
+    rows = []
+    for run in records:
+        ours, theirs = run["physics_steps_per_second"], run["mujoco_c_physics_steps_per_second"]
+        errors = [f"{run['qacc_error_p99_by_iterations'][count]:.0e}" for count in "234"]
+        where = f"{run['threads']} of {run['hardware']}" if run["device"] == "cpu" else run["hardware"]
+        speeds = [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}", f"{run['compile_seconds']:.0f} s"]
+        rows.append([run["env_id"], *speeds, *errors, where])
+    header = ["task", "vecsim, physics steps/s", "MuJoCo C", "vecsim / MuJoCo C", "compiled in"]
+    header += ["error of qacc, 99th percentile, 2 iterations", "3 iterations", "4 iterations", "cores"]
+    return table("vecsim, whole environment steps, beside MuJoCo C's physics alone on one core", header, rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scores(name: str, runs: list[dict]) -> str:
+    """A row for the seeds of a task that trained for as many steps. Where cores were shared, times do not count."""
+    shared = any(run.get("cores_shared") for run in runs)
+    rows = []
+    for members in grouped(runs, "name", "env_steps"):
+        first = members[0]
+        simulated = [run.get("vecsim") or run.get("mjx") for run in members]
+        reached = [run.get("steps_to_threshold" if shared else "seconds_to_threshold") for run in members]
+        row = [first["env_id"], ALGORITHMS[first["algorithm"]], each([run["seed"] for run in members], "d")]
+        row.append(f"{first['env_steps']:,}")
+        if not shared:
+            row.append(each([run["train_seconds"] for run in members]))
+            row.append(each([run.get("compile_seconds") for run in members]))
+        row.append(" / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members))
+        row.append(" / ".join("{mean:,.0f} ({min:,.0f})".format(**score) if score else "-" for score in simulated))
+        if "threshold" in first:
+            row += [f"{first['threshold']:,}", each(reached).replace("-", "not reached")]
+        rows.append(row + ["-", "-"] * ("threshold" not in first))
+    times = [] if shared else ["training, s", "compiled in, s"]
+    header = ["task", "algorithm", "seeds", "environment steps", *times, "score of each seed (20 episodes)"]
+    header += ["in the training simulator, mean (lowest)", "threshold"]
+    header += ["reached after, environment steps" if shared else "reached after, s"]
+    return table(f"scores in Gymnasium's own environments, {name}", header, rows)
+
+
+def peers(env_id: str, runs: list[dict]) -> str:
+    """Scores after the same minutes of training on the same core, and seconds to a score."""
+    rows, goal = [], PEERS_GOALS[env_id]
+    for contender, title in PEERS.items():
+        members = [run for run in runs if run["contender"] == contender]
+        if not members:
+            continue
+        reached = [next((t for _, t, score in run["curve"] if score >= goal), None) for run in members]
+        compiled = [run["compile_seconds"] for run in members]
+        steps = statistics.median_low(run["curve"][-1][0] for run in members)
+        row = [title, str(len(members)), f"{steps:,}", each([run["curve"][-1][2] for run in members])]
+        rows.append([*row, each(reached), each(compiled) if any(compiled) else "0"])
+    header = ["", "seeds", "environment steps", "score of each seed (10 episodes)"]
+    header += [f"{goal:,} reached after, s", "compilation, s"]
+    minutes = max(run["minutes"] for run in runs)
+    title = f"{env_id}, {minutes:g} minute{'s' if minutes != 1 else ''} of training on one core"
+    return table(title, header, rows)
+
+
+def flags_of(run: dict, end: str) -> str:
+    """The flags of a run's command between its task and `end`."""
+    return run["command"].split(f"--env-id {run['env_id']} ")[1].split(end)[0]
+
+
+def candidates(runs: list[dict]) -> str:
+    """The settings that could be SAC's default: scores after the whole budget, and the time that they take."""
+    rows, first = [], runs[0]
+    for members in grouped(runs, "name"):
+        final = [run["gymnasium"]["mean"] for run in members]
+        name = members[0]["name"].removeprefix(f"{first['env_id']}-").replace("-", " ")
+        times = [each([run[key] for run in members]) for key in ("train_seconds", "seconds_to_threshold")]
+        flags = flags_of(members[0], " --seed")
+        rows.append([name, f"{statistics.median_low(final):,.0f}", each(final), *times, f"`{flags}`"])
+    header = ["", "score, median", "score of each seed (20 episodes)", "training, s"]
+    header += [f"{first['threshold']:,} reached after, s", "flags"]
+    title = f"candidates for SAC's default, {first['env_id']}, {first['env_steps']:,} environment steps of each"
+    return table(title, header, rows)
+
+
+def ablation(runs: list[dict]) -> str:
+    """The ladder from the textbook, rung by rung with what each adds, then variants on top of all tricks.
+
+    Scores after the whole budget, and as means over the curve, which depend less on luck at the end."""
+    variants = sorted(grouped(runs, "name"), key=lambda members: len(flags_of(members[0], " --num-envs")))
+    ladder = [members for members in variants if "vanilla" in members[0]["command"]]
+    others = [members for members in grouped(runs, "name") if "vanilla" not in members[0]["command"]]
+    rows, below = [], ""
+    for members in ladder + others:
+        final = [run["gymnasium"]["mean"] for run in members]
+        over_curve = [statistics.fmean(score for _, _, score in run["curve"]) for run in members]
+        numbers = [statistics.median(final), min(final), statistics.median(over_curve), min(over_curve)]
+        flags, name = flags_of(members[0], " --num-envs"), members[0]["name"].replace("-", " ")
+        added = f"`{flags.removeprefix(below).strip()}`"
+        if members in ladder:
+            name, below = "+ " * bool(below) + name, flags
+        rows.append([name, *(f"{number:,.0f}" for number in numbers), str(len(members)), added])
+    header = ["", "score, median", "worst", "mean over the curve, median", "worst", "seeds", "flags"]
+    title = f"SAC, trick upon trick, {runs[0]['env_id']}, {runs[0]['env_steps']:,} environment steps of each"
+    note = "Scores of 20 episodes in Gymnasium's own environment. " + made_by(runs[-1], "./benchmark.sh runs ablate")
+    return table(title, header, rows, note)
+
+
+def sizes(runs: list[dict]) -> str:
+    """PPO with other sizes on the same budget, from few environments to many."""
+    rows, first = [], runs[0]
+    for members in grouped(runs, "name"):
+        final = [run["gymnasium"]["mean"] for run in members]
+        seconds = statistics.median(run["train_seconds"] for run in members)
+        flags = flags_of(members[0], " --seed")
+        numbers = [int(word) for word in flags.split() if word.isdecimal()]  # environments, steps, minibatches, layers
+        cells = [f"`{flags}`", f"{statistics.median(final):,.0f}", f"{min(final):,.0f}", f"{seconds:,.0f}"]
+        rows.append((numbers, cells))
+    header = ["sizes", "score, median", "worst", "training, s"]
+    note = f"{len(members)} seeds of each. Scores of 20 episodes in Gymnasium's own environment. {first['hardware']}. "
+    title = f"PPO by its sizes, {first['env_id']}, {first['env_steps']:,} environment steps"
+    cells = [cells for _, cells in sorted(rows)]
+    return table(title, header, cells, note + made_by(first, "./benchmark.sh runs sizes"))
+
+
+def agents(record: dict) -> str:
+    """Many agents in one program of ppo_mjx_jax.py beside one agent."""
+
+    def both(row: dict) -> float:  # the time that a user waits
+        return statistics.median(map(sum, zip(row["train_seconds"], row["compile_seconds"], strict=True)))
+
+    rows, one = [], record["rows"][0]
+    for row in record["rows"]:
+        seconds, middle = row["train_seconds"], row["median_train_seconds"]
+        spread = f"{middle:,.1f} s ({min(seconds):,.1f} to {max(seconds):,.1f})"
+        cells = [str(row["num_seeds"]), spread, f"{middle / one['median_train_seconds']:.2f}"]
+        cells += [f"{row['median_compile_seconds']:,.1f} s", f"{both(row):,.1f} s", f"{both(row) / both(one):.2f}"]
+        rows.append([*cells, f"{row['env_steps']:,}"])
+    header = ["agents", "training time", "training, times one agent", "compiled in", "both"]
+    header += ["both, times one agent", "environment steps of each"]
+    note = f"{record['hardware']}; {len(seconds)} trainings of each in turn. {package_list(record['versions'])}. "
+    note += made_by(record, f"{record['command']} --num-seeds K")
+    return table(f"agents in one program, {record['env_id']}", header, rows, note)
+
+
+def profile(records: list[dict]) -> str:
+    names, rows = ("simulate", "infer", "targets", "sample", "update", "the rest"), []
+    for run in records:
+        stages = [run["stages"].get(name) for name in names]
+        cells = [f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-" for stage in stages]
+        script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
+        rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
+    note = f"{records[0]['hardware']}. Commit {records[0]['commit']}, `./benchmark.sh runs profile`."
+    header = ["script", "task", "steps per iteration", *names]
+    return table("where an iteration's time goes", header, rows, note)
+
+
+def walk(record: dict) -> str:
+    """A trained quadruped in its own simulator and in MuJoCo C."""
+    rows = []
+    for name, key in (("vecsim", "vecsim"), ("MuJoCo C", "mujoco")):
+        found = record["walk"][key]
+        errors = [f"{found[error]:.3f}" for error in ("velocity_error", "yaw_error")]
+        share, score = f"{found['without_a_fall']:.0%}", f"{found['episode_return']:.1f}"
+        rows.append([name, str(found["episodes"]), share, *errors, score])
+    header = [
+        "simulator",
+        "episodes of 20 s",
+        "without a fall",
+        "velocity error, m/s",
+        "turning error, rad/s",
+        "return",
+    ]
+    trained = f"{record['env_steps']:,} environment steps in {record['train_seconds']:,.0f} s"
+    note = f"{record['hardware']}. {made_by(record)}"
+    return table(f"a quadruped trained in vecsim, {trained}", header, rows, note)
+
+
+def distill(record: dict) -> str:
+    """Tracking score and share of falls of each policy under each perturbation."""
+    summary, policies = record["summary"], list(record["policies"])
+    teacher, others = policies[0], policies[1:]
+    rows = []
+    for name in record["perturbations"]:
+        cells = [
+            f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})" for policy in policies
+        ]
+        shares = [f"{summary[policy][name]['tracking_of_teacher']:.0%}" for policy in others]
+        if summary[teacher][name]["tracking"] < 0.05:  # a share of almost nothing says nothing
+            shares = ["-"] * len(others)
+        rows.append([name.replace("_", " "), *cells, *shares])
+    title = f"teacher and students, {record['env_id']}: tracking score (falls), and share of the teacher's score"
+    header = ["", *policies, *(f"{policy}, of teacher" for policy in others)]
+    return table(title, header, rows) + "\n" + stages(record)
+
+
+def stages(record: dict) -> str:
+    """What the trainings of a teacher and its students took."""
+    rows = [[name, f"{x['env_steps']:,}", f"{x['train_seconds']:,.0f} s"] for name, x in record["policies"].items()]
+    header = ["", "environment steps", "training"]
+    title = f"trainings of teacher and students, {record['env_id']}"
+    return table(title, header, rows, f"{record['hardware']}. {made_by(record)}")
