@@ -94,8 +94,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (3 if quick else 5)
     options.seconds = getattr(options, "seconds", None) or (3 if quick else 10)
     options.patience = 300 if quick else 1500  # seconds until a contender must be ready
-    options.device = options.device or ("cuda" if machine.gpu() else "cpu")
-    if options.device == "cuda" and not machine.gpu():
+    options.device = options.device or ("cuda" if machine.gpus() else "cpu")
+    if options.device == "cuda" and not machine.gpus():
         parser.error("--device cuda: nvidia-smi sees no GPU")
     if not machine.cpu_cores(options.cores):
         parser.error(f"--cores {options.cores}: taskset knows no such cores here")

@@ -15,7 +15,7 @@ GYMNASIUM_TASKS = "InvertedPendulum-v5 Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-
 
 def units(options: Namespace) -> int:
     """Number of GPUs, or of CPU cores in use."""
-    return len(machine.gpu()) if options.device == "cuda" else machine.cpu_cores(options.cores)
+    return len(machine.gpus()) if options.device == "cuda" else machine.cpu_cores(options.cores)
 
 
 def place(options: Namespace) -> str:

@@ -70,9 +70,9 @@ def peak_memory_mib():
     """Peak resident memory of all processes of this contender, and PyTorch's peak on the GPU.
 
     Pages that processes share count once in each. A process that has ended counts if it alone used more than all live
-    ones together."""
-    alone = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    memory = {"host": max(session_memory_kib(), *alone) / 1024}
+    ones together. The kernel's own peak of this process would include that of the referee, which started it."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    memory = {"host": max(session_memory_kib(), ended) / 1024}
     if "torch" in sys.modules and device == "cuda":
         memory["gpu"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     return memory

@@ -44,6 +44,10 @@ class Contender:
     def file(self) -> Path:
         return machine.ROOT / "benchmarks" / self.program
 
+    @property
+    def module(self) -> str:
+        return f"benchmarks.{self.program.removesuffix('.py').replace('/', '.')}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -72,29 +76,17 @@ class Process:
         self.log = environments.CACHE / f"{re.sub(r'[^a-z0-9]+', '-', contender.program)}-{contender.variant}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-        environment |= dict(
-            OMP_NUM_THREADS=str(self.cores),
-            BENCHMARK_SETTINGS=json.dumps(settings),
-            BENCHMARK_VARIANT=contender.variant,
-            BENCHMARK_SECONDS=str(options.seconds),
-            PYTHONPATH=str(machine.ROOT),
-            PYTHONUNBUFFERED="1",
-        )
+        environment |= dict(OMP_NUM_THREADS=str(self.cores), PYTHONPATH=str(machine.ROOT), PYTHONUNBUFFERED="1")
+        environment |= dict(BENCHMARK_SETTINGS=json.dumps(settings), BENCHMARK_VARIANT=contender.variant)
+        environment |= dict(BENCHMARK_SECONDS=str(options.seconds))
         environment |= JAX_SETTINGS | ({"JAX_PLATFORMS": "cpu"} if options.device == "cpu" else {})
         if caches:
             environment |= {name: str(caches / name) for name in CACHES}
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it keeps only what took a second
         launch = ["taskset", "-c", options.cores] if options.cores else []
-        module = f"benchmarks.{contender.program.removesuffix('.py').replace('/', '.')}"
-        self.process = subprocess.Popen(
-            [*launch, python, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("wb"),
-            env=environment,
-            cwd=scratch,
-            start_new_session=True,
-        )
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("wb"))
+        words = [*launch, python, "-m", contender.module]
+        self.process = subprocess.Popen(words, **pipes, env=environment, cwd=scratch, start_new_session=True)
         try:
             self.ready = self.reply()
         except BaseException:
@@ -189,31 +181,16 @@ class Measurement:
             say(f"  {name}: ready after {first.ready['warmup_seconds']:.0f} s with empty caches")
         process = self.running[name] = Process(contender, settings, self.options, scratch, caches)
         say(f"  {name}: ready after {process.ready['warmup_seconds']:.0f} s")
-        row = first_start | dict(
-            mode=comparison.mode,
-            case=comparison.case,
-            contender=name,
-            unit=comparison.unit,
-            values=[],
-            joules_per_unit=[],
-            warmup_seconds=process.ready["warmup_seconds"],
-            peak_memory_mib={},
-            command=self.options.command,
-            cores=process.cores,
-            versions=process.ready["versions"],
-            hardware=self.hardware,
-            commit=self.commit,
-        )
-        self.rows.setdefault(name, row | process.ready["facts"])
+        row = dict(mode=comparison.mode, case=comparison.case, contender=name, unit=comparison.unit, values=[])
+        row |= dict(warmup_seconds=process.ready["warmup_seconds"], versions=process.ready["versions"])
+        row |= dict(command=self.options.command, cores=process.cores, hardware=self.hardware, commit=self.commit)
+        self.rows.setdefault(name, first_start | row | process.ready["facts"])
 
     def window(self, name: str) -> None:
         """Let one contender measure one window."""
         row = self.rows[name]
-        with machine.EnergyMeter(self.options.device) as energy:
-            reply = self.running[name].measure()
+        reply = self.running[name].measure()
         row["values"].append(reply["work"] / reply["seconds"])
-        if energy.joules is not None:
-            row["joules_per_unit"].append(energy.joules / reply["work"])
         row["peak_memory_mib"] = reply["peak_memory_mib"]
         say(f"  round {len(row['values'])}/{self.options.repeats}  {name}: {row['values'][-1]:,.0f} {row['unit']}")
 
@@ -223,21 +200,10 @@ class Measurement:
         for row in rows:
             values = row["values"]
             row |= dict(median=statistics.median(values), minimum=min(values), maximum=max(values))
-        record = dict(
-            mode=comparison.mode,
-            case=comparison.case,
-            unit=comparison.unit,
-            seconds=options.seconds,
-            cores=options.cores,
-            hardware=self.hardware,
-            commit=self.commit,
-            command=options.command,
-            reference=comparison.contenders[0].name,
-            settings=comparison.settings,
-            failed=self.failed,
-            rows=rows,
-        )
-        save(self.path, record)
+        record = dict(mode=comparison.mode, case=comparison.case, unit=comparison.unit, seconds=options.seconds)
+        record |= dict(cores=options.cores, hardware=self.hardware, commit=self.commit, command=options.command)
+        record |= dict(reference=comparison.contenders[0].name, settings=comparison.settings, failed=self.failed)
+        save(self.path, record | dict(rows=rows))
 
     def run(self, scratch: Path) -> bool:
         """Start all contenders and measure all rounds; False: no contender could be measured."""

@@ -97,9 +97,7 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield from map(tables.comparison, of_mode["learner"])
     yield TRAIN
     for record in of_mode["train"]:
-        yield tables.comparison(record)
-        if dollars_per_hour:
-            yield tables.cost(record, dollars_per_hour)
+        yield tables.comparison(record, dollars_per_hour)
     if found := load("profile/*.json"):
         yield tables.profile(found)
     yield SCORES

@@ -294,9 +294,9 @@ KINDS = dict(score=score, agents=agents, profile=profile, panel=panel, minutes=m
 
 def run_set(name: str, options: Namespace) -> bool:
     """All runs of a set; False if one of them failed."""
-    hardware = f"{machine.processor()}, {units(options)} of {os.cpu_count()} cores"
-    if options.device == "cuda":
-        hardware = f"{machine.gpu()[0]}; {machine.processor()}, {os.cpu_count()} cores"
+    hardware = machine.hardware(options.device)
+    if options.device == "cpu":
+        hardware = f"{machine.processor()}, {units(options)} of {os.cpu_count()} cores"
     failures = 0
     for run in (contests if name == "peers" else trainings)(name, options):
         path = options.results / f"{run['file']}.json"

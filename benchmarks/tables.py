@@ -102,7 +102,7 @@ def protocol(record: dict) -> str:
     return "\n".join(lines)
 
 
-def comparison(record: dict) -> str:
+def comparison(record: dict, dollars_per_hour: float | None = None) -> str:
     name, first = reference(record)
     errors = {"error of one step, median": "step_error_p50", "p99": "step_error_p99"} if record["mode"] == "sim" else {}
     starts = {"first start": "first_start_seconds", "second start": "warmup_seconds"}
@@ -112,8 +112,10 @@ def comparison(record: dict) -> str:
     for row in record["rows"]:
         seconds = [f"{row[key]:.0f} s" if "first_start_seconds" in row else "-" for key in starts.values()]
         cells = [row["contender"], speed(row), ratio(first, row), *(small(row, key) for key in errors.values())]
-        rows.append([*cells, *seconds, memory(row)])
-    header = ["", record["unit"], f"{name} / this row", *errors, *starts, "memory"]
+        price = [f"{row['median'] * 3600 / dollars_per_hour / 1e6:,.1f} M"] if dollars_per_hour else []
+        rows.append([*cells, *seconds, memory(row), *price])
+    price = [f"steps per dollar, at {dollars_per_hour:g} an hour"] if dollars_per_hour else []
+    header = ["", record["unit"], f"{name} / this row", *errors, *starts, "memory", *price]
     return table(f"{record['mode']}, {record['case']}", header, rows, protocol(record))
 
 
@@ -133,19 +135,6 @@ def scaling(records: list[dict]) -> str:
 def family(record: dict) -> str:
     """The case of a scaling record without its number of environments."""
     return re.sub(r"-\d+-(envs|processes)", r"-\1", record["case"])
-
-
-def cost(record: dict, dollars_per_hour: float) -> str:
-    """Steps per joule, where the hardware tells its power, and per dollar."""
-    rows = []
-    for row in record["rows"]:
-        joules, watts, per_joule = statistics.median_high(row["joules_per_unit"] or [0.0]), "-", "-"
-        if joules:
-            watts, per_joule = f"{joules * row['median']:,.0f}", f"{1 / joules:,.0f}"
-        per_dollar = f"{row['median'] * 3600 / dollars_per_hour / 1e6:,.1f} M"
-        rows.append([row["contender"], f"{row['median']:,.0f}", watts, per_joule, per_dollar, memory(row)])
-    header = ["", record["unit"], "watts", "steps per joule", "steps per dollar", "memory"]
-    return table(f"cost, {record['case']}", header, rows, f"{dollars_per_hour} dollars per hour")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

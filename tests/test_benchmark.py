@@ -398,7 +398,7 @@ def test_results_readme_is_what_the_files_say():
 
 
 def sample_row(name, median, **more):
-    row = dict(contender=name, unit="steps/s", values=[median] * 3, joules_per_unit=[], median=median)
+    row = dict(contender=name, unit="steps/s", values=[median] * 3, median=median)
     row |= dict(minimum=0.9 * median, maximum=1.1 * median, warmup_seconds=12.0, peak_memory_mib={"host": 512.0})
     return row | dict(cores=1, versions={"torch": "2.13.0"}, commit="abc") | more
 
@@ -431,9 +431,9 @@ def test_a_comparison_names_its_reference_and_what_is_missing():
     assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in tables.scaling([scaled])
 
 
-def test_cost_is_per_joule_and_per_dollar():
-    record = RECORD | dict(rows=[sample_row("ours", 2e4, joules_per_unit=[0.002] * 3)])
-    assert "| ours | 20,000 | 40 | 500 | 36.0 M | 0.5 GiB host |" in tables.cost(record, 2.0)
+def test_cost_is_a_column():
+    record = RECORD | dict(mode="train", rows=[sample_row("ours", 2e4)])
+    assert "| ours | 20,000 (18,000 to 22,000) | 1 | 0.5 GiB host | 36.0 M |" in tables.comparison(record, 2.0)
 
 
 def sample_run(score=4000.0, **more):
