@@ -66,6 +66,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def environment_of(contender: Contender, settings: dict, options: Namespace) -> dict[str, str]:
+    """The environment variables of a contender's program: benchmarks/meter.py reads them."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= JAX_SETTINGS | ({"JAX_PLATFORMS": "cpu"} if options.device == "cpu" else {})
+    environment |= dict(OMP_NUM_THREADS=str(machine.cpu_cores(options.cores)), PYTHONPATH=str(machine.ROOT))
+    environment |= dict(BENCHMARK_SETTINGS=json.dumps(settings), BENCHMARK_VARIANT=contender.variant)
+    return environment | dict(BENCHMARK_SECONDS=str(options.seconds), PYTHONUNBUFFERED="1")
+
+
+def on_cores(options: Namespace) -> list[str]:
+    """What stands before a command that must stay on --cores."""
+    return ["taskset", "-c", options.cores] if options.cores else []
+
+
 class Process:
     """A contender that runs."""
 
@@ -75,17 +89,12 @@ class Process:
         self.patience, self.cores = options.patience, machine.cpu_cores(options.cores)
         self.log = environments.CACHE / f"{re.sub(r'[^a-z0-9]+', '-', contender.program)}-{contender.variant}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-        environment |= dict(OMP_NUM_THREADS=str(self.cores), PYTHONPATH=str(machine.ROOT), PYTHONUNBUFFERED="1")
-        environment |= dict(BENCHMARK_SETTINGS=json.dumps(settings), BENCHMARK_VARIANT=contender.variant)
-        environment |= dict(BENCHMARK_SECONDS=str(options.seconds))
-        environment |= JAX_SETTINGS | ({"JAX_PLATFORMS": "cpu"} if options.device == "cpu" else {})
+        environment = environment_of(contender, settings, options)
         if caches:
             environment |= {name: str(caches / name) for name in CACHES}
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it keeps only what took a second
-        launch = ["taskset", "-c", options.cores] if options.cores else []
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("wb"))
-        words = [*launch, python, "-m", contender.module]
+        words = [*on_cores(options), python, "-m", contender.module]
         self.process = subprocess.Popen(words, **pipes, env=environment, cwd=scratch, start_new_session=True)
         try:
             self.ready = self.reply()

@@ -7,6 +7,7 @@ checkpoint, at the same commit only. Times are the trainer's own, without compil
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import environments, machine
 from benchmarks.comparisons import place, units
-from benchmarks.referee import save, say
+from benchmarks.referee import Contender, environment_of, on_cores, save, say
 
 SETS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 TASK = re.compile(r"\w+-(?:v5|Flat|Rough)")
@@ -40,7 +41,7 @@ def command_of(run: dict, options: Namespace) -> str:
     """What a user would type for this training."""
     total = options.total_timesteps or run.get("total_timesteps")
     words = ["python", run["script"], "--env-id", run["env_id"], *run["flags"].split(), *run.get("always", "").split()]
-    words += ["--seed", str(run["seed"])] if "seed" in run else []
+    words += ["--seed", str(run["seed"])] if run["seed"] else []
     words += ["--eval-every", str(run["every"])] if "every" in run else []
     words += ["--total-timesteps", str(total)] if total else []
     words += ["--device", "cpu"] if options.device == "cpu" else []
@@ -63,46 +64,35 @@ def trainings(name: str, options: Namespace) -> list[dict]:
         if options.env_id and run["env_id"] not in options.env_id:
             continue
         for seed in run.get("seeds", [None]):
-            one = run | (
-                dict(seed=seed, file=f"{folder}/{run_name}-seed{seed}") if seed else dict(file=f"{folder}/{run_name}")
-            )
+            one = run | dict(seed=seed, file=f"{folder}/{run_name}-seed{seed}")
             if run["kind"] == "profile":
                 parts = Path(run["script"]).stem, run["env_id"], place(options), run.get("stage")
                 one["file"] = f"{folder}/{'-'.join(filter(None, parts))}"
-            if run["kind"] == "panel":
-                one["file"] += "/training"
+            elif not seed:
+                one["file"] = f"{folder}/{run_name}{'/training' if run['kind'] == 'panel' else ''}"
             found.append(one | dict(command=command_of(one, options)))
-    return sorted(found, key=lambda run: run.get("seed", 0))
+    return sorted(found, key=lambda run: run["seed"] or 0)
 
 
 def contests(name: str, options: Namespace) -> list[dict]:
     """The runs of `peers`: each task, seed by seed, by each contender."""
-    found = []
-    for env_id, task in SETS[name]["tasks"].items():
-        if options.env_id and env_id not in options.env_id:
-            continue
-        for seed in SETS[name]["seeds"]:
-            for contender, how in SETS[name]["contenders"].items():
-                run = dict(
-                    kind=SETS[name]["kind"], contender=contender, env_id=env_id, seed=seed, minutes=task["minutes"]
-                )
-                if "script" in how:
-                    flags = f"--eval-episodes 10 {task['flags']}"
-                    one = how | dict(env_id=env_id, seed=seed, every=task["every"][how["algorithm"]], flags=flags)
-                    command = command_of(one, options)
-                else:
-                    command = f"{how['program']}, {how['variant']}"
-                found.append(run | how | dict(command=command, file=f"peers/{env_id}/{contender}-seed{seed}"))
+    found, contest = [], SETS[name]
+    for env_id, seed in itertools.product(options.env_id or contest["tasks"], contest["seeds"]):
+        task = contest["tasks"][env_id]
+        for contender, how in contest["contenders"].items():
+            run = how | dict(kind=contest["kind"], contender=contender, env_id=env_id, seed=seed)
+            run |= dict(minutes=task["minutes"], file=f"peers/{env_id}/{contender}-seed{seed}")
+            run["command"] = f"{how.get('program')}, {how.get('variant')}"
+            if "script" in how:
+                flags = f"--eval-episodes 10 {task['flags']}"
+                run["command"] = command_of(run | dict(flags=flags, every=task["every"][contender]), options)
+            found.append(run)
     return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The kinds of runs: each takes a run and returns the record that becomes its file
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def on_cores(options: Namespace) -> list[str]:
-    return ["taskset", "-c", options.cores] if options.cores else []
 
 
 def call(command: str, *more: str | Path, options: Namespace, quiet: bool = False) -> None:
@@ -119,6 +109,12 @@ def versions() -> dict[str, str]:
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curve_of(path: Path) -> list[list[float]]:
+    """[environment steps, seconds of training, score in Gymnasium] of each evaluation in a log."""
+    names = "env_steps", "wall_seconds", "gymnasium_return"
+    return [[round(line[name], 1) for name in names] for line in lines_of(path) if "gymnasium_return" in line]
 
 
 def train(run: dict, options: Namespace, last: str) -> Path:
@@ -143,11 +139,7 @@ def score(run: dict, options: Namespace) -> dict:
     """One training with evaluations on the way: its scores, and when it reached the threshold."""
     folder = train(run, options, "eval.json")
     record = json.loads((folder / "eval.json").read_text())
-    curve = [
-        [line["env_steps"], round(line["wall_seconds"], 1), round(line["gymnasium_return"], 1)]
-        for line in lines_of(folder / "metrics.jsonl")
-        if "gymnasium_return" in line
-    ]
+    curve = curve_of(folder / "metrics.jsonl")
     steps, seconds = next(((x, t) for x, t, reached in curve if reached >= run["threshold"]), (None, None))
     return (
         dict(versions=versions())
@@ -235,58 +227,45 @@ def minutes(run: dict, options: Namespace) -> dict:
     """Training for some minutes on one core, ours or a peer's: a curve of scores in Gymnasium.
 
     The clock excludes imports, evaluations and compilation, whose seconds are kept apart."""
-    threads = str(machine.cpu_cores(options.cores))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        environment = os.environ | dict(OMP_NUM_THREADS=threads, TORCHINDUCTOR_CACHE_DIR=f"{scratch}/compiled")
         contest = our_minutes if "script" in run else peer_minutes
-        compile_seconds, curve, packages = contest(run, options, Path(scratch), environment)
-    say(f"  {curve[-1][2]:,.0f} after {curve[-1][1]:.0f} s, {curve[-1][0]:,} steps")
-    about = {name: run[name] for name in ("env_id", "contender", "seed", "minutes")}
-    return about | dict(versions=packages, compile_seconds=compile_seconds, curve=curve)
+        about = contest(run, options, Path(scratch))
+    steps, seconds, final = about["curve"][-1]
+    say(f"  {final:,.0f} after {seconds:.0f} s, {steps:,} steps")
+    return {name: run[name] for name in ("env_id", "contender", "seed", "minutes")} | about
 
 
-def peer_minutes(run: dict, options: Namespace, scratch: Path, environment: dict) -> tuple[float, list, str]:
+def peer_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
     """A program that scores itself with meter.ScoreMeter; it compiles nothing."""
-    source = machine.ROOT / "benchmarks" / run["program"]
-    python = environments.interpreter(source, "cpu")
+    contender, curve = Contender(run["contender"], run["program"], run["variant"]), scratch / "curve.json"
     settings = dict(env_id=run["env_id"], seed=run["seed"], minutes=run["minutes"], num_envs=1, env_kwargs={})
-    environment |= dict(
-        BENCHMARK_SETTINGS=json.dumps(settings | dict(curve=str(scratch / "curve.json"))),
-        BENCHMARK_VARIANT=run["variant"],
-        BENCHMARK_SECONDS="0",
-        PYTHONPATH=str(machine.ROOT),
-    )
-    module = f"benchmarks.{run['program'].removesuffix('.py').replace('/', '.')}"
-    status = subprocess.run([*on_cores(options), python, "-m", module], env=environment, cwd=scratch).returncode
+    environment = environment_of(contender, settings | dict(curve=str(curve)), options)
+    words = [*on_cores(options), environments.interpreter(contender.file, "cpu"), "-m", contender.module]
+    status = subprocess.run(words, env=environment, cwd=scratch).returncode
     if status:
         raise RuntimeError(f"stopped with status {status}")
-    packages = environments.dependencies(source, "cpu") or [f"{k} {v}" for k, v in versions().items()]
-    return 0.0, json.loads((scratch / "curve.json").read_text()), " ".join(packages)
+    packages = " ".join(environments.dependencies(contender.file, "cpu")) or versions()
+    return dict(versions=packages, compile_seconds=0.0, curve=json.loads(curve.read_text()))
 
 
-def our_minutes(run: dict, options: Namespace, scratch: Path, environment: dict) -> tuple[float, list, str]:
+def our_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
     """One of our trainers, whose log has the evaluations; it is ended when its minutes are over."""
     words = [*on_cores(options), sys.executable, *shlex.split(run["command"])[1:], "--run-dir", str(scratch / "run")]
+    environment = os.environ | dict(OMP_NUM_THREADS=str(machine.cpu_cores(options.cores)))
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled")  # empty
     metrics, curve = scratch / "run" / "metrics.jsonl", []
     with (scratch / "out").open("w") as out:
         trainer = subprocess.Popen(words, env=environment, cwd=machine.ROOT, stdout=out, stderr=subprocess.STDOUT)
         while trainer.poll() is None:
             time.sleep(0.5)
-            lines = lines_of(metrics) if metrics.exists() else []
-            curve = [
-                [x["env_steps"], x["wall_seconds"], x["gymnasium_return"]] for x in lines if "gymnasium_return" in x
-            ]
+            curve = curve_of(metrics) if metrics.exists() else []
             if curve and curve[-1][1] >= 60 * run["minutes"]:
                 trainer.kill()
     output = (scratch / "out").read_text()
     if not curve:
         raise RuntimeError(f"no evaluation; the trainer's output:\n{output[-2000:]}")
-    compile_seconds = float(re.search(r"(?:prepared|compiled) in ([0-9.]+) s", output)[1])
-    return (
-        compile_seconds,
-        [[round(x, 1) for x in row] for row in curve],
-        " ".join(f"{k} {v}" for k, v in versions().items()),
-    )
+    compile_seconds = float(re.search(r"compiled in ([0-9.]+) s", output)[1])
+    return dict(versions=versions(), compile_seconds=compile_seconds, curve=curve)
 
 
 KINDS = dict(score=score, agents=agents, profile=profile, panel=panel, minutes=minutes)

@@ -3,6 +3,7 @@
 The referee is tested with contenders that only count; what the real ones measure is seen by running benchmark.sh."""
 
 import importlib
+import inspect
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import comparisons, environments, machine, plots, referee, report, runs, tables
 from benchmarks.__main__ import parse_args
@@ -659,8 +661,9 @@ def accept(words):
     """What the trainer of this command checks before it allocates anything."""
     trainer = importlib.import_module(words[1].removesuffix(".py"))
     args = trainer.parse_args(words[2:])
-    if hasattr(trainer, "derive_sizes"):
-        trainer.derive_sizes(args, 1, trainer.vecsim.pick_device("cpu"))
+    given = dict(args=args, world_size=1, device=torch.device("cpu"))
+    check = trainer.check_flags if trainer.__name__ == "ppo_mjx_jax" else trainer.derive_sizes
+    check(**{name: given[name] for name in inspect.signature(check).parameters if name in given})
 
 
 def planned(name, tmp_path):
