@@ -93,9 +93,15 @@ class Process:
         if caches:
             environment |= {name: str(caches / name) for name in CACHES}
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it keeps only what took a second
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("wb"))
+        replies, of_contender = os.pipe()
+        environment["BENCHMARK_REPLIES"] = str(of_contender)
+        pipes = dict(
+            stdin=subprocess.PIPE, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, pass_fds=[of_contender]
+        )
         words = [*on_cores(options), python, "-m", contender.module]
         self.process = subprocess.Popen(words, **pipes, env=environment, cwd=scratch, start_new_session=True)
+        os.close(of_contender)
+        self.replies = os.fdopen(replies)
         try:
             self.ready = self.reply()
         except BaseException:
@@ -104,10 +110,10 @@ class Process:
 
     def reply(self) -> dict:
         """The next line that the contender reports. RuntimeError with the reason if it ends or stays silent."""
-        readable, _, _ = select.select([self.process.stdout], [], [], self.patience)
+        readable, _, _ = select.select([self.replies], [], [], self.patience)
         if not readable:
             raise RuntimeError(f"no answer within {self.patience:g} s (log: {self.log})")
-        line = self.process.stdout.readline()
+        line = self.replies.readline()
         if not line:
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["no message"]
             errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception|error)\b", x)] or lines

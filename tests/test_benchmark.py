@@ -302,7 +302,7 @@ def test_a_failed_installation_is_one_line(tmp_path, monkeypatch):
 def contend(python, *words, settings, variant="", **environment):
     """Run a contender, which gets one line from the referee."""
     environment |= dict(BENCHMARK_SETTINGS=json.dumps(settings), BENCHMARK_VARIANT=variant, PYTHONPATH=str(ROOT))
-    environment |= dict(BENCHMARK_SECONDS="0.01", OMP_NUM_THREADS="1")
+    environment |= dict(BENCHMARK_SECONDS="0.01", OMP_NUM_THREADS="1", BENCHMARK_REPLIES="1")
     return run(python, *words, input="go\n", env=os.environ | environment)
 
 

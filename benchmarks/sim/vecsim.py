@@ -1,17 +1,14 @@
 """vecsim, with observations, rewards and resets inside; its robots have random ages."""
 
-import os
-
 import torch
 
 import vecsim_torch
 from benchmarks.meter import device, meter, settings
 from benchmarks.sim.common import episode, frame_skip, note_errors, num_envs, states, test_states
 
-# Like all others: a robot that fell stays down until its 200 steps are over. The pendulum has no such option.
-lying = dict(terminate_when_unhealthy=False)
-if not hasattr(vecsim_torch.TASKS[settings["env_id"]], "terminate_when_unhealthy"):
-    lying = {}
+# As in all simulators, a robot that fell stays down until its 200 steps are over.
+falls = settings["env_id"] in ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
+lying = dict(terminate_when_unhealthy=False) if falls else {}
 env = vecsim_torch.make(
     settings["env_id"],
     num_envs,
@@ -29,15 +26,12 @@ qpos, qvel, warmstart, ctrl = (
     torch.tensor(rows.T, dtype=env.dtype, device=device).contiguous() for rows in test_states(chunk)
 )
 with torch.no_grad():
-    state, run = vecsim_torch.State(qpos, qvel, warmstart), env._regions[chunk]
-    after, _ = vecsim_torch.step(env._models[0], state, ctrl, "euler", settings["iterations"], run)
+    state = vecsim_torch.State(qpos, qvel, warmstart)
+    after, _ = vecsim_torch.step(env.model, state, ctrl, "euler", settings["iterations"], env._run)
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
 env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")))
 generator = torch.Generator(device).manual_seed(1)
-env.step(vecsim_torch.random_actions(env, generator))  # compiles
-os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler that counts kernels is chatty
-meter.facts["kernels_per_physics_step"] = vecsim_torch.count_kernels(env, vecsim_torch.random_actions(env, generator))
 while True:
     for _ in range(5):
         env.step(vecsim_torch.random_actions(env, generator))
