@@ -16,13 +16,7 @@ from benchmarks import tables
 INK, FAINT, GRID, OURS, THEIRS = "#22262b", "#8a9099", "#eceff2", "#1f6feb", "#b6bec9"
 COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e"}
 STAGE_COLOURS = {"teacher": "#2b8a3e", "student": "#1f6feb", "finetune": "#d9480f", "baseline": "#8a9099"}
-PEER_COLOURS = {
-    "ours-ppo": "#1f6feb",
-    "ours-sac": "#d9480f",
-    "sb3-ppo": "#2b8a3e",
-    "sb3-sac": "#7048e8",
-    "cleanrl-ppo": "#8a9099",
-}
+PEER_COLOURS = dict(zip(tables.PEERS, ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#8a9099")))
 STYLE = {
     "font.size": 10,
     "axes.edgecolor": FAINT,
@@ -190,11 +184,8 @@ def plot_peers(results: Path) -> None:
 
 def plot_stages(results: Path) -> None:
     """Of each distillation: errors, and terrain level where there is terrain, over the steps of each stage."""
-    titles = dict(
-        velocity_error="velocity error, m/s",
-        terrain_level="mean terrain level",
-        imitation_loss="imitation loss of the student",
-    )
+    titles = dict(velocity_error="velocity error, m/s", terrain_level="mean terrain level")
+    titles |= dict(imitation_loss="imitation loss of the student")
     for path in [*results.glob("distill/*/evidence.json"), *results.glob("distill/*/training.json")]:
         [record] = tables.load(path.parent, path.name)
         column = {name: k for k, name in enumerate(record["curve_columns"])}
@@ -215,17 +206,8 @@ def plot_stages(results: Path) -> None:
         save(figure, path.with_name("curves.png"), title)
 
 
-def in_words(ratio: float) -> str:
-    """How many times as fast the reference is."""
-    if 0.95 < ratio < 1.05:
-        return "level"
-    if ratio < 1:
-        return f"{1 / ratio:.2f}× faster"
-    return f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1.5 else 2}f}× slower"
-
-
 def plot_speed(results: Path) -> None:
-    """Every comparison of sim, learner and train as bars, with the ratio at the end of each bar."""
+    """Every comparison of sim, learner and train as bars, with their speeds as multiples of the reference."""
     titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
     records = [record for record in tables.load(results, "benchmark/*.json") if record["mode"] in titles]
     records = [record for record in records if not record["case"].endswith("-quick")] or records
@@ -241,11 +223,9 @@ def plot_speed(results: Path) -> None:
         axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
         for place, row in enumerate(rows):
             axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
-            text = short(row["median"])
-            if reference and row is not reference:
-                text += f"  {in_words(reference['median'] / row['median'])}"
+            times = f"  {row['median'] / reference['median']:.2f}×" if reference and row is not reference else ""
             end = row["maximum"], place
-            axis.annotate(text, end, (5, 0), textcoords="offset points", va="center", size=9)
+            axis.annotate(short(row["median"]) + times, end, (5, 0), textcoords="offset points", va="center", size=9)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.6 * max(row["maximum"] for row in rows))
         axis.xaxis.set_major_formatter(FuncFormatter(short))
@@ -257,7 +237,12 @@ def plot_speed(results: Path) -> None:
         cores = f"{rows[0]['cores']} core{'s' if rows[0]['cores'] > 1 else ''}"
         first_look = "; a first look (--quick)" if record["case"].endswith("-quick") else ""
         axis.set_xlabel(f"{record['unit']}, {cores}{first_look}")
-    save(figure, results / "speed.png", "Medians, with the lowest and highest window", records)
+    save(
+        figure,
+        results / "speed.png",
+        "Medians, with the lowest and highest window; 0.5×: half as fast as the first",
+        records,
+    )
 
 
 def plot_scaling(results: Path) -> None:
