@@ -207,7 +207,7 @@ def profile(run: dict, options: Namespace) -> dict:
 
 def panel(run: dict, options: Namespace) -> dict:
     """A training of one or several policies, which eval_panel.py then judges; its evidence lies beside the record."""
-    folder = train(run, options, f"{run['stages'][-1]}/eval.json".lstrip("/"))
+    folder = train(run, options, f"{run['stages'][-1]}/curve.png".lstrip("/"))  # the last file that a stage writes
     out = (options.results / run["file"]).parent / "panel"
     if options.force:
         shutil.rmtree(out, ignore_errors=True)

@@ -561,7 +561,8 @@ for stage in ("teacher", "student", "finetune", "baseline") if "distill" in sys.
     place = folder / stage
     place.mkdir(parents=True)
     (place / "eval.json").write_text(json.dumps(result))
-    (place / "checkpoint.pt").write_text("")
+    for name in ("checkpoint.pt", "curve.png"):
+        (place / name).write_text("")
     (place / "trace.json.gz").write_bytes(gzip.compress(json.dumps(dict(traceEvents=events)).encode()))
     line = dict(env_steps=500, wall_seconds=11.0, gymnasium_return=1000.0, velocity_error=0.3)
     log = [line | dict(env_steps=484, gymnasium_return=0.0), line] if "--profile" in flags else [line]
