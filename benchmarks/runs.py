@@ -1,4 +1,4 @@
-"""Runs a set of trainings from runs.toml and keeps what each came to in results/.
+"""Runs a set of trainings from runs.toml and writes a file of results for each.
 
 A result that is there is not measured again without --force. A training that was interrupted continues from its last
 checkpoint, at the same commit only. Times are the trainer's own, without compilation and evaluations.
@@ -141,17 +141,9 @@ def score(run: dict, options: Namespace) -> dict:
     record = json.loads((folder / "eval.json").read_text())
     curve = curve_of(folder / "metrics.jsonl")
     steps, seconds = next(((x, t) for x, t, reached in curve if reached >= run["threshold"]), (None, None))
-    return (
-        dict(versions=versions())
-        | record
-        | dict(
-            threshold=run["threshold"],
-            steps_to_threshold=steps,
-            seconds_to_threshold=None if options.shared else seconds,
-            cores_shared=options.shared,
-            curve=curve,
-        )
-    )
+    record |= dict(threshold=run["threshold"], steps_to_threshold=steps, cores_shared=options.shared, curve=curve)
+    record |= dict(seconds_to_threshold=None if options.shared else seconds)
+    return dict(versions=versions()) | record
 
 
 def agents(run: dict, options: Namespace) -> dict:
@@ -163,9 +155,8 @@ def agents(run: dict, options: Namespace) -> dict:
                 folder = Path(scratch) / f"{count}-agents-{repeat}"
                 call(run["command"], "--num-seeds", str(count), "--run-dir", folder, options=options, quiet=True)
                 found[count].append(json.loads((folder / "eval.json").read_text()))
-                say(
-                    f"  round {repeat + 1}/{options.repeats}  {count} agents: {found[count][-1]['train_seconds']:.1f} s"
-                )
+                seconds = found[count][-1]["train_seconds"]
+                say(f"  round {repeat + 1}/{options.repeats}  {count} agents: {seconds:.1f} s")
     rows = []
     for count, members in found.items():
         row = dict(num_seeds=count, env_steps=members[0]["env_steps"])
