@@ -87,6 +87,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -96,6 +97,7 @@ import shlex
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -243,15 +245,65 @@ def force_at(point: Tensor, force: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model: an mjModel as links, constant tables and parameters
+# Model: constant tables and parameters of one robot
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class Groups(NamedTuple):
+    """Lists of row numbers, padded to a rectangle. `add_up` sums the rows of each list."""
+
+    index: Tensor  # (groups, m)
+    member: Tensor  # (groups, m, 1) 0 where padded
+
+
+class Softness(NamedTuple):
+    """How constraint rows yield: MuJoCo's solref, solimp and margin in the form that the solver needs, each (rows, 1).
+
+    Source: MuJoCo documentation, Computation, Constraint model, Parameters.
+    """
+
+    stiffness: Tensor  # 1/s^2, MuJoCo's K
+    damping: Tensor  # 1/s, MuJoCo's B
+    impedance_min: Tensor
+    impedance_max: Tensor
+    width: Tensor  # m or rad
+    midpoint: Tensor
+    power: Tensor
+    margin: Tensor  # m or rad
+    invweight: Tensor  # 1/kg or 1/(kg m^2), MuJoCo's estimate of the diagonal of J M^-1 J^T
+    quadratic: bool  # all powers are 2, MuJoCo's default: a product replaces a pow
+
+    def choose(self, rows: Any) -> Softness:
+        return Softness(*(parameter[rows] for parameter in self[:-1]), self.quadratic)
+
+
+class Segments(NamedTuple):
+    """P pairs of spheres and capsules. Each geom is a segment with a radius, in its link's frame."""
+
+    link_index: Tensor  # (2, P) nl for the world
+    centre: Tensor  # (2, P, 3, 1) m
+    axis: Tensor  # (2, P, 3, 1) m, half-length times axis; zero for a sphere
+    radius: Tensor  # (2, P, 1) m
+
+
+class Terrain(NamedTuple):
+    """A height field that replaces the ground plane. Tiles: difficulty grows along x, the type changes along y."""
+
+    heights: Tensor  # (points along x, points along y) m; bilinear in between, constant beyond the edge
+    cell: float  # m from one point to the next
+    corner: tuple[float, float]  # m, x and y of the first point
+    origins: Tensor  # (rows * columns, 3) m, centres of the tiles
+    tiles: tuple[int, int]  # rows, columns
+    tile: float  # m, side of a tile
 
 
 @dataclass(frozen=True)
 class Model:
     """One robot. Every floating-point tensor ends in an environment axis of size 1, or N where robots differ.
 
-    Python tuples are structure: they unroll into straight-line code. `*_index` tensors gather rows.
+    Tuples describe structure: loops over them unroll when a function is compiled. `*_index` tensors gather rows.
+    To change parameters, use `dataclasses.replace`. As with mjModel's fields, nothing else follows: a heavier robot
+    needs `mass` and `inertia` scaled, and `body_mass` and `body_inertia` for observations that report them.
     """
 
     nq: int
@@ -259,17 +311,18 @@ class Model:
     nu: int
     nl: int
     timestep: float  # s
-    stage_times: tuple[Tensor, ...]  # (1, 1) s, of the later Runge-Kutta stages
+    stage_times: tuple[Tensor, ...]  # (1, 1) s each, of the second to fourth Runge-Kutta stage
     integrator: str  # the MJCF's own: euler, implicitfast or rk4
     # tree
     parent: tuple[int, ...]  # (nl) parent link, -1 for the world
     dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
-    link_levels: tuple[tuple[Tensor, Tensor], ...]  # by depth: rows of local poses, parents' places one level up
+    link_levels: tuple[tuple[Tensor, Tensor], ...]  # per tree depth: its links, and their parents' places one level up
     link_order_index: Tensor  # (nl) from the links level by level to links
     dof_link_index: Tensor  # (nv)
     dof_order_index: Tensor  # (nv) from the dofs of (hinges and slides, balls, frees) to dofs
     turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes stay fixed in the world
-    qpos_dof_index: Tensor  # (nq) the dof that moves a coordinate; any for quaternions, which turn instead
+    qpos_dof_index: Tensor  # (nq) the dof whose velocity integrates into each entry; 0 for quaternions
+    dof_qpos_index: Tensor  # (nv) the first qpos entry of each dof's joint
     # packed symmetric matrices: entry e is (entry_row[e], entry_column[e]), row >= column, column an ancestor of row
     entries: tuple[tuple[int, int], ...]
     entry_row_index: Tensor  # (nnz)
@@ -281,13 +334,10 @@ class Model:
     scalar_link_index: Tensor  # (ns)
     scalar_reference: Tensor  # (ns, 1) rad or m, the coordinate in the MJCF's own pose
     scalar_rotation: Tensor  # (3, ns, 3, 3, 1) in the parent link's frame
-    scalar_position: Tensor  # (4, ns, 3, 1) the fourth entry times the slide coordinate
+    scalar_position: Tensor  # (4, ns, 3, 1) m; the fourth entry is multiplied by a slide's coordinate
     scalar_axis: Tensor  # (ns, 3, 1) in the link's frame
     scalar_anchor: Tensor  # (ns, 3, 1) m, in the link's frame
     scalar_hinge: Tensor  # (ns, 1, 1) 1 for a hinge, 0 for a slide
-    stiffness: Tensor  # (ns, 1) N m/rad or N/m
-    spring_reference: Tensor  # (ns, 1)
-    dof_springs: Groups  # (nv) the hinge or slide of each dof
     # ball and free joints
     balls: tuple[tuple[int, int, int], ...]  # (link, qpos address, dof address)
     frees: tuple[tuple[int, int, int], ...]
@@ -295,22 +345,23 @@ class Model:
     ball_rotation: Tensor  # (nb, 3, 3, 1) fixed offset in the parent link's frame
     ball_position: Tensor  # (nb, 3, 1) m, the joint's centre in the parent link's frame
     ball_anchor: Tensor  # (nb, 3, 1) m, the same centre in the link's frame
-    # inertia
+    # inertia, springs and dampers
     mass: Tensor  # (nl, 1) kg
     com: Tensor  # (nl, 3, 1) m, in the link's frame
     inertia: Tensor  # (nl, 3, 3, 1) kg m^2 about the centre of mass, link axes
     armature: Tensor  # (nv, 1) kg m^2 or kg
+    stiffness: Tensor  # (nv, 1) N m/rad or N/m
+    spring_reference: Tensor  # (nv, 1) rad or m
     damping: Tensor  # (nv, 1) N m s/rad or N s/m
-    damped: bool  # any damping: only then does Euler solve a second time
+    damped: bool  # any damping; Euler needs a second solve only then
     gravity: Tensor  # (3, 1) m/s^2
-    unit_motion: Tensor  # (6, 6, 1) identity
     # actuators: force = gain * ctrl + bias[0] + bias[1] * length + bias[2] * velocity
     actuator_dof_index: Tensor  # (nu)
     actuator_qpos_index: Tensor  # (nu)
     actuator_gear: Tensor  # (nu, 1)
     actuator_gain: Tensor  # (nu, 1)
     actuator_bias: Tensor  # (3, nu, 1)
-    actuator_velocity_bias: bool  # any bias[2]: implicitfast then has an actuator term
+    actuator_velocity_bias: bool  # any bias[2]; implicitfast has an actuator term only then
     ctrl_low: Tensor  # (nu, 1)
     ctrl_high: Tensor  # (nu, 1)
     force_low: Tensor  # (nu, 1)
@@ -323,50 +374,39 @@ class Model:
     limit_dof_index: Tensor  # (2 nlim)
     limit_sign: Tensor  # (2 nlim, 1) +1 lower, -1 upper
     limit_bound: Tensor  # (2 nlim, 1) rad or m
-    limit_solver: SolverParameters
-    limit_invweight: Tensor  # (2 nlim, 1)
+    limit_softness: Softness
     dof_limits: Groups  # (nv) limit rows of each dof
-    ball_limits: tuple[int, ...]  # indices into `balls`
-    ball_limit_angle: Tensor  # (nbl, 1) rad
-    ball_limit_solver: SolverParameters
-    ball_limit_invweight: Tensor  # (nbl, 1)
-    # contacts with what is fixed to the world: spheres, ends of capsules and corners of boxes on planes; spheres and
-    # capsules on fixed spheres and capsules, the obstacles
+    # contacts with what is fixed to the world, ordered by link: spheres, ends of capsules and corners of boxes on
+    # planes; spheres and capsules on fixed spheres and capsules, called obstacles
     contact_link_index: Tensor  # (nc)
     contact_ranges: tuple[tuple[int, int], ...]  # (nl) first and past-the-end contact of each link
-    body_contacts: Tensor  # (nbody - 1, nc, 1, 1) 1 where the contact is the body's, -1 where its obstacle is
-    contact_geom: tuple[int, ...]  # (nc)
-    contact_names: tuple[str, ...]  # (nc) of the geoms, empty where the MJCF gives none
-    terrain: Terrain | None  # a height field in place of the ground plane
-    walls: tuple[str, ...]  # planes that no terrain can replace: all but one, or a tilted one
+    contact_geom: tuple[int, ...]  # (nc) mjModel's number of the moving geom
+    contact_names: tuple[str, ...]  # (nc) of the same geoms, empty where the MJCF gives none
     contact_point: Tensor  # (nc, 3, 1) m, centre of the sphere in the link's frame
     contact_radius: Tensor  # (nc, 1) m
     contact_axis: Tensor  # (nc, 3, 1) capsule axis in the link's frame, zero for others
     contact_corner: Tensor  # (nc, 3, 1) m, box corner from the box's centre, zero for others
-    boxes: bool
+    contact_softness: Softness
+    friction: Tensor  # (nc, 1) coefficient, zero for frictionless contacts (condim 1)
     impratio: float  # ratio of frictional to normal impedance
+    body_contacts: Tensor  # (nbody - 1, nc, 1, 1) 1 for the body that moves, -1 for the fixed body that it touches
+    boxes: bool  # some contact is a corner of a box
     plane_normal: Tensor  # (nc, 3, 1)
     plane_height: Tensor  # (nc, 1) m, along the normal
-    plane_tangent: Tensor  # (nc, 3, 1) of spheres and boxes
-    friction: Tensor  # (nc, 1), zero for frictionless contacts
-    contact_solver: SolverParameters
-    contact_invweight: Tensor  # (nc, 1)
-    contact_frictionless: Tensor  # (nc, 1) 1 for condim 1
-    obstacle_row_index: Tensor  # (Q) the contacts with obstacles
-    obstacle_segments: Segments  # Q pairs of an obstacle and a moving geom
-    obstacle_sign: Tensor  # (Q, 1, 1) +1 where the moving geom is the second
-    # contacts between moving geoms: spheres and capsules
-    pair_slots: int  # K, the deepest pairs that are solved
-    pair_links: tuple[tuple[int, int], ...]  # (P) first and second link
-    pair_geoms: tuple[tuple[int, int], ...]
+    terrain: Terrain | None  # a height field in place of the ground plane
+    walls: tuple[str, ...]  # planes that no terrain can replace: all if there are several, or a tilted one
+    obstacle_row_index: Tensor  # (Q) which contacts are those with obstacles
+    obstacle_segments: Segments  # the obstacle and the geom that moves, in MuJoCo's order
+    obstacle_sign: Tensor  # (Q, 1, 1) +1 where the second geom is the one that moves
+    # contacts between moving geoms, spheres and capsules
+    pair_slots: int  # K, how many pairs are solved: the deepest
+    pair_geoms: tuple[tuple[int, int], ...]  # (P) mjModel's numbers
     pair_segments: Segments
-    pair_sign: Tensor  # (P, nv, 1) +1 where the dof moves only the second link, -1 only the first
-    pair_friction: Tensor  # (P, 1)
-    pair_solver: SolverParameters
-    pair_invweight: Tensor  # (P, 1)
-    pair_frictionless: Tensor  # (P, 1)
+    pair_sign: Tensor  # (P, nv, 1) +1 where the dof moves only the second geom, -1 only the first
     pair_body_sign: Tensor  # (P, nbody, 1) +1 second body, -1 first body
-    pair_edges: int  # 1 where all pairs are frictionless, else 4
+    pair_edges: int  # 1 if all pairs are frictionless, else 4
+    pair_friction: Tensor  # (P, 1)
+    pair_softness: Softness
     # bodies, for observations
     nbody: int
     body_link_index: Tensor  # (nbody) nl for the world
@@ -374,7 +414,7 @@ class Model:
     body_com: Tensor  # (nbody, 3, 1) m, in the link's frame
     body_inertia: Tensor  # (nbody, 3, 3, 1) kg m^2 about the body's centre of mass, link axes
     qpos0: Tensor  # (nq, 1)
-    # what randomisation needs to know
+    # for randomisation
     trunk: int  # the first link that has mass
     push_motion: Tensor  # (nv, 2, 1) dof velocities of a horizontal push of 1 m/s along the world's x and y
 
@@ -383,75 +423,12 @@ class Model:
             what = f"planes {', '.join(self.walls)}" if self.walls else "boxes that touch the ground"
             raise ValueError(f"unsupported model feature: terrain with {what}; it replaces one horizontal plane")
 
-    def replace(self, **changes: Tensor | bool | float) -> Model:
-        """The same robot with other parameters, each (..., 1) or (..., N).
 
-        As with mjModel's fields, nothing else follows: a heavier robot needs `mass` and `inertia` scaled, and
-        `body_mass` and `body_inertia` for observations that report them.
-        """
-        if "timestep" in changes:
-            raise ValueError("timestep fixes other tables; give it to load_model instead")
-        if "damping" in changes:
-            changes.setdefault("damped", True)
-        if "actuator_bias" in changes:
-            changes.setdefault("actuator_velocity_bias", True)
-        return dataclasses.replace(self, **changes)
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading: from an mjModel to a Model. The tables are numpy arrays, which `load_model` converts at the end.
+# ----------------------------------------------------------------------------------------------------------------------
 
-    def narrow(self, start: int, stop: int) -> Model:
-        """The robots [start, stop): slices each parameter that carries an environment axis."""
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] > 1:
-                return value[..., start:stop]
-            if isinstance(value, SolverParameters):
-                return SolverParameters(*(cut(field) for field in value))
-            return value
-
-        return dataclasses.replace(self, **{f.name: cut(getattr(self, f.name)) for f in dataclasses.fields(self)})
-
-
-class Terrain(NamedTuple):
-    """A height field over the horizontal plane: tiles, difficulty in rows along x, type in columns along y."""
-
-    heights: Tensor  # (points along x, points along y) m, bilinear in between, level beyond the edge
-    cell: float  # m from one point to the next
-    corner: tuple[float, float]  # m, x and y of the first point
-    origins: Tensor  # (rows * columns, 3) m, centres of the tiles
-    tiles: tuple[int, int]  # rows, columns
-    tile: float  # m, side of a tile
-
-
-class Segments(NamedTuple):
-    """Pairs of geoms: spheres and capsules, a segment with a radius each. Vectors in their links' frames."""
-
-    link_index: Tensor  # (2, P) nl for the world
-    centre: Tensor  # (2, P, 3, 1) m
-    axis: Tensor  # (2, P, 3, 1) m, half-length times axis; zero for a sphere
-    radius: Tensor  # (2, P, 1) m
-
-
-class Groups(NamedTuple):
-    """Ragged lists of row numbers, padded to a rectangle."""
-
-    index: Tensor  # (groups, m)
-    member: Tensor  # (groups, m, 1) 0 where padded
-
-
-class SolverParameters(NamedTuple):
-    """solref and solimp of constraint rows (MuJoCo: Computation, Constraint model, Parameters), each (rows, 1 or N)."""
-
-    stiffness: Tensor  # 1/s^2, MuJoCo's K
-    damping: Tensor  # 1/s, MuJoCo's B
-    impedance_min: Tensor
-    impedance_max: Tensor
-    width: Tensor  # m or rad
-    midpoint: Tensor
-    power: Tensor
-    margin: Tensor  # m or rad
-    quadratic: bool  # all powers are 2, MuJoCo's default: a product instead of a pow
-
-
-MINIMP, MAXIMP, MINMU, MINVAL = 1e-4, 0.9999, 1e-5, 1e-15  # mjMINIMP, mjMAXIMP, mjMINMU, mjMINVAL
+MINIMP, MAXIMP, MINVAL = 1e-4, 0.9999, 1e-15  # mjMINIMP, mjMAXIMP, mjMINVAL
 INTEGRATORS = {
     int(mujoco.mjtIntegrator.mjINT_EULER): "euler",
     int(mujoco.mjtIntegrator.mjINT_RK4): "rk4",
@@ -459,30 +436,23 @@ INTEGRATORS = {
 }
 
 
-def show_mujoco_warning(text: str) -> None:
-    """MuJoCo's warnings as lines on standard error, and not in a MUJOCO_LOG.TXT of the working folder too. One is left out: Gymnasium's
-    half_cheetah.xml raises it whenever it is compiled, and nobody here can act on it. Holds for the whole process."""
-    if "settotalmass" not in text:
-        print(f"MuJoCo: {text.strip()}", file=sys.stderr)
-
-
-mujoco.set_mju_user_warning(show_mujoco_warning)
-
-
 def compile_mjcf(source: str | Path | mujoco.MjModel) -> mujoco.MjModel:
-    """mjModel from an MJCF path, an MJCF string, or an mjModel (returned as it is)."""
+    """mjModel from an MJCF path or an MJCF string. An mjModel is returned as it is."""
     if isinstance(source, mujoco.MjModel):
         return source
     try:
-        if str(source).lstrip().startswith("<"):
-            return mujoco.MjModel.from_xml_string(str(source))
-        return mujoco.MjModel.from_xml_path(str(source))
+        with warnings.catch_warnings():
+            # Gymnasium's half_cheetah.xml raises this warning, and its users can do nothing about it.
+            warnings.filterwarnings("ignore", message="compiler attribute 'settotalmass'")
+            if str(source).lstrip().startswith("<"):
+                return mujoco.MjSpec.from_string(str(source)).compile()
+            return mujoco.MjSpec.from_file(str(source)).compile()
     except ValueError as error:
         raise ValueError(f"MuJoCo does not compile this model: {' '.join(str(error).split())}") from None
 
 
 def refuse_unsupported(m: mujoco.MjModel) -> None:
-    """ValueError that names the first feature of `m` that this simulator does not compute."""
+    """Raise ValueError with the name of the first feature of `m` that this simulator does not compute."""
     tendon_forces = (m.tendon_stiffness, m.tendon_damping, m.tendon_armature, m.tendon_frictionloss, m.tendon_limited)
     tendon_acts = any(field.any() for field in tendon_forces)
     simple_joints = np.isin(m.jnt_type, (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE))
@@ -502,7 +472,7 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
         or m.dof_dampingpoly.any()
         or np.any(m.jnt_plasticadr >= 0),
         "stiffness on free and ball joints": m.jnt_stiffness[~simple_joints].any(),
-        "limits on free joints": m.jnt_limited[m.jnt_type == mujoco.mjtJoint.mjJNT_FREE].any(),
+        "limits on free and ball joints": m.jnt_limited[~simple_joints].any(),
         "elliptic friction cones": m.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL,
         "medium density, viscosity or wind": m.opt.density or m.opt.viscosity or m.opt.wind.any(),
         "option flags (disable, enable, disableactuator)": m.opt.disableflags
@@ -530,105 +500,8 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
             raise ValueError(f"unsupported model feature: {feature}; remove it from the MJCF or use MuJoCo")
 
 
-def collision_pairs(m: mujoco.MjModel) -> list[tuple[int, int]]:
-    """Geom pairs that MuJoCo tests: bit masks, same or welded body, parent and child, <exclude>. Lower type first."""
-    excluded = {(int(s) >> 16, int(s) & 0xFFFF) for s in m.exclude_signature}
-    pairs = []
-    for i in range(m.ngeom):
-        for j in range(i + 1, m.ngeom):
-            first, second = (i, j) if m.geom_type[i] <= m.geom_type[j] else (j, i)
-            b1, b2 = int(m.geom_bodyid[first]), int(m.geom_bodyid[second])
-            w1, w2 = int(m.body_weldid[b1]), int(m.body_weldid[b2])
-            parent1, parent2 = (int(m.body_weldid[m.body_parentid[w]]) for w in (w1, w2))
-            masks = (m.geom_contype[first] & m.geom_conaffinity[second]) | (
-                m.geom_contype[second] & m.geom_conaffinity[first]
-            )
-            related = w1 and w2 and (w1 == parent2 or w2 == parent1)
-            if masks and w1 != w2 and not related and not {(b1, b2), (b2, b1)} & excluded:
-                pairs.append((first, second))
-    return pairs
-
-
-def mix_contact(m: mujoco.MjModel, g1: int, g2: int) -> tuple[int, float, np.ndarray, np.ndarray, float, float]:
-    """condim, friction, solref, solimp, margin, inverse weight of a geom pair (MuJoCo: Contact parameters)."""
-    margin = m.geom_margin[g1] + m.geom_margin[g2]
-    invweight = m.body_invweight0[m.geom_bodyid[g1], 0] + m.body_invweight0[m.geom_bodyid[g2], 0]
-    if m.geom_priority[g1] != m.geom_priority[g2]:
-        g = g1 if m.geom_priority[g1] > m.geom_priority[g2] else g2
-        solref, solimp, condim, friction = m.geom_solref[g], m.geom_solimp[g], m.geom_condim[g], m.geom_friction[g, 0]
-    else:
-        s1, s2 = m.geom_solmix[g1], m.geom_solmix[g2]
-        mix = 0.5 if s1 < MINVAL and s2 < MINVAL else s1 / (s1 + s2)
-        standard = m.geom_solref[g1, 0] > 0 and m.geom_solref[g2, 0] > 0
-        solref = (
-            mix * m.geom_solref[g1] + (1 - mix) * m.geom_solref[g2]
-            if standard
-            else np.minimum(m.geom_solref[g1], m.geom_solref[g2])
-        )
-        solimp = mix * m.geom_solimp[g1] + (1 - mix) * m.geom_solimp[g2]
-        condim = max(m.geom_condim[g1], m.geom_condim[g2])
-        friction = max(m.geom_friction[g1, 0], m.geom_friction[g2, 0])
-    if condim not in (1, 3):
-        raise ValueError(f"unsupported model feature: condim {condim} of geom {geom_name(m, g2)}; use 1 or 3")
-    friction = 0.0 if condim == 1 else max(MINMU, float(friction))
-    return int(condim), friction, solref, solimp, float(margin), float(invweight)
-
-
-def geom_name(m: mujoco.MjModel, g: int) -> str:
-    """'left_foot' (capsule), for messages."""
-    kind = mujoco.mjtGeom(int(m.geom_type[g])).name.removeprefix("mjGEOM_").lower()
-    return f"{m.geom(g).name or g!r} ({kind})"
-
-
-class Placement(NamedTuple):
-    """Where the tables go: numpy arrays and lists become tensors of this type on this device."""
-
-    dtype: torch.dtype
-    device: str | torch.device
-
-    def tensor(self, x: Any) -> Tensor:
-        return torch.tensor(np.asarray(x, dtype=np.float64), dtype=self.dtype, device=self.device)
-
-    def index(self, x: Any) -> Tensor:
-        return torch.tensor(np.asarray(x, dtype=np.int64), dtype=torch.long, device=self.device)
-
-    def groups(self, group_of_row: Any, count: int) -> Groups:
-        """Which rows belong to each of `count` groups."""
-        rows = [[k for k, group in enumerate(group_of_row) if group == g] for g in range(count)]
-        width = max(map(len, rows))
-        return Groups(
-            self.index([row + [0] * (width - len(row)) for row in rows]).reshape(count, width),
-            self.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(count, width, 1),
-        )
-
-    def segments(self, pairs: list[GeomPair]) -> Segments:
-        vectors = [self.tensor(column(pairs, name, 2, 3, 1).swapaxes(0, 1)) for name in ("centre", "axis")]
-        links, radius = column(pairs, "links", 2).T, column(pairs, "radius", 2, 1).swapaxes(0, 1)
-        return Segments(self.index(links), *vectors, self.tensor(radius))
-
-    def solver(self, rows: list[tuple], timestep: float) -> SolverParameters:
-        """Of rows (solref, solimp, margin). Standard and direct solref as in mj_makeImpedance."""
-        columns = np.zeros((8, len(rows)))
-        for k, (solref, solimp, margin) in enumerate(rows):
-            dmin, dmax = np.clip(solimp[:2], MINIMP, MAXIMP)
-            width, midpoint, power = max(0, solimp[2]), np.clip(solimp[3], MINIMP, MAXIMP), max(1, solimp[4])
-            if (solref[0] > 0) != (solref[1] > 0):
-                raise ValueError(f"unsupported model feature: solref {tuple(solref)} mixes standard and direct format")
-            if solref[0] > 0:
-                time_constant, ratio = max(solref[0], 2 * timestep), solref[1]
-                stiffness = 1 / max(MINVAL, (dmax * time_constant * ratio) ** 2)
-                damping = 2 / max(MINVAL, dmax * time_constant)
-            else:
-                stiffness, damping = -solref[0] / dmax**2, -solref[1] / dmax
-            if width <= MINVAL:
-                dmin = dmax = 0.5 * (dmin + dmax)
-                width = 1.0
-            columns[:, k] = stiffness, damping, dmin, dmax, width, midpoint, power, margin
-        quadratic = bool(np.all(columns[6] == 2))
-        return SolverParameters(*(self.tensor(column[:, None]) for column in columns), quadratic)
-
-
 def rotation_matrix(quat: np.ndarray) -> np.ndarray:
+    """(3, 3) of a quaternion (w, x, y, z)."""
     out = np.zeros(9)
     mujoco.mju_quat2Mat(out, quat)
     return out.reshape(3, 3)
@@ -639,13 +512,48 @@ def skew(v: np.ndarray) -> np.ndarray:
     return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
 
 
+def group_rows(group_of_row: Any, count: int) -> Groups:
+    """The rows that belong to each of `count` groups."""
+    rows = [[k for k, group in enumerate(group_of_row) if group == g] for g in range(count)]
+    index = np.zeros((count, max(map(len, rows))), dtype=int)
+    member = np.zeros(index.shape)
+    for g, own in enumerate(rows):
+        index[g, : len(own)] = own
+        member[g, : len(own)] = 1
+    return Groups(index, member)
+
+
+def soften(
+    solref: np.ndarray, solimp: np.ndarray, margin: np.ndarray, invweight: np.ndarray, timestep: float
+) -> Softness:
+    """Rows with these solref (n, 2), solimp (n, 5), margins (n) and inverse weights (n). Source: mj_makeImpedance."""
+    standard = solref[:, 0] > 0
+    mixed = standard != (solref[:, 1] > 0)
+    if mixed.any():
+        wrong = tuple(solref[mixed][0].tolist())
+        raise ValueError(f"unsupported model feature: solref {wrong} mixes standard and direct format")
+    dmin, dmax, width, midpoint, power = solimp.T
+    dmin, dmax, midpoint = (np.clip(x, MINIMP, MAXIMP) for x in (dmin, dmax, midpoint))
+    width, power = np.maximum(width, 0), np.maximum(power, 1)
+    time_constant, ratio = np.maximum(solref[:, 0], 2 * timestep), solref[:, 1]
+    own_stiffness = 1 / np.maximum(MINVAL, (dmax * time_constant * ratio) ** 2)
+    own_damping = 2 / np.maximum(MINVAL, dmax * time_constant)
+    stiffness = np.where(standard, own_stiffness, -solref[:, 0] / dmax**2)
+    damping = np.where(standard, own_damping, -solref[:, 1] / dmax)
+    constant = width <= MINVAL
+    dmin, dmax = (np.where(constant, 0.5 * (dmin + dmax), x) for x in (dmin, dmax))
+    width = np.where(constant, 1.0, width)
+    quadratic = bool(np.all(power == 2))
+    return Softness(stiffness, damping, dmin, dmax, width, midpoint, power, margin, invweight, quadratic)
+
+
 class Tree(NamedTuple):
     """The joints of an mjModel as links. A pose is (position, rotation matrix)."""
 
     joint: list[int]  # (nl) mjModel's joint of each link
     parent: list[int]  # (nl) parent link, -1 for the world
     offset: list[tuple[np.ndarray, np.ndarray]]  # (nl) pose in the parent link's frame before the joint moves
-    body_link: list[int]  # (nbody) -1 for the world and what is welded to it
+    body_link: list[int]  # (nbody) -1 for the world and the bodies welded to it
     body_frame: list[tuple[np.ndarray, np.ndarray]]  # (nbody) pose in the frame of its link
     dofs: list[tuple[int, ...]]  # (nl)
     dof_link: list[int]  # (nv)
@@ -660,7 +568,7 @@ class Tree(NamedTuple):
 
 
 def build_tree(m: mujoco.MjModel) -> Tree:
-    """Links of one joint each: a body with several joints is a chain of links, its frame that of the last."""
+    """Links of one joint each. A body with several joints becomes a chain of links; its frame is the last link's."""
     kind = mujoco.mjtJoint
     joint: list[int] = []
     parent: list[int] = []
@@ -681,34 +589,40 @@ def build_tree(m: mujoco.MjModel) -> Tree:
         raise ValueError("unsupported model: it has no joints")
     dof_count = {kind.mjJNT_HINGE: 1, kind.mjJNT_SLIDE: 1, kind.mjJNT_BALL: 3, kind.mjJNT_FREE: 6}
     kinds = [kind(int(m.jnt_type[j])) for j in joint]
-    dofs = [
-        tuple(range(int(m.jnt_dofadr[j]), int(m.jnt_dofadr[j]) + dof_count[k]))
-        for j, k in zip(joint, kinds, strict=True)
-    ]
+    dofs = []
+    for j, k in zip(joint, kinds, strict=True):
+        first = int(m.jnt_dofadr[j])
+        dofs.append(tuple(range(first, first + dof_count[k])))
     dof_link = [link for link, own in enumerate(dofs) for _ in own]
     above = np.eye(len(joint), dtype=bool)  # above[l, k]: link k is l or carries it
     for link, up in enumerate(parent):
         if up >= 0:
             above[link] |= above[up]
     moves = np.vstack((above[:, dof_link], np.zeros((1, m.nv), dtype=bool)))
-    of_kind = [
+    scalars, balls, frees = (
         [link for link, k in enumerate(kinds) if k in chosen]
         for chosen in ((kind.mjJNT_HINGE, kind.mjJNT_SLIDE), (kind.mjJNT_BALL,), (kind.mjJNT_FREE,))
-    ]
-    return Tree(joint, parent, offset, body_link, body_frame, dofs, dof_link, moves, *of_kind)
+    )
+    return Tree(joint, parent, offset, body_link, body_frame, dofs, dof_link, moves, scalars, balls, frees)
 
 
-def tree_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
+def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: the order of links and dofs, and which entries of a matrix over dofs can be non-zero."""
     depth: list[int] = []
     for up in tree.parent:
         depth.append(0 if up < 0 else depth[up] + 1)
     by_depth = [[link for link in range(tree.size) if depth[link] == d] for d in range(max(depth) + 1)]
     order = tree.scalars + tree.balls + tree.frees
-    turns = np.ones(m.nv)
+    levels = []
+    above: list[int] = []
+    for level in by_depth:
+        parents = [above.index(tree.parent[link]) if above else 0 for link in level]
+        levels.append((np.array([order.index(link) for link in level]), np.array(parents)))
+        above = level
+    turns = np.ones((m.nv, 1))
     for link in tree.frees:
         turns[list(tree.dofs[link][:3])] = 0
-    qpos_dof = np.zeros(m.nq)
+    qpos_dof = np.zeros(m.nq, dtype=int)
     for link in tree.scalars + tree.frees:
         translations = tree.dofs[link][:3]
         address = m.jnt_qposadr[tree.joint[link]]
@@ -717,32 +631,30 @@ def tree_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
     unpack = np.full((m.nv, m.nv), len(entries))
     for e, (i, j) in enumerate(entries):
         unpack[i, j] = unpack[j, i] = e
+    entry_row, entry_column = np.array(entries).T
     return dict(
         parent=tuple(tree.parent),
         dofs=tuple(tree.dofs),
-        link_levels=tuple(
-            (
-                to.index([order.index(link) for link in level]),
-                to.index([0 if d == 0 else by_depth[d - 1].index(tree.parent[link]) for link in level]),
-            )
-            for d, level in enumerate(by_depth)
-        ),
-        link_order_index=to.index(np.argsort([link for level in by_depth for link in level])),
-        dof_link_index=to.index(tree.dof_link),
-        dof_order_index=to.index(np.argsort([dof for link in order for dof in tree.dofs[link]])),
-        turns=to.tensor(turns)[:, None, None],
-        qpos_dof_index=to.index(qpos_dof),
+        link_levels=tuple(levels),
+        link_order_index=np.argsort([link for level in by_depth for link in level]),
+        dof_link_index=np.array(tree.dof_link),
+        dof_order_index=np.argsort([dof for link in order for dof in tree.dofs[link]]),
+        turns=turns,
+        qpos_dof_index=qpos_dof,
+        dof_qpos_index=m.jnt_qposadr[m.dof_jntid],
         entries=tuple(entries),
-        entry_row_index=to.index([i for i, _ in entries]),
-        entry_column_index=to.index([j for _, j in entries]),
-        entry_diagonal=to.tensor([i == j for i, j in entries])[:, None],
-        unpack_index=to.index(unpack),
+        entry_row_index=entry_row,
+        entry_column_index=entry_column,
+        entry_diagonal=entry_row == entry_column,
+        unpack_index=unpack,
     )
 
 
-def joint_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
-    """Fields of `Model`: how each joint moves its link. A hinge turns by offset @ Rodrigues(axis, angle) about its
-    anchor, the point that both frames share."""
+def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
+    """Fields of `Model`: how each joint moves its link.
+
+    A hinge turns by offset @ Rodrigues(axis, angle) about its anchor, the point that both frames share.
+    """
     joints = [tree.joint[link] for link in tree.scalars]
     rotation, position = np.zeros((3, len(joints), 3, 3)), np.zeros((4, len(joints), 3))
     for k, (link, j) in enumerate(zip(tree.scalars, joints, strict=True)):
@@ -760,36 +672,38 @@ def joint_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]
         elif m.jnt_type[j] == mujoco.mjtJoint.mjJNT_SLIDE and tree.parent[link] < 0:
             push_motion[tree.dofs[link][0]] = (tree.offset[link][1] @ m.jnt_axis[j])[:2]
     ball_joints = [tree.joint[link] for link in tree.balls]
-    ball_offsets = [tree.offset[link] for link in tree.balls]
-    ball_centres = [base + turn @ m.jnt_pos[j] for (base, turn), j in zip(ball_offsets, ball_joints, strict=True)]
+    ball_rotation, ball_position = np.zeros((len(ball_joints), 3, 3)), np.zeros((len(ball_joints), 3))
+    for k, (link, j) in enumerate(zip(tree.balls, ball_joints, strict=True)):
+        base, ball_rotation[k] = tree.offset[link]
+        ball_position[k] = base + ball_rotation[k] @ m.jnt_pos[j]
 
-    def addresses(links: list[int], skip: int = 0) -> list[tuple[int, int]]:
-        return [(int(m.jnt_qposadr[j]) + skip, int(m.jnt_dofadr[j]) + skip) for j in (tree.joint[k] for k in links)]
+    def addresses(links: list[int]) -> tuple[tuple[int, int, int], ...]:
+        return tuple((k, int(m.jnt_qposadr[tree.joint[k]]), int(m.jnt_dofadr[tree.joint[k]])) for k in links)
 
+    balls, frees = addresses(tree.balls), addresses(tree.frees)
+    in_balls = [(address, dof) for _, address, dof in balls]
+    in_frees = [(address + 3, dof + 3) for _, address, dof in frees]
     return dict(
-        scalar_qpos_index=to.index(m.jnt_qposadr[joints]),
-        scalar_link_index=to.index(tree.scalars),
-        scalar_reference=to.tensor(m.qpos0[m.jnt_qposadr[joints]])[:, None],
-        scalar_rotation=to.tensor(rotation)[..., None],
-        scalar_position=to.tensor(position)[..., None],
-        scalar_axis=to.tensor(m.jnt_axis[joints])[..., None],
-        scalar_anchor=to.tensor(m.jnt_pos[joints])[..., None],
-        scalar_hinge=to.tensor(m.jnt_type[joints] == mujoco.mjtJoint.mjJNT_HINGE)[:, None, None],
-        stiffness=to.tensor(m.jnt_stiffness[joints])[:, None],
-        spring_reference=to.tensor(m.qpos_spring[m.jnt_qposadr[joints]])[:, None],
-        dof_springs=to.groups(m.jnt_dofadr[joints], m.nv),
-        balls=tuple((k, *both) for k, both in zip(tree.balls, addresses(tree.balls), strict=True)),
-        frees=tuple((k, *both) for k, both in zip(tree.frees, addresses(tree.frees), strict=True)),
-        quaternions=tuple(addresses(tree.balls) + addresses(tree.frees, skip=3)),
-        ball_rotation=to.tensor([turn for _, turn in ball_offsets]).reshape(-1, 3, 3, 1),
-        ball_position=to.tensor(ball_centres).reshape(-1, 3, 1),
-        ball_anchor=to.tensor(m.jnt_pos[ball_joints])[..., None],
-        push_motion=to.tensor(push_motion)[..., None],
+        scalar_qpos_index=m.jnt_qposadr[joints],
+        scalar_link_index=np.array(tree.scalars, dtype=int),
+        scalar_reference=m.qpos0[m.jnt_qposadr[joints]],
+        scalar_rotation=rotation,
+        scalar_position=position,
+        scalar_axis=m.jnt_axis[joints],
+        scalar_anchor=m.jnt_pos[joints],
+        scalar_hinge=m.jnt_type[joints, None] == mujoco.mjtJoint.mjJNT_HINGE,
+        balls=balls,
+        frees=frees,
+        quaternions=tuple(in_balls + in_frees),
+        ball_rotation=ball_rotation,
+        ball_position=ball_position,
+        ball_anchor=m.jnt_pos[ball_joints],
+        push_motion=push_motion,
     )
 
 
-def inertia_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, Any]:
-    """Fields of `Model`: inertia of the bodies in their link's frame, then of the links about their own centre."""
+def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
+    """Fields of `Model`: inertia of the bodies and of the links that they form, springs and dampers."""
     body_com, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3))
     mass, moment, about_frame = np.zeros(tree.size), np.zeros((tree.size, 3)), np.zeros((tree.size, 3, 3))
     for b in range(1, m.nbody):
@@ -805,247 +719,209 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree, to: Placement) -> dict[str, An
     com = moment / np.maximum(mass, MINVAL)[:, None]
     inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(tree.size)])
     return dict(
-        mass=to.tensor(mass)[:, None],
-        com=to.tensor(com)[..., None],
-        inertia=to.tensor(inertia)[..., None],
-        armature=to.tensor(m.dof_armature)[:, None],
-        damping=to.tensor(m.dof_damping)[:, None],
+        mass=mass,
+        com=com,
+        inertia=inertia,
+        armature=m.dof_armature,
+        stiffness=m.jnt_stiffness[m.dof_jntid],
+        spring_reference=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
+        damping=m.dof_damping,
         damped=bool(m.dof_damping.any()),
         nbody=m.nbody,
-        body_link_index=to.index([tree.size if link < 0 else link for link in tree.body_link]),
-        body_mass=to.tensor(m.body_mass)[:, None],
-        body_com=to.tensor(body_com)[..., None],
-        body_inertia=to.tensor(body_inertia)[..., None],
+        body_link_index=np.array([tree.size if link < 0 else link for link in tree.body_link]),
+        body_mass=m.body_mass,
+        body_com=body_com,
+        body_inertia=body_inertia,
         trunk=int(np.argmax(mass > 0)),
     )
 
 
-def actuator_tables(m: mujoco.MjModel, to: Placement) -> dict[str, Any]:
+def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
     """Fields of `Model`: actuators on hinges and slides."""
     joints = m.actuator_trnid[:, 0]
-    affine = (m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE)[:, None]
+    affine = m.actuator_biastype == mujoco.mjtBias.mjBIAS_AFFINE
+    bias = np.where(affine, m.actuator_biasprm[:, :3].T, 0)
 
-    def bounds(limited: np.ndarray, ranges: np.ndarray) -> tuple[Tensor, Tensor]:
-        on = limited.astype(bool)
-        low, high = np.where(on, ranges[:, 0], -np.inf), np.where(on, ranges[:, 1], np.inf)
-        return to.tensor(low[:, None]), to.tensor(high[:, None])
+    def bounds(limited: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+        return np.where(limited.astype(bool), ranges.T, [[-np.inf], [np.inf]])
 
     ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
     force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
     joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
     return dict(
-        actuator_dof_index=to.index(m.jnt_dofadr[joints]),
-        actuator_qpos_index=to.index(m.jnt_qposadr[joints]),
-        actuator_gear=to.tensor(m.actuator_gear[:, :1]),
-        actuator_gain=to.tensor(m.actuator_gainprm[:, :1]),
-        actuator_bias=to.tensor(np.where(affine, m.actuator_biasprm[:, :3], 0).T[..., None]),
-        actuator_velocity_bias=bool(np.any(affine[:, 0] & (m.actuator_biasprm[:, 2] != 0))),
+        actuator_dof_index=m.jnt_dofadr[joints],
+        actuator_qpos_index=m.jnt_qposadr[joints],
+        actuator_gear=m.actuator_gear[:, 0],
+        actuator_gain=m.actuator_gainprm[:, 0],
+        actuator_bias=bias,
+        actuator_velocity_bias=bool(bias[2].any()),
         ctrl_low=ctrl_low,
         ctrl_high=ctrl_high,
         force_low=force_low,
         force_high=force_high,
         dof_force_low=joint_low[m.dof_jntid],
         dof_force_high=joint_high[m.dof_jntid],
-        dof_actuators=to.groups(m.jnt_dofadr[joints], m.nv),
+        dof_actuators=group_rows(m.jnt_dofadr[joints], m.nv),
     )
 
 
-def limit_tables(m: mujoco.MjModel, tree: Tree, to: Placement, timestep: float) -> dict[str, Any]:
-    """Fields of `Model`: limits of hinges and slides, lower rows then upper rows, and of balls."""
-
-    def solver_rows(joints: list[int]) -> list[tuple]:
-        return [(m.jnt_solref[j], m.jnt_solimp[j], m.jnt_margin[j]) for j in joints]
-
+def limit_tables(m: mujoco.MjModel, tree: Tree, timestep: float) -> dict[str, Any]:
+    """Fields of `Model`: limits of hinges and slides, lower rows then upper rows."""
     joints = [j for j in (tree.joint[link] for link in tree.scalars) if m.jnt_limited[j]]
-    dofs = [int(m.jnt_dofadr[j]) for j in joints] * 2
-    ball_limits = [k for k, link in enumerate(tree.balls) if m.jnt_limited[tree.joint[link]]]
-    ball_joints = [tree.joint[tree.balls[k]] for k in ball_limits]
+    rows = joints + joints
+    dofs = m.jnt_dofadr[rows]
     return dict(
-        limit_qpos_index=to.index([m.jnt_qposadr[j] for j in joints] * 2),
-        limit_dof_index=to.index(dofs),
-        limit_sign=to.tensor([1.0] * len(joints) + [-1.0] * len(joints))[:, None],
-        limit_bound=to.tensor([m.jnt_range[j, side] for side in (0, 1) for j in joints])[:, None],
-        limit_solver=to.solver(solver_rows(joints) * 2, timestep),
-        limit_invweight=to.tensor(m.dof_invweight0[dofs])[:, None],
-        dof_limits=to.groups(dofs, m.nv),
-        ball_limits=tuple(ball_limits),
-        ball_limit_angle=to.tensor([m.jnt_range[j].max() for j in ball_joints])[:, None],
-        ball_limit_solver=to.solver(solver_rows(ball_joints), timestep),
-        ball_limit_invweight=to.tensor([m.dof_invweight0[m.jnt_dofadr[j]] for j in ball_joints])[:, None],
-    )
-
-
-class ContactPoint(NamedTuple):
-    """A point that can touch a plane, or a geom that can touch an obstacle (then `pair` says where, not the vectors).
-
-    Vectors are in the link's frame, the plane's in the world's.
-    """
-
-    link: int
-    body: int
-    geom: int
-    fixed_geom: int
-    centre: np.ndarray
-    radius: float
-    axis: np.ndarray
-    corner: np.ndarray
-    normal: np.ndarray
-    height: float
-    tangent: np.ndarray
-    friction: float
-    solver: tuple
-    invweight: float
-    frictionless: bool
-    pair: GeomPair | None = None
-
-
-class GeomPair(NamedTuple):
-    """Two spheres or capsules that can touch each other; vectors in their links' frames."""
-
-    links: tuple[int, int]
-    bodies: tuple[int, int]
-    geoms: tuple[int, int]
-    centre: list[np.ndarray]
-    axis: list[np.ndarray]
-    radius: list[float]
-    friction: float
-    solver: tuple
-    invweight: float
-    frictionless: bool
-
-
-def find_contacts(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> tuple[list[ContactPoint], list[GeomPair]]:
-    """Candidate contacts: with planes and obstacles, in the order of their links, and pairs of moving geoms."""
-    kind = mujoco.mjtGeom
-    points, pairs = [], []
-    for geoms in collision_pairs(m):
-        bodies = tuple(int(m.geom_bodyid[g]) for g in geoms)
-        links = tuple(tree.size if tree.body_link[b] < 0 else tree.body_link[b] for b in bodies)
-        if links == (tree.size, tree.size):
-            continue
-        t1, t2 = (kind(int(m.geom_type[g])) for g in geoms)
-        round_second = t2 in (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)
-        on_plane = t1 == kind.mjGEOM_PLANE and (round_second or t2 == kind.mjGEOM_BOX)
-        if not on_plane and not (round_second and t1 in (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)):
-            raise ValueError(
-                f"unsupported model feature: collision of geom {geom_name(m, geoms[0])} with {geom_name(m, geoms[1])}; "
-                "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
-            )
-        if on_plane and links[0] < tree.size:
-            raise ValueError(f"unsupported model feature: moving plane, geom {geom_name(m, geoms[0])}")
-        poses = []
-        for g, b in zip(geoms, bodies, strict=True):
-            base, turn = tree.body_frame[b]
-            poses.append((base + turn @ m.geom_pos[g], turn @ rotation_matrix(m.geom_quat[g])))
-        if on_plane:
-            points += plane_points(m, links[1], bodies[1], geoms, poses)
-        elif self_collision or tree.size in links:  # obstacles in the world always collide
-            condim, friction, *solver, invweight = mix_contact(m, *geoms)
-            half = [
-                axes[:, 2] * m.geom_size[g, 1] * (m.geom_type[g] == kind.mjGEOM_CAPSULE)
-                for g, (_, axes) in zip(geoms, poses, strict=True)
-            ]
-            centres, radii = [centre for centre, _ in poses], [m.geom_size[g, 0] for g in geoms]
-            shared = friction, tuple(solver), invweight, condim == 1
-            pair = GeomPair(links, bodies, geoms, centres, half, radii, *shared)
-            if tree.size in links:
-                moves = 1 - links.index(tree.size)
-                place = links[moves], bodies[moves], geoms[moves], geoms[1 - moves]
-                zero, y, z = np.zeros(3), np.array([0.0, 1, 0]), np.array([0.0, 0, 1])
-                points.append(ContactPoint(*place, zero, 0.0, zero, zero, z, 0.0, y, *shared, pair))
-            else:
-                pairs.append(pair)
-    points.sort(key=lambda point: point.link)
-    return points, pairs
-
-
-def plane_points(
-    m: mujoco.MjModel, link: int, body: int, geoms: tuple[int, int], poses: list[tuple[np.ndarray, np.ndarray]]
-) -> list[ContactPoint]:
-    """The points of geom 2 that can touch plane 1: a sphere's centre, a capsule's two ends, a box's eight corners."""
-    condim, friction, *solver, invweight = mix_contact(m, *geoms)
-    (centre1, axes1), (centre2, axes2) = poses
-    normal, size, shape = axes1[:, 2], m.geom_size[geoms[1]], m.geom_type[geoms[1]]
-    tangent = np.array([0.0, 1, 0]) if abs(normal[1]) < 0.5 else np.array([0.0, 0, 1])
-    tangent -= normal * (normal @ tangent)
-    tangent /= np.linalg.norm(tangent)
-    axis, radius, ends = np.zeros(3), size[0], [np.zeros(3)]
-    if shape == mujoco.mjtGeom.mjGEOM_CAPSULE:
-        axis = axes2[:, 2]
-        ends = [axis * size[1], -axis * size[1]]
-    box = shape == mujoco.mjtGeom.mjGEOM_BOX
-    if box:
-        radius = 0.0
-        ends = [axes2 @ (size * [1 if i & bit else -1 for bit in (1, 2, 4)]) for i in range(8)]
-    return [
-        ContactPoint(
-            link, body, geoms[1], geoms[0], centre2 + end, radius, axis, end if box else np.zeros(3), normal,
-            normal @ centre1, tangent, friction, tuple(solver), invweight, condim == 1,
-        )
-        for end in ends
-    ]  # fmt: skip
-
-
-def column(rows: list, name: str, *shape: int) -> np.ndarray:
-    """One field of all rows, (len(rows), *shape)."""
-    return np.array([getattr(row, name) for row in rows], dtype=np.float64).reshape(len(rows), *shape)
-
-
-def point_tables(m: mujoco.MjModel, points: list[ContactPoint], size: int, to: Placement, h: float) -> dict[str, Any]:
-    """Fields of `Model`: contacts with planes and obstacles, of `size` links at timestep h."""
-    obstacles = [(row, point.pair) for row, point in enumerate(points) if point.pair]
-    signs = [1.0 if pair.links[0] == size else -1.0 for _, pair in obstacles]
-    planes = {point.fixed_geom: abs(point.normal[2]) > 1 - 1e-9 for point in points if not point.pair}
-    on_body = np.zeros((m.nbody, len(points)))
-    for k, point in enumerate(points):
-        on_body[point.body, k] = 1
-        if point.pair:
-            on_body[m.geom_bodyid[point.fixed_geom], k] = -1
-    return dict(
-        contact_link_index=to.index([point.link for point in points]),
-        contact_ranges=tuple(
-            (sum(point.link < k for point in points), sum(point.link <= k for point in points)) for k in range(size)
+        limit_qpos_index=m.jnt_qposadr[rows],
+        limit_dof_index=dofs,
+        limit_sign=np.repeat([1.0, -1.0], len(joints)),
+        limit_bound=m.jnt_range[joints].T.flatten(),
+        limit_softness=soften(
+            m.jnt_solref[rows], m.jnt_solimp[rows], m.jnt_margin[rows], m.dof_invweight0[dofs], timestep
         ),
-        body_contacts=to.tensor(on_body[1:])[..., None, None],
-        contact_geom=tuple(point.geom for point in points),
-        contact_names=tuple(m.geom(point.geom).name for point in points),
-        contact_point=to.tensor(column(points, "centre", 3, 1)),
-        contact_radius=to.tensor(column(points, "radius", 1)),
-        contact_axis=to.tensor(column(points, "axis", 3, 1)),
-        contact_corner=to.tensor(column(points, "corner", 3, 1)),
-        boxes=any(point.corner.any() for point in points),
+        dof_limits=group_rows(dofs, m.nv),
+    )
+
+
+def geom_name(m: mujoco.MjModel, g: int) -> str:
+    """'left_foot' (capsule), for messages."""
+    kind = mujoco.mjtGeom(int(m.geom_type[g])).name.removeprefix("mjGEOM_").lower()
+    return f"{m.geom(g).name or g!r} ({kind})"
+
+
+def collision_candidates(m: mujoco.MjModel, timestep: float) -> tuple[np.ndarray, np.ndarray, Softness]:
+    """Pairs of geoms (n, 2) that MuJoCo's filters admit, with the friction (n) and softness that MuJoCo mixes for each.
+
+    The filters are bit masks, same or welded body, parent and child, and <exclude>. None looks at shapes. So MuJoCo
+    reports each admitted pair once for a copy of the model in which every geom is a sphere with an enormous margin.
+    In a pair, the lower mjtGeom comes first, then the lower number. Friction is 0 for condim 1.
+    """
+    kind = mujoco.mjtGeom
+    probe = copy.copy(m)
+    probe.geom_type[:] = kind.mjGEOM_SPHERE
+    probe.geom_margin[:] = 1e6  # m
+    probe.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE
+    data = mujoco.MjData(probe)
+    mujoco.mj_kinematics(probe, data)
+    mujoco.mj_collision(probe, data)
+    if data.warning[mujoco.mjtWarning.mjWARN_CONTACTFULL].number:
+        raise ValueError("unsupported model: too many pairs of geoms can collide; set contype/conaffinity")
+    geoms, contact = np.sort(data.contact.geom, axis=1), data.contact
+    order = np.lexsort((geoms[:, 1], geoms[:, 0]))
+    geoms, condim = geoms[order], contact.dim[order]
+    swap = m.geom_type[geoms[:, 0]] > m.geom_type[geoms[:, 1]]
+    geoms[swap] = geoms[swap, ::-1]
+
+    first, second = m.geom_type[geoms].T
+    spherical = (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)
+    on_plane = (first == kind.mjGEOM_PLANE) & np.isin(second, (*spherical, kind.mjGEOM_BOX))
+    supported = on_plane | (np.isin(first, spherical) & np.isin(second, spherical))
+    for pair in geoms[~supported]:
+        raise ValueError(
+            f"unsupported model feature: collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}; "
+            "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
+        )
+    for pair, dim in zip(geoms, condim, strict=True):
+        if dim not in (1, 3):
+            raise ValueError(f"unsupported model feature: condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3")
+    friction = np.where(condim == 1, 0, contact.friction[order, 0])
+    margin = m.geom_margin[geoms].sum(1)
+    invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
+    return geoms, friction, soften(contact.solref[order], contact.solimp[order], margin, invweight, timestep)
+
+
+def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool, timestep: float) -> dict[str, Any]:
+    """Fields of `Model`: contacts with what is fixed, ordered by the link that moves, and pairs of moving geoms."""
+    link = np.array([tree.size if k < 0 else k for k in tree.body_link])[m.geom_bodyid]
+    centre, axes = np.zeros((m.ngeom, 3)), np.zeros((m.ngeom, 3, 3))  # pose of each geom in the frame of its link
+    for g, b in enumerate(m.geom_bodyid):
+        base, turn = tree.body_frame[b]
+        centre[g], axes[g] = base + turn @ m.geom_pos[g], turn @ rotation_matrix(m.geom_quat[g])
+    is_capsule = (m.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)[:, None]
+    is_box = m.geom_type == mujoco.mjtGeom.mjGEOM_BOX
+    capsule_axis = axes[:, :, 2] * is_capsule
+
+    def segments(geoms: np.ndarray) -> Segments:
+        half = capsule_axis * m.geom_size[:, 1:2]
+        return Segments(link[geoms].T, *(x[geoms].swapaxes(0, 1) for x in (centre, half)), m.geom_size[geoms, 0].T)
+
+    def points_on_plane(g: int) -> list[np.ndarray]:
+        """Points that can touch, from the geom's centre: a sphere's centre, a capsule's ends, a box's corners."""
+        if is_capsule[g]:
+            return [axes[g, :, 2] * m.geom_size[g, 1], -axes[g, :, 2] * m.geom_size[g, 1]]
+        if is_box[g]:
+            return [axes[g] @ (m.geom_size[g] * (x, y, z)) for z, y, x in itertools.product((-1, 1), repeat=3)]
+        return [np.zeros(3)]
+
+    geoms, friction, softness = collision_candidates(m, timestep)
+    first_moves, second_moves = (link[geoms] < tree.size).T
+    moving = np.where(first_moves, geoms[:, 0], geoms[:, 1])
+    fixed = np.where(first_moves, geoms[:, 1], geoms[:, 0])
+    on_plane = m.geom_type[fixed] == mujoco.mjtGeom.mjGEOM_PLANE
+
+    # Obstacle rows get a plane as well, so that all rows have one form; `fixed_contacts` overwrites its result.
+    rows, offsets = [], []
+    for k in np.argsort(link[moving], kind="stable"):
+        if not (first_moves[k] and second_moves[k]):
+            points = points_on_plane(moving[k]) if on_plane[k] else [np.zeros(3)]
+            rows += [k] * len(points)
+            offsets += points
+    rows, offset = np.array(rows, dtype=int), np.array(offsets).reshape(-1, 3)
+    obstacle = ~on_plane[rows]
+    ours, theirs = moving[rows], fixed[rows]
+    normal = axes[theirs, :, 2]
+    starts = np.searchsorted(link[ours], range(tree.size + 1)).tolist()
+    upright = {g: abs(z) > 1 - 1e-9 for g, z in zip(theirs[~obstacle].tolist(), normal[~obstacle, 2], strict=True)}
+    on_body = np.zeros((m.nbody, len(rows), 1))
+    on_body[m.geom_bodyid[ours], range(len(rows))] = 1
+    on_body[m.geom_bodyid[theirs], range(len(rows))] = -1
+    tables = dict(
+        contact_link_index=link[ours],
+        contact_ranges=tuple(itertools.pairwise(starts)),
+        contact_geom=tuple(ours.tolist()),
+        contact_names=tuple(m.geom(g).name for g in ours),
+        contact_point=centre[ours] + offset,
+        contact_radius=np.where(is_box[ours], 0, m.geom_size[ours, 0]),
+        contact_axis=capsule_axis[ours],
+        contact_corner=offset * is_box[ours, None],
+        contact_softness=softness.choose(rows),
+        friction=friction[rows],
         impratio=float(m.opt.impratio),
-        plane_normal=to.tensor(column(points, "normal", 3, 1)),
-        plane_height=to.tensor(column(points, "height", 1)),
-        plane_tangent=to.tensor(column(points, "tangent", 3, 1)),
-        friction=to.tensor(column(points, "friction", 1)),
-        contact_solver=to.solver([point.solver for point in points], h),
-        contact_invweight=to.tensor(column(points, "invweight", 1)),
-        contact_frictionless=to.tensor(column(points, "frictionless", 1)),
-        walls=() if list(planes.values()) in ([], [True]) else tuple(geom_name(m, g) for g in planes),
-        obstacle_row_index=to.index([row for row, _ in obstacles]),
-        obstacle_segments=to.segments([pair for _, pair in obstacles]),
-        obstacle_sign=to.tensor(signs)[:, None, None],
+        body_contacts=on_body[1:],
+        boxes=bool(is_box[ours].any()),
+        plane_normal=normal,
+        plane_height=(normal * centre[theirs]).sum(1),
+        terrain=None,
+        walls=() if list(upright.values()) in ([], [True]) else tuple(geom_name(m, g) for g in upright),
+        obstacle_row_index=np.flatnonzero(obstacle),
+        obstacle_segments=segments(geoms[rows[obstacle]]),
+        obstacle_sign=np.where(first_moves[rows[obstacle], None], -1.0, 1.0),
+    )
+
+    pairs = np.flatnonzero(first_moves & second_moves & self_collision)
+    geoms, bodies = geoms[pairs], np.eye(m.nbody)[m.geom_bodyid[geoms[pairs]]]
+    moves = 1.0 * tree.moves[link[geoms]]  # (P, 2, nv)
+    return tables | dict(
+        pair_geoms=tuple(map(tuple, geoms.tolist())),
+        pair_segments=segments(geoms),
+        pair_sign=moves[:, 1] - moves[:, 0],
+        pair_body_sign=bodies[:, 1] - bodies[:, 0],
+        pair_edges=4 if friction[pairs].any() else 1,
+        pair_friction=friction[pairs],
+        pair_softness=softness.choose(pairs),
     )
 
 
-def pair_tables(m: mujoco.MjModel, pairs: list[GeomPair], tree: Tree, to: Placement, h: float) -> dict[str, Any]:
-    """Fields of `Model`: contacts between moving geoms."""
-    sign = np.array([1.0 * tree.moves[b] - 1.0 * tree.moves[a] for a, b in (pair.links for pair in pairs)])
-    body_sign = [[(b == second) * 1.0 - (b == first) for b in range(m.nbody)] for first, second in
-                 (pair.bodies for pair in pairs)]  # fmt: skip
-    return dict(
-        pair_links=tuple(pair.links for pair in pairs),
-        pair_geoms=tuple(pair.geoms for pair in pairs),
-        pair_segments=to.segments(pairs),
-        pair_sign=to.tensor(sign.reshape(len(pairs), m.nv, 1)),
-        pair_friction=to.tensor(column(pairs, "friction", 1)),
-        pair_solver=to.solver([pair.solver for pair in pairs], h),
-        pair_invweight=to.tensor(column(pairs, "invweight", 1)),
-        pair_frictionless=to.tensor(column(pairs, "frictionless", 1)),
-        pair_body_sign=to.tensor(body_sign).reshape(len(pairs), m.nbody, 1),
-        pair_edges=1 if all(pair.frictionless for pair in pairs) else 4,
-    )
+def to_torch(value: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """The numpy arrays in `value`, alone or in tuples, as tensors. Whole numbers are row numbers, int64. Other arrays
+    are parameters of type `dtype`, and they get an environment axis of size 1 at the end."""
+    if isinstance(value, np.ndarray):
+        if np.issubdtype(value.dtype, np.integer):
+            return torch.tensor(value, dtype=torch.int64, device=device)
+        return torch.tensor(value, dtype=dtype, device=device)[..., None]
+    if isinstance(value, tuple):
+        items = [to_torch(item, dtype, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
 def load_model(
@@ -1062,7 +938,7 @@ def load_model(
     timestep: s, default the MJCF's. self_collision: contacts between moving geoms. pair_slots: how many of them are
     solved at once, the deepest first. Default: one slot for each pair that can touch, but at most 8, or 4 if any
     pair has friction, because a slot then needs four rows. Contacts with what is fixed to the world need no slots and
-    are never dropped. ValueError names any feature that this simulator does not compute.
+    are never dropped. Raises ValueError with the name of any feature that this simulator does not compute.
     """
     m = compile_mjcf(source)
     refuse_unsupported(m)
@@ -1073,41 +949,112 @@ def load_model(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     h = float(m.opt.timestep if timestep is None else timestep)
-    to, tree = Placement(dtype, device), build_tree(m)
-    points, pairs = find_contacts(m, tree, self_collision)
-    pair_fields = pair_tables(m, pairs, tree, to, h)
+    tree = build_tree(m)
+    tables = tree_tables(m, tree) | joint_tables(m, tree) | inertia_tables(m, tree) | actuator_tables(m)
+    tables |= limit_tables(m, tree, h) | contact_tables(m, tree, self_collision, h)
     if pair_slots is None:
-        pair_slots = 8 if pair_fields["pair_edges"] == 1 else 4
-    return Model(
+        pair_slots = 8 if tables["pair_edges"] == 1 else 4
+    tables |= dict(
         nq=m.nq,
         nv=m.nv,
         nu=m.nu,
         nl=tree.size,
         timestep=h,
-        stage_times=tuple(to.tensor([[scale * h]]) for scale in (0.5, 0.5, 1.0)),
+        stage_times=tuple(np.array([scale * h]) for scale in (0.5, 0.5, 1.0)),
         integrator=INTEGRATORS[int(m.opt.integrator)],
-        gravity=to.tensor(m.opt.gravity)[:, None],
-        unit_motion=to.tensor(np.eye(6))[..., None],
-        qpos0=to.tensor(m.qpos0)[:, None],
-        pair_slots=min(pair_slots, len(pairs)),
-        terrain=None,
-        **tree_tables(m, tree, to),
-        **joint_tables(m, tree, to),
-        **inertia_tables(m, tree, to),
-        **actuator_tables(m, to),
-        **limit_tables(m, tree, to, h),
-        **point_tables(m, points, tree.size, to, h),
-        **pair_fields,
+        gravity=m.opt.gravity,
+        qpos0=m.qpos0,
+        pair_slots=min(pair_slots, len(tables["pair_geoms"])),
     )
+    return Model(**{name: to_torch(table, dtype, device) for name, table in tables.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sums over the tree. Links are ordered parent before child, so one pass does it; the loops unroll when compiled.
+# What a physics step works on: its state, the constraint problem and the solution
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What one timestep passes to the next."""
+
+    qpos: Tensor  # (nq, N)
+    qvel: Tensor  # (nv, N)
+    warmstart: Tensor  # (nv, N) acceleration of the last timestep
+
+
+class Contacts(NamedTuple):
+    """n points where two geoms touch, or nearly do."""
+
+    point: Tensor  # (n, 3, N) m, from the origin
+    normal: Tensor  # (n, 3, N) world axes; (n, 3, 1) where all touch planes
+    distance: Tensor  # (n, N) m, negative in penetration
+    tangent: Tensor  # (2, n, 3, N) unit vectors; in `Constraints`, times the friction coefficient
+
+
+class Constraints(NamedTuple):
+    """Rows J x - aref >= 0 with weight D = 1/R, zero where inactive. A contact has four rows, n +- mu t1, n +- mu t2.
+
+    Rows between two moving links have an explicit Jacobian. Those of other contacts and of joint limits follow from
+    the motion of a single link or dof.
+    """
+
+    contacts: Contacts  # nc, with what is fixed to the world
+    contact_weight: Tensor  # (nc, N) D, the same for the four rows
+    contact_reference: Tensor  # (nc, 4, N) aref, m/s^2
+    limit_weight: Tensor  # (2 nlim, N)
+    limit_reference: Tensor  # (2 nlim, N)
+    row_jacobian: Tensor  # (nr, nv, N) of pairs of moving geoms, nr = K or 4 K rows
+    row_weight: Tensor  # (nr, N)
+    row_reference: Tensor  # (nr, N)
+    pairs: Contacts | None  # K slots; None for a robot that cannot touch itself
+    pair_index: Tensor  # (K, N) which pair is in each slot
+    dropped: Tensor  # (N) touching pairs of moving geoms that found no slot
+
+
+class Smooth(NamedTuple):
+    """Everything about a state except the solution of its constraint problem."""
+
+    xpos: Tensor  # (nl, 3, N) m
+    xmat: Tensor  # (nl, 3, 3, N)
+    origin: Tensor  # (3, N) m
+    cdof: Tensor  # (nv, 6, N)
+    cvel: Tensor  # (nl, 6, N) about the origin
+    inertia: Tensor  # (nl, 21, N) about the origin
+    mass_matrix: Tensor  # packed (nnz, N)
+    qfrc_bias: Tensor  # (nv, N)
+    qfrc_actuator: Tensor  # (nv, N)
+    qfrc_smooth: Tensor  # (nv, N) all forces except those of constraints
+    actuator_damping: Tensor  # (nv, N)
+    constraints: Constraints | None = None  # made last, from the fields above
+
+
+class Iterate(NamedTuple):
+    """A candidate acceleration x and everything that is linear in it, so that a line search only adds and scales."""
+
+    qacc: Tensor  # (nv, N) x
+    motion: Tensor  # (nl, 6, N) accelerations of the links that x causes
+    contact: Tensor  # (nc, 4, N) J x - aref
+    limit: Tensor  # (2 nlim, N) J x - aref
+    row: Tensor  # (nr, N) J x - aref
+
+    def plus(self, scale: Tensor, other: Iterate) -> Iterate:
+        return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+class Dynamics(NamedTuple):
+    """What `forward` computed at one state. Observations and tests read it."""
+
+    smooth: Smooth
+    solution: Iterate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sums over the tree. Parents come before children, so one pass is enough. The loops unroll when they are compiled.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
-    """(nl, 6, N) spatial motion of each link for dof `rates` (nv, N): velocities of qvel, or J x of any x."""
+    """(nl, 6, N) spatial motion of each link for dof `rates` (nv, N): with qvel, the velocities of the links."""
     weighted = (cdof * rates.unsqueeze(1)).unbind(0)
     motion: list[Tensor] = []
     for up, dofs in zip(model.parent, model.dofs, strict=True):
@@ -1119,7 +1066,7 @@ def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
 
 
 def subtree_sum(model: Model, rows: Tensor, contacts: Tensor | None = None) -> Tensor:
-    """(nl, k, N): sums of `rows` (nl, k, N) over each link and all below it, with those of contacts (nc, k, N)."""
+    """(nl, k, N): for each link, `rows` (nl, k, N) and `contacts` (nc, k, N) summed over it and all links below."""
     total = list(rows.unbind(0))
     for link in reversed(range(model.nl)):
         if contacts is not None:
@@ -1132,12 +1079,12 @@ def subtree_sum(model: Model, rows: Tensor, contacts: Tensor | None = None) -> T
 
 
 def generalized_force(model: Model, cdof: Tensor, wrench: Tensor, contacts: Tensor | None = None) -> Tensor:
-    """(nv, N): J^T of one wrench per link (nl, 6, N), and one per contact (nc, 6, N)."""
+    """(nv, N): J^T of one wrench per link (nl, 6, N) and one per contact (nc, 6, N)."""
     return dot(cdof, subtree_sum(model, wrench, contacts)[model.dof_link_index])
 
 
 def add_up(groups: Groups, values: Tensor) -> Tensor:
-    """(len(groups), N): sums of the rows of `values` (k, N) that each group names."""
+    """(groups, N): for each group, the sum of its rows of `values` (k, N)."""
     return (values[groups.index] * groups.member).sum(1)
 
 
@@ -1169,7 +1116,8 @@ def kinematics(model: Model, qpos: Tensor) -> tuple[Tensor, Tensor]:
         if xpos:
             up = xmat[-1][parents]
             level_place, level_turn = xpos[-1][parents] + apply(up, level_place), compose(up, level_turn)
-        xpos.append(level_place), xmat.append(level_turn)
+        xpos.append(level_place)
+        xmat.append(level_turn)
     return torch.cat(xpos)[model.link_order_index], torch.cat(xmat)[model.link_order_index]
 
 
@@ -1181,13 +1129,14 @@ def motion_subspace(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     angular = axis * model.scalar_hinge
     linear = torch.where(model.scalar_hinge > 0, cross(arm, axis), axis)
     rows = [torch.cat((angular, linear), 1)]
+    translations = torch.eye(6, dtype=xpos.dtype, device=xpos.device)[3:, :, None]
     for k, (link, _, _) in enumerate(model.balls):
         axes = xmat[link].transpose(0, 1)
         arm = xpos[link] + apply(xmat[link], model.ball_anchor[k]) - origin
         rows.append(torch.cat((axes, cross(arm.expand_as(axes), axes)), 1))
     for link, _, _ in model.frees:
         axes = xmat[link].transpose(0, 1)
-        rows.append(model.unit_motion[3:].expand(-1, -1, axes.shape[-1]))
+        rows.append(translations.expand(-1, -1, axes.shape[-1]))
         rows.append(torch.cat((axes, cross((xpos[link] - origin).expand_as(axes), axes)), 1))
     return torch.cat(rows)[model.dof_order_index]
 
@@ -1212,8 +1161,9 @@ def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
 def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, contacts: Tensor | None = None) -> Tensor:
     """Packed (nnz, N) matrix sum J^T A J + diag over 6x6 matrices A of links (nl, 21, N) and of contacts (nc, 21, N).
 
-    With the links' inertias it is the composite-rigid-body algorithm (mj_crb; Featherstone 2008, section 6.2), the mass
-    matrix. With the contacts' stiffness it is the Hessian of the constraint problem, M + J^T D J, at no further cost.
+    With the links' inertias alone, this is the mass matrix M by the composite-rigid-body algorithm (mj_crb;
+    Featherstone 2008, section 6.2). With the stiffness of contacts added, the same pass gives M + J^T D J, the Hessian
+    of the constraint problem.
     """
     force = apply_symmetric(subtree_sum(model, matrices, contacts)[model.dof_link_index], cdof)
     packed = dot(force[model.entry_row_index], cdof[model.entry_column_index])
@@ -1230,7 +1180,7 @@ def bias_force(model: Model, cdof: Tensor, cvel: Tensor, inertia: Tensor, qvel: 
 
 
 def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
-    """qfrc_actuator (nv, N) of ctrl (nu, N), and -d(force)/d(qvel), the implicit damping it adds (nv, N)."""
+    """qfrc_actuator (nv, N) of ctrl (nu, N), and the damping -d(force)/d(qvel) (nv, N) that implicitfast needs."""
     gear = model.actuator_gear
     length, velocity = gear * qpos[model.actuator_qpos_index], gear * qvel[model.actuator_dof_index]
     bias = model.actuator_bias
@@ -1246,17 +1196,17 @@ def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tu
 
 def passive_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
     """qfrc_passive (nv, N): joint springs and dampers."""
-    spring = -model.stiffness * (qpos[model.scalar_qpos_index] - model.spring_reference)
-    return add_up(model.dof_springs, spring) - model.damping * qvel
+    spring = -model.stiffness * (qpos[model.dof_qpos_index] - model.spring_reference)
+    return spring - model.damping * qvel
 
 
 def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
     """Solve packed symmetric positive-definite systems (nnz, N) for R right-hand sides (nv, R, N).
 
-    Compiled: Cholesky unrolled over the structural non-zeros, the last dof first, so that leaves are eliminated before
-    their parents and nothing fills in (Featherstone 2008, section 6.5); the compiler fuses it into a kernel or two.
-    Eager: LAPACK or cuSOLVER on the unpacked matrices. A matrix that is not positive definite gives NaN in that
-    environment alone.
+    Compiled: Cholesky unrolled over the structural non-zeros. The last dof comes first, so leaves are eliminated before
+    their parents and no zero fills in (Featherstone 2008, section 6.5). The compiler fuses it into a kernel or two.
+    Eager: LAPACK or cuSOLVER on the unpacked matrices. A matrix that is not positive definite gives NaN, in its
+    environment only.
     """
     if not torch.compiler.is_compiling():
         padded = torch.cat((packed, torch.zeros_like(packed[:1])))
@@ -1264,13 +1214,12 @@ def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
         factor = torch.where((failed > 0)[:, None, None], math.nan, factor)
         return torch.cholesky_solve(right.permute(2, 0, 1), factor).permute(1, 2, 0)
     entry = dict(zip(model.entries, packed.unbind(0), strict=True))
-    return torch.stack(eliminate(entry, list((right.squeeze(1) if right.shape[1] == 1 else right).unbind(0)))).view(
-        right.shape
-    )
+    rows = right.squeeze(1) if right.shape[1] == 1 else right
+    return torch.stack(eliminate(entry, list(rows.unbind(0)))).view(right.shape)
 
 
 def eliminate(entry: dict[tuple[int, int], Tensor], right: list[Tensor]) -> list[Tensor]:
-    """Sparse Cholesky solve, entry by entry: entry (i, j), i >= j, absent where zero; right: one tensor per row."""
+    """Sparse Cholesky solve. entry: {(i, j): value} of the lower triangle without its zeros. right: one tensor per row."""
     n, x, entry = len(right), list(right), dict(entry)
     before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
     inverse: list[Tensor] = [x[0]] * n
@@ -1296,78 +1245,44 @@ def eliminate(entry: dict[tuple[int, int], Tensor], right: list[Tensor]) -> list
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Constraints(NamedTuple):
-    """Rows J x - aref >= 0 with weight D = 1/R, zero where inactive. A contact has four rows, n +- mu t1, n +- mu t2."""
-
-    point: Tensor  # (nc, 3, N) m, from the origin
-    normal: Tensor  # (nc, 3, 1), or N on a height field and with obstacles
-    distance: Tensor  # (nc, N) m
-    tangent: Tensor  # (2, nc, 3, N) times the friction coefficient
-    contact_weight: Tensor  # (nc, N)
-    contact_reference: Tensor  # (nc, 4, N) m/s^2
-    limit_weight: Tensor  # (2 nlim, N)
-    limit_reference: Tensor  # (2 nlim, N)
-    row_jacobian: Tensor  # (nr, nv, N) explicit rows: pairs of moving geoms and ball limits
-    row_weight: Tensor  # (nr, N)
-    row_reference: Tensor  # (nr, N)
-    pair_index: Tensor  # (K, N) which pair each slot holds
-    pair_frame: Tensor  # (K, 3, 3, N) rows normal, tangents, not scaled
-    pair_point: Tensor  # (K, 3, N) m, from the origin
-    dropped: Tensor  # (N,) contacts between moving geoms that found no slot
-
-
-def impedance(solver: SolverParameters, violation: Tensor) -> Tensor:
+def impedance(softness: Softness, violation: Tensor) -> Tensor:
     """d(r) in (0, 1) of `violation` r = distance - margin (MuJoCo: Computation, Constraint model, Impedance)."""
-    x = (violation.abs() / solver.width).clamp(max=1.0)
-    mid = solver.midpoint
-    if solver.quadratic:
+    x = (violation.abs() / softness.width).clamp(max=1.0)
+    mid = softness.midpoint
+    if softness.quadratic:
         rise = torch.where(x <= mid, x * x / mid, 1 - (1 - x) * (1 - x) / (1 - mid))
     else:
-        p = solver.power
+        p = softness.power
         low = x.clamp(min=1e-12).pow(p) / mid.pow(p - 1)
         rise = torch.where(x <= mid, low, 1 - (1 - x).clamp(min=1e-12).pow(p) / (1 - mid).pow(p - 1))
-    return solver.impedance_min + rise * (solver.impedance_max - solver.impedance_min)
+    return softness.impedance_min + rise * (softness.impedance_max - softness.impedance_min)
 
 
-def row_terms(solver: SolverParameters, invweight: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+def row_terms(softness: Softness, invweight: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
     """Weight D and position part of the reference, -K d (distance - margin), of rows (rows, N)."""
-    violation = distance - solver.margin
-    d = impedance(solver, violation)
+    violation = distance - softness.margin
+    d = impedance(softness, violation)
     regularization = ((1 - d) / d * invweight).clamp(min=MINVAL)
-    weight = torch.where(distance < solver.margin, 1 / regularization, 0.0)
-    return weight, -solver.stiffness * d * violation
+    weight = torch.where(distance < softness.margin, 1 / regularization, 0.0)
+    return weight, -softness.stiffness * d * violation
 
 
-def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor, frictionless: Tensor) -> Tensor:
-    """Diagonal approximation shared by the four rows of a contact (mj_diagApprox, mj_makeImpedance).
+def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor) -> Tensor:
+    """Inverse weight that the four rows of a contact share (mj_diagApprox, mj_makeImpedance).
 
-    A frictionless contact is a pyramid of zero width whose four rows share the one row's stiffness.
+    A frictionless contact is a pyramid of zero width. Together its four rows are as stiff as MuJoCo's single row.
     """
     square = friction * friction
-    return torch.where(frictionless > 0, 4 * invweight, 2 * square / model.impratio * (1 + square) * invweight)
+    return torch.where(friction > 0, 2 * square / model.impratio * (1 + square) * invweight, 4 * invweight)
 
 
-def friction_pyramid(normal: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Edges (nc, 4, 3, N) of the friction pyramid from the normal and the scaled tangents."""
-    return torch.stack((normal + first, normal - first, normal + second, normal - second), 1)
-
-
-def plane_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Contact point (nc, 3, N) from the origin, distance (nc, N) and unit tangents (2, nc, 3, N).
-
-    The first tangent lies along a capsule's axis (mjc_PlaneCapsule), else along the world's y or z.
-    """
-    at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
-    centre = at + apply(turn, model.contact_point)
-    distance = dot(centre, model.plane_normal) - model.plane_height - model.contact_radius
-    point = centre - (model.contact_radius + 0.5 * distance).unsqueeze(1) * model.plane_normal - origin
-    if model.boxes:  # a corner that points away from the plane does not touch (mjc_PlaneBox)
-        away = dot(apply(turn, model.contact_corner), model.plane_normal) > 0
-        distance = torch.where(away, model.contact_solver.margin + 1.0, distance)
-    axis = apply(turn, model.contact_axis)
-    along = axis - dot(axis, model.plane_normal).unsqueeze(1) * model.plane_normal
-    first = normalized(along, model.plane_tangent, 1e-6 if xpos.dtype == torch.float32 else MINVAL)
-    return point, distance, torch.stack((first, cross(model.plane_normal.expand_as(first), first)))
+def tangents_of(normal: Tensor) -> Tensor:
+    """Two unit tangents (2, n, 3, N) of normals (n, 3, N): the first along the world's y, or z if the normal is near y."""
+    upright = (normal[:, 1:2].abs() >= 0.5).to(normal.dtype)
+    guess = torch.cat((torch.zeros_like(upright), 1 - upright, upright), 1)
+    first = guess - dot(guess, normal).unsqueeze(1) * normal
+    first = first * torch.rsqrt(dot(first, first)).unsqueeze(1)
+    return torch.stack((first, cross(normal, first)))
 
 
 def sample_terrain(terrain: Terrain, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1386,48 +1301,53 @@ def sample_terrain(terrain: Terrain, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     return height, slope_x / terrain.cell, slope_y / terrain.cell
 
 
-def terrain_contacts(
-    model: Model, terrain: Terrain, xpos: Tensor, xmat: Tensor, origin: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contact point (nc, 3, N) from the origin, normal (nc, 3, N), distance (nc, N), unit tangents (2, nc, 3, N).
+def ground_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Contacts:
+    """The nc contacts with planes, or with the terrain that replaces the plane.
 
-    Every sphere and every end of a capsule touches the field's tangent plane under its centre: one contact each, exact
-    on slopes. MuJoCo's own height field is made of triangles, collides whole capsules, and feels an edge beside a sphere
-    before its centre is there. For a foot, a sphere of 23 mm, pressed 5 mm into ground of half the full difficulty
-    (tests/test_vecsim_quadruped.py), distances differ by over 1 mm at 1% of the places on slopes, 18% on rough ground
-    (5 mm at most), 5% on stairs (18 mm at most) and 2% among blocks (20 mm at most): where the other model meets the
-    riser first. There normals differ, too: by 10 degrees at most at a slope's ridges, 19 on rough ground, 49 on stairs
-    and 61 among blocks. Nothing of the kind was measured for capsules.
+    The first tangent lies along a capsule's axis (mjc_PlaneCapsule); for other shapes see `tangents_of`.
+
+    Terrain: every sphere and every end of a capsule touches the tangent plane of the field under its centre. That is
+    one contact each, and it is exact on slopes. MuJoCo builds its height field of triangles, collides whole capsules,
+    and feels an edge beside a sphere before the sphere's centre is there. The difference was measured with a foot, a
+    sphere of 23 mm pressed 5 mm into ground of half the full difficulty (tests/test_vecsim_quadruped.py):
+
+        ground            distance differs by over 1 mm at    by at most    normals differ by at most
+        slopes            1% of the places                                  10 degrees, at ridges
+        rough ground      18%                                 5 mm          19 degrees
+        stairs            5%, before risers                   18 mm         49 degrees
+        blocks            2%, before risers                   20 mm         61 degrees
+
+    Capsules were not measured.
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
     centre = at + apply(turn, model.contact_point)
-    height, slope_x, slope_y = sample_terrain(terrain, centre[:, 0], centre[:, 1])
-    upright = torch.rsqrt(1 + slope_x * slope_x + slope_y * slope_y)
-    normal = torch.stack((-slope_x * upright, -slope_y * upright, upright), 1)
-    distance = (centre[:, 2] - height) * upright - model.contact_radius
+    if model.terrain is None:
+        normal = model.plane_normal
+        distance = dot(centre, normal) - model.plane_height - model.contact_radius
+    else:
+        height, slope_x, slope_y = sample_terrain(model.terrain, centre[:, 0], centre[:, 1])
+        upright = torch.rsqrt(1 + slope_x * slope_x + slope_y * slope_y)
+        normal = torch.stack((-slope_x * upright, -slope_y * upright, upright), 1)
+        distance = (centre[:, 2] - height) * upright - model.contact_radius
     point = centre - (model.contact_radius + 0.5 * distance).unsqueeze(1) * normal - origin
-    zero, one = torch.zeros_like(upright), torch.ones_like(upright)
-    steep = normal[:, 1].abs() >= 0.5
-    guess = torch.stack((zero, torch.where(steep, zero, one), torch.where(steep, one, zero)), 1)
-    fallback = guess - dot(guess, normal).unsqueeze(1) * normal
-    fallback = fallback * torch.rsqrt(dot(fallback, fallback)).unsqueeze(1)
+    if model.boxes:  # a corner that points away from the plane does not touch (mjc_PlaneBox)
+        away = dot(apply(turn, model.contact_corner), normal) > 0
+        distance = torch.where(away, model.contact_softness.margin + 1.0, distance)
     axis = apply(turn, model.contact_axis)
     along = axis - dot(axis, normal).unsqueeze(1) * normal
-    first = normalized(along, fallback, 1e-6 if xpos.dtype == torch.float32 else MINVAL)
-    return point, normal, distance, torch.stack((first, cross(normal, first)))
+    first = normalized(along, tangents_of(normal)[0], 1e-6 if xpos.dtype == torch.float32 else MINVAL)
+    return Contacts(point, normal, distance, torch.stack((first, cross(normal.expand_as(first), first))))
 
 
-def nearest_points(
-    segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contact point (P, 3, N) from the origin, normal (P, 3, N) and distance (P, N) of pairs of spheres and capsules.
 
-    Spheres are capsules of zero length; nearest points of two segments as in mjraw_CapsuleCapsule. Two exactly
-    parallel capsules get one contact here and up to two in MuJoCo.
+    Spheres are capsules of zero length. Nearest points of two segments: mjraw_CapsuleCapsule. Two exactly parallel
+    capsules get one contact here and up to two in MuJoCo.
     """
     n = xpos.shape[-1]
     eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, n)
-    xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))
+    xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))  # last: the world
     at, turn = xpos[segments.link_index], xmat[segments.link_index]
     centre = at + apply(turn, segments.centre) - origin
     axis1, axis2 = apply(turn, segments.axis)
@@ -1447,177 +1367,87 @@ def nearest_points(
     square = dot(gap, gap)
     length = torch.sqrt(torch.where(square > 0, square, 1.0))
     distance = torch.where(square > 0, length, 0.0) - segments.radius[0] - segments.radius[1]
-    ahead = eye[0, 0].expand_as(gap)  # of coinciding centres, as mju_normalize3 says
+    ahead = eye[0, 0].expand_as(gap)  # the normal of coinciding centres, as in mju_normalize3
     normal = torch.where((square > 0).unsqueeze(1), gap / length.unsqueeze(1), ahead)
     return first + (segments.radius[0] + 0.5 * distance).unsqueeze(1) * normal, normal, distance
 
 
-def tangents_of(normal: Tensor) -> tuple[Tensor, Tensor]:
-    """Two unit tangents of normals (P, 3, N), the first along the world's y, or z where the normal is near y."""
-    upright = (normal[:, 1:2].abs() >= 0.5).to(normal.dtype)
-    guess = torch.cat((torch.zeros_like(upright), 1 - upright, upright), 1)
-    first = guess - dot(guess, normal).unsqueeze(1) * normal
-    first = first * torch.rsqrt(dot(first, first)).unsqueeze(1)
-    return first, cross(normal, first)
+def fixed_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Contacts:
+    """The nc contacts with what is fixed to the world: the ground's, and the rows of obstacles filled in.
+
+    Nothing that is fixed couples two branches of the tree, so both kinds are solved in the same way.
+    """
+    ground, rows = ground_contacts(model, xpos, xmat, origin), model.obstacle_row_index
+    if not len(rows):
+        return ground
+    point, normal, distance = nearest_points(model.obstacle_segments, xpos, xmat, origin)
+    return Contacts(
+        ground.point.index_copy(0, rows, point),
+        ground.normal.expand_as(ground.point).index_copy(0, rows, model.obstacle_sign * normal),
+        ground.distance.index_copy(0, rows, distance),
+        ground.tangent.index_copy(1, rows, tangents_of(normal)),
+    )
 
 
-def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, ...]:
-    """The K deepest of the P candidate pairs: index (K, N), point (K, 3, N), distance (K, N), frame (K, 3, 3, N), and
-    how many others touch (N,)."""
+def choose_pairs(parameter: Tensor, index: Tensor) -> Tensor:
+    """A parameter (K, N) of the pairs in the slots: `parameter` is (P, 1 or N), `index` (K, N)."""
+    return torch.gather(parameter.expand(-1, index.shape[-1]), 0, index)
+
+
+def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Contacts, Tensor]:
+    """The K deepest of the P candidate pairs: their index (K, N), their contacts, and how many others touch (N)."""
     point, normal, distance = nearest_points(model.pair_segments, xpos, xmat, origin)
-    if model.pair_slots < len(model.pair_links):
-        touching = distance < model.pair_solver.margin
-        dropped = (touching.sum(0) - model.pair_slots).clamp(min=0)
-        index = torch.topk(distance - model.pair_solver.margin, model.pair_slots, dim=0, largest=False).indices
+    if model.pair_slots < len(model.pair_geoms):
+        margin = model.pair_softness.margin
+        dropped = ((distance < margin).sum(0) - model.pair_slots).clamp(min=0)
+        index = torch.topk(distance - margin, model.pair_slots, dim=0, largest=False).indices
         distance = torch.gather(distance, 0, index)
         along = index.unsqueeze(1).expand(-1, 3, -1)
         point, normal = torch.gather(point, 0, along), torch.gather(normal, 0, along)
     else:
         index = torch.arange(model.pair_slots, device=xpos.device)[:, None].expand(-1, xpos.shape[-1])
         dropped = torch.zeros_like(index[0])
-    return index, point, distance, torch.stack((normal, *tangents_of(normal)), 1), dropped
+    return index, Contacts(point, normal, distance, tangents_of(normal)), dropped
 
 
-def add_obstacles(
-    model: Model, contacts: tuple[Tensor, ...], xpos: Tensor, xmat: Tensor, origin: Tensor
-) -> tuple[Tensor, ...]:
-    """`contacts` (point, normal, distance and tangents of all nc contacts) with the rows of the obstacles filled in.
-
-    Nothing that is fixed couples two branches of the tree, so these contacts are solved as those with planes are.
-    """
-    point, normal, distance, tangent = contacts
-    here, between, depth = nearest_points(model.obstacle_segments, xpos, xmat, origin)
-    sides, rows = torch.stack(tangents_of(between)), model.obstacle_row_index
-    return (
-        point.index_copy(0, rows, here),
-        normal.expand_as(point).index_copy(0, rows, model.obstacle_sign * between),
-        distance.index_copy(0, rows, depth),
-        tangent.index_copy(1, rows, sides),
-    )
-
-
-def make_constraints(
-    model: Model, qpos: Tensor, qvel: Tensor, xpos: Tensor, xmat: Tensor, origin: Tensor, cdof: Tensor, cvel: Tensor
-) -> Constraints:
-    """All rows of the constraint problem at this state. aref = -B J qvel - K d (distance - margin)."""
-    n = qpos.shape[-1]
-    if model.terrain is None:
-        normal = model.plane_normal
-        point, distance, tangent = plane_contacts(model, xpos, xmat, origin)
-    else:
-        point, normal, distance, tangent = terrain_contacts(model, model.terrain, xpos, xmat, origin)
-    if len(model.obstacle_row_index):
-        contacts = point, normal, distance, tangent
-        point, normal, distance, tangent = add_obstacles(model, contacts, xpos, xmat, origin)
-    tangent = tangent * model.friction.unsqueeze(1)
-    invweight = pyramid_invweight(model, model.friction, model.contact_invweight, model.contact_frictionless)
-    contact_weight, position = row_terms(model.contact_solver, invweight, distance)
-    velocity = contact_velocity(model, point, normal, tangent, cvel)
-    contact_reference = position.unsqueeze(1) - model.contact_solver.damping.unsqueeze(1) * velocity
-
-    distance_to_limit = model.limit_sign * (qpos[model.limit_qpos_index] - model.limit_bound)
-    limit_weight, position = row_terms(model.limit_solver, model.limit_invweight, distance_to_limit)
-    limit_reference = position - model.limit_solver.damping * model.limit_sign * qvel[model.limit_dof_index]
-
-    jacobians, weights, references = [], [], []
-    index = torch.zeros((0, n), dtype=torch.long, device=qpos.device)
-    frame, pair_point = qpos.new_zeros((0, 3, 3, n)), qpos.new_zeros((0, 3, n))
-    dropped = torch.zeros(n, dtype=torch.long, device=qpos.device)
-    if model.pair_slots:
-        index, pair_point, depth, frame, dropped = pair_contacts(model, xpos, xmat, origin)
-        rows, weight, reference = pair_rows(model, qvel, cdof, index, pair_point, depth, frame)
-        jacobians.append(rows), weights.append(weight), references.append(reference)
-    if model.ball_limits:
-        rows, weight, reference = ball_limit_rows(model, qpos, qvel)
-        jacobians.append(rows), weights.append(weight), references.append(reference)
-    return Constraints(
-        point,
-        normal,
-        distance,
-        tangent,
-        contact_weight,
-        contact_reference,
-        limit_weight,
-        limit_reference,
-        torch.cat(jacobians) if jacobians else qpos.new_zeros((0, model.nv, n)),
-        torch.cat(weights) if weights else qpos.new_zeros((0, n)),
-        torch.cat(references) if references else qpos.new_zeros((0, n)),
-        index,
-        frame,
-        pair_point,
-        dropped,
-    )
-
-
-def pair_rows(
-    model: Model, qvel: Tensor, cdof: Tensor, index: Tensor, point: Tensor, distance: Tensor, frame: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Explicit Jacobian rows (K * edges, nv, N), weights and references of the chosen pairs."""
-
-    def choose(parameter: Tensor) -> Tensor:
-        return torch.gather(parameter.expand(-1, index.shape[-1]), 0, index)
-
-    friction = choose(model.pair_friction)
-    solver = SolverParameters(*(choose(p) for p in model.pair_solver[:-1]), model.pair_solver.quadratic)
-    invweight = choose(model.pair_invweight)
-    normal, first, second = frame.unbind(1)
+def pair_rows(model: Model, qvel: Tensor, cdof: Tensor, index: Tensor, c: Contacts) -> tuple[Tensor, Tensor, Tensor]:
+    """Explicit Jacobian rows (nr, nv, N), weights and references (nr, N) of the pairs in the slots."""
+    softness = model.pair_softness
+    softness = Softness(*(choose_pairs(x, index) for x in softness[:-1]), softness.quadratic)
+    first, second = c.tangent
     if model.pair_edges == 1:
-        edges = normal.unsqueeze(1)
+        edges, invweight = c.normal.unsqueeze(1), softness.invweight
     else:
-        first, second = first * friction.unsqueeze(1), second * friction.unsqueeze(1)
-        edges = friction_pyramid(normal, first, second)
-        invweight = pyramid_invweight(model, friction, invweight, choose(model.pair_frictionless))
-    weight, position = row_terms(solver, invweight, distance)
-    wrench = force_at(point.unsqueeze(1).expand_as(edges), edges)
+        edges = torch.stack((c.normal + first, c.normal - first, c.normal + second, c.normal - second), 1)
+        invweight = pyramid_invweight(model, choose_pairs(model.pair_friction, index), softness.invweight)
+    weight, position = row_terms(softness, invweight, c.distance)
+    wrench = force_at(c.point.unsqueeze(1).expand_as(edges), edges)
     sign = model.pair_sign.squeeze(-1)[index].transpose(1, 2)  # (K, nv, N)
     rows = dot(cdof, wrench.unsqueeze(2)) * sign.unsqueeze(1)  # (K, edges, nv, N)
     velocity = (rows * qvel).sum(2)
-    reference = position.unsqueeze(1) - solver.damping.unsqueeze(1) * velocity
+    reference = position.unsqueeze(1) - softness.damping.unsqueeze(1) * velocity
     return rows.flatten(0, 1), weight.unsqueeze(1).expand_as(velocity).flatten(0, 1), reference.flatten(0, 1)
 
 
-def ball_limit_rows(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One row per limited ball joint: its rotation angle stays under the limit (mj_instantiateLimit)."""
-    jacobian, angle = [], []
-    for k in model.ball_limits:
-        _, adr, dof = model.balls[k]
-        quat = qpos[adr : adr + 4]
-        quat = quat * torch.rsqrt(dot(quat, quat))
-        quat = torch.where(quat[:1] < 0, -quat, quat)  # the short way round
-        sine_square = dot(quat[1:], quat[1:])
-        sine = torch.sqrt(torch.where(sine_square > 0, sine_square, 1.0))
-        angle.append(torch.where(sine_square > 0, 2 * torch.atan2(sine, quat[0]), 0.0))
-        row = [torch.zeros_like(quat[0])] * model.nv
-        row[dof : dof + 3] = (-quat[1:] / sine).unbind(0)
-        jacobian.append(torch.stack(row))
-    rows = torch.stack(jacobian)
-    solver = model.ball_limit_solver
-    weight, position = row_terms(solver, model.ball_limit_invweight, model.ball_limit_angle - torch.stack(angle))
-    return rows, weight, position - solver.damping * (rows * qvel).sum(1)
+def contact_velocity(model: Model, c: Contacts, motion: Tensor) -> Tensor:
+    """J x (nc, 4, N) of contacts with what is fixed: velocity of each point along its edges n +- mu t1, n +- mu t2.
 
-
-def contact_velocity(model: Model, point: Tensor, normal: Tensor, tangent: Tensor, motion: Tensor) -> Tensor:
-    """J x of the plane contacts (nc, 4, N) from link motions (nl, 6, N): velocity of the point along each edge."""
+    motion: (nl, 6, N) velocities of the links, or what a solver treats as such.
+    """
     carrier = motion[model.contact_link_index]
-    at = carrier[:, 3:] + cross(carrier[:, :3], point)
-    along, first, second = dot(at, normal), dot(at, tangent[0]), dot(at, tangent[1])
+    at = carrier[:, 3:] + cross(carrier[:, :3], c.point)
+    along, first, second = dot(at, c.normal), dot(at, c.tangent[0]), dot(at, c.tangent[1])
     return torch.stack((along + first, along - first, along + second, along - second), 1)
 
 
-def contact_force(c: Constraints, edge_force: Tensor) -> Tensor:
-    """Force (nc, 3, N) in world axes of the four edge forces (nc, 4, N)."""
+def contact_force(c: Contacts, edge_force: Tensor) -> Tensor:
+    """Force (n, 3, N) in world axes, from the forces (n, 4, N) along the edges n +- mu t1, n +- mu t2."""
     a, b, d, e = edge_force.unsqueeze(2).unbind(1)
     return c.normal * (a + b + d + e) + c.tangent[0] * (a - b) + c.tangent[1] * (d - e)
 
 
-def normal_forces(dynamics: Dynamics) -> Tensor:
-    """(nc, N) N: how hard each contact point presses on the ground."""
-    c, it = dynamics.smooth.constraints, dynamics.solution
-    return -(active_weights(c, it)[0] * it.contact).sum(1)
-
-
-def contact_stiffness(c: Constraints, weight: Tensor) -> Tensor:
-    """6x6 matrices (nc, 21, N): sum over the edges e of weight * e e^T, acting at the contact point."""
+def contact_stiffness(c: Contacts, weight: Tensor) -> Tensor:
+    """6x6 matrices (n, 21, N): sum over the edges e of weight (n, 4, N) * e e^T, acting at the contact point."""
     a, b, d, e = weight.unbind(1)
     n, (p, q) = c.normal.unbind(1), (c.tangent[0].unbind(1), c.tangent[1].unbind(1))
     normal, first, second, along_first, along_second = a + b + d + e, a + b, d + e, a - b, d - e
@@ -1634,38 +1464,65 @@ def contact_stiffness(c: Constraints, weight: Tensor) -> Tensor:
     return shift_to_origin(c.point, (entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)))
 
 
+def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -> Constraints:
+    """All rows of the constraint problem at this state. aref = -B J qvel - K d (distance - margin)."""
+    n = qpos.shape[-1]
+    place = smooth.xpos, smooth.xmat, smooth.origin
+    contacts = fixed_contacts(model, *place)
+    contacts = contacts._replace(tangent=contacts.tangent * model.friction.unsqueeze(1))
+    softness = model.contact_softness
+    invweight = pyramid_invweight(model, model.friction, softness.invweight)
+    contact_weight, position = row_terms(softness, invweight, contacts.distance)
+    velocity = contact_velocity(model, contacts, smooth.cvel)
+    contact_reference = position.unsqueeze(1) - softness.damping.unsqueeze(1) * velocity
+
+    softness = model.limit_softness
+    distance_to_limit = model.limit_sign * (qpos[model.limit_qpos_index] - model.limit_bound)
+    limit_weight, position = row_terms(softness, softness.invweight, distance_to_limit)
+    limit_reference = position - softness.damping * model.limit_sign * qvel[model.limit_dof_index]
+
+    pairs, index = None, torch.zeros((0, n), dtype=torch.long, device=qpos.device)
+    dropped = torch.zeros(n, dtype=torch.long, device=qpos.device)
+    jacobian, row_weight = qpos.new_zeros((0, model.nv, n)), qpos.new_zeros((0, n))
+    row_reference = row_weight
+    if model.pair_slots:
+        index, pairs, dropped = pair_contacts(model, *place)
+        pairs = pairs._replace(tangent=pairs.tangent * choose_pairs(model.pair_friction, index).unsqueeze(1))
+        jacobian, row_weight, row_reference = pair_rows(model, qvel, smooth.cdof, index, pairs)
+    return Constraints(
+        contacts, contact_weight, contact_reference, limit_weight, limit_reference,
+        jacobian, row_weight, row_reference, pairs, index, dropped,
+    )  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Newton solver (mj_solNewton): minimise 1/2 (x - a0)^T M (x - a0) + sum over rows of 1/2 D min(J x - aref, 0)^2
+# Newton solver (mj_solNewton): minimise 1/2 (x - a0)^T M (x - a0) + sum over rows of 1/2 D min(J x - aref, 0)^2,
+# where a0 = M^-1 qfrc_smooth is the acceleration without constraints
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Iterate(NamedTuple):
-    """A candidate acceleration and everything that is linear in it, so that a line search only adds and scales."""
-
-    qacc: Tensor  # (nv, N)
-    motion: Tensor  # (nl, 6, N) J x of the links
-    contact: Tensor  # (nc, 4, N) J x - aref
-    limit: Tensor  # (2 nlim, N)
-    row: Tensor  # (nr, N)
-
-    def plus(self, scale: Tensor, other: Iterate) -> Iterate:
-        return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
-
-
-def candidate(model: Model, cdof: Tensor, c: Constraints, x: Tensor) -> Iterate:
-    """An `Iterate` at acceleration x."""
-    motion = link_motion(model, cdof, x)
+def linear_terms(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
+    """x (nv, N) and J x of every row, without aref: how an `Iterate` changes along x."""
+    c, motion = smooth.constraints, link_motion(model, smooth.cdof, x)
     return Iterate(
         x,
         motion,
-        contact_velocity(model, c.point, c.normal, c.tangent, motion) - c.contact_reference,
-        model.limit_sign * x[model.limit_dof_index] - c.limit_reference,
-        (c.row_jacobian * x).sum(1) - c.row_reference,
+        contact_velocity(model, c.contacts, motion),
+        model.limit_sign * x[model.limit_dof_index],
+        (c.row_jacobian * x).sum(1),
+    )
+
+
+def candidate(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
+    """The `Iterate` at acceleration x (nv, N)."""
+    c, it = smooth.constraints, linear_terms(model, smooth, x)
+    return it._replace(
+        contact=it.contact - c.contact_reference, limit=it.limit - c.limit_reference, row=it.row - c.row_reference
     )
 
 
 def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]:
-    """D of the rows that push (J x < aref), zero elsewhere."""
+    """D of the rows that push (J x < aref), zero elsewhere: contacts (nc, 4, N), limits and explicit rows."""
     return (
         torch.where(it.contact < 0, c.contact_weight.unsqueeze(1), 0.0),
         torch.where(it.limit < 0, c.limit_weight, 0.0),
@@ -1674,42 +1531,38 @@ def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]
 
 
 def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
-    """a^T M b (N,): as kinetic energy, over links."""
+    """a^T M b (N): summed over links, as kinetic energy is."""
     return dot(a.motion, apply_symmetric(inertia, b.motion)).sum(0) + (model.armature * a.qacc * b.qacc).sum(0)
 
 
 def cost(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
-    """The objective (N,), up to the constant 1/2 a0^T M a0."""
-    c = smooth.constraints
+    """The objective (N), up to the constant 1/2 a0^T M a0."""
     total = 0.5 * inner(model, smooth.inertia, it, it) - (it.qacc * smooth.qfrc_smooth).sum(0)
-    contact, limit, row = active_weights(c, it)
+    contact, limit, row = active_weights(smooth.constraints, it)
     total = total + 0.5 * (contact * it.contact * it.contact).sum((0, 1))
     return total + 0.5 * ((limit * it.limit * it.limit).sum(0) + (row * it.row * it.row).sum(0))
 
 
-def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
-    """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
-    c = smooth.constraints
-    contact, limit, row = active_weights(c, it)
-    force = contact_force(c, contact * it.contact)
-    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force_at(c.point, force))
-    total = total + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
-    return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
+def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor) -> Iterate:
+    """The better of the warm start and the unconstrained acceleration (nv, 1, N), as in MuJoCo."""
+    free, warm = (candidate(model, smooth, x) for x in (unconstrained[:, 0], warmstart))
+    better = cost(model, smooth, warm) < cost(model, smooth, free)
+    return Iterate(*(torch.where(better, w, f) for w, f in zip(warm, free, strict=True)))
 
 
 def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
     """Packed Hessian (nnz, N) of the tree part, and right-hand sides (nv, 1 + nr, N) of `newton_direction`.
 
-    The first is minus the gradient. Explicit rows couple branches of the tree, so they stay out of the Hessian and
-    bring a right-hand side each, sqrt(D) J^T, for a low-rank correction.
+    The first right-hand side is minus the gradient. Explicit rows couple branches of the tree, so they are left out
+    of the Hessian. Each brings a right-hand side sqrt(D) J^T for a low-rank correction instead.
     """
     c = smooth.constraints
     contact, limit, row = active_weights(c, it)
-    force = contact_force(c, contact * it.contact)
+    force = contact_force(c.contacts, contact * it.contact)
     diagonal = model.armature + add_up(model.dof_limits, limit)
-    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(c, contact))
+    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(c.contacts, contact))
     wrench = apply_symmetric(smooth.inertia, it.motion)
-    gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.point, force))
+    gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.contacts.point, force))
     gradient = gradient + model.armature * it.qacc - smooth.qfrc_smooth
     gradient = gradient + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
     gradient = gradient + (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
@@ -1718,31 +1571,23 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
 
 
 def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """The Newton step from `solved` (nv, 1 + nr, N) = tree^-1 of the right-hand sides, and everything linear in it.
+    """The Newton step, from `solved` (nv, 1 + nr, N) = tree^-1 of the right-hand sides.
 
     Woodbury identity, rows scaled to W = sqrt(D) J: x = y - Y (1 + W Y)^-1 W y with y = tree^-1 g, Y = tree^-1 W^T.
     """
-    c = smooth.constraints
-    qacc, y = solved[:, 0], solved[:, 1:]
+    c, qacc, y = smooth.constraints, solved[:, 0], solved[:, 1:]
     count = y.shape[1]
     if count:
         scaled = c.row_jacobian * torch.sqrt(active_weights(c, it)[2]).unsqueeze(1)
         gram = (scaled.unsqueeze(2) * y).sum(1)  # (nr, nr, N)
         entry = {(i, j): gram[i, j] + (i == j) for i in range(count) for j in range(i + 1)}
-        share = torch.stack(eliminate(entry, list((scaled * qacc).sum(1).unbind(0))))
-        qacc = qacc - (y * share).sum(1)
-    motion = link_motion(model, smooth.cdof, qacc)
-    return Iterate(
-        qacc,
-        motion,
-        contact_velocity(model, c.point, c.normal, c.tangent, motion),
-        model.limit_sign * qacc[model.limit_dof_index],
-        (c.row_jacobian * qacc).sum(1),
-    )
+        correction = torch.stack(eliminate(entry, list((scaled * qacc).sum(1).unbind(0))))
+        qacc = qacc - (y * correction).sum(1)
+    return linear_terms(model, smooth, qacc)
 
 
 def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """Move along the Newton direction: one Newton step of the exact line search, started at full length."""
+    """Move along the Newton direction. The step length is one Newton step of the exact line search from full length."""
     c, direction = smooth.constraints, newton_direction(model, smooth, it, solved)
     full = it.plus(1.0, direction)
     contact, limit, row = active_weights(c, full)
@@ -1759,38 +1604,6 @@ def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> It
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Smooth(NamedTuple):
-    """Everything about a state but the solution of its constraint problem."""
-
-    xpos: Tensor  # (nl, 3, N) m
-    xmat: Tensor  # (nl, 3, 3, N)
-    origin: Tensor  # (3, N) m
-    cdof: Tensor  # (nv, 6, N)
-    cvel: Tensor  # (nl, 6, N) about the origin
-    inertia: Tensor  # (nl, 21, N) about the origin
-    mass_matrix: Tensor  # packed (nnz, N)
-    qfrc_bias: Tensor  # (nv, N)
-    qfrc_actuator: Tensor  # (nv, N)
-    qfrc_smooth: Tensor  # (nv, N)
-    actuator_damping: Tensor  # (nv, N)
-    constraints: Constraints
-
-
-class Dynamics(NamedTuple):
-    """What `forward` computed at one state; observations and tests read it."""
-
-    smooth: Smooth
-    solution: Iterate
-
-
-class State(NamedTuple):
-    """What a physics step carries."""
-
-    qpos: Tensor  # (nq, N)
-    qvel: Tensor  # (nv, N)
-    warmstart: Tensor  # (nv, N) acceleration of the last step
-
-
 def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> Smooth:
     """Kinematics, inertia, forces and constraint rows of a state (qpos, qvel) under ctrl (nu, N)."""
     xpos, xmat = kinematics(model, qpos)
@@ -1802,38 +1615,10 @@ def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> S
     qfrc_bias = bias_force(model, cdof, cvel, inertia, qvel)
     qfrc_actuator, actuator_damping = actuator_force(model, qpos, qvel, ctrl)
     qfrc_smooth = qfrc_actuator + passive_force(model, qpos, qvel) - qfrc_bias
-    constraints = make_constraints(model, qpos, qvel, xpos, xmat, origin, cdof, cvel)
-    return Smooth(
-        xpos, xmat, origin, cdof, cvel, inertia, mass_matrix, qfrc_bias, qfrc_actuator, qfrc_smooth, actuator_damping,
-        constraints,
-    )  # fmt: skip
-
-
-def solver_start(
-    model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor
-) -> tuple[Iterate, Tensor, Tensor]:
-    """The better of the warm start and the unconstrained acceleration, as MuJoCo starts, and its Newton system."""
-    free, warm = (candidate(model, smooth.cdof, smooth.constraints, x) for x in (unconstrained[:, 0], warmstart))
-    better = cost(model, smooth, warm) < cost(model, smooth, free)
-    it = Iterate(*(torch.where(better, w, f) for w, f in zip(warm, free, strict=True)))
-    return it, *newton_system(model, smooth, it)
-
-
-def solver_iteration(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> tuple[Iterate, Tensor, Tensor]:
-    """The next iterate and its Newton system."""
-    it = line_search(model, smooth, it, solved)
-    return it, *newton_system(model, smooth, it)
-
-
-def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions | None = None) -> Dynamics:
-    """Acceleration of `state` under ctrl (nu, N), after a fixed number of Newton iterations."""
-    run = run or EAGER
-    smooth = run.smooth_dynamics(model, state.qpos, state.qvel, ctrl)
-    unconstrained = run.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
-    it, matrix, right = run.solver_start(model, smooth, state.warmstart, unconstrained)
-    for _ in range(iterations - 1):
-        it, matrix, right = run.solver_iteration(model, smooth, it, run.solve_packed(model, matrix, right))
-    return Dynamics(smooth, run.line_search(model, smooth, it, run.solve_packed(model, matrix, right)))
+    smooth = Smooth(
+        xpos, xmat, origin, cdof, cvel, inertia, mass_matrix, qfrc_bias, qfrc_actuator, qfrc_smooth, actuator_damping
+    )
+    return smooth._replace(constraints=make_constraints(model, qpos, qvel, smooth))
 
 
 def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
@@ -1856,53 +1641,15 @@ def implicit_system(model: Model, smooth: Smooth, qacc: Tensor, implicitfast: bo
     return matrix, (damping * qacc).unsqueeze(1)
 
 
-def advance(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> State:
-    """Semi-implicit Euler step with acceleration qacc - slowing[:, 0]."""
+def semi_implicit(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> State:
+    """Semi-implicit Euler step with acceleration qacc - slowing[:, 0], see `step`."""
     qvel = state.qvel + model.timestep * (qacc - slowing[:, 0])
     return State(integrate_position(model, state.qpos, model.timestep * qvel), qvel, qacc.clone())
-
-
-def semi_implicit(
-    model: Model, state: State, ctrl: Tensor, iterations: int, implicitfast: bool, run: Regions
-) -> tuple[State, Dynamics]:
-    """mj_Euler (joint damping implicit) or mj_implicit with implicitfast (actuator damping too).
-
-    MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint. At the solution the right side is M qacc, so the same a
-    is qacc - (M + h B)^-1 h B qacc: no constraint force is needed, and an unconverged one cannot disturb it.
-    """
-    dynamics = forward(model, state, ctrl, iterations, run)
-    qacc = dynamics.solution.qacc
-    slowing = torch.zeros_like(qacc).unsqueeze(1)
-    if model.damped or (implicitfast and model.actuator_velocity_bias):
-        slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))
-    return run.advance(model, state, qacc, slowing), dynamics
 
 
 def stage(model: Model, state: State, scale: Tensor, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor]:
     """qpos, qvel of a Runge-Kutta stage: the first state moved by scale (1, 1) s at `rate` and `qacc` (nv, N)."""
     return integrate_position(model, state.qpos, scale * rate), state.qvel + scale * qacc
-
-
-def combine(model: Model, state: State, rates: list[Tensor], qaccs: list[Tensor]) -> State:
-    """The classical weights 1/6, 1/3, 1/3, 1/6 over four stages."""
-    rate, qacc = ((k[0] + 2 * k[1] + 2 * k[2] + k[3]) / 6 for k in (rates, qaccs))
-    qpos = integrate_position(model, state.qpos, model.timestep * rate)
-    return State(qpos, state.qvel + model.timestep * qacc, qaccs[0].clone())
-
-
-def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions) -> tuple[State, Dynamics]:
-    """mj_RungeKutta of MuJoCo 4: classical fourth order, on rotations in the Runge-Kutta-Munthe-Kaas form.
-
-    Returns the dynamics of the fourth stage, which is what MuJoCo leaves in mjData.
-    """
-    dynamics = forward(model, state, ctrl, iterations, run)
-    rates, qaccs = [state.qvel], [dynamics.solution.qacc]
-    for scale in model.stage_times:
-        qpos, qvel = run.stage(model, state, scale, rates[-1], qaccs[-1])
-        dynamics = forward(model, State(qpos, qvel, qaccs[-1]), ctrl, iterations, run)
-        rates.append(run.chart_rate(model, qvel, scale, rates[-1]))
-        qaccs.append(dynamics.solution.qacc)
-    return run.combine(model, state, rates, qaccs), dynamics
 
 
 def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
@@ -1923,23 +1670,47 @@ def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tenso
     return torch.stack(rows)
 
 
-@dataclass(frozen=True)
-class Regions:
-    """The functions that are compiled, each once, and called from everywhere. Eager is the reference."""
-
-    smooth_dynamics: Callable = smooth_dynamics
-    solve_packed: Callable = solve_packed
-    solver_start: Callable = solver_start
-    solver_iteration: Callable = solver_iteration
-    line_search: Callable = line_search
-    implicit_system: Callable = implicit_system
-    advance: Callable = advance
-    stage: Callable = stage
-    chart_rate: Callable = chart_rate
-    combine: Callable = combine
+def combine_stages(model: Model, state: State, rates: list[Tensor], qaccs: list[Tensor]) -> State:
+    """The classical weights 1/6, 1/3, 1/3, 1/6 over four stages."""
+    rate, qacc = ((k[0] + 2 * k[1] + 2 * k[2] + k[3]) / 6 for k in (rates, qaccs))
+    qpos = integrate_position(model, state.qpos, model.timestep * rate)
+    return State(qpos, state.qvel + model.timestep * qacc, qaccs[0].clone())
 
 
-EAGER = Regions()
+# The functions that are compiled, each once. An object of type `Regions` holds them under their names: compiled, or as
+# they are. Eager is the reference.
+REGIONS = (
+    smooth_dynamics, solve_packed, solver_start, newton_system, line_search,
+    implicit_system, semi_implicit, stage, chart_rate, combine_stages,
+)  # fmt: skip
+Regions = types.SimpleNamespace
+EAGER = Regions(**{function.__name__: function for function in REGIONS})
+
+
+def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions = EAGER) -> Dynamics:
+    """Acceleration of `state` under ctrl (nu, N), after a fixed number of Newton iterations."""
+    smooth = run.smooth_dynamics(model, state.qpos, state.qvel, ctrl)
+    unconstrained = run.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
+    it = run.solver_start(model, smooth, state.warmstart, unconstrained)
+    for _ in range(iterations):
+        matrix, right = run.newton_system(model, smooth, it)
+        it = run.line_search(model, smooth, it, run.solve_packed(model, matrix, right))
+    return Dynamics(smooth, it)
+
+
+def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions) -> tuple[State, Dynamics]:
+    """mj_RungeKutta of MuJoCo 4: classical fourth order, on rotations in the Runge-Kutta-Munthe-Kaas form.
+
+    Returns the dynamics of the fourth stage, which is what MuJoCo leaves in mjData.
+    """
+    dynamics = forward(model, state, ctrl, iterations, run)
+    rates, qaccs = [state.qvel], [dynamics.solution.qacc]
+    for scale in model.stage_times:
+        qpos, qvel = run.stage(model, state, scale, rates[-1], qaccs[-1])
+        dynamics = forward(model, State(qpos, qvel, qaccs[-1]), ctrl, iterations, run)
+        rates.append(run.chart_rate(model, qvel, scale, rates[-1]))
+        qaccs.append(dynamics.solution.qacc)
+    return run.combine_stages(model, state, rates, qaccs), dynamics
 
 
 def step(
@@ -1947,7 +1718,12 @@ def step(
 ) -> tuple[State, Dynamics]:
     """One timestep of every robot: state and ctrl (nu, N) to the next state, and the dynamics last evaluated.
 
-    integrator: euler, implicitfast or rk4, by default the MJCF's own; iterations: of Newton's method, at least 1.
+    integrator: euler (mj_Euler, joint damping implicit), implicitfast (mj_implicit, actuator damping too) or rk4;
+    default the MJCF's own. iterations: of Newton's method, at least 1. run: the compiled or eager `REGIONS`.
+
+    The first two: MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint. At the solution the right side is M qacc,
+    so the same a is qacc - (M + h B)^-1 h B qacc. That form needs no constraint force, so a force that has not
+    converged cannot disturb it.
     """
     integrator = integrator or model.integrator
     if integrator not in INTEGRATORS.values():
@@ -1956,12 +1732,33 @@ def step(
         raise ValueError(f"iterations must be at least 1, not {iterations}")
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
-    return semi_implicit(model, state, ctrl, iterations, integrator == "implicitfast", run)
+    dynamics = forward(model, state, ctrl, iterations, run)
+    qacc, implicitfast = dynamics.solution.qacc, integrator == "implicitfast"
+    slowing = torch.zeros_like(qacc).unsqueeze(1)
+    if model.damped or (implicitfast and model.actuator_velocity_bias):
+        slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))
+    return run.semi_implicit(model, state, qacc, slowing), dynamics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Body quantities as MuJoCo reports them, about the robot's centre of mass (mj_comPos, mj_comVel, mj_rnePostConstraint)
+# Forces of constraints, and body quantities as MuJoCo reports them (mj_comPos, mj_comVel, mj_rnePostConstraint)
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
+    """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
+    c = smooth.constraints
+    contact, limit, row = active_weights(c, it)
+    force = force_at(c.contacts.point, contact_force(c.contacts, contact * it.contact))
+    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force)
+    total = total + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
+    return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
+
+
+def normal_forces(dynamics: Dynamics) -> Tensor:
+    """(nc, N) N: how hard each contact point presses on what is fixed."""
+    c, it = dynamics.smooth.constraints, dynamics.solution
+    return -(active_weights(c, it)[0] * it.contact).sum(1)
 
 
 def centre_of_mass(model: Model, xpos: Tensor, xmat: Tensor) -> Tensor:
@@ -1982,32 +1779,26 @@ def body_inertias(model: Model, xpos: Tensor, xmat: Tensor, com: Tensor) -> Tens
 
 
 def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tensor:
-    """cvel (nbody - 1, 6, N) of each body about the centre of mass (3, N from the origin)."""
+    """cvel (nbody - 1, 6, N) of each body about the centre of mass (3, N), which is given from the origin."""
     moving = cvel[model.body_link_index[1:]]
     arm = com_from_origin.expand_as(moving[:, :3])
     return torch.cat((moving[:, :3], moving[:, 3:] + cross(moving[:, :3], arm)), 1)
 
 
 def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
-    """cfrc_ext (nbody - 1, 6, N): torque about `com` and force of all contacts on each body, world axes."""
+    """cfrc_ext (nbody - 1, 6, N): torque about `com` (3, N) and force of all contacts on each body, world axes."""
     smooth, it = dynamics
     c = smooth.constraints
     contact, _, row = active_weights(c, it)
     arm = smooth.origin - com
-    force = -contact_force(c, contact * it.contact)
-    wrench = force_at(c.point + arm, force)
-    total = (model.body_contacts * wrench).sum(1)
-    if model.pair_slots:
-        edge_force = (-row * it.row)[: model.pair_slots * model.pair_edges].unflatten(0, (model.pair_slots, -1))
-        normal, first, second = c.pair_frame.unbind(1)
-        force = normal * edge_force.sum(1).unsqueeze(1)
-        if model.pair_edges == 4:
-            friction = torch.gather(model.pair_friction.expand(-1, c.pair_index.shape[-1]), 0, c.pair_index)
-            force = force + first * (friction * (edge_force[:, 0] - edge_force[:, 1])).unsqueeze(1)
-            force = force + second * (friction * (edge_force[:, 2] - edge_force[:, 3])).unsqueeze(1)
-        wrench = force_at(c.pair_point + arm, force)
-        share = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (K, nbody, N)
-        total = total + (share[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
+    force = -contact_force(c.contacts, contact * it.contact)
+    total = (model.body_contacts * force_at(c.contacts.point + arm, force)).sum(1)
+    if c.pairs is not None:
+        edge_force = (-row * it.row).unflatten(0, (model.pair_slots, -1))
+        force = contact_force(c.pairs, edge_force) if model.pair_edges == 4 else c.pairs.normal * edge_force
+        wrench = force_at(c.pairs.point + arm, force)
+        sign = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (K, nbody, N)
+        total = total + (sign[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
     return total
 
 
@@ -2874,17 +2665,13 @@ def settle(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EnvironmentRegions(Regions):
-    """The physics' regions and the rest of an environment step."""
-
-    randomized_fields: Callable = randomized_fields
-    prepare: Callable = prepare
-    settle: Callable = settle
+# The physics' regions and the rest of an environment step.
+ENVIRONMENT_REGIONS = (*REGIONS, randomized_fields, prepare, settle)
+EAGER_ENVIRONMENT = Regions(**{function.__name__: function for function in ENVIRONMENT_REGIONS})
 
 
 def environment_step(
-    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor, run: EnvironmentRegions
+    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor, run: Regions
 ) -> tuple[Carry, Transition, Tensor]:
     """frame_skip physics steps under action (nu, N), then `settle`; last the contacts dropped in all steps, (N,)."""
     next_model = None
@@ -2899,12 +2686,11 @@ def environment_step(
     dropped = torch.zeros_like(carry.age)
     for held in ctrl:
         state, dynamics = step(model, state, held, settings.integrator, settings.iterations, run)
-        if model.pair_slots < len(model.pair_links):
-            dropped = dropped + dynamics.smooth.constraints.dropped
+        dropped = dropped + dynamics.smooth.constraints.dropped
     return *run.settle(task, model, next_model, settings, carry, state, dynamics, action, noise), dropped
 
 
-def compile_regions(device: torch.device) -> EnvironmentRegions:
+def compile_regions(device: torch.device) -> Regions:
     """Compiled regions for one model and one batch size.
 
     Each is compiled from a private copy of its code object, where the compiler keeps its cache. All guards stay on: one
@@ -2919,10 +2705,10 @@ def compile_regions(device: torch.device) -> EnvironmentRegions:
     def private(function: Callable) -> Callable:
         return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
-    return EnvironmentRegions(
+    return Regions(
         **{
-            field.name: torch.compile(private(field.default), fullgraph=True, dynamic=False, options=options)
-            for field in dataclasses.fields(EnvironmentRegions)
+            function.__name__: torch.compile(private(function), fullgraph=True, dynamic=False, options=options)
+            for function in ENVIRONMENT_REGIONS
         }
     )
 
@@ -3031,10 +2817,10 @@ class VecSim(gymnasium.vector.VectorEnv):
             self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
         )
         self.model = self.task.furnish(model, self.mj_model)
-        rows = self.model.pair_slots * self.model.pair_edges + len(self.model.ball_limits)
+        rows = self.model.pair_slots * self.model.pair_edges
         if compile and rows > COMPILED_ROWS:
             raise InputError(
-                f"{rows} rows of self-contacts and ball limits (pair_slots={self.model.pair_slots}, "
+                f"{rows} rows of self-contacts (pair_slots={self.model.pair_slots}, "
                 f"{self.model.pair_edges} a slot) take too long to compile, at most {COMPILED_ROWS}; "
                 "use fewer pair_slots, condim 1, self_collision=False or compile=False"
             )
@@ -3069,11 +2855,11 @@ class VecSim(gymnasium.vector.VectorEnv):
             share = math.ceil(num_envs / torch.get_num_threads() / 64) * 64  # one chunk a core, in whole vectors
             chunk = num_envs if self.device.type == "cuda" else min(CPU_CHUNK, share)
         self._slices = [slice(start, min(start + chunk, num_envs)) for start in range(0, num_envs, chunk)]
-        self._models = [self.model.narrow(s.start, s.stop) for s in self._slices]
+        self._models = [self.model for _ in self._slices]
         self._carries: list[Carry] = []
         self.compiled = compile
         sizes = {s.stop - s.start for s in self._slices}
-        self._regions = {n: compile_regions(self.device) if compile else EnvironmentRegions() for n in sizes}
+        self._regions = {n: compile_regions(self.device) if compile else EAGER_ENVIRONMENT for n in sizes}
         self._warm: set[int] = set()  # chunk sizes whose regions are compiled
         threads = torch.get_num_threads() if self.device.type == "cpu" and len(self._slices) > 1 else 1
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
