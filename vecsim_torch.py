@@ -24,8 +24,9 @@ at most 4e-13 (relative, 150 to 500 states of each). In float32 with 4 Newton it
 2e-7 to 1.2e-5. On one AMD EPYC core, whole environment steps run at 0.87 to 1.21 times the speed of MuJoCo C's physics
 alone, Humanoid's at 0.42 times (results/README.md).
 
-Read in this order: spatial algebra, model, kinematics, smooth dynamics, constraints, Newton solver, integrators (with
-`step`, one physics step), randomisation, tasks, environment step, vector environment, evaluation, benchmark.
+Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
+constraints, Newton solver, integrators (with `step`, one physics step), randomisation, tasks, environment step, vector
+environment, evaluation, benchmark. To follow a force: `step`, `forward`, `newton_system`, `contact_force`.
 
 Your own task. Write a file my_task.py and give every script `--env-id my_task.py:SwingUp`:
 
@@ -421,7 +422,7 @@ class Model:
     def __post_init__(self):
         if self.terrain is not None and (self.walls or self.boxes):
             what = f"planes {', '.join(self.walls)}" if self.walls else "boxes that touch the ground"
-            raise ValueError(f"unsupported model feature: terrain with {what}; it replaces one horizontal plane")
+            raise InputError(f"unsupported model feature: terrain with {what}; it replaces one horizontal plane")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,11 +449,11 @@ def compile_mjcf(source: str | Path | mujoco.MjModel) -> mujoco.MjModel:
                 return mujoco.MjSpec.from_string(str(source)).compile()
             return mujoco.MjSpec.from_file(str(source)).compile()
     except ValueError as error:
-        raise ValueError(f"MuJoCo does not compile this model: {' '.join(str(error).split())}") from None
+        raise InputError(f"MuJoCo does not compile this model: {' '.join(str(error).split())}") from None
 
 
 def refuse_unsupported(m: mujoco.MjModel) -> None:
-    """Raise ValueError with the name of the first feature of `m` that this simulator does not compute."""
+    """Raise InputError with the name of the first feature of `m` that this simulator does not compute."""
     tendon_forces = (m.tendon_stiffness, m.tendon_damping, m.tendon_armature, m.tendon_frictionloss, m.tendon_limited)
     tendon_acts = any(field.any() for field in tendon_forces)
     simple_joints = np.isin(m.jnt_type, (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE))
@@ -497,7 +498,7 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     }
     for feature, found in rules.items():
         if found:
-            raise ValueError(f"unsupported model feature: {feature}; remove it from the MJCF or use MuJoCo")
+            raise InputError(f"unsupported model feature: {feature}; remove it from the MJCF or use MuJoCo")
 
 
 def rotation_matrix(quat: np.ndarray) -> np.ndarray:
@@ -531,7 +532,7 @@ def soften(
     mixed = standard != (solref[:, 1] > 0)
     if mixed.any():
         wrong = tuple(solref[mixed][0].tolist())
-        raise ValueError(f"unsupported model feature: solref {wrong} mixes standard and direct format")
+        raise InputError(f"unsupported model feature: solref {wrong} mixes standard and direct format")
     dmin, dmax, width, midpoint, power = solimp.T
     dmin, dmax, midpoint = (np.clip(x, MINIMP, MAXIMP) for x in (dmin, dmax, midpoint))
     width, power = np.maximum(width, 0), np.maximum(power, 1)
@@ -586,7 +587,7 @@ def build_tree(m: mujoco.MjModel) -> Tree:
         body_link.append(link)
         body_frame.append(frame)
     if not joint:
-        raise ValueError("unsupported model: it has no joints")
+        raise InputError("unsupported model: it has no joints")
     dof_count = {kind.mjJNT_HINGE: 1, kind.mjJNT_SLIDE: 1, kind.mjJNT_BALL: 3, kind.mjJNT_FREE: 6}
     kinds = [kind(int(m.jnt_type[j])) for j in joint]
     dofs = []
@@ -804,7 +805,7 @@ def collision_candidates(m: mujoco.MjModel, timestep: float) -> tuple[np.ndarray
     mujoco.mj_kinematics(probe, data)
     mujoco.mj_collision(probe, data)
     if data.warning[mujoco.mjtWarning.mjWARN_CONTACTFULL].number:
-        raise ValueError("unsupported model: too many pairs of geoms can collide; set contype/conaffinity")
+        raise InputError("unsupported model: too many pairs of geoms can collide; set contype/conaffinity")
     geoms, contact = np.sort(data.contact.geom, axis=1), data.contact
     order = np.lexsort((geoms[:, 1], geoms[:, 0]))
     geoms, condim = geoms[order], contact.dim[order]
@@ -816,13 +817,13 @@ def collision_candidates(m: mujoco.MjModel, timestep: float) -> tuple[np.ndarray
     on_plane = (first == kind.mjGEOM_PLANE) & np.isin(second, (*spherical, kind.mjGEOM_BOX))
     supported = on_plane | (np.isin(first, spherical) & np.isin(second, spherical))
     for pair in geoms[~supported]:
-        raise ValueError(
+        raise InputError(
             f"unsupported model feature: collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}; "
             "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
         )
     for pair, dim in zip(geoms, condim, strict=True):
         if dim not in (1, 3):
-            raise ValueError(f"unsupported model feature: condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3")
+            raise InputError(f"unsupported model feature: condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3")
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
     margin = m.geom_margin[geoms].sum(1)
     invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
@@ -938,16 +939,16 @@ def load_model(
     timestep: s, default the MJCF's. self_collision: contacts between moving geoms. pair_slots: how many of them are
     solved at once, the deepest first. Default: one slot for each pair that can touch, but at most 8, or 4 if any
     pair has friction, because a slot then needs four rows. Contacts with what is fixed to the world need no slots and
-    are never dropped. Raises ValueError with the name of any feature that this simulator does not compute.
+    are never dropped. Raises InputError with the name of any feature that this simulator does not compute.
     """
     m = compile_mjcf(source)
     refuse_unsupported(m)
     if pair_slots is not None and pair_slots < 1:
-        raise ValueError(f"pair_slots must be at least 1, not {pair_slots}; to drop pairs use self_collision=False")
+        raise InputError(f"pair_slots must be at least 1, not {pair_slots}; to drop pairs use self_collision=False")
     if timestep is not None and not 0 < timestep < math.inf:
-        raise ValueError(f"timestep must be positive and finite, not {timestep} s")
+        raise InputError(f"timestep must be positive and finite, not {timestep} s")
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
+        raise InputError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     h = float(m.opt.timestep if timestep is None else timestep)
     tree = build_tree(m)
     tables = tree_tables(m, tree) | joint_tables(m, tree) | inertia_tables(m, tree) | actuator_tables(m)
@@ -1727,9 +1728,9 @@ def step(
     """
     integrator = integrator or model.integrator
     if integrator not in INTEGRATORS.values():
-        raise ValueError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
+        raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
     if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, not {iterations}")
+        raise InputError(f"iterations must be at least 1, not {iterations}")
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     dynamics = forward(model, state, ctrl, iterations, run)
