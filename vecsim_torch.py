@@ -1220,7 +1220,7 @@ def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
 
 
 def eliminate(entry: dict[tuple[int, int], Tensor], right: list[Tensor]) -> list[Tensor]:
-    """Sparse Cholesky solve. entry: {(i, j): value} of the lower triangle without its zeros. right: one tensor per row."""
+    """Sparse Cholesky solve. entry: {(i, j): value} of the lower triangle without zeros. right: one tensor per row."""
     n, x, entry = len(right), list(right), dict(entry)
     before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
     inverse: list[Tensor] = [x[0]] * n
@@ -1278,7 +1278,7 @@ def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor) -> Tens
 
 
 def tangents_of(normal: Tensor) -> Tensor:
-    """Two unit tangents (2, n, 3, N) of normals (n, 3, N): the first along the world's y, or z if the normal is near y."""
+    """Two unit tangents (2, n, 3, N) of normals (n, 3, N). The first is near the world's y, or z if the normal is."""
     upright = (normal[:, 1:2].abs() >= 0.5).to(normal.dtype)
     guess = torch.cat((torch.zeros_like(upright), 1 - upright, upright), 1)
     first = guess - dot(guess, normal).unsqueeze(1) * normal
@@ -1623,7 +1623,7 @@ def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> S
 
 
 def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
-    """qpos displaced by `move` (nv, N), a velocity times a duration (mj_integratePos): quaternions turn in body axes."""
+    """qpos moved by `move` (nv, N), a velocity times a duration. Quaternions turn in body axes. Source: mj_integratePos."""
     moved = qpos + move[model.qpos_dof_index]
     if not model.quaternions:
         return moved

@@ -2,7 +2,7 @@
 
 The reference is MuJoCo's own Newton solver, converged: both minimise the same convex cost, so their accelerations agree
 to what rounding leaves. States come from MuJoCo's simulation under random actions and are compared as one batch. Errors
-are relative as |a - b|max / (1 + |b|max), per state, so that a small entry of a large vector is not held to its own size.
+are |a - b|max / (1 + |b|max), per state, so that a small entry of a large vector is not measured by its own size.
 """
 
 from __future__ import annotations
@@ -342,7 +342,8 @@ def random_tree(seed):
         if kind == "capsule" and chance(0.3):
             a = rng.uniform(-0.1, 0.1, 3)
             pose, size = f'fromto="{numbers(*a, *(a + rng.uniform(0.05, 0.2, 3)))}"', size[:1]
-        return f'<geom type="{kind}" size="{numbers(*size)}" {pose}{bits} density="{rng.uniform(300, 2000):.1f}"{contact()}/>'
+        density = f'density="{rng.uniform(300, 2000):.1f}"'
+        return f'<geom type="{kind}" size="{numbers(*size)}" {pose}{bits} {density}{contact()}/>'
 
     joints, actuators = [], []
     names = (f"j{k}" for k in range(1000))
@@ -379,7 +380,8 @@ def random_tree(seed):
         text = "".join(geom(boxes) for _ in range(rng.integers(1, 3)))
         if chance(0.2):
             full = numbers(*rng.uniform(0.01, 0.012, 3), *rng.uniform(-0.002, 0.002, 3))
-            text += f'<inertial pos="{numbers(*rng.uniform(-0.05, 0.05, 3))}" mass="{rng.uniform(0.5, 3):.3f}" fullinertia="{full}"/>'
+            text += f'<inertial pos="{numbers(*rng.uniform(-0.05, 0.05, 3))}" mass="{rng.uniform(0.5, 3):.3f}"'
+            text += f' fullinertia="{full}"/>'
         if depth < 3:
             text += "".join(body(depth + 1, boxes) for _ in range(rng.integers(1 if depth < 1 else 0, 3)))
         return text
@@ -388,7 +390,8 @@ def random_tree(seed):
     boxes = chance(0.5)
     for _ in range(pick(1, 1, 2)):  # one robot, or two that can collide
         base = "<freejoint/>" if chance(0.7) else joint("slide") + joint("hinge")
-        pose = f'pos="{numbers(*rng.uniform(-0.4, 0.4, 2), rng.uniform(0.3, 0.5))}" euler="{numbers(*rng.uniform(-180, 180, 3))}"'
+        pose = f'pos="{numbers(*rng.uniform(-0.4, 0.4, 2), rng.uniform(0.3, 0.5))}"'
+        pose += f' euler="{numbers(*rng.uniform(-180, 180, 3))}"'
         world += f"<body {pose}>{base}{inside(0, boxes)}</body>"
     if chance(0.4):
         world += f'<geom type="sphere" size="0.2" pos="{numbers(*rng.uniform(-0.5, 0.5, 2), 0.1)}"{contact()}/>'
@@ -401,7 +404,8 @@ def random_tree(seed):
             "motor": "",
             "position": f' kp="{rng.uniform(2, 20):.3f}" kv="{rng.uniform(0, 1):.3f}"',
             "velocity": f' kv="{rng.uniform(0.2, 2):.3f}"',
-            "general": f' gainprm="{rng.uniform(1, 5):.3f}" biastype="affine" biasprm="{numbers(*rng.uniform(-2, 0, 3))}"',
+            "general": f' gainprm="{rng.uniform(1, 5):.3f}" biastype="affine"'
+            f' biasprm="{numbers(*rng.uniform(-2, 0, 3))}"',
         }
         if drive:
             actuators.append(f"<{drive} {target}{limits}{gains[drive]}/>")
@@ -410,7 +414,8 @@ def random_tree(seed):
     return f"""<mujoco><compiler autolimits="true"/>
       <option timestep="{pick(0.002, 0.004)}" gravity="{gravity}" impratio="{pick(1, 1, 3)}"/>
       <worldbody>
-        <geom type="plane" size="5 5 1" pos="0 0 {rng.uniform(-0.1, 0.1):.3f}" euler="{tilt}" contype="3" conaffinity="3"{contact()}/>
+        <geom type="plane" size="5 5 1" pos="0 0 {rng.uniform(-0.1, 0.1):.3f}" euler="{tilt}" contype="3"
+          conaffinity="3"{contact()}/>
         {world}
       </worldbody><actuator>{"".join(actuators)}</actuator></mujoco>"""
 
@@ -429,9 +434,8 @@ def test_random_model(seed):
     smooth = dynamics.smooth
     padded = torch.cat((smooth.mass_matrix, torch.zeros_like(smooth.mass_matrix[:1])))
     worst = error(dynamics.solution.qacc, reference.qacc)
-    print(
-        f"\nrandom model {seed}: nv {m.nv}, contacts up to {max(map(len, reference.contacts))}, pairs {pairs}, {worst:.1e}"
-    )
+    contacts = max(map(len, reference.contacts))
+    print(f"\nrandom model {seed}: nv {m.nv}, contacts up to {contacts}, pairs {pairs}, {worst:.1e}")
     # rounding, as for Gymnasium's models; the solver's tolerance as there
     assert error(padded[model.unpack_index], reference.mass_matrix) <= 1e-12
     assert error(smooth.qfrc_bias, reference.qfrc_bias) <= 1e-12
@@ -489,7 +493,8 @@ def test_fast_rotation(turn):
 # Conservation laws and closed forms: these need no MuJoCo to be true
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHAIN = """<mujoco><option timestep="0.002" integrator="RK4"/><default><geom contype="0" conaffinity="0"/></default><worldbody>
+CHAIN = """<mujoco><option timestep="0.002" integrator="RK4"/>
+<default><geom contype="0" conaffinity="0"/></default><worldbody>
   <body><joint axis="0 1 0"/><geom type="capsule" size=".03" fromto="0 0 0 0 0 -.4"/>
     <body pos="0 0 -.4"><joint axis="1 .3 0"/><geom type="capsule" size=".03" fromto="0 0 0 .1 0 -.3"/>
       <body pos=".1 0 -.3"><joint type="ball"/><geom type="sphere" size=".06" pos="0 .1 -.2"/>
@@ -538,7 +543,8 @@ FLOATING = """<mujoco><option timestep="0.002" gravity="0 0 0" integrator="RK4"/
   <body pos="-.2 0 0"><joint name="c" type="slide" axis="0 0 1" stiffness="20"/><geom type="sphere" size=".07"/></body>
   <body pos="0 .13 0"><joint type="ball"/><geom type="capsule" size=".03" fromto="0 0 0 0 .3 0"/>
     <body pos="-.1 .1 .0"><joint type="slide" axis="0 -1 0"/><geom type="sphere" size=".06"/></body></body>
-</body></worldbody><actuator><motor joint="a"/><motor joint="b" gear=".5"/><motor joint="c" gear="5"/></actuator></mujoco>"""
+</body></worldbody>
+<actuator><motor joint="a"/><motor joint="b" gear=".5"/><motor joint="c" gear="5"/></actuator></mujoco>"""
 
 
 def momentum(model, state):
@@ -580,7 +586,8 @@ def test_free_fall_and_spring():
     """A thrown ball and a mass on a damped spring against their formulas."""
     xml = """<mujoco><option timestep="0.001" integrator="RK4"/><worldbody>
       <body><freejoint/><geom type="sphere" size=".1" mass="2" contype="0" conaffinity="0"/></body>
-      <body><joint type="slide" axis="1 0 0" stiffness="50" damping="1"/><geom type="sphere" size=".1" mass="2" contype="0" conaffinity="0"/></body>
+      <body><joint type="slide" axis="1 0 0" stiffness="50" damping="1"/>
+        <geom type="sphere" size=".1" mass="2" contype="0" conaffinity="0"/></body>
     </worldbody></mujoco>"""
     model = vecsim.load_model(xml, dtype=torch.float64)
     qpos, qvel = model.qpos0.clone(), torch.zeros(7, 1, dtype=torch.float64)
@@ -786,15 +793,18 @@ REFUSED = {
         "condim 6",
     ),
     "mesh pair": (
-        '<worldbody><geom type="box" size="1 1 1"/><body pos="0 0 3"><freejoint/><geom name="ball" size=".1"/></body></worldbody>',
+        '<worldbody><geom type="box" size="1 1 1"/>'
+        '<body pos="0 0 3"><freejoint/><geom name="ball" size=".1"/></body></worldbody>',
         "collision of geom",
     ),
     "ellipsoid": (
-        '<worldbody><geom type="plane" size="1 1 1"/><body><freejoint/><geom name="egg" type="ellipsoid" size=".1 .2 .3"/></body></worldbody>',
+        '<worldbody><geom type="plane" size="1 1 1"/>'
+        '<body><freejoint/><geom name="egg" type="ellipsoid" size=".1 .2 .3"/></body></worldbody>',
         "egg",
     ),
     "cylinder": (
-        '<worldbody><geom type="plane" size="1 1 1"/><body><freejoint/><geom name="can" type="cylinder" size=".1 .2"/></body></worldbody>',
+        '<worldbody><geom type="plane" size="1 1 1"/>'
+        '<body><freejoint/><geom name="can" type="cylinder" size=".1 .2"/></body></worldbody>',
         "can",
     ),
     "activation": (
@@ -802,7 +812,8 @@ REFUSED = {
         "activation",
     ),
     "site transmission": (
-        '<worldbody><body><joint/><geom size=".1"/><site name="s"/></body></worldbody><actuator><motor site="s"/></actuator>',
+        '<worldbody><body><joint/><geom size=".1"/><site name="s"/></body></worldbody>'
+        '<actuator><motor site="s"/></actuator>',
         "transmissions",
     ),
     "tendon transmission": (
@@ -840,7 +851,8 @@ def test_warnings_of_mujoco_are_pythons(tmp_path, monkeypatch, recwarn):
 
 def test_supported_neighbours_of_refused_features():
     """Tendons without effect, geoms that collide with nothing, and exclusions load."""
-    xml = f"""<mujoco><worldbody>{ARM}<body name="other" pos="0 0 5"><freejoint/><geom type="cylinder" size=".1 .1"/></body>
+    xml = f"""<mujoco><worldbody>{ARM}
+      <body name="other" pos="0 0 5"><freejoint/><geom type="cylinder" size=".1 .1"/></body>
       </worldbody><contact><exclude body1="arm" body2="other"/></contact>
       <tendon><fixed><joint joint="j" coef="1"/></fixed></tendon></mujoco>"""
     assert vecsim.load_model(xml).nv == 7
