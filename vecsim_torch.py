@@ -5,7 +5,7 @@
     obs, reward, terminated, truncated, info = env.step(action)     # tensors on the device, environment axis first
 
     vecsim_torch.make("Quadruped-Rough", randomize=True)            # every robot is different in every episode
-    vecsim_torch.make("Hopper-v5", randomize={"mass": (0.8, 1.2)}, perturb={"action_delay_ms": 120})
+    vecsim_torch.make("Hopper-v5", randomize={"mass": (0.8, 1.2)}, action_delay_ms=120)
 
     python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
     python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
@@ -1805,334 +1805,90 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Randomisation, drawn by every environment at every reset, and perturbation, the same for all of them
-# ----------------------------------------------------------------------------------------------------------------------
-
-Range = tuple[float, float]
-FACTORS = (
-    "mass", "friction", "damping", "armature", "motor_strength", "position_gain", "velocity_gain", "gravity",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Randomize:
-    """Ranges (low, high), drawn from uniformly. None leaves a parameter as the MJCF has it.
-
-    A single number x is short for (1 - x, 1 + x) of a factor, (-x, x) of an offset, (0, x) of a push and (x, x) of an
-    interval. A heavier link is a denser link: its inertia scales with its mass. What MuJoCo derives from masses when it
-    compiles a model (body_invweight0 and dof_invweight0, which soften contacts and limits) stays as it was compiled, as
-    when one writes to mjModel's fields without mj_setConst. For a quadruped on the ground with masses 20% off, that
-    leaves out 0.1% of qacc in the median and 2.4% at most (tests/test_vecsim_randomize.py).
-    """
-
-    mass: float | Range | None = None  # factor, one per link, of its mass and inertia
-    centre_of_mass: float | Range | None = None  # m, offset along each axis of the first link that has mass
-    friction: float | Range | None = None  # factor, one per robot, of all contacts
-    damping: float | Range | None = None  # factor, one per dof
-    armature: float | Range | None = None  # factor, one per dof
-    motor_strength: float | Range | None = None  # factor, one per actuator, of its force and its force limits
-    position_gain: float | Range | None = None  # factor, one per position servo
-    velocity_gain: float | Range | None = None  # factor, one per position servo
-    gravity: float | Range | None = None  # factor
-    initial_position: float | Range | None = None  # rad or m, offset of each hinge and slide at a reset
-    initial_velocity: float | Range | None = None  # rad/s or m/s, offset of each dof at a reset
-    push: float | Range | None = None  # m/s, added to the robot's velocity in a random horizontal direction
-    push_interval: float | Range = (5.0, 10.0)  # s, from one push to the next
-
-    def ranges(self) -> dict[str, Range]:
-        """(low, high) of each parameter that varies. ValueError for a range that makes no sense."""
-        out = {}
-        for name, value in vars(self).items():
-            if value is None or (name == "push_interval" and self.push is None):
-                continue
-            centre = 1.0 if name in FACTORS else 0.0
-            value = typed_range(value)
-            if isinstance(value, (int, float)):
-                spread = {"push": (0.0, value), "push_interval": (value, value)}
-                value = spread.get(name, (centre - value, centre + value))
-            if not isinstance(value, (tuple, list)) or len(value) != 2:
-                raise InputError(f"randomize.{name} = {value!r} must be a number or a range (low, high)")
-            low, high = (float(x) for x in value)
-            lowest = 1e-3 if name in (*FACTORS, "push_interval") else 0.0 if name == "push" else -math.inf
-            if not lowest <= low <= high < math.inf or low == -math.inf:
-                nearest = max(low, lowest), max(low, high, lowest)
-                raise InputError(
-                    f"randomize.{name} = {(low, high)} must be a finite range (low, high), low at least {lowest:g}; "
-                    f"nearest is {nearest}"
-                )
-            out[name] = (low, high)
-        return out
-
-
-@dataclass(frozen=True)
-class Perturb:
-    """One fixed departure from the nominal setting, the same in all environments: how robust is a policy?
-
-    The scales change the compiled model, by the rules of `Randomize`, and compose with it. A push here replaces one there.
-    """
-
-    observation_noise: float = 0.0  # uniform noise of +- this, times the task's scale of each observation group
-    action_delay_ms: float = 0.0  # actions reach the robot this much later, to the nearest physics timestep
-    friction_scale: float = 1.0
-    mass_scale: float = 1.0
-    gravity_scale: float = 1.0
-    timestep_scale: float = 1.0  # of the physics; a control step lasts as many of them as before
-    push: float = 0.0  # m/s, added to the robot's velocity in a random horizontal direction
-    push_interval: float = 5.0  # s
-    sparse_reward: bool = False  # an episode's return is paid at its end, nothing before
-
-    def check(self) -> None:
-        """InputError for a value that makes no sense."""
-        for name, value in vars(self).items():
-            kinds, rule = ((bool,), "True or False") if name == "sparse_reward" else ((int, float), "a number")
-            if not isinstance(value, kinds):
-                raise InputError(f"perturb.{name} = {value!r} must be {rule}")
-            positive = name.endswith("_scale") or name == "push_interval"
-            if not (0 < value < math.inf if positive else 0 <= value < math.inf):
-                nearest = 1.0 if positive else 0.0
-                rule = "positive" if positive else "at least 0"
-                raise InputError(f"perturb.{name} = {value} must be finite and {rule}; nearest is {nearest:g}")
-
-
-def typed_range(value: Any) -> Any:
-    """(low, high) of text such as "0.2:0.8", which a command line can give; anything else as it is."""
-    ends = value.split(":") if isinstance(value, str) else ()
-    try:
-        return (float(ends[0]), float(ends[1])) if len(ends) == 2 else value
-    except ValueError:
-        return value
-
-
-def option_group(kind: type, given: Any, fields: dict[str, Any], default: Any) -> Any:
-    """A `Randomize` or `Perturb` from None, True (the task's default), a dict or an instance, then single `fields`."""
-    name = kind.__name__.lower()
-    given = {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
-    if given is True and default is not None:
-        start = default
-    elif given is None or isinstance(given, dict):
-        start, fields = kind(), (given or {}) | fields
-    elif isinstance(given, kind):
-        start = given
-    else:
-        raise InputError(f"{name} must be a dict or a {kind.__name__}, not {given!r}")
-    legal = [field.name for field in dataclasses.fields(kind)]
-    for field in fields:
-        if field not in legal:
-            nearest = difflib.get_close_matches(field, legal, 1, cutoff=0.0)[0]
-            raise InputError(f"unknown field {field!r} of {name}; nearest is {nearest!r}; it takes {', '.join(legal)}")
-    return dataclasses.replace(start, **fields)
-
-
-def single_fields(options: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Fields given one by one, as "randomize.mass", by group; and the other options."""
-    single: dict[str, dict[str, Any]] = {"randomize": {}, "perturb": {}}
-    others = {}
-    for name, value in options.items():
-        group, _, field = name.partition(".")
-        single.get(group, others)[field if group in single else name] = value
-    return single, others
-
-
-def perturbed(m: mujoco.MjModel, perturb: Perturb) -> mujoco.MjModel:
-    """A copy of `m` with the scales of `perturb`."""
-    m = copy.deepcopy(m)
-    m.body_mass *= perturb.mass_scale
-    m.body_inertia *= perturb.mass_scale
-    m.geom_friction[:, 0] *= perturb.friction_scale
-    m.opt.gravity *= perturb.gravity_scale
-    m.opt.timestep *= perturb.timestep_scale
-    return m
-
-
-def varied_rows(model: Model) -> dict[str, int]:
-    """Numbers that each parameter of `Randomize` takes, of those that this model has."""
-    servo = model.actuator_bias[1].any()
-    nl, nv, nu = model.nl, model.nv, model.nu
-    rows = {  # name: numbers, and what there must be
-        "mass": (nl, model.mass),
-        "centre_of_mass": (3, model.mass),
-        "friction": (1, torch.cat((model.friction, model.pair_friction))),
-        "damping": (nv, model.damping),
-        "armature": (nv, model.armature),
-        "motor_strength": (nu, model.actuator_gain),
-        "position_gain": (nu, model.actuator_bias[1]),
-        "velocity_gain": (nu, model.actuator_bias[2] * servo),
-        "gravity": (1, model.gravity),
-        "initial_position": (len(model.scalar_qpos_index), model.scalar_axis),
-        "initial_velocity": (nv, model.mass),
-        "push": (3, model.push_motion),
-        "push_interval": (0, model.push_motion),
-    }
-    return {name: count for name, (count, needed) in rows.items() if needed.any()}
-
-
-OF_THE_ROBOT = (*FACTORS, "centre_of_mass")  # parameters that hold for an episode
-
-
-def split_rows(rows: Tensor, counts: dict[str, int]) -> dict[str, Tensor]:
-    """Named parts, one below the other, of `rows` (sum of counts, N)."""
-    return dict(zip(counts, rows.split(list(counts.values())), strict=True))
-
-
-def between_ends(bounds: Range, uniform: Tensor) -> Tensor:
-    """`uniform` in [0, 1) mapped to [low, high)."""
-    return bounds[0] + (bounds[1] - bounds[0]) * uniform
-
-
-def drawn_parameters(settings: Settings, uniform: Tensor) -> dict[str, Tensor]:
-    """The randomised parameters by name, (rows, N) each, that numbers in [0, 1), the rows of settings.parameters, mean."""
-    drawn = split_rows(uniform, settings.parameters)
-    return {name: between_ends(settings.ranges[name], row) for name, row in drawn.items()}
-
-
-def randomized_fields(model: Model, settings: Settings, uniform: Tensor) -> dict[str, Tensor]:
-    """Fields of `Model` that differ between robots, (..., N), from numbers in [0, 1), the rows of settings.parameters."""
-    values = drawn_parameters(settings, uniform)
-    fields: dict[str, Tensor] = {}
-    if "mass" in values:
-        factor = values["mass"]
-        of_body = torch.cat((factor, torch.ones_like(factor[:1])))[model.body_link_index]  # the world's stays
-        fields |= {"mass": model.mass * factor, "inertia": model.inertia * factor[:, None, None]}
-        fields |= {
-            "body_mass": model.body_mass * of_body,
-            "body_inertia": model.body_inertia * of_body[:, None, None],
-        }
-    if "centre_of_mass" in values:
-        shift = values["centre_of_mass"]
-        trunk = torch.arange(model.nl, device=shift.device)[:, None, None] == model.trunk
-        fields["com"] = model.com + trunk * shift
-        fields["body_com"] = model.body_com + (model.body_link_index == model.trunk)[:, None, None] * shift
-    if "friction" in values:
-        fields["friction"] = model.friction * values["friction"]
-        fields["pair_friction"] = model.pair_friction * values["friction"]
-    for name in ("damping", "armature", "gravity"):
-        if name in values:
-            fields[name] = getattr(model, name) * values[name]
-    gain, (offset, position, velocity) = model.actuator_gain, model.actuator_bias.unbind(0)
-    if "position_gain" in values:
-        gain = torch.where(position != 0, gain * values["position_gain"], gain)
-        position = position * values["position_gain"]
-    if "velocity_gain" in values:
-        velocity = velocity * values["velocity_gain"]
-    if "motor_strength" in values:
-        strength = values["motor_strength"]
-        gain, offset, position, velocity = (x * strength for x in (gain, offset, position, velocity))
-        fields |= {"force_low": model.force_low * strength, "force_high": model.force_high * strength}
-    if {"position_gain", "velocity_gain", "motor_strength"} & values.keys():
-        n = uniform.shape[1]
-        fields |= {
-            "actuator_gain": gain,
-            "actuator_bias": torch.stack([x.expand(-1, n) for x in (offset, position, velocity)]),
-        }
-    return fields
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Tasks: Gymnasium's own, option by option (gymnasium/envs/mujoco/*_v5.py)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Measured(NamedTuple):
-    """What a task sees of the robot after a step, or after a reset, where there is no `dynamics`.
+Range = tuple[float, float]
 
-    Gymnasium reads qpos and qvel after the step, everything else from mjData, which still holds the last evaluation
-    of the dynamics before the step ended. `sense` reproduces that.
+
+def scaled(uniform: Tensor, bounds: Range) -> Tensor:
+    """`uniform` in [0, 1), mapped to [low, high)."""
+    return bounds[0] + (bounds[1] - bounds[0]) * uniform
+
+
+def inside(value: Tensor, bounds: Range) -> Tensor:
+    """Whether low < value < high."""
+    return (bounds[0] < value) & (value < bounds[1])
+
+
+class Measured(NamedTuple):
+    """What a task sees of the robots after a step, or after a reset, when there is no `dynamics`.
+
+    Gymnasium reads qpos and qvel after the step, and everything else from mjData, which still holds the last evaluation
+    of the dynamics before the step ended. `Task.sense` reproduces that.
     """
 
-    qpos: Tensor
-    qvel: Tensor
+    qpos: Tensor  # (nq, N)
+    qvel: Tensor  # (nv, N)
     dynamics: Dynamics | None
-    memory: dict[str, Tensor]  # what the task carries from step to step
-    push: Tensor  # `Carry.push`
-    invalid: Tensor | None = None  # (N,) bool: diverged in this step; known where an episode may end
-
-
-FINITE = (-sys.float_info.max, sys.float_info.max, "finite")
-POSITIVE = (math.ulp(0.0), sys.float_info.max, "finite and positive")
-
-
-def is_range(value: Any) -> bool:
-    """Two numbers, the lower one first."""
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return pair and all(isinstance(end, (int, float)) for end in value) and value[0] <= value[1]
+    memory: dict[str, Tensor]  # (rows, N) each: what the task remembers from step to step
+    push: Tensor  # (2, N) m/s along the world's x and y: the push of this step, zero for most robots
+    invalid: Tensor | None = None  # (N,) bool: the simulation diverged in this step; known only in `begin`
 
 
 @dataclass(frozen=True)
 class Task:
-    """Options are Gymnasium's keyword arguments. Shapes: actions (nu, N), rewards (N,), observations (obs, N)."""
+    """A robot, what it observes and what it is rewarded for. The fields are options, under Gymnasium's names.
+
+    A task of your own is a subclass with the same decorator. It overrides `source`, `observe`, `reward` and perhaps
+    `healthy`. Shapes: actions (nu, N), rewards (N,), groups of observations (rows, N).
+    """
 
     xml_file: str
-    frame_skip: int
-    reset_noise_scale: float
-    normal_velocity_noise: bool = dataclasses.field(default=False, init=False)
+    frame_skip: int  # physics steps in a control step
+    reset_noise_scale: float  # the initial qpos and qvel differ from the model's by up to this
 
-    # what `randomize=True` stands for; parameters that a model lacks are left out
-    randomization = Randomize(
-        mass=0.1, centre_of_mass=0.01, friction=0.3, damping=0.2, armature=0.2, motor_strength=0.1, gravity=0.05
-    )
-    noise_scale = {}  # scale of `perturb`'s observation noise, by group; 1 where nothing is said
-    limits = {  # of options: lowest and highest value, and the rule in words; other numbers need only be finite
-        "frame_skip": (1, math.inf, "at least 1"),
-        "reset_noise_scale": (0.0, FINITE[1], "finite and at least 0"),
-    }
-
-    def check(self) -> None:
-        """InputError for an option that is not of its default's kind, or breaks `limits`."""
-        for field in dataclasses.fields(self):
-            name, value, default = field.name, getattr(self, field.name), field.default
-            limits = self.limits.get(name)
-            if isinstance(default, bool):
-                legal, rule = isinstance(value, bool), "True or False"
-            elif isinstance(default, tuple):
-                legal, rule = is_range(value), "a range (low, high) with low <= high"
-            elif isinstance(default, int):
-                legal, rule = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-            elif isinstance(default, float):
-                legal, rule = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-                limits = limits or FINITE
-            else:
-                continue
-            if legal and limits:
-                ends = value if isinstance(default, tuple) else (value,)
-                legal, rule = all(limits[0] <= end <= limits[1] for end in ends), limits[2]
-            if not legal:
-                raise InputError(f"{name} must be {rule}, not {value!r}")
+    # Attributes of the class, which are not options.
+    terminate_when_unhealthy = True
+    normal_velocity_noise = False  # the initial qvel is normal with this deviation, instead of uniform
+    random_rows = 0  # how many random numbers `begin` and `remember` need
+    averaged = ()  # names in `reward`'s answer whose means `VecSim.pop_statistics` reports
+    noise_scale = {}  # scale of the observation noise of each group; 1 for others
+    randomization = {  # fields of `Randomize` for `randomize=True`; what a model lacks is left out
+        "mass": 0.1, "centre_of_mass": 0.01, "friction": 0.3, "damping": 0.2, "armature": 0.2, "motor_strength": 0.1,
+        "gravity": 0.05,
+    }  # fmt: skip
 
     def source(self) -> str | Path:
-        """MJCF, a path or the text itself."""
+        """The MJCF: a path, or the text itself."""
         return Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.xml_file
 
     def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
-        """The model with what MJCF does not say."""
+        """Hook to modify the loaded model, for example to set the home pose or attach a terrain."""
         return model
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
-        """Measurements: "position" (k, N) m, whose change over a step is the velocity in the reward, and others."""
+        """Measurements. "position" (k, N) m is required: its change over a step is the velocity in `reward`."""
         return {"position": p.qpos[:1]}
 
     def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named groups of the observation, in order, each (rows, N)."""
+        """The groups of the observation by name, in order."""
         raise NotImplementedError
 
     def reward(
         self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, velocity: Tensor
     ) -> dict[str, Tensor]:
-        """Reward terms under Gymnasium's `info` names; those that start with "reward_" are summed."""
+        """Reward terms, under Gymnasium's names in `info`. `total` sums those that start with "reward_"."""
         raise NotImplementedError
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The reward (N,) of the terms."""
+        """The reward, from the terms."""
         return sum(value for name, value in terms.items() if name.startswith("reward_"))
 
     def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
-        """(N,) bool: the episode goes on."""
+        """(N,) bool: False ends the episode, unless the task has terminate_when_unhealthy = False."""
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
-
-    # Only tasks that act on more than the state before them need what follows.
-
-    memory = {}  # rows of each quantity that the task carries from step to step
-    random_rows = 0  # random numbers in [0, 1) that `begin` and `remember` use
-    averaged = ()  # names in `reward`'s answer whose means `VecSim.pop_statistics` reports
 
     def control(self, model: Model, action: Tensor) -> Tensor:
         """ctrl (nu, N) of an action."""
@@ -2143,33 +1899,31 @@ class Task:
         return model.ctrl_low[:, 0], model.ctrl_high[:, 0]
 
     def action_limits(self, model: Model) -> tuple[Tensor, Tensor]:
-        """Lowest and highest action, (nu,) each, that the actuators follow: beyond them the physics clips."""
+        """Lowest and highest action, (nu,) each, that the actuators can follow. The physics clips beyond them."""
         return self.action_range(model)
 
     def begin(
         self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """qpos and memory of fresh episodes; `ended`, `limit`: see `begin_episode`."""
+        """qpos of fresh episodes, and what the task remembers: (rows, N) each, by name.
+
+        noise: (random_rows, N) in [0, 1). ended, limit: see `begin_episode`.
+        """
         return qpos, {}
 
     def remember(
         self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """The memory after a step, from that before it in p.memory."""
+        """The memory after a step; p.memory is that before it. It has the names and shapes that `begin` returned."""
         return {}
 
     def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named groups of what only a critic or a teacher sees, each (rows, N)."""
+        """Groups of what only a critic or a teacher sees, by name."""
         return {}
 
     def drawn_model(self, model: Model, m: mujoco.MjModel) -> mujoco.MjModel:
         """The mjModel to draw the robot with, for example with a terrain that `m` lacks."""
         return m
-
-    @property
-    def terminates(self) -> bool:
-        """Whether an unhealthy robot ends the episode."""
-        return getattr(self, "terminate_when_unhealthy", True)
 
 
 @dataclass(frozen=True)
@@ -2215,18 +1969,14 @@ class Hopper(Task):
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
             "reward_survive": self.healthy_reward * self.healthy(p, sensed),
-            "x_position": p.qpos[0],
             "x_velocity": velocity[0],
-            "z_distance_from_origin": p.qpos[1] - model.qpos0[1],
         }
 
     def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
-        low, high = self.healthy_state_range
-        inside = torch.cat((p.qpos[2:], p.qvel))
         return (
-            ((low < inside) & (inside < high)).all(0)
-            & between(p.qpos[1], self.healthy_z_range)
-            & between(p.qpos[2], self.healthy_angle_range)
+            inside(torch.cat((p.qpos[2:], p.qvel)), self.healthy_state_range).all(0)
+            & inside(p.qpos[1], self.healthy_z_range)
+            & inside(p.qpos[2], self.healthy_angle_range)
         )
 
 
@@ -2247,10 +1997,10 @@ class HalfCheetah(Task):
     xml_file: str = "half_cheetah.xml"
     frame_skip: int = 5
     reset_noise_scale: float = 0.1
-    normal_velocity_noise: bool = dataclasses.field(default=True, init=False)
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.1
     exclude_current_positions_from_observation: bool = True
+    normal_velocity_noise = True
 
     def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"qpos": p.qpos[int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
@@ -2259,7 +2009,6 @@ class HalfCheetah(Task):
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
-            "x_position": p.qpos[0],
             "x_velocity": velocity[0],
         }
 
@@ -2271,7 +2020,6 @@ class Ant(Task):
     xml_file: str = "ant.xml"
     frame_skip: int = 5
     reset_noise_scale: float = 0.1
-    normal_velocity_noise: bool = dataclasses.field(default=True, init=False)
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.5
     contact_cost_weight: float = 5e-4
@@ -2281,6 +2029,7 @@ class Ant(Task):
     contact_force_range: tuple[float, float] = (-1.0, 1.0)
     exclude_current_positions_from_observation: bool = True
     include_cfrc_ext_in_observation: bool = True
+    normal_velocity_noise = True
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
         if p.dynamics is None:
@@ -2301,11 +2050,8 @@ class Ant(Task):
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
             "reward_contact": -self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum((0, 1)),
             "reward_survive": self.healthy_reward * self.healthy(p, sensed),
-            "x_position": p.qpos[0],
-            "y_position": p.qpos[1],
             "x_velocity": velocity[0],
             "y_velocity": velocity[1],
-            "distance_from_origin": torch.hypot(p.qpos[0], p.qpos[1]),
         }
 
     def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
@@ -2367,20 +2113,12 @@ class Humanoid(Task):
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
             "reward_contact": -contact_cost.clamp(*self.contact_cost_range),
-            "x_position": p.qpos[0],
-            "y_position": p.qpos[1],
             "x_velocity": velocity[0],
             "y_velocity": velocity[1],
-            "distance_from_origin": torch.hypot(p.qpos[0], p.qpos[1]),
         }
 
     def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
-        return between(p.qpos[2], self.healthy_z_range)
-
-
-def between(value: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Strictly inside."""
-    return (bounds[0] < value) & (value < bounds[1])
+        return inside(p.qpos[2], self.healthy_z_range)
 
 
 HERE = Path(__file__).resolve().parent
@@ -2433,53 +2171,210 @@ def find_task(env_id: str) -> type[Task]:
 
 
 def build_task(env_id: str, options: dict[str, Any]) -> Task:
-    """The task with its options, checked. Text such as "0.2:0.8" is a range, except in Gymnasium's own tasks."""
+    """The task with its options. InputError for an unknown task or option."""
     kind = find_task(env_id)
     legal = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in options:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
-    if not isinstance(TASKS.get(env_id), type):
-        options = {name: typed_range(value) for name, value in options.items()}
     task = kind(**options)
-    task.check()
+    if task.frame_skip < 1:
+        raise InputError(f"frame_skip must be at least 1, not {task.frame_skip}")
     return task
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Environment step: a pure function of tensors, so that it can be chunked, compiled and captured
+# Randomisation: how robots differ from the MJCF and from each other
+# ----------------------------------------------------------------------------------------------------------------------
+
+FACTORS = (
+    "mass", "friction", "damping", "armature", "motor_strength", "position_gain", "velocity_gain", "gravity",
+)  # fmt: skip
+OF_THE_ROBOT = (*FACTORS, "centre_of_mass")  # parameters that stay the same for a whole episode
+
+
+@dataclass(frozen=True)
+class Randomize:
+    """Ranges (low, high) of physical parameters. Every robot draws its own values uniformly at each reset.
+
+    Equal ends give all robots the same value: friction=(0.5, 0.5) halves the friction of all. None keeps the MJCF's
+    value. A single number x is short for (1 - x, 1 + x) of a factor, (-x, x) of an offset, (0, x) of a push and (x, x)
+    of an interval.
+
+    A heavier link is a denser link: its inertia scales with its mass. MuJoCo derives body_invweight0 and
+    dof_invweight0, which soften contacts and limits, from the masses when it compiles a model. Here they keep their
+    compiled values, as in MuJoCo when one changes mjModel's fields without mj_setConst. For a quadruped on the ground
+    with masses 20% off, that changes qacc by 0.1% in the median and 2.4% at most (tests/test_vecsim_randomize.py).
+    """
+
+    mass: float | Range | None = None  # factor, one per link, of its mass and inertia
+    centre_of_mass: float | Range | None = None  # m, offset along each axis of the first link that has mass
+    friction: float | Range | None = None  # factor, one per robot, of all contacts
+    damping: float | Range | None = None  # factor, one per dof
+    armature: float | Range | None = None  # factor, one per dof
+    motor_strength: float | Range | None = None  # factor, one per actuator, of its force and its force limits
+    position_gain: float | Range | None = None  # factor, one per position servo
+    velocity_gain: float | Range | None = None  # factor, one per position servo
+    gravity: float | Range | None = None  # factor
+    initial_position: float | Range | None = None  # rad or m, offset of each hinge and slide at a reset
+    initial_velocity: float | Range | None = None  # rad/s or m/s, offset of each dof at a reset
+    push: float | Range | None = None  # m/s, added to the robot's velocity in a random horizontal direction
+    push_interval: float | Range = (5.0, 10.0)  # s, from one push to the next
+
+    def ranges(self) -> dict[str, Range]:
+        """(low, high) of each parameter that varies. InputError for a range that makes no sense."""
+        ranges = {}
+        for name, value in vars(self).items():
+            if value is None or (name == "push_interval" and self.push is None):
+                continue
+            centre = 1.0 if name in FACTORS else 0.0
+            if isinstance(value, (int, float)):
+                spread = {"push": (0.0, value), "push_interval": (value, value)}
+                value = spread.get(name, (centre - value, centre + value))
+            lowest = {"push": 0.0, "push_interval": 1e-3}.get(name, 1e-3 if name in FACTORS else -math.inf)
+            is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not is_pair or not lowest <= value[0] <= value[1] < math.inf:
+                rule = f"a number or a range (low, high), low at least {lowest:g}"
+                raise InputError(f"randomize.{name} = {value!r} must be {rule}")
+            ranges[name] = (float(value[0]), float(value[1]))
+        if "push" in ranges:
+            ranges["push_direction"] = (0.0, 2 * math.pi)
+        return ranges
+
+
+def parameter_rows(model: Model) -> dict[str, int]:
+    """How many numbers a robot has of each parameter of `Randomize`, for the parameters that this model has."""
+    has_servos = model.actuator_bias[1].any()
+    rows = {  # name: how many, and a field of the model that is zero where there is nothing to vary
+        "mass": (model.nl, model.mass),
+        "centre_of_mass": (3, model.mass),
+        "friction": (1, torch.cat((model.friction, model.pair_friction))),
+        "damping": (model.nv, model.damping),
+        "armature": (model.nv, model.armature),
+        "motor_strength": (model.nu, model.actuator_gain),
+        "position_gain": (model.nu, model.actuator_bias[1]),
+        "velocity_gain": (model.nu, model.actuator_bias[2] * has_servos),
+        "gravity": (1, model.gravity),
+        "initial_position": (len(model.scalar_qpos_index), model.scalar_axis),
+        "initial_velocity": (model.nv, model.mass),
+        "push": (1, model.push_motion),
+        "push_direction": (1, model.push_motion),
+        "push_interval": (1, model.push_motion),
+    }
+    return {name: count for name, (count, needed) in rows.items() if needed.any()}
+
+
+def choose_ranges(
+    randomize: bool | dict[str, Any] | None, single: dict[str, Any], task: Task, model: Model
+) -> dict[str, Range]:
+    """The ranges of the parameters that vary: the task's own if `randomize` is True, else those given in it.
+
+    single: fields given one by one; they replace the others. InputError for an unknown parameter, and for one that
+    this robot does not have.
+    """
+    known = parameter_rows(model)
+    if randomize is True:
+        randomize = {name: value for name, value in task.randomization.items() if name in known}
+    if not isinstance(randomize or {}, dict):
+        raise InputError(f"randomize must be True or a dict of ranges, not {randomize!r}")
+    given = (randomize or {}) | single
+    legal = [field.name for field in dataclasses.fields(Randomize)]
+    for name in given:
+        if name not in legal:
+            nearest = difflib.get_close_matches(name, legal, 1, cutoff=0.0)[0]
+            advice = f"nearest is {nearest!r}; it takes {', '.join(legal)}"
+            raise InputError(f"unknown field {name!r} of randomize; {advice}")
+    ranges = Randomize(**given).ranges()
+    for name in ranges:
+        if name not in known:
+            raise InputError(f"{name} has nothing to vary in this robot; it has {', '.join(known)}")
+    return ranges
+
+
+def randomized_fields(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fields of `Model` that differ between robots, (..., N), from the `values` (rows, N) of the parameters."""
+    fields: dict[str, Tensor] = {}
+    for name in ("damping", "armature", "gravity"):
+        if name in values:
+            fields[name] = getattr(model, name) * values[name]
+    if "friction" in values:
+        fields["friction"] = model.friction * values["friction"]
+        fields["pair_friction"] = model.pair_friction * values["friction"]
+    if "mass" in values:
+        factor = values["mass"]
+        world = torch.ones_like(factor[:1])
+        of_body = torch.cat((factor, world))[model.body_link_index]
+        fields["mass"] = model.mass * factor
+        fields["inertia"] = model.inertia * factor[:, None, None]
+        fields["body_mass"] = model.body_mass * of_body
+        fields["body_inertia"] = model.body_inertia * of_body[:, None, None]
+    if "centre_of_mass" in values:
+        shift = values["centre_of_mass"]
+        is_trunk = torch.arange(model.nl, device=shift.device)[:, None, None] == model.trunk
+        fields["com"] = model.com + is_trunk * shift
+        fields["body_com"] = model.body_com + (model.body_link_index == model.trunk)[:, None, None] * shift
+    gains = {"position_gain", "velocity_gain", "motor_strength"} & values.keys()
+    if not gains:
+        return fields
+    gain, (offset, position, velocity) = model.actuator_gain, model.actuator_bias.unbind(0)
+    if "position_gain" in values:
+        gain = torch.where(position != 0, gain * values["position_gain"], gain)
+        position = position * values["position_gain"]
+    if "velocity_gain" in values:
+        velocity = velocity * values["velocity_gain"]
+    if "motor_strength" in values:
+        strength = values["motor_strength"]
+        gain, offset, position, velocity = (x * strength for x in (gain, offset, position, velocity))
+        fields["force_low"] = model.force_low * strength
+        fields["force_high"] = model.force_high * strength
+    fields["actuator_gain"] = gain
+    fields["actuator_bias"] = torch.stack(torch.broadcast_tensors(offset, position, velocity))
+    return fields
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environment step: pure functions of tensors, which can be split into chunks, compiled and captured
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is fixed while an environment lives."""
+    """What stays fixed while an environment lives."""
 
+    task: Task
     integrator: str
     iterations: int
     max_episode_steps: int
-    ranges: dict[str, Range]  # `Randomize`
-    perturb: Perturb
-    parameters: dict[str, int]  # rows of each randomised parameter of a robot
-    noise: dict[str, int]  # rows of the random numbers of a step, by use
-    push: tuple[Range, Range] | None  # speed in m/s, interval in s
+    ranges: dict[str, Range]  # of `Randomize`
+    observation_noise: float
     delay: int  # physics steps from an action to its effect
 
 
+class Noise(NamedTuple):
+    """The random numbers of one step. They are drawn in every step, whether or not an episode ends."""
+
+    qpos: Tensor  # (nq, N) in [0, 1)
+    qvel: Tensor  # (nv, N) in [0, 1), or normal for a task with `normal_velocity_noise`
+    task: Tensor  # (random_rows, N) in [0, 1), for the task's `begin` and `remember`
+    parameters: dict[str, Tensor]  # (rows, N) each: values in the ranges of `Randomize`
+    observation: Tensor  # (obs, N) in [0, 1); no rows without observation noise
+
+
 class Carry(NamedTuple):
-    """All per-environment state between steps."""
+    """All state of the environments between two steps."""
 
     qpos: Tensor  # (nq, N)
     qvel: Tensor  # (nv, N)
-    warmstart: Tensor  # (nv, N)
-    position: Tensor  # (k, N) m, what the task measures velocity from
-    age: Tensor  # (N,) steps towards the episode limit
+    warmstart: Tensor  # (nv, N) acceleration of the last physics step
+    position: Tensor  # (k, N) m, from which the task measures the velocity
+    age: Tensor  # (N,) steps towards the time limit
     episode_length: Tensor  # (N,) steps since the reset
     episode_return: Tensor  # (N,)
-    parameters: Tensor  # (k, N) in [0, 1): where in their ranges this episode's randomised parameters are
-    push: Tensor  # (3, N) s to the next push, and the push of the last step, m/s along the world's x and y; or no rows
-    delayed: Tensor  # (k nu, N) past actions that have not taken full effect, the newest first
-    memory: Tensor  # (m, N) what the task carries
+    parameters: dict[str, Tensor]  # (rows, N) each: the randomised parameters of this episode's robots
+    push_countdown: Tensor  # (N,) s until the next push
+    push: Tensor  # (2, N) m/s along the world's x and y: the push of the last step
+    delayed: Tensor  # (k, nu, N) past actions that have not taken full effect, the newest first
+    memory: dict[str, Tensor]  # (rows, N) each: what the task remembers
 
 
 class Transition(NamedTuple):
@@ -2487,222 +2382,221 @@ class Transition(NamedTuple):
 
     obs: Tensor  # (obs, N) after auto-reset
     final_obs: Tensor  # (obs, N) before auto-reset
-    critic_obs: Tensor  # (critic obs, N) after auto-reset; no rows where the task has none
+    critic_obs: Tensor  # (critic obs, N) after auto-reset; no rows if the task has none
     final_critic_obs: Tensor  # (critic obs, N) before auto-reset
     reward: Tensor  # (N,)
     terminated: Tensor  # (N,) bool
     truncated: Tensor  # (N,) bool
     ended: Tensor  # (N,) bool: terminated or truncated
     invalid: Tensor  # (N,) bool
-    ended_return: Tensor  # (N,) of the episode, where one ended
-    ended_length: Tensor  # (N,)
+    episode_return: Tensor  # (N,) including this step
+    episode_length: Tensor  # (N,)
     started_late: Tensor  # (N,) bool: the episode began at a random age, so the time limit cuts it short
-    terms: dict[str, Tensor]  # reward terms and other info, (N,) each
+    terms: dict[str, Tensor]  # (N,) each: reward terms and other measurements of the task
+    dropped: Tensor | None = None  # (N,) contacts that found no pair slot, over all physics steps
+
+
+def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    """Apply `function` to the tensors that have the same place in equally built NamedTuples and dicts."""
+    if isinstance(first, Tensor):
+        return function(first, *others)
+    if isinstance(first, dict):
+        return {name: map_tensors(function, first[name], *(other[name] for other in others)) for name in first}
+    return type(first)(*(map_tensors(function, *parts) for parts in zip(first, *others, strict=True)))
 
 
 RUNAWAY = 1e6  # a coordinate or velocity beyond this (m, rad, per s) is a diverged simulation
 
 
-def reset_state(task: Task, model: Model, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """qpos, qvel of fresh episodes from noise (nq + nv, N): uniform in [0, 1) for qpos, and as the task says for qvel."""
-    uniform = task.reset_noise_scale * (2 * noise - 1)
-    qvel = task.reset_noise_scale * noise[model.nq :] if task.normal_velocity_noise else uniform[model.nq :]
-    return model.qpos0 + uniform[: model.nq], qvel
-
-
-def stack_rows(groups: dict[str, Tensor], like: Tensor) -> Tensor:
-    """(rows, N): the groups one below the other; no rows, of `like`'s N, where there are no groups."""
-    return torch.cat(list(groups.values())) if groups else like[:0]
-
-
-def observations(
-    task: Task,
-    model: Model,
-    settings: Settings,
-    measured: Measured,
-    sensed: dict[str, Tensor],
-    noise: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """What the policy sees (obs, N), noise included, and what only the critic sees (critic obs, N)."""
-    groups = task.observe(model, measured, sensed)
-    obs = torch.cat(list(groups.values()))
-    if settings.noise["observation"]:
-        scale = torch.cat([task.noise_scale.get(name, 1.0) * torch.ones_like(rows) for name, rows in groups.items()])
-        obs = obs + settings.perturb.observation_noise * scale * (2 * noise["observation"] - 1)
-    return obs, stack_rows(task.privileged(model, measured, sensed), obs)
+def reset_state(task: Task, model: Model, qpos_noise: Tensor, qvel_noise: Tensor) -> tuple[Tensor, Tensor]:
+    """qpos (nq, N) and qvel (nv, N) of fresh episodes, from the random numbers of `Noise`."""
+    qpos = model.qpos0 + task.reset_noise_scale * (2 * qpos_noise - 1)
+    if task.normal_velocity_noise:
+        return qpos, task.reset_noise_scale * qvel_noise
+    return qpos, task.reset_noise_scale * (2 * qvel_noise - 1)
 
 
 def begin_episode(
-    task: Task,
-    model: Model,
-    settings: Settings,
-    noise: dict[str, Tensor],
-    ended: Measured | None,
-    limit: Tensor | int,
+    settings: Settings, model: Model, noise: Noise, ended: Measured | None, limit: Tensor | int
 ) -> tuple[Carry, Measured, dict[str, Tensor]]:
-    """Fresh episodes: what they carry, what the task measures and what it senses.
+    """Fresh episodes of the robots `model`: the state they begin with, what the task sees and what it senses.
 
-    ended, limit: the last state of the episode before this one and the steps it could have had; None at the very first.
+    ended: the final state of the previous episodes, or None before the first. limit: (N,) how many steps those
+    episodes could have had.
     """
-    qpos, qvel = reset_state(task, model, noise["state"])
-    if "initial_position" in settings.ranges:
-        offset = between_ends(settings.ranges["initial_position"], noise["initial_position"])
-        qpos = qpos.index_add(0, model.scalar_qpos_index, offset)
-    if "initial_velocity" in settings.ranges:
-        qvel = qvel + between_ends(settings.ranges["initial_velocity"], noise["initial_velocity"])
-    qpos, memory = task.begin(model, qpos, noise["task"], ended, limit)
-    zero, push = torch.zeros_like(qpos[0]), noise["push"]
-    if settings.push:
-        push = torch.stack((between_ends(settings.push[1], push[0]), zero, zero))
-    measured = Measured(qpos, qvel, None, memory, push)
+    task, drawn = settings.task, noise.parameters
+    qpos, qvel = reset_state(task, model, noise.qpos, noise.qvel)
+    if "initial_position" in drawn:
+        qpos = qpos.index_add(0, model.scalar_qpos_index, drawn["initial_position"])
+    if "initial_velocity" in drawn:
+        qvel = qvel + drawn["initial_velocity"]
+    qpos, memory = task.begin(model, qpos, noise.task, ended, limit)
+    no_push = torch.zeros_like(qpos[:2])
+    measured = Measured(qpos, qvel, None, memory, no_push)
     sensed = task.sense(model, measured)
+    zero = torch.zeros_like(qpos[0])
     steps = torch.zeros_like(zero, dtype=torch.long)
-    delayed = zero.expand(delay_line(task, settings) * model.nu, -1)
+    kept_actions = math.ceil(settings.delay / task.frame_skip)
     carry = Carry(
-        qpos, qvel, torch.zeros_like(qvel), sensed["position"], steps, steps, zero, noise["parameters"], push, delayed,
-        stack_rows(memory, qpos),
-    )  # fmt: skip
+        qpos=qpos,
+        qvel=qvel,
+        warmstart=torch.zeros_like(qvel),
+        position=sensed["position"],
+        age=steps,
+        episode_length=steps,
+        episode_return=zero,
+        parameters={name: rows for name, rows in drawn.items() if name in OF_THE_ROBOT},
+        push_countdown=drawn["push_interval"][0] if "push" in drawn else zero,
+        push=no_push,
+        delayed=zero.expand(kept_actions, model.nu, -1),
+        memory=memory,
+    )
     return carry, measured, sensed
 
 
-def delay_line(task: Task, settings: Settings) -> int:
-    """Past actions to keep."""
-    return math.ceil(settings.delay / task.frame_skip)
+def observations(
+    settings: Settings, model: Model, measured: Measured, sensed: dict[str, Tensor], noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """obs (obs, N), what the policy sees, with noise; critic_obs (critic obs, N), what only a critic sees."""
+    task = settings.task
+    groups = task.observe(model, measured, sensed)
+    obs = torch.cat(list(groups.values()))
+    if settings.observation_noise:
+        scale = torch.cat([task.noise_scale.get(name, 1.0) * torch.ones_like(rows) for name, rows in groups.items()])
+        obs = obs + settings.observation_noise * scale * (2 * noise.observation - 1)
+    privileged = task.privileged(model, measured, sensed)
+    return obs, torch.cat(list(privileged.values())) if privileged else obs[:0]
 
 
-def prepare(
-    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Push the robots that are due, and delay the actions: `push` and `delayed` of `Carry`, qvel, and ctrl (nu, N) of
-    each physics step of this control step.
+def begin_step(
+    settings: Settings, model: Model, carry: Carry, action: Tensor, noise: Noise
+) -> tuple[Carry, list[Tensor]]:
+    """Push the robots whose time has come, and return ctrl (nu, N) of each physics step of this control step.
 
-    Physics step j of a control step sees the action whose time has come: the one given ceil((delay - j) / frame_skip)
-    control steps ago. An episode's line starts with zeros.
+    Delayed actions: physics step j sees the action given ceil((delay - j) / frame_skip) control steps ago. Before the
+    first action of an episode the robot gets zeros.
     """
-    push, qvel, delayed = carry.push, carry.qvel, carry.delayed
-    if settings.push:
-        speed, interval = settings.push
-        random = split_rows(noise, settings.noise)["push"]
-        due = push[0] <= 0
-        length, angle = between_ends(speed, random[1]), 2 * math.pi * random[2]
-        kick = torch.stack((length * torch.cos(angle), length * torch.sin(angle)))
-        left = torch.where(due, between_ends(interval, random[0]), push[0]) - task.frame_skip * model.timestep
+    task, drawn = settings.task, noise.parameters
+    if "push" in drawn:
+        due = carry.push_countdown <= 0
+        speed, direction, interval = (drawn[name][0] for name in ("push", "push_direction", "push_interval"))
+        kick = torch.stack((speed * torch.cos(direction), speed * torch.sin(direction)))
         kick = torch.where(due, kick, 0.0)
-        push = torch.cat((left.unsqueeze(0), kick))
-        qvel = qvel + (model.push_motion * kick).sum(1)
-    actions = [action, *delayed.split(model.nu)] if settings.delay else [action]
-    given = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
-    ctrl = [task.control(model, past) for past in actions]
+        countdown = torch.where(due, interval, carry.push_countdown) - task.frame_skip * model.timestep
+        qvel = carry.qvel + (model.push_motion * kick).sum(1)
+        carry = carry._replace(qvel=qvel, push=kick, push_countdown=countdown)
+    actions = [action, *carry.delayed.unbind(0)]
     if settings.delay:
-        delayed = torch.cat(actions[:-1])
-    return push, delayed, qvel, tuple(ctrl[k] for k in given)
+        carry = carry._replace(delayed=torch.stack(actions[:-1]))
+    ages = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
+    ctrl = [task.control(model, past) for past in actions]
+    return carry, [ctrl[age] for age in ages]
 
 
-def settle(
-    task: Task,
-    model: Model,
-    next_model: Model | None,
-    settings: Settings,
-    carry: Carry,
-    state: State,
-    dynamics: Dynamics,
-    action: Tensor,
-    noise: Tensor,
+class Robots(NamedTuple):
+    """The models of the robots: of this step, and of the episodes that begin if this step ends one."""
+
+    now: Model
+    following: Model
+
+
+def end_step(
+    settings: Settings, robots: Robots, carry: Carry, dynamics: Dynamics, action: Tensor, noise: Noise
 ) -> tuple[Carry, Transition]:
-    """Reward, termination and auto-reset after the physics of an environment step.
+    """Reward, termination and auto-reset after the physics of a control step.
 
-    next_model: the robots of the episodes that may begin now, where they differ from `model`; carry: before the step;
-    state, dynamics: after it; action (nu, N); noise: the rows of `settings.noise`. A robot whose simulation diverged
-    (not finite, or beyond RUNAWAY) is reset alone and reported as invalid and truncated: reward 0, `final_obs` its
-    fresh observation.
+    carry: qpos, qvel and warmstart are those after the physics. action: (nu, N). A robot whose simulation diverged
+    (not finite, or beyond RUNAWAY) is reset alone. It is reported as invalid and truncated, with reward 0 and with its
+    fresh observation as `final_obs`.
     """
-    next_model = model if next_model is None else next_model
-    moving = torch.cat(state)
-    invalid = ~(moving[: model.nq + model.nv].abs() < RUNAWAY).all(0) | ~torch.isfinite(moving[-model.nv :]).all(0)
-
-    random = split_rows(noise, settings.noise)
-    memory = split_rows(carry.memory, task.memory)
-    after = Measured(state.qpos, state.qvel, dynamics, memory, carry.push)
+    task, model = settings.task, robots.now
+    moving = torch.cat((carry.qpos, carry.qvel))
+    invalid = ~(moving.abs() < RUNAWAY).all(0) | ~torch.isfinite(carry.warmstart).all(0)
+    after = Measured(carry.qpos, carry.qvel, dynamics, carry.memory, carry.push)
     sensed = task.sense(model, after)
     velocity = (sensed["position"] - carry.position) / (task.frame_skip * model.timestep)
     terms = task.reward(model, after, sensed, action, velocity)
     reward = task.total(terms)
     invalid = invalid | ~torch.isfinite(reward)
-    age, length = carry.age + 1, carry.episode_length + 1
-    terminated = ~task.healthy(after, sensed) if task.terminates else torch.zeros_like(invalid)
-    truncated = (age >= settings.max_episode_steps) & ~terminated
+    reward = torch.where(invalid, 0.0, reward)
 
-    limit = settings.max_episode_steps - (carry.age - carry.episode_length)  # steps this episode could have had
+    age, length = carry.age + 1, carry.episode_length + 1
+    terminated = ~invalid & ~task.healthy(after, sensed) & task.terminate_when_unhealthy
+    truncated = (age >= settings.max_episode_steps) & ~terminated | invalid
+    ended = terminated | truncated
+    episode_return = carry.episode_return + reward
+
+    limit = settings.max_episode_steps - (carry.age - carry.episode_length)
     fresh, fresh_measured, fresh_sensed = begin_episode(
-        task, next_model, settings, random, after._replace(invalid=invalid), limit
+        settings, robots.following, noise, after._replace(invalid=invalid), limit
     )
-    after = after._replace(memory=task.remember(model, after, sensed, action, random["task"]))
-    fresh_obs, fresh_critic_obs = observations(task, next_model, settings, fresh_measured, fresh_sensed, random)
-    final_obs, final_critic_obs = observations(task, model, settings, after, sensed, random)
+    after = after._replace(memory=task.remember(model, after, sensed, action, noise.task))
+    goes_on = carry._replace(
+        position=sensed["position"],
+        age=age,
+        episode_length=length,
+        episode_return=episode_return,
+        memory=after.memory,
+    )
+    next_carry = map_tensors(lambda new, old: torch.where(ended, new, old), fresh, goes_on)
+
+    fresh_obs, fresh_critic_obs = observations(settings, robots.following, fresh_measured, fresh_sensed, noise)
+    final_obs, final_critic_obs = observations(settings, model, after, sensed, noise)
     final_obs = torch.where(invalid, fresh_obs, final_obs)
     final_critic_obs = torch.where(invalid, fresh_critic_obs, final_critic_obs)
-    reward = torch.where(invalid, 0.0, reward)
-    terminated, truncated = terminated & ~invalid, truncated | invalid
-    ended = terminated | truncated
-
-    episode_return = carry.episode_return + reward
-    if settings.perturb.sparse_reward:
-        reward = torch.where(ended & ~invalid, episode_return, 0.0)
-    goes_on = Carry(
-        state.qpos, state.qvel, state.warmstart, sensed["position"], age, length, episode_return,
-        carry.parameters, carry.push, carry.delayed, stack_rows(after.memory, state.qpos),
-    )  # fmt: skip
-    carry = Carry(*(torch.where(ended, new, old) for new, old in zip(fresh, goes_on, strict=True)))
-    obs = torch.where(ended, fresh_obs, final_obs)
-    critic_obs = torch.where(ended, fresh_critic_obs, final_critic_obs)
-    terms = {name: torch.where(invalid, 0.0, value.to(obs.dtype)) for name, value in terms.items()}
-    return carry, Transition(
-        obs, final_obs, critic_obs, final_critic_obs, reward, terminated, truncated, ended, invalid, episode_return,
-        length, age > length, terms,
-    )  # fmt: skip
+    return next_carry, Transition(
+        obs=torch.where(ended, fresh_obs, final_obs),
+        final_obs=final_obs,
+        critic_obs=torch.where(ended, fresh_critic_obs, final_critic_obs),
+        final_critic_obs=final_critic_obs,
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        ended=ended,
+        invalid=invalid,
+        episode_return=episode_return,
+        episode_length=length,
+        started_late=age > length,
+        terms={name: torch.where(invalid, 0.0, value.to(final_obs.dtype)) for name, value in terms.items()},
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The vector environment
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# The physics' regions and the rest of an environment step.
-ENVIRONMENT_REGIONS = (*REGIONS, randomized_fields, prepare, settle)
+# All functions that are compiled: those of the physics, and the rest of an environment step.
+ENVIRONMENT_REGIONS = (*REGIONS, randomized_fields, begin_step, end_step)
 EAGER_ENVIRONMENT = Regions(**{function.__name__: function for function in ENVIRONMENT_REGIONS})
 
 
+@torch.no_grad()
 def environment_step(
-    task: Task, model: Model, settings: Settings, carry: Carry, action: Tensor, noise: Tensor, run: Regions
-) -> tuple[Carry, Transition, Tensor]:
-    """frame_skip physics steps under action (nu, N), then `settle`; last the contacts dropped in all steps, (N,)."""
-    next_model = None
-    if settings.parameters:
-        nominal, fresh = model, split_rows(noise, settings.noise)["parameters"]
-        model, next_model = (
-            dataclasses.replace(nominal, **run.randomized_fields(nominal, settings, uniform))
-            for uniform in (carry.parameters, fresh)
-        )
-    push, delayed, qvel, ctrl = run.prepare(task, model, settings, carry, action, noise)
-    carry, state = carry._replace(push=push, delayed=delayed), State(carry.qpos, qvel, carry.warmstart)
-    dropped = torch.zeros_like(carry.age)
+    settings: Settings, model: Model, carry: Carry, action: Tensor, noise: Noise, run: Regions
+) -> tuple[Carry, Transition]:
+    """One control step: frame_skip physics steps under action (nu, N), reward, auto-reset."""
+    robots = Robots(model, model)
+    if carry.parameters:
+        drawn = {name: noise.parameters[name] for name in carry.parameters}
+        values = carry.parameters, drawn
+        robots = Robots(*(dataclasses.replace(model, **run.randomized_fields(model, x)) for x in values))
+    carry, ctrl = run.begin_step(settings, robots.now, carry, action, noise)
+    state, dropped = State(carry.qpos, carry.qvel, carry.warmstart), torch.zeros_like(carry.age)
     for held in ctrl:
-        state, dynamics = step(model, state, held, settings.integrator, settings.iterations, run)
+        state, dynamics = step(robots.now, state, held, settings.integrator, settings.iterations, run)
         dropped = dropped + dynamics.smooth.constraints.dropped
-    return *run.settle(task, model, next_model, settings, carry, state, dynamics, action, noise), dropped
+    carry = carry._replace(qpos=state.qpos, qvel=state.qvel, warmstart=state.warmstart)
+    carry, transition = run.end_step(settings, robots, carry, dynamics, action, noise)
+    return carry, transition._replace(dropped=dropped)
 
 
 def compile_regions(device: torch.device) -> Regions:
-    """Compiled regions for one model and one batch size.
+    """Compiled regions for one model.
 
-    Each is compiled from a private copy of its code object, where the compiler keeps its cache. All guards stay on: one
-    region is called with several shapes (`solve_packed` with 1 and with 1 + nr right-hand sides). On a CPU the
-    generated wrapper is C++ that lets go of Python's lock, so that threads can step chunks side by side.
+    Each is compiled from a private copy of its code object, where the compiler keeps its cache. All guards stay on,
+    because one region is called with several shapes (`solve_packed` with 1 and with 1 + nr right-hand sides). On a CPU
+    the generated wrapper is C++ that releases Python's lock, so that threads can step chunks side by side.
     """
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
     options |= {"cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
-        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "cpp.enable_kernel_profile": True}
+        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
 
     def private(function: Callable) -> Callable:
         return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -2713,6 +2607,11 @@ def compile_regions(device: torch.device) -> Regions:
             for function in ENVIRONMENT_REGIONS
         }
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The vector environment
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -2746,7 +2645,7 @@ def pick_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid", "dropped_contacts")
+STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # of `Constraints.row_jacobian`: their dense factorisation, unrolled twice, is 6,000 operations each
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
@@ -2756,16 +2655,22 @@ def normal_tensors(method: Callable) -> Callable:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
+def to_numpy(values: Any) -> Any:
+    """The tensors in `values` (a tensor, dicts) as numpy arrays."""
+    return map_tensors(lambda x: x.cpu().numpy(), values)  # host sync
+
+
 class VecSim(gymnasium.vector.VectorEnv):
-    """N robots of one task on one device; tensors or numpy arrays in, the same kind out; same-step auto-reset.
+    """N robots of one task on one device, in tensors or numpy arrays, with same-step auto-reset.
 
     `step` takes actions (N, nu) and returns obs (N, obs), reward (N,), terminated (N,) bool, truncated (N,) bool, info.
-    info["final_obs"] (N, obs) is always the observation before auto-reset, info["invalid"] (N,) bool marks transitions
-    that a learner must mask, and every reward term stands in info under Gymnasium's name. `terminated` wins over
-    `truncated`. Actions are clipped to the control range by the physics; costs see them as given, as in Gymnasium.
+    info["final_obs"] (N, obs) is always the observation before auto-reset. info["invalid"] (N,) bool marks transitions
+    that a learner must mask: their simulation diverged. info also has every reward term, under Gymnasium's name.
+    `terminated` wins over `truncated`. The physics clips actions to the control range; as in Gymnasium, costs see them
+    unclipped. A task with privileged observations reports them as info["critic_obs"] and info["final_critic_obs"].
 
     From Gymnasium, with its vector wrappers:
-        env = gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64)    # further options: those of `make`
+        env = gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64)
         env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
         obs, info = env.reset(seed=1)                                           # one seed for all environments
         obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
@@ -2773,6 +2678,34 @@ class VecSim(gymnasium.vector.VectorEnv):
     sets. info follows Gymnasium's SAME_STEP: final_obs, final_info and the masks _final_obs and _final_info of the
     environments whose episode ended. With tensors, these four are in every info, and no other key has a mask. With
     numpy, they are there when an episode ended, and every key has a mask; ignore values where the mask is False.
+
+    Options
+    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5, Humanoid-v5,
+                        Quadruped-Flat, Quadruped-Rough, or a task of your own: my_task.py:MyTask
+    num_envs            N
+    device              auto, cpu, cuda, cuda:N or a torch.device
+    seed                of every random number that the environment draws
+    dtype               torch.float32 or torch.float64
+    integrator          euler, implicitfast or rk4; default the MJCF's own
+    iterations          Newton iterations per evaluation of the dynamics
+    pair_slots          how many contacts between moving geoms are solved at once, the deepest first; default one for
+                        each pair that can touch, at most 8, or 4 with friction. The others are dropped, and
+                        `pop_statistics` counts them. Contacts with what is fixed are never dropped
+    self_collision      False leaves out contacts between moving geoms
+    max_episode_steps   the time limit
+    random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
+    compile             compile the step; on CUDA also capture it as one graph
+    chunk               environments stepped together; default all on a GPU, and what fits the cache on a CPU
+    randomize           True for the task's own ranges, or a dict of fields of `Randomize`: {"friction": (0.5, 1.25)}.
+                        Single fields may be given as "randomize.friction", on top of those
+    observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none
+    action_delay_ms     actions reach the robot this much later, rounded to physics steps
+    timestep_scale      factor of the physics timestep; a control step keeps its number of physics steps
+    numpy               `reset` answers in numpy arrays
+    **task_options      the fields of the task: reset_noise_scale, ctrl_cost_weight, ...
+
+    Starts and commands are drawn from one random generator, everything optional (randomisation, pushes, observation
+    noise) from a second one. So with one seed the former are the same whatever the latter options are.
     """
 
     @normal_tensors
@@ -2792,407 +2725,143 @@ class VecSim(gymnasium.vector.VectorEnv):
         random_initial_ages: bool = False,
         compile: bool = False,
         chunk: int | None = None,
-        randomize: Randomize | dict[str, Any] | bool | None = None,
-        perturb: Perturb | dict[str, Any] | None = None,
+        randomize: bool | dict[str, Any] | None = None,
+        observation_noise: float = 0.0,
+        action_delay_ms: float = 0.0,
+        timestep_scale: float = 1.0,
         numpy: bool = False,
         **task_options: Any,
     ):
-        """Arguments: `make`."""
-        self.device = pick_device(device)
-        single, task_options = single_fields(task_options)
-        self.task = build_task(env_id, task_options)
-        counts = {"num_envs": num_envs, "iterations": iterations, "max_episode_steps": max_episode_steps}
-        counts |= {name: x for name, x in (("pair_slots", pair_slots), ("chunk", chunk)) if x is not None}
-        for name, value in counts.items():
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-                raise InputError(f"{name} must be a whole number, not {value!r}")
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
+        at_least = (
+            ("num_envs", num_envs, 1), ("iterations", iterations, 1), ("max_episode_steps", max_episode_steps, 1),
+            ("pair_slots", pair_slots, 1), ("chunk", chunk, 1), ("observation_noise", observation_noise, 0),
+            ("action_delay_ms", action_delay_ms, 0), ("timestep_scale", timestep_scale, 1e-3),
+        )  # fmt: skip
+        for name, value, least in at_least:
+            if value is not None and not value >= least:
+                raise InputError(f"{name} must be at least {least}, not {value}")
         if integrator not in (None, *INTEGRATORS.values()):
             raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
-        perturb = option_group(Perturb, perturb, single["perturb"], None)
-        perturb.check()
+        single = {name: value for name, value in task_options.items() if name.startswith("randomize.")}
+        task_options = {name: value for name, value in task_options.items() if name not in single}
 
         self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, dtype, numpy
-        self.mj_model = perturbed(compile_mjcf(self.task.source()), perturb)
+        self.device, self.compiled, self.random_initial_ages = pick_device(device), compile, random_initial_ages
+        self.task = build_task(env_id, task_options)
+        self.mj_model = compile_mjcf(self.task.source())
+        self.mj_model.opt.timestep *= timestep_scale
         model = load_model(
             self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
         )
         self.model = self.task.furnish(model, self.mj_model)
-        rows = self.model.pair_slots * self.model.pair_edges
-        if compile and rows > COMPILED_ROWS:
-            raise InputError(
-                f"{rows} rows of self-contacts (pair_slots={self.model.pair_slots}, "
-                f"{self.model.pair_edges} a slot) take too long to compile, at most {COMPILED_ROWS}; "
-                "use fewer pair_slots, condim 1, self_collision=False or compile=False"
-            )
-        varied = varied_rows(self.model)
-        default = Randomize(**{name: x for name, x in vars(self.task.randomization).items() if name in varied})
-        ranges = option_group(Randomize, randomize, single["randomize"], default).ranges()
-        push = (ranges["push"], ranges["push_interval"]) if "push" in ranges else None
-        if perturb.push:
-            push = (perturb.push, perturb.push), (perturb.push_interval, perturb.push_interval)
-        asked = ["push"] * bool(perturb.push) + ["friction"] * (perturb.friction_scale != 1)
-        for name in [*ranges, *asked]:
-            if name not in varied:
-                raise InputError(f"{name} has nothing to vary in {env_id}; it has {', '.join(varied)}")
+        self._check_compiled_rows()
+        single = {name.removeprefix("randomize."): value for name, value in single.items()}
         self.settings = Settings(
+            task=self.task,
             integrator=integrator or self.model.integrator,
             iterations=iterations,
             max_episode_steps=max_episode_steps,
-            ranges=ranges,
-            perturb=perturb,
-            parameters={name: varied[name] for name in OF_THE_ROBOT if name in ranges},
-            noise={},
-            push=push,
-            delay=round(perturb.action_delay_ms / 1000 / self.model.timestep),
+            ranges=choose_ranges(randomize, single, self.task, self.model),
+            observation_noise=observation_noise,
+            delay=round(action_delay_ms / 1000 / self.model.timestep),
         )
-        self._count_noise(observation=0)
-        self._check_memory()
-        self.random_initial_ages = random_initial_ages
-        self._generator, self._perturb_generator = torch.Generator(self.device), torch.Generator(self.device)
-        self._seed(seed)
-
-        if chunk is None:
-            share = math.ceil(num_envs / torch.get_num_threads() / 64) * 64  # one chunk a core, in whole vectors
-            chunk = num_envs if self.device.type == "cuda" else min(CPU_CHUNK, share)
-        self._slices = [slice(start, min(start + chunk, num_envs)) for start in range(0, num_envs, chunk)]
-        self._models = [self.model for _ in self._slices]
-        self._carries: list[Carry] = []
-        self.compiled = compile
-        sizes = {s.stop - s.start for s in self._slices}
-        self._regions = {n: compile_regions(self.device) if compile else EAGER_ENVIRONMENT for n in sizes}
-        self._warm: set[int] = set()  # chunk sizes whose regions are compiled
-        threads = torch.get_num_threads() if self.device.type == "cpu" and len(self._slices) > 1 else 1
-        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-        _, measured, sensed = self._begin(self._noise())
-        self.observation_slices, self.single_observation_space = spaces_of(
-            self.task.observe(self.model, measured, sensed)
-        )
-        self.critic_slices, self.single_critic_space = spaces_of(self.task.privileged(self.model, measured, sensed))
-        if perturb.observation_noise:
-            self._count_noise(observation=self.single_observation_space.shape[0])
-        low, high = self.task.action_range(self.model)
-        unbounded = (high - low).isinf().nonzero().flatten().tolist()
-        if unbounded:
-            names = ", ".join(self.mj_model.actuator(k).name or str(k) for k in unbounded)
-            raise InputError(f"actuators without a control range: {names}; give them a ctrlrange in the MJCF")
-        self.single_action_space = gymnasium.spaces.Box(low.float().cpu().numpy(), high.float().cpu().numpy())
-        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self.control_step = self.task.frame_skip * self.model.timestep  # s
         self.metadata = {
             "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
             "render_fps": round(1 / self.control_step),
         }
-        sums = len(STATISTICS) + 1 + len(self.task.averaged)
+        self._prepare_noise(seed)
+        self._prepare_spaces()
+        self._prepare_chunks(chunk)
+        sums = len(STATISTICS) + len(self.task.averaged)
         self._statistics = torch.zeros(sums, dtype=torch.float64, device=self.device)
-        self._offender = torch.zeros(self.model.nq + self.model.nv + self.model.nu, dtype=dtype, device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
 
-    # -- reset and step ------------------------------------------------------------------------------------------------
+    def _check_compiled_rows(self) -> None:
+        rows = self.model.pair_slots * self.model.pair_edges
+        if self.compiled and rows > COMPILED_ROWS:
+            raise InputError(
+                f"{rows} rows of self-contacts (pair_slots={self.model.pair_slots}, "
+                f"{self.model.pair_edges} a slot) take too long to compile, at most {COMPILED_ROWS}; "
+                "use fewer pair_slots, condim 1, self_collision=False or compile=False"
+            )
 
-    def _count_noise(self, observation: int) -> None:
-        """Rows of the random numbers of a step, by use: `state` as `reset_state` wants them, the rest in [0, 1).
+    # -- random numbers ------------------------------------------------------------------------------------------------
 
-        The last rows are `perturb`'s own and come from a generator of their own, so that states and commands are those
-        of the unperturbed environment. A push that replaces one of `randomize` takes the numbers of that.
-        """
-        model, ranges = self.model, self.settings.ranges
-        of_perturb = {"observation": observation}
-        if "push" not in ranges:
-            of_perturb = {"push": 3 if self.settings.push else 0} | of_perturb
-        rows = {
-            "state": model.nq + model.nv,
-            "parameters": sum(self.settings.parameters.values()),
-            "initial_position": len(model.scalar_qpos_index) if "initial_position" in ranges else 0,
-            "initial_velocity": model.nv if "initial_velocity" in ranges else 0,
-            **({"push": 3} if "push" in ranges else {}),
-            "task": self.task.random_rows,
-        }
-        self._perturb_rows = sum(of_perturb.values())
-        self.settings = dataclasses.replace(self.settings, noise=rows | of_perturb)
+    def _prepare_noise(self, seed: int) -> None:
+        """Count the random numbers of a step, and seed the generators."""
+        rows, ranges = parameter_rows(self.model), self.settings.ranges
+        self._parameter_rows = {name: rows[name] for name in ranges}
+        bounds = [bound for name, bound in ranges.items() for _ in range(rows[name])]
+        bounds = torch.tensor(bounds, dtype=self.dtype, device=self.device).view(-1, 2, 1)
+        self._low, self._span = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+        self._observation_rows = 0
+        self._generators = [torch.Generator(self.device) for _ in range(2)]
+        self._seed(seed)
+        self._check_memory()
+
+    def _seed(self, seed: int) -> None:
+        if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
+            raise InputError(f"seed must be one whole number from -2**63 to 2**64 - 1, not {seed!r}")
+        second = np.random.SeedSequence((int(seed) % 2**64, 1)).generate_state(1)[0]
+        for generator, number in zip(self._generators, (seed, second), strict=True):
+            generator.manual_seed(int(number))
 
     def _check_memory(self) -> None:
-        """ValueError where one step's random numbers and the states alone are more than the device's memory."""
-        rows = sum(self.settings.noise.values()) + self.model.nq + 2 * self.model.nv
+        """InputError if one step's random numbers and the states alone exceed the device's memory."""
+        rows = 2 * self.model.nq + 3 * self.model.nv + self.task.random_rows + len(self._low)
         size = rows * self.dtype.itemsize
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.num_envs * size > memory:
-            least = self.num_envs * size / 1e9
             raise InputError(
-                f"num_envs = {self.num_envs:,} needs at least {least:,.0f} GB of memory, more than the "
-                f"{memory / 1e9:,.0f} GB of {self.device}; use far fewer than {memory // size:,}"
+                f"num_envs = {self.num_envs:,} needs at least {self.num_envs * size / 1e9:,.0f} GB of memory, "
+                f"more than the {memory / 1e9:,.0f} GB of {self.device}; use far fewer than {memory // size:,}"
             )
 
-    def _seed(self, seed: int) -> None:
-        if not isinstance(seed, (int, np.integer)):
-            raise InputError(f"seed must be one whole number for all environments, not a {type(seed).__name__}")
-        if not -(2**63) <= seed < 2**64:
-            raise InputError(f"seed must be from -2**63 to 2**64 - 1, not {seed}")
-        seed = int(seed)
-        self._generator.manual_seed(seed)
-        other = np.random.SeedSequence((seed % 2**64, 1)).generate_state(1)[0]
-        self._perturb_generator.manual_seed(int(other))
+    def _draw_noise(self) -> Noise:
+        """The random numbers of one step. They do not depend on the chunks."""
+        first, second = self._generators
 
-    def _noise(self) -> Tensor:
-        """The random numbers (rows of settings.noise, N) of one step, independent of chunking."""
-        model, n = self.model, self.num_envs
-        to = {"device": self.device, "dtype": self.dtype}
-        draw = to | {"generator": self._generator}
-        velocity = torch.randn if self.task.normal_velocity_noise else torch.rand
-        rows = [torch.rand(model.nq, n, **draw), velocity(model.nv, n, **draw)]
-        others = sum(self.settings.noise.values()) - model.nq - model.nv - self._perturb_rows
-        if others:
-            rows.append(torch.rand(others, n, **draw))
-        if self._perturb_rows:
-            rows.append(torch.rand(self._perturb_rows, n, generator=self._perturb_generator, **to))
-        return torch.cat(rows)
+        def uniform(rows: int, generator: torch.Generator) -> Tensor:
+            return torch.rand(rows, self.num_envs, generator=generator, device=self.device, dtype=self.dtype)
 
-    def _begin(self, noise: Tensor) -> tuple[Carry, Measured, dict[str, Tensor]]:
-        """`begin_episode` in every environment."""
-        random = split_rows(noise, self.settings.noise)
-        return begin_episode(self.task, self._robots(random["parameters"]), self.settings, random, None, 0)
-
-    def _robots(self, parameters: Tensor) -> Model:
-        """The model with the randomised parameters that `parameters` (k, N) in [0, 1) stand for."""
-        if not self.settings.parameters:
-            return self.model
-        return dataclasses.replace(self.model, **randomized_fields(self.model, self.settings, parameters))
-
-    def parameters(self) -> dict[str, Tensor]:
-        """The randomised parameters of this episode by name, (rows, N) each, as `Randomize` lists them."""
-        return drawn_parameters(self.settings, self._get_carry().parameters)
-
-    def robots(self) -> Model:
-        """The model of every robot as it is now: randomised parameters are (..., N)."""
-        return self._robots(self._get_carry().parameters)
-
-    @normal_tensors
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Tensor | np.ndarray, dict[str, Any]]:
-        """Start an episode in every environment, with the given seed or going on with the generator.
-
-        One seed serves all environments: each draws its own random numbers. ValueError for a list of seeds.
-        `random_initial_ages=True` starts each episode at a random age, so that time limits do not fall together.
-        """
-        if options:
-            raise InputError(f"reset takes no options, not {sorted(options)}")
-        if seed is not None:
-            self._seed(seed)
-        noise = self._noise()
-        carry, measured, sensed = self._begin(noise)
-        random = split_rows(noise, self.settings.noise)
-        model = self._robots(random["parameters"])
-        obs, critic_obs = observations(self.task, model, self.settings, measured, sensed, random)
-        if self.random_initial_ages:
-            age = torch.randint(
-                self.settings.max_episode_steps, (self.num_envs,), device=self.device, generator=self._generator
-            )
-            carry = carry._replace(age=age)
-        self._set_carry(carry)
-        self._statistics.zero_()
-        obs, info = obs.T.contiguous(), self._critic_info(critic_obs=critic_obs)
-        return (as_numpy(obs), with_masks(as_numpy(info), np.zeros(self.num_envs, bool))) if self.numpy else (obs, info)
-
-    def _critic_info(self, **groups: Tensor) -> dict[str, Tensor]:
-        """info of the privileged observations, where the task has them."""
-        return {} if self.single_critic_space is None else {name: x.T.contiguous() for name, x in groups.items()}
-
-    def _set_carry(self, carry: Carry) -> None:
-        parts = [Carry(*(x[..., s].contiguous() for x in carry)) for s in self._slices]
-        if not self._carries:
-            self._carries = [Carry(*(x.clone() for x in part)) for part in parts]
-            return
-        for mine, theirs in zip(self._carries, parts, strict=True):
-            for a, b in zip(mine, theirs, strict=True):
-                a.copy_(b)
-
-    def _get_carry(self) -> Carry:
-        if not self._carries:
-            raise ValueError("this environment has no state yet; call reset() first")
-        return Carry(*(torch.cat(parts, -1) for parts in zip(*self._carries, strict=True)))
-
-    def _advance(self, action: Tensor) -> Transition:
-        """One step of all chunks from action (nu, N); updates carries, statistics and the kept offender in place."""
-        noise = self._noise()
-
-        def advance_chunk(k: int) -> tuple[Transition, tuple[Tensor, Tensor], Tensor]:
-            s, carry = self._slices[k], self._carries[k]
-            with torch.no_grad():
-                after, transition, dropped = environment_step(
-                    self.task,
-                    self._models[k],
-                    self.settings,
-                    carry,
-                    action[:, s].contiguous(),
-                    noise[:, s].contiguous(),
-                    self._regions[s.stop - s.start],
-                )
-                bad = transition.invalid
-                before = torch.cat((carry.qpos, carry.qvel, action[:, s]))
-                offender = bad.any(), before.index_select(1, bad.to(torch.uint8).argmax().view(1)).squeeze(1)
-                for a, b in zip(carry, after, strict=True):
-                    a.copy_(b)
-            return transition, offender, dropped.sum(dtype=torch.float64)
-
-        chunks = range(len(self._slices))
-        results = {}
-        for k in chunks:  # the first chunk of each size compiles, alone
-            n = self._slices[k].stop - self._slices[k].start
-            if n not in self._warm:
-                self._warm.add(n)
-                results[k] = advance_chunk(k)
-        rest = [k for k in chunks if k not in results]
-        run = self._threads.map if self._threads else map
-        results.update(zip(rest, run(advance_chunk, rest), strict=True))
-        transitions = [results[k][0] for k in chunks]
-        for found, offender in (results[k][1] for k in chunks):
-            self._offender.copy_(torch.where(found, offender, self._offender))
-        if len(transitions) == 1:
-            merged = transitions[0]
+        qpos = uniform(self.model.nq, first)
+        if self.task.normal_velocity_noise:
+            shape = (self.model.nv, self.num_envs)
+            qvel = torch.randn(shape, generator=first, device=self.device, dtype=self.dtype)
         else:
-            columns = zip(*(t[:-1] for t in transitions), strict=True)
-            terms = {k: torch.cat([t.terms[k] for t in transitions]) for k in transitions[0].terms}
-            merged = Transition(*(torch.cat(column, -1) for column in columns), terms)
-        counted = merged.ended & ~merged.invalid & ~merged.started_late
-        sums = torch.stack(
-            (
-                torch.ones_like(merged.ended_return),
-                merged.ended_return,
-                merged.ended_length.to(self.dtype),
-                merged.truncated.to(self.dtype),
-            )
-        )
-        sums = torch.where(counted, sums, 0.0).sum(1, dtype=torch.float64)
-        counts = merged.invalid.sum(dtype=torch.float64), sum(results[k][2] for k in chunks)
-        sums = [sums, torch.stack((*counts, (~merged.invalid).sum(dtype=torch.float64)))]
-        if self.task.averaged:
-            terms = torch.stack([merged.terms[name] for name in self.task.averaged])  # zero where invalid
-            sums += [terms.sum(1, dtype=torch.float64)]
-        self._statistics += torch.cat(sums)
-        return merged
+            qvel = uniform(self.model.nv, first)
+        task = uniform(self.task.random_rows, first)
+        values = self._low + self._span * uniform(len(self._low), second)
+        values = values.split(list(self._parameter_rows.values()))
+        parameters = dict(zip(self._parameter_rows, values, strict=True))
+        return Noise(qpos, qvel, task, parameters, uniform(self._observation_rows, second))
 
-    @normal_tensors
-    def step(self, actions: Tensor | np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """One control step of every environment; see the class."""
-        if not self._carries:
-            raise ValueError("call reset() before step()")
-        shape = (self.num_envs, self.model.nu)
-        if not isinstance(actions, (Tensor, np.ndarray)) or actions.shape != shape:
-            given = tuple(actions.shape) if isinstance(actions, (Tensor, np.ndarray)) else type(actions).__name__
-            raise ValueError(f"actions must be a tensor or a numpy array of shape {shape}, not {given}")
-        if isinstance(actions, np.ndarray):
-            if not np.can_cast(actions.dtype, np.float64, "same_kind"):
-                raise ValueError(f"actions must be real numbers, not {actions.dtype}")
-            *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
-            info = as_numpy(info)
-            return *map(as_numpy, answer), with_masks(info, info["_final_obs"])
-        if actions.dtype != self.dtype or actions.device != self._statistics.device:
-            raise ValueError(
-                f"actions must be {self.dtype} on {self.device}, not {actions.dtype} on {actions.device}; "
-                "use actions.to(env.device, env.dtype)"
-            )
-        if self.device.type == "cuda" and self.compiled:
-            with torch.cuda.device(self.device):
-                t = self._replay(actions)
-        else:
-            t = self._advance(torch.clone(actions.T, memory_format=torch.contiguous_format))
-        terms = {"invalid": t.invalid, **t.terms}
-        info = {"final_obs": t.final_obs.T.contiguous(), "_final_obs": t.ended} | terms
-        info |= {"final_info": terms, "_final_info": t.ended}
-        info |= self._critic_info(critic_obs=t.critic_obs, final_critic_obs=t.final_critic_obs)
-        return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
+    # -- spaces and names ----------------------------------------------------------------------------------------------
 
-    def _replay(self, actions: Tensor) -> Transition:
-        """The same step as one CUDA graph: captured once, then a single launch; fresh random numbers each time."""
-        if self._graph is None:
-            self._action = torch.clone(actions.T, memory_format=torch.contiguous_format)  # never the caller's memory
-            saved = [Carry(*(x.clone() for x in carry)) for carry in self._carries]
-            generator_states = self._generator.get_state(), self._perturb_generator.get_state()
-            statistics, offender = self._statistics.clone(), self._offender.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # compile and warm up off the capture stream
-                    self._advance(self._action)
-            torch.cuda.current_stream().wait_stream(stream)
-            for carry, old in zip(self._carries, saved, strict=True):
-                for a, b in zip(carry, old, strict=True):
-                    a.copy_(b)
-            for generator, old in zip((self._generator, self._perturb_generator), generator_states, strict=True):
-                generator.set_state(old)
-            self._statistics.copy_(statistics)
-            self._offender.copy_(offender)
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self._generator)
-            if self._perturb_rows:
-                graph.register_generator_state(self._perturb_generator)
-            with torch.cuda.graph(graph):
-                self._transition = self._advance(self._action)
-            self._graph = graph  # only now: a capture that failed leaves nothing to replay
-        self._action.copy_(actions.T)
-        self._graph.replay()
-        t = self._transition
-        return Transition(*(x.clone() for x in t[:-1]), {name: x.clone() for name, x in t.terms.items()})
-
-    # -- statistics, state, diagnosis ----------------------------------------------------------------------------------
-
-    def pop_statistics(self) -> dict[str, float]:
-        """Means over the whole episodes that ended since the last call, and counts; NaN means where none ended.
-
-        An episode that began at a random age is left out: the time limit cuts it short, so its return would be too low.
-
-        episodes, episode_return, episode_length, success (share that reached the time limit), invalid (quarantined);
-        dropped_contacts, of a robot in a physics step, for want of pair_slots; and what the task averages. The last two
-        are means over all steps rather than episodes.
-        """
-        values = self._statistics.tolist()  # host sync
-        self._statistics.zero_()
-        episodes = values[0]
-        means = [value / episodes if episodes else math.nan for value in values[1:4]]
-        invalid, dropped, steps, *sums = values[4:]
-        per_step = [value / steps if steps else math.nan for value in (dropped / self.task.frame_skip, *sums)]
-        names = (*STATISTICS, *self.task.averaged)
-        return dict(zip(names, (episodes, *means, invalid, *per_step), strict=True))
-
-    def state(self) -> State:
-        """Copies of qpos (nq, N), qvel (nv, N) and the warm start."""
-        carry = self._get_carry()
-        return State(carry.qpos, carry.qvel, carry.warmstart)
-
-    @normal_tensors
-    def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
-        """Put every robot at qpos (nq, N), qvel (nv, N), as Gymnasium's set_state does; returns obs (N, obs)."""
-        for name, x, rows in (("qpos", qpos, self.model.nq), ("qvel", qvel, self.model.nv)):
-            if x.shape != (rows, self.num_envs):
-                raise ValueError(f"{name} must have shape {(rows, self.num_envs)}, not {tuple(x.shape)}")
-        carry = self._get_carry()
-        memory = split_rows(carry.memory, self.task.memory)
-        qpos, qvel = (x.to(self.device, self.dtype) for x in (qpos, qvel))
-        measured = Measured(qpos, qvel, None, memory, carry.push)
-        model = self.robots()
-        sensed = self.task.sense(model, measured)
-        carry = carry._replace(
-            qpos=measured.qpos, qvel=measured.qvel, warmstart=torch.zeros_like(measured.qvel),
-            position=sensed["position"],
-        )  # fmt: skip
-        self._set_carry(carry)
-        return torch.cat(list(self.task.observe(model, measured, sensed).values())).T.contiguous()
-
-    def offender(self) -> dict[str, np.ndarray]:
-        """qpos, qvel and action before the step in which an environment was last quarantined (zeros if none was)."""
-        values = self._offender.cpu().numpy().copy()  # host sync
-        nq, nv = self.model.nq, self.model.nv
-        return {"qpos": values[:nq], "qvel": values[nq : nq + nv], "action": values[nq + nv :]}
+    def _prepare_spaces(self) -> None:
+        noise = self._draw_noise()
+        model = self._robots(noise.parameters)
+        _, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
+        groups = self.task.observe(model, measured, sensed), self.task.privileged(model, measured, sensed)
+        self.observation_slices, self.single_observation_space = spaces_of(groups[0])
+        self.critic_slices, self.single_critic_space = spaces_of(groups[1])
+        if self.settings.observation_noise:
+            self._observation_rows = self.single_observation_space.shape[0]
+        low, high = self.task.action_range(self.model)
+        unbounded = (high - low).isinf().nonzero().flatten().tolist()
+        if unbounded:
+            names = ", ".join(self.mj_model.actuator(k).name or str(k) for k in unbounded)
+            raise InputError(f"actuators without a control range: {names}; give them a ctrlrange in the MJCF")
+        self.single_action_space = gymnasium.spaces.Box(low.float().cpu().numpy(), high.float().cpu().numpy())
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
 
     def action_names(self) -> list[str]:
-        """The actuators, (nu,); an actuator without a name has that of its joint."""
+        """The actuators, (nu,). An actuator without a name gets the name of its joint."""
         m = self.mj_model
         return [m.actuator(i).name or m.joint(m.actuator_trnid[i, 0]).name for i in range(m.nu)]
 
@@ -3208,55 +2877,234 @@ class VecSim(gymnasium.vector.VectorEnv):
             names += [f"{group}/{name}" for name in known] or [f"{group}[{i}]" for i in range(size)]
         return names
 
+    # -- reset and step ------------------------------------------------------------------------------------------------
+
+    def _prepare_chunks(self, chunk: int | None) -> None:
+        """Which environments are stepped together, and the functions and threads that step them."""
+        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        if chunk is None:
+            share = math.ceil(self.num_envs / cores / 64) * 64  # one chunk for each core, in whole vectors
+            chunk = self.num_envs if self.device.type == "cuda" else min(CPU_CHUNK, share)
+        starts = range(0, self.num_envs, chunk)
+        self._slices = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
+        self._carries: list[Carry] = []
+        self._run = compile_regions(self.device) if self.compiled else EAGER_ENVIRONMENT
+        self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._slices) > 1 else None
+        self._warm = False  # the first step compiles, without threads
+
+    def _split(self, tensors: Any) -> list[Any]:
+        """`tensors` (..., N) of every chunk: a Carry, a Noise or a tensor."""
+        return [map_tensors(lambda x: x[..., part].contiguous(), tensors) for part in self._slices]
+
+    def _set_carry(self, carry: Carry) -> None:
+        chunks = self._split(carry)
+        if not self._carries:
+            self._carries = [map_tensors(torch.clone, chunk) for chunk in chunks]  # the graph needs fixed addresses
+        for mine, theirs in zip(self._carries, chunks, strict=True):
+            map_tensors(Tensor.copy_, mine, theirs)
+
+    def _get_carry(self) -> Carry:
+        if not self._carries:
+            raise ValueError("this environment has no state yet; call reset() first")
+        return map_tensors(lambda *parts: torch.cat(parts, -1), *self._carries)
+
+    def _robots(self, parameters: dict[str, Tensor]) -> Model:
+        """The model with these randomised parameters."""
+        if not parameters:
+            return self.model
+        return dataclasses.replace(self.model, **randomized_fields(self.model, parameters))
+
+    @normal_tensors
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor | np.ndarray, dict[str, Any]]:
+        """Start an episode in every environment. Without a seed the random generators continue.
+
+        One seed serves all environments: each draws its own random numbers. InputError for a list of seeds.
+        """
+        if options:
+            raise InputError(f"reset takes no options, not {sorted(options)}")
+        if seed is not None:
+            self._seed(seed)
+        noise = self._draw_noise()
+        model = self._robots(noise.parameters)
+        carry, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
+        obs, critic_obs = observations(self.settings, model, measured, sensed, noise)
+        if self.random_initial_ages:
+            limit, generator = self.settings.max_episode_steps, self._generators[0]
+            age = torch.randint(limit, (self.num_envs,), device=self.device, generator=generator)
+            carry = carry._replace(age=age)
+        self._set_carry(carry)
+        self._statistics.zero_()
+        obs, info = obs.T.contiguous(), self._critic_info(critic_obs=critic_obs)
+        if self.numpy:
+            return to_numpy(obs), with_masks(to_numpy(info), np.zeros(self.num_envs, bool))
+        return obs, info
+
+    def _critic_info(self, **groups: Tensor) -> dict[str, Tensor]:
+        """The privileged observations for info, if the task has any."""
+        return {} if self.single_critic_space is None else {name: x.T.contiguous() for name, x in groups.items()}
+
+    @normal_tensors
+    def step(self, actions: Tensor | np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One control step of every environment. Actions (N, nu); the class says what is returned."""
+        if not self._carries:
+            raise ValueError("call reset() before step()")
+        shape = (self.num_envs, self.model.nu)
+        if not isinstance(actions, (Tensor, np.ndarray)) or actions.shape != shape:
+            given = tuple(actions.shape) if isinstance(actions, (Tensor, np.ndarray)) else type(actions).__name__
+            raise ValueError(f"actions must be a tensor or a numpy array of shape {shape}, not {given}")
+        if isinstance(actions, np.ndarray):
+            *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
+            info = to_numpy(info)
+            return *map(to_numpy, answer), with_masks(info, info["_final_obs"])
+        if actions.dtype != self.dtype or actions.device != self._statistics.device:
+            raise ValueError(
+                f"actions must be {self.dtype} on {self.device}, not {actions.dtype} on {actions.device}; "
+                "use actions.to(env.device, env.dtype)"
+            )
+        if self.device.type == "cuda" and self.compiled:
+            with torch.cuda.device(self.device):
+                t = self._replay(actions)
+        else:
+            t = self._step_chunks(torch.clone(actions.T, memory_format=torch.contiguous_format))
+        terms = {"invalid": t.invalid, **t.terms}
+        info = {"final_obs": t.final_obs.T.contiguous(), "_final_obs": t.ended} | terms
+        info |= {"final_info": terms, "_final_info": t.ended}
+        info |= self._critic_info(critic_obs=t.critic_obs, final_critic_obs=t.final_critic_obs)
+        return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
+
+    def _step_chunks(self, action: Tensor) -> Transition:
+        """`environment_step` of every chunk, from action (nu, N). Updates states and statistics in place."""
+        inputs = zip(self._carries, self._split(action), self._split(self._draw_noise()), strict=True)
+        apply_all = self._threads.map if self._threads and self._warm else map
+        outputs = apply_all(lambda parts: environment_step(self.settings, self.model, *parts, self._run), inputs)
+        carries, transitions = zip(*outputs, strict=True)
+        self._warm = True
+        for mine, new in zip(self._carries, carries, strict=True):
+            map_tensors(Tensor.copy_, mine, new)
+        t = transitions[0]
+        if len(transitions) > 1:
+            t = map_tensors(lambda *parts: torch.cat(parts, -1), *transitions)
+
+        counted = t.ended & ~t.invalid & ~t.started_late
+        of_episodes = (torch.ones_like(t.episode_return), t.episode_return, t.episode_length, t.truncated)
+        sums = [torch.where(counted, x.to(self.dtype), 0.0) for x in of_episodes]
+        sums += [x.to(self.dtype) for x in (t.invalid, ~t.invalid, t.dropped)]
+        sums += [t.terms[name] for name in self.task.averaged]  # zero where invalid
+        self._statistics += torch.stack(sums).sum(1, dtype=torch.float64)
+        return t
+
+    def _replay(self, actions: Tensor) -> Transition:
+        """The same step as one CUDA graph: captured once, then a single launch with fresh random numbers each time."""
+        if self._graph is None:
+            self._action = torch.clone(actions.T, memory_format=torch.contiguous_format)  # never the caller's memory
+            carry, statistics = self._get_carry(), self._statistics.clone()
+            generator_states = [generator.get_state() for generator in self._generators]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # compile and warm up off the capture stream
+                    self._step_chunks(self._action)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._set_carry(carry)
+            self._statistics.copy_(statistics)
+            graph = torch.cuda.CUDAGraph()
+            for generator, old in zip(self._generators, generator_states, strict=True):
+                generator.set_state(old)
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):
+                self._transition = self._step_chunks(self._action)
+            self._graph = graph  # only now: a capture that failed leaves nothing to replay
+        self._action.copy_(actions.T)
+        self._graph.replay()
+        return map_tensors(torch.clone, self._transition)
+
+    # -- statistics and state ------------------------------------------------------------------------------------------
+
+    def pop_statistics(self) -> dict[str, float]:
+        """Statistics since the last call. Means over nothing are NaN.
+
+        episodes            whole episodes that ended. One that began at a random age is not counted: the time limit
+                            cuts it short, so its return would be too low
+        episode_return, episode_length, success
+                            means over these episodes; success is the share that reached the time limit
+        invalid             steps whose simulation diverged
+        dropped_contacts    contacts per robot and physics step that found no pair slot
+        ...                 the measurements that the task lists in `averaged`: means over all valid steps
+        """
+        names = (*STATISTICS, *self.task.averaged)
+        sums = dict(zip(names, self._statistics.tolist(), strict=True))  # host sync
+        self._statistics.zero_()
+        steps, episodes = sums.pop("steps"), sums["episodes"]
+        for name in ("episode_return", "episode_length", "success"):
+            sums[name] = sums[name] / episodes if episodes else math.nan
+        sums["dropped_contacts"] /= self.task.frame_skip
+        for name in ("dropped_contacts", *self.task.averaged):
+            sums[name] = sums[name] / steps if steps else math.nan
+        return sums
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The randomised parameters of the robots as they are now, (rows, N) each; see `Randomize`."""
+        return self._get_carry().parameters
+
+    def robots(self) -> Model:
+        """The model of the robots as they are now. Randomised parameters are (..., N)."""
+        return self._robots(self.parameters())
+
+    def state(self) -> State:
+        """Copies of qpos (nq, N), qvel (nv, N) and the warm start."""
+        carry = self._get_carry()
+        return State(carry.qpos, carry.qvel, carry.warmstart)
+
+    @normal_tensors
+    def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
+        """Put every robot at qpos (nq, N), qvel (nv, N), like Gymnasium's set_state. Returns obs without noise."""
+        for name, x, rows in (("qpos", qpos, self.model.nq), ("qvel", qvel, self.model.nv)):
+            if x.shape != (rows, self.num_envs):
+                raise ValueError(f"{name} must have shape {(rows, self.num_envs)}, not {tuple(x.shape)}")
+        carry, model = self._get_carry(), self.robots()
+        qpos, qvel = (x.to(self.device, self.dtype) for x in (qpos, qvel))
+        measured = Measured(qpos, qvel, None, carry.memory, carry.push)
+        sensed = self.task.sense(model, measured)
+        warmstart = torch.zeros_like(qvel)
+        self._set_carry(carry._replace(qpos=qpos, qvel=qvel, warmstart=warmstart, position=sensed["position"]))
+        return torch.cat(list(self.task.observe(model, measured, sensed).values())).T.contiguous()
+
     def _configuration(self) -> dict[str, Any]:
-        """What a loaded state must agree with, beside the task and the number of environments."""
-        options = {"dtype": str(self.dtype), "device": self.device.type, "pair_slots": self.model.pair_slots}
-        return options | dataclasses.asdict(self.settings) | dataclasses.asdict(self.task)
+        """The options that a loaded state must have been made with."""
+        options = {"env_id": self.env_id, "num_envs": self.num_envs, "dtype": str(self.dtype)}
+        options |= {"pair_slots": self.model.pair_slots, "timestep": self.model.timestep}
+        settings = dataclasses.asdict(self.settings)
+        return options | settings.pop("task") | settings
 
     @normal_tensors
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on: tensors and plain values, for torch.save."""
         return {
-            "env_id": self.env_id,
-            "num_envs": self.num_envs,
             "configuration": self._configuration(),
-            "carry": {name: x.cpu() for name, x in self._get_carry()._asdict().items()},
-            "generator": self._generator.get_state(),
-            "perturb_generator": self._perturb_generator.get_state(),
+            "device": self.device.type,
+            "carry": map_tensors(lambda x: x.cpu(), self._get_carry())._asdict(),
+            "generators": [generator.get_state() for generator in self._generators],
             "statistics": self._statistics.cpu().clone(),
-            "offender": self._offender.cpu().clone(),
         }
 
     @normal_tensors
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken. ValueError for another task or number of environments.
+        """Continue exactly where `state_dict` was taken. InputError if the state was made with other options.
 
-        A state of another kind of device (cpu, cuda) continues with the random generators that this environment has.
+        A state from another kind of device (cpu, cuda) continues with the random generators of this environment.
         """
-        for key in ("env_id", "num_envs"):
-            if state[key] != getattr(self, key):
-                raise InputError(f"this state is of {key} {state[key]}, not {getattr(self, key)}")
-        there, here = state["configuration"], self._configuration()
-        same_device = there.get("device") == here["device"]
-        for key, value in here.items():
-            if there.get(key) != value and key != "device":
-                raise InputError(f"this state is of {key} {there.get(key)}, not {value}")
-        if self._perturb_rows and "perturb_generator" not in state:
-            raise InputError("this state is of an older vecsim_torch, whose pushes and noise cannot go on exactly here")
-        self._set_carry(Carry(**{name: x.to(self.device) for name, x in state["carry"].items()}))
-        if same_device:
-            self._generator.set_state(state["generator"])
-        if same_device and "perturb_generator" in state:  # without perturbations it draws nothing
-            self._perturb_generator.set_state(state["perturb_generator"])
+        for name, value in self._configuration().items():
+            theirs = state["configuration"].get(name)
+            if theirs != value:
+                raise InputError(f"this state is of {name} {theirs}, not {value}")
+        carry = Carry(**state["carry"])
+        self._set_carry(map_tensors(lambda x: x.to(self.device), carry))
+        if state["device"] == self.device.type:
+            for generator, theirs in zip(self._generators, state["generators"], strict=True):
+                generator.set_state(theirs)
         self._statistics.copy_(state["statistics"])
-        self._offender.copy_(state["offender"])
-
-
-def as_numpy(value: Tensor | dict[str, Any]) -> Any:
-    """A tensor as a numpy array, a dict of tensors as a dict of arrays."""
-    if isinstance(value, dict):
-        return {name: as_numpy(x) for name, x in value.items()}
-    return value.cpu().numpy()  # host sync
 
 
 def with_masks(info: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
@@ -3277,14 +3125,14 @@ def with_masks(info: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
 
 
 def spaces_of(groups: dict[str, Tensor]) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
-    """The rows of each group in an observation, and the space of one; None without groups."""
+    """The rows of each group in an observation, and the space of one observation; None without groups."""
     bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
     slices = {name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)}
     return slices, gymnasium.spaces.Box(-np.inf, np.inf, (int(bounds[-1]),), np.float32) if groups else None
 
 
 def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
-    """Names of the rows of qpos and of qvel: the joint, and of a ball or free joint also the component."""
+    """Names of the rows of qpos and of qvel: the joint's name, and for a ball or free joint also the component."""
     components = {
         mujoco.mjtJoint.mjJNT_FREE: ("x y z qw qx qy qz", "vx vy vz wx wy wz"),
         mujoco.mjtJoint.mjJNT_BALL: ("qw qx qy qz", "wx wy wz"),
@@ -3297,34 +3145,28 @@ def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
     return qpos, qvel
 
 
-def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
-    """A `VecSim`.
+VARIATIONS = ("randomize", "observation_noise", "action_delay_ms", "timestep_scale")  # departures from the plain robot
+VECSIM_ALONE = (*VARIATIONS, "pair_slots", "self_collision", "chunk")  # options that Gymnasium does not have
 
-    env_id              InvertedPendulum-v5, Hopper-v5, Walker2d-v5, HalfCheetah-v5, Ant-v5, Humanoid-v5, Quadruped-Flat,
-                        Quadruped-Rough, or a task of your own: my_task.py:MyTask
-    num_envs            N
-    device              "cpu", "cuda", "cuda:1"
-    seed                of every random number the environment draws
-    dtype               torch.float32 or torch.float64
-    integrator          euler, implicitfast or rk4; default the MJCF's own
-    iterations          Newton iterations per evaluation of the dynamics
-    pair_slots          contacts between moving geoms that are solved at once, the deepest first; default one for each
-                        pair that can touch, at most 8, or 4 with friction. Contacts with what is fixed are never
-                        dropped; `pop_statistics` reports the others as dropped_contacts
-    self_collision      False leaves out contacts between moving geoms
-    max_episode_steps   the time limit
-    random_initial_ages the first episodes start at random ages
-    compile             compile the step; on CUDA also capture it as one graph
-    chunk               environments stepped together; default all on a GPU, what fits the cache on a CPU
-    randomize           True for the task's own ranges, or a `Randomize`, or a dict of its fields: {"friction": (0.5, 1.25)}
-    perturb             a `Perturb`, or a dict of its fields: {"action_delay_ms": 120}
-    numpy               `reset` answers in numpy arrays; `step` answers in the kind of its actions
-    **                  Gymnasium's own options of the task (reset_noise_scale, ctrl_cost_weight, ...), and single fields
-                        of the two groups as "randomize.friction": 0.3 and "perturb.push": 1.0, which a command line can
-                        give; there a range, but for those of Gymnasium's own tasks, is "0.2:0.8"
-    """
+
+def options_from_text(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with the texts of a command line understood: "0.2:0.8" is a range; true, false and none are values."""
+    words = {"true": True, "false": False, "none": None}
+    parsed = {}
+    for name, value in options.items():
+        if isinstance(value, str):
+            value = words.get(value.lower(), value)
+        if isinstance(value, str) and re.fullmatch(r"[-+.\de]+:[-+.\de]+", value):
+            low, _, high = value.partition(":")
+            value = float(low), float(high)
+        parsed[name] = value
+    return parsed
+
+
+def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
+    """A `VecSim`, whose class lists the options. Texts of a command line are understood: "0.2:0.8" is a range."""
     try:
-        return VecSim(env_id, num_envs, **options)
+        return VecSim(env_id, num_envs, **options_from_text(options))
     except MemoryError as error:
         raise InputError(f"num_envs = {num_envs:,} needs more memory than there is: {error}") from error
 
@@ -3433,12 +3275,15 @@ def describe(score: dict[str, float]) -> str:
     return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
 
-VECSIM_ALONE = ("randomize", "perturb", "pair_slots", "self_collision", "chunk")  # options that Gymnasium does not have
-
-
 def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The options of `make` that gymnasium.make takes too."""
-    return {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VECSIM_ALONE}
+    """The options of `make` that gymnasium.make takes too, with texts understood."""
+    shared = {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VECSIM_ALONE}
+    return options_from_text(shared)
+
+
+def without_variation(env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of `make` without randomisation, noise, delay and timestep_scale: the robot as its MJCF has it."""
+    return {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VARIATIONS}
 
 
 def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
@@ -3640,7 +3485,7 @@ def acceleration_errors(env: VecSim, actions: Tensor, iterations: int) -> np.nda
     state = State(*(x[:, chunk].contiguous() for x in env.state()))
     ctrl = torch.clone(env.task.control(env.model, actions[chunk].T), memory_format=torch.contiguous_format)
     with torch.no_grad():
-        qacc = forward(env._models[0], state, ctrl, iterations, env._regions[chunk.stop]).solution.qacc
+        qacc = forward(env.model, state, ctrl, iterations, env._run).solution.qacc
     *inputs, ours = (x[:, :512].double().cpu().numpy().T for x in (*state, ctrl, qacc))
     m, exact = converged(env.mj_model), []
     data = mujoco.MjData(m)

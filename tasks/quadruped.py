@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import vecsim_torch
-from vecsim_torch import FINITE, POSITIVE, Measured, Model, Randomize, Range, Task, Terrain, sample_terrain
+from vecsim_torch import Measured, Model, Range, Task, Terrain, sample_terrain, scaled
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The robot
@@ -225,8 +225,8 @@ class Flat(Task):
 
     An action is the offset of each servo's target from the home pose, in units of `action_scale`. The physics clips
     targets to the joints' ranges. `obs` holds what a real robot senses. `critic_obs` adds what only a simulator knows.
-    Observation noise is off unless `perturb.observation_noise` is set, and never affects `critic_obs`. Reward weights
-    are per second of a control step of 20 ms. Changing `perturb.timestep_scale` does not change the reward of a step.
+    Observation noise is off unless `observation_noise` is set, and never affects `critic_obs`. Reward weights are per
+    second of a control step of 20 ms. Changing `timestep_scale` does not change the reward of a step.
     """
 
     xml_file: str = dataclasses.field(default="", init=False)
@@ -256,28 +256,16 @@ class Flat(Task):
     joint_limit_weight: float = -10.0
     penalty_scale: float = 0.02  # of the reward, see `total`: a penalty of 1 per second divides it by e
 
-    randomization = Randomize(
-        mass=0.1, centre_of_mass=0.03, friction=(0.4, 1.25), damping=0.5, armature=0.2, motor_strength=0.1,
-        position_gain=0.1, velocity_gain=0.1, gravity=0.02, initial_velocity=0.3, push=1.0,
-    )  # fmt: skip
+    randomization = {
+        "mass": 0.1, "centre_of_mass": 0.03, "friction": (0.4, 1.25), "damping": 0.5, "armature": 0.2,
+        "motor_strength": 0.1, "position_gain": 0.1, "velocity_gain": 0.1, "gravity": 0.02, "initial_velocity": 0.3,
+        "push": 1.0,
+    }  # fmt: skip
     noise_scale = {
         "velocity": 0.1, "angular_velocity": 0.2, "gravity": 0.05, "command": 0.0, "joint_position": 0.01,
         "joint_velocity": 1.5, "last_action": 0.0, "heights": 0.1,
     }  # fmt: skip
-    memory = {"command": 3, "heading": 1, "command_age": 1, "last_action": 12, "joint_velocity": 12, "air_time": 4,
-              "contact": 4}  # fmt: skip
     random_rows = 7  # of `noise`: 0 to 3 for a command, 4 to 6 for x, y and yaw of a start
-    limits = Task.limits | {
-        "action_scale": POSITIVE,
-        "command_forward": FINITE,
-        "command_sideways": FINITE,
-        "command_yaw": FINITE,
-        "standing_share": (0.0, 1.0, "from 0 to 1"),
-        "resample_seconds": POSITIVE,
-        "healthy_tilt": (POSITIVE[0], math.pi, "positive and at most pi"),
-        "air_time_target": (0.0, FINITE[1], "finite and at least 0"),
-        "penalty_scale": POSITIVE,
-    }
     averaged = (
         "velocity_error", "yaw_error", "reward_track_velocity", "reward_track_yaw", "reward_vertical_velocity",
         "reward_roll_pitch", "reward_orientation", "reward_torque", "reward_joint_acceleration", "reward_action_rate",
@@ -321,15 +309,22 @@ class Flat(Task):
         tilt = qpos[3:7] * torch.rsqrt(vecsim_torch.dot(qpos[3:7], qpos[3:7]))
         quat = vecsim_torch.quat_multiply(yaw, tilt)
         qpos = torch.cat((x, y, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
-        memory = {name: zero.expand(rows, -1) for name, rows in self.memory.items()}
         command, heading = self.draw_command(noise)
-        return qpos, memory | {"command": self.steer(command, heading, quat), "heading": heading}
+        return qpos, {
+            "command": self.steer(command, heading, quat),
+            "heading": heading,
+            "command_age": zero,
+            "last_action": zero.expand(12, -1),
+            "joint_velocity": zero.expand(12, -1),
+            "air_time": zero.expand(4, -1),
+            "contact": zero.expand(4, -1),
+        }
 
     def draw_command(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """A command (3, N) and a heading (1, N). Walking speeds under 0.2 m/s and `standing_share` of all are zero."""
         ranges = (self.command_forward, self.command_sideways, self.command_yaw)
         drawn = zip(ranges, noise[:3], strict=True)
-        forward, sideways, turn = (vecsim_torch.between_ends(bounds, uniform) for bounds, uniform in drawn)
+        forward, sideways, turn = (scaled(uniform, bounds) for bounds, uniform in drawn)
         walks = (torch.hypot(forward, sideways) > 0.2).to(noise.dtype)
         moves = (noise[3] >= self.standing_share).to(noise.dtype)
         command = torch.stack((forward * walks * moves, sideways * walks * moves, turn * moves))
@@ -387,7 +382,6 @@ class Flat(Task):
 
     def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
         n = p.qpos.shape[1]
-        push = p.push[1:] if len(p.push) else torch.zeros_like(p.qpos[:2])
         groups = {
             "velocity": sensed["velocity"],
             **self.observe(model, p, sensed),
@@ -397,7 +391,7 @@ class Flat(Task):
             "mass": model.mass.expand(-1, n),
             "centre_of_mass": model.com[model.trunk].expand(-1, n),
             "position_gain": model.actuator_gain.expand(-1, n),
-            "push": push,
+            "push": p.push,
         }
         return groups | ({"heights": sensed["heights"]} if "heights" in sensed else {})
 
@@ -484,21 +478,15 @@ class Rough(Flat):
     first_levels: int = 5  # each robot's first episode starts on one of this many lowest levels
     terrain_level: int = -1  # a fixed level for all episodes; -1 fixes none
 
-    memory = Flat.memory | {"level": 1, "column": 1, "start": 2}
     random_rows = Flat.random_rows + 2  # 7 for the level, 8 for the column
     averaged = (*Flat.averaged, "terrain_level")
-    limits = Flat.limits | {
-        "terrain_rows": (1, math.inf, "at least 1"),
-        "terrain_columns": (1, math.inf, "at least 1"),
-        "terrain_seed": (0, math.inf, "at least 0"),
-        "first_levels": (1, math.inf, "at least 1"),
-        "terrain_level": (-1, math.inf, "at least -1, which fixes no level"),
-    }
 
-    def check(self) -> None:
-        super().check()
-        if self.terrain_level >= self.terrain_rows:
-            rule = f"terrain_level must be under terrain_rows = {self.terrain_rows}"
+    def __post_init__(self) -> None:
+        for name in ("terrain_rows", "terrain_columns", "first_levels"):
+            if getattr(self, name) < 1:
+                raise vecsim_torch.InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not -1 <= self.terrain_level < self.terrain_rows:
+            rule = f"terrain_level must be at least -1 and under terrain_rows = {self.terrain_rows}"
             raise vecsim_torch.InputError(f"{rule}, not {self.terrain_level}")
 
     def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
@@ -594,8 +582,8 @@ class InMujoco(gymnasium.Env):
 
     def _begin(self) -> dict[str, Tensor]:
         """Put the robot at the start of an episode; returns the task's memory."""
-        noise = self._random(self.robot.nq + self.robot.nv)
-        qpos, qvel = vecsim_torch.reset_state(self.task, self.robot, noise)
+        noise = self._random(self.robot.nq), self._random(self.robot.nv)
+        qpos, qvel = vecsim_torch.reset_state(self.task, self.robot, *noise)
         qpos, memory = self.task.begin(self.robot, qpos, self._random(self.task.random_rows), None, 0)
         mujoco.mj_resetData(self.model, self.data)
         self.set_state(qpos[:, 0].numpy(), qvel[:, 0].numpy())
@@ -603,7 +591,7 @@ class InMujoco(gymnasium.Env):
 
     def _measured(self) -> Measured:
         qpos, qvel = (torch.as_tensor(x.copy())[:, None] for x in (self.data.qpos, self.data.qvel))
-        return Measured(qpos, qvel, None, self.memory, qpos[:0])
+        return Measured(qpos, qvel, None, self.memory, torch.zeros_like(qpos[:2]))
 
     def _sense(self, measured: Measured) -> dict[str, Tensor]:
         """The task's measurements, with forces and torques of MuJoCo's last evaluation of the dynamics."""
@@ -643,7 +631,7 @@ class InMujoco(gymnasium.Env):
         sensed = self._sense(measured)
         velocity = (sensed["position"] - before) / (self.task.frame_skip * self.robot.timestep)
         terms = self.task.reward(self.robot, measured, sensed, action, velocity)
-        fell = self.task.terminates and not bool(self.task.healthy(measured, sensed))
+        fell = self.task.terminate_when_unhealthy and not bool(self.task.healthy(measured, sensed))
         self.memory = self.task.remember(self.robot, measured, sensed, action, self._random(self.task.random_rows))
         obs, info = self._look(measured._replace(memory=self.memory), sensed)
         info |= {name: float(value) for name, value in terms.items()}

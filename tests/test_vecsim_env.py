@@ -64,6 +64,7 @@ OPTIONS = {
 
 
 GYM_ONLY = {"tendon_length", "tendon_velocity"}  # of Humanoid's two tendons, which act on nothing
+NOT_IN_VECSIM = {"x_position", "y_position", "distance_from_origin", "z_distance_from_origin"}  # copies of the state
 
 
 def gym_position(env_id, m, d):
@@ -124,9 +125,9 @@ def test_equals_gymnasium(env_id, options, record_property):
     assert np.abs(our_reward.numpy() - np.array(reward)).max() <= 1e-6
     assert our_terminated.tolist() == [bool(x) for x in terminated]
     assert not truncated.any()
-    for name in set(infos[0]) - GYM_ONLY:
+    for name in set(infos[0]) - GYM_ONLY - NOT_IN_VECSIM:
         assert np.abs(info[name].numpy() - [i[name] for i in infos]).max() <= 1e-6, name
-    assert set(info) - {"_final_obs", "final_info", "_final_info"} == set(infos[0]) - GYM_ONLY
+    assert set(info) - {"_final_obs", "final_info", "_final_info"} == set(infos[0]) - GYM_ONLY - NOT_IN_VECSIM
 
 
 @pytest.mark.parametrize("env_id", vecsim.TASKS)
@@ -387,9 +388,6 @@ def test_a_poisoned_robot_harms_no_other(env_id, field, poison):
         assert torch.equal(obs[2], info["final_obs"][2])
         statistics = poisoned.pop_statistics()
         assert statistics["invalid"] == 1 and statistics["episodes"] == 0
-        offender = poisoned.offender()
-        before = offender["action"][0] if field == "action" else offender.get(field, [0, poison])[1]
-        assert field == "warmstart" or before == np.float32(poison) or before != before
     else:  # a warm start that is no better than none is not used
         assert field == "warmstart"
     for step in rollout(poisoned, 3), rollout(healthy, 3):
@@ -401,7 +399,6 @@ def test_no_false_alarm():
     env.reset(seed=0)
     for t in range(20):
         assert not env.step(random_actions(env, t))[4]["invalid"].any()
-    assert all((value == 0).all() for value in env.offender().values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,9 +435,9 @@ def test_a_state_is_a_copy():
     env = vecsim.make("Hopper-v5", 4, **FAST)
     env.reset(seed=0)
     state = env.state_dict()
-    copies = {name: x.clone() for name, x in state["carry"].items()}
+    copies = vecsim.map_tensors(torch.clone, state["carry"])
     rollout(env, 2)
-    assert all(torch.equal(state["carry"][name], x) for name, x in copies.items())
+    assert all(torch.equal(state["carry"][name], x) for name, x in copies.items() if isinstance(x, torch.Tensor))
     assert state["statistics"].sum() == 0
 
 
@@ -538,7 +535,7 @@ def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
         seen.append(it.qacc.shape[1])
         return vecsim.line_search(model, smooth, it, solved)
 
-    monkeypatch.setitem(env._regions, 16, vecsim.Regions(**vars(vecsim.EAGER_ENVIRONMENT) | {"line_search": spy}))
+    monkeypatch.setattr(env, "_run", vecsim.Regions(**vars(vecsim.EAGER_ENVIRONMENT) | {"line_search": spy}))
     errors = vecsim.acceleration_errors(env, random_actions(env), 4)
     assert seen == [16] * 4 and errors.shape == (16,) and errors.max() <= 1e-4
 
@@ -766,18 +763,18 @@ def test_each_process_needs_its_own_gpu(monkeypatch):
     [
         ({"env_id": "Reacher-v5"}, "unknown task 'Reacher-v5'; choose one of .*Ant-v5"),
         ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
-        ({"num_envs": 2.5}, "num_envs must be a whole number, not 2.5"),
         ({"num_envs": 99_999_999_999_999}, "num_envs = 99,999,999,999,999 needs at least .* GB of memory"),
         ({"iterations": 0}, "iterations must be at least 1, not 0"),
         ({"pair_slots": 0, "env_id": "Ant-v5"}, "pair_slots must be at least 1, not 0"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, not 0"),
         ({"integrator": "rk5"}, "unknown integrator 'rk5'; choose one of .*rk4"),
         ({"chunk": 0}, "chunk must be at least 1, not 0"),
-        ({"chunk": 1.5}, "chunk must be a whole number, not 1.5"),
-        ({"chunk": "many"}, "chunk must be a whole number, not 'many'"),
         ({"frame_skip": 0}, "frame_skip must be at least 1, not 0"),
-        ({"seed": 10**22}, r"seed must be from -2\*\*63 to 2\*\*64 - 1, not 10000000000000000000000"),
-        ({"seed": 1.5}, "seed must be one whole number for all environments, not a float"),
+        ({"observation_noise": -0.1}, "observation_noise must be at least 0, not -0.1"),
+        ({"action_delay_ms": math.nan}, "action_delay_ms must be at least 0, not nan"),
+        ({"timestep_scale": 0}, "timestep_scale must be at least 0.001, not 0"),
+        ({"seed": 10**22}, r"seed must be one whole number from -2\*\*63 to 2\*\*64 - 1, not 10000000000000000000000"),
+        ({"seed": 1.5}, "seed must be one whole number .*, not 1.5"),
         ({"device": "abacus"}, "device = abacus must be auto, cpu, cuda or cuda:N"),
         ({"ctrl_cost": 1.0}, "unknown option 'ctrl_cost' of Hopper-v5; it takes .*ctrl_cost_weight"),
         ({"healthy_state_range": (0, 1), "env_id": "Walker2d-v5"}, "unknown option 'healthy_state_range'"),
@@ -800,7 +797,7 @@ def test_step_and_reset_refuse():
         env.step(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="reset takes no options"):
         env.reset(options={"x": 1})
-    with pytest.raises(ValueError, match="seed must be one whole number for all environments, not a list"):
+    with pytest.raises(ValueError, match=r"seed must be one whole number .*, not \[1, 2\]"):
         env.reset(seed=[1, 2])
     env.reset(seed=0)
     for wrong in (torch.zeros(3, 2), torch.zeros(3), np.zeros((3, 2), np.float32), [[0.0] * 3] * 2):
@@ -946,13 +943,15 @@ def test_a_snapshot_is_not_touched_by_later_steps():
         env.state_dict()
     env.reset(seed=0)
     snapshot = env.state_dict()
-    before = {name: x.clone() for name, x in snapshot["carry"].items()} | {"statistics": snapshot["statistics"].clone()}
+    kept = {name: x for name, x in snapshot["carry"].items() if isinstance(x, torch.Tensor)}
+    kept["statistics"] = snapshot["statistics"]
+    before = {name: x.clone() for name, x in kept.items()}
     other = vecsim.make("Hopper-v5", 8, max_episode_steps=3, **FAST)
     other.load_state_dict(snapshot)
     for _ in range(5):
         env.step(random_actions(env))
         other.step(random_actions(other))
-    for name, x in (snapshot["carry"] | {"statistics": snapshot["statistics"]}).items():
+    for name, x in kept.items():
         assert torch.equal(x, before[name]), name
     assert env.pop_statistics()["episodes"] > 0
     with pytest.raises(ValueError, match="max_episode_steps"):

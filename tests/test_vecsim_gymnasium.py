@@ -107,7 +107,7 @@ def entries(info, i):
 
 def test_info_follows_gymnasium():
     """From the same states and actions: what SyncVectorEnv answers under SAME_STEP, environment by environment."""
-    count, horizon, differing = 3, 5, {"x_position", "z_distance_from_origin"}  # Gymnasium's reset measures these too
+    count, horizon, differing = 3, 5, {"x_position", "z_distance_from_origin"}  # vecsim does not repeat the state
     reference = SyncVectorEnv(
         [lambda: gymnasium.make("Hopper-v5", max_episode_steps=horizon)] * count, autoreset_mode=AutoresetMode.SAME_STEP
     )
@@ -136,8 +136,8 @@ def test_info_follows_gymnasium():
                 assert not a.keys() - {"final_obs", "final_info"} and b.keys() - a.keys() == differing
                 assert np.allclose(a["final_obs"], b["final_obs"], atol=1e-6)
                 a, b = a["final_info"], b["final_info"]
-            assert not a.pop("invalid") and a.keys() == b.keys()
-            assert np.allclose([a[name] for name in b], list(b.values()), atol=1e-6)
+            assert not a.pop("invalid") and b.keys() - a.keys() <= differing
+            assert np.allclose(list(a.values()), [b[name] for name in a], atol=1e-6)
         ends.append(ended.sum())
     assert set(ends) == {0, 1, 2} and ours[3].sum() == 2  # alone and together, by a fall and by the time limit
     reference.close()
