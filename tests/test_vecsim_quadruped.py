@@ -18,11 +18,32 @@ from tasks import quadruped as task_file
 
 FAST = {"iterations": 2}
 SMALL = {"terrain_rows": 3, "terrain_columns": 5}  # one column of each type
+FLOAT64 = {"dtype": torch.float64}
+BOTH = pytest.mark.parametrize("env_id", ["Quadruped-Flat", "Quadruped-Rough"])
 
 
 def make(env_id="Quadruped-Flat", n=4, **options):
+    """An environment that was reset with seed 0."""
     small = SMALL if env_id == "Quadruped-Rough" else {}
-    return vecsim.make(env_id, n, **(small | FAST | options))
+    env = vecsim.make(env_id, n, **(small | FAST | options))
+    env.reset(seed=0)
+    return env
+
+
+def memory_of(env):
+    """What the task remembers, by name."""
+    return env._get_carry().memory
+
+
+def put(env, memory, **carry):
+    """Change parts of what the environment carries, and of what its task remembers."""
+    old = env._get_carry()
+    env._set_carry(old._replace(memory=old.memory | memory, **carry))
+
+
+def measured(env, memory):
+    state = env.state()
+    return vecsim.Measured(state.qpos, state.qvel, None, memory, torch.zeros_like(state.qpos[:2]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,12 +121,11 @@ def mujoco_control_step(m, qpos, qvel, warmstart, target):
 
 
 def test_control_step_equals_mujoco():
-    env = make(n=24, dtype=torch.float64, iterations=12, seed=5)
-    env.reset()
+    env = make(n=24, iterations=12, **FLOAT64)
     m, weights = converged(env.mj_model), env.task
     for t in range(6):
         env.step(random_actions(env, t))
-    before, memory = env.state(), env._get_carry().memory
+    before, memory = env.state(), memory_of(env)
     action = random_actions(env, 99)
     _, reward, terminated, _, info = env.step(action)
     obs = {name: info["final_obs"][:, rows] for name, rows in env.observation_slices.items()}
@@ -145,7 +165,8 @@ def test_control_step_equals_mujoco():
             "torque": -2e-4 * (torque**2).sum(),
             "joint_acceleration": -2.5e-7 * (((qvel[6:] - old["joint_velocity"]) / seconds) ** 2).sum(),
             "action_rate": -0.01 * ((action[k].numpy() - old["last_action"]) ** 2).sum(),
-            "air_time": 0.5 * ((old["air_time"] + seconds - 0.25) * contact * (old["air_time"] > 0)).sum()
+            "air_time": 0.5
+            * ((old["air_time"] + seconds - 0.25) * contact * (old["air_time"] > 0)).sum()
             * (np.hypot(*command[:2]) > 0.1),
             "collision": -1.0 * sum(f > 0.1 for f in legs),
             "joint_limit": -10.0 * np.maximum(beyond, 0).sum(),
@@ -162,8 +183,7 @@ def test_control_step_equals_mujoco():
 
 
 def test_it_falls_on_its_trunk_or_over():
-    env = make(n=3, dtype=torch.float64)
-    env.reset(seed=0)
+    env = make(n=3, **FLOAT64)
     state = env.state()
     qpos, qvel = state.qpos.clone(), torch.zeros_like(state.qvel)
     qpos[3:7] = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)[:, None]
@@ -180,11 +200,9 @@ def test_the_robot_in_mujoco_plays_by_the_same_rules():
     robot = gymnasium.make("Quadruped-Flat", velocity_in_observation=True).unwrapped
     obs, _ = robot.reset(seed=3)
     assert obs in robot.observation_space
-    env = make(n=1, dtype=torch.float64, iterations=16, velocity_in_observation=True)
-    env.reset()
+    env = make(n=1, iterations=16, velocity_in_observation=True, **FLOAT64)
     qpos, qvel = (torch.as_tensor(x.copy())[:, None] for x in (robot.data.qpos, robot.data.qvel))
-    carry = env._get_carry()._replace(qpos=qpos, qvel=qvel, position=qpos[:3], memory=robot.memory)
-    env._set_carry(carry)
+    put(env, robot.memory, qpos=qpos, qvel=qvel, position=qpos[:3])
     assert math.hypot(*robot.memory["command"][:, 0]) > 0.1
     for t in range(200):
         action = torch.as_tensor(2.0 * random_actions(env, t))  # it stumbles, and falls in the end
@@ -208,10 +226,11 @@ def test_the_robot_in_mujoco_plays_by_the_same_rules():
 
 def test_commands():
     """Inside their ranges, some zero, none too slow to be a walk; drawn anew after `resample_seconds` and not before."""
-    options = {"command_forward": (-0.5, 1.5), "command_sideways": (-0.3, 0.3), "command_yaw": (-2.0, 2.0), "resample_seconds": 0.1}  # fmt: skip
-    env = make(n=256, standing_share=0.25, iterations=1, terminate_when_unhealthy=False, **options)
+    ranges = {"command_forward": (-0.5, 1.5), "command_sideways": (-0.3, 0.3), "command_yaw": (-2.0, 2.0)}
+    options = {"resample_seconds": 0.1, "standing_share": 0.25, "terminate_when_unhealthy": False}
+    env = make(n=256, iterations=1, **ranges, **options)
     rows = env.observation_slices["command"]
-    command = env.reset(seed=0)[0][:, rows]
+    command = memory_of(env)["command"].T
     for t in range(1, 11):
         after = env.step(torch.zeros(256, 12))[0][:, rows]
         assert torch.equal(after, command) == (t % 5 != 0)  # 0.1 s are five control steps
@@ -220,16 +239,16 @@ def test_commands():
         assert ((speed == 0) | (speed > 0.2)).all()
         standing = (command == 0).all(1)
         assert 0.17 < float(standing.float().mean()) < 0.33
-        for k, (low, high) in enumerate(((-0.5, 1.5), (-0.3, 0.3), (-2.0, 2.0))):
+        for k, (low, high) in enumerate(ranges.values()):
             assert low <= command[:, k].min() < 0.9 * low and 0.9 * high < command[:, k].max() <= high
 
 
 def test_heading_command_steers():
     """The turning speed that the policy sees, and is paid for: of the first command, under way, and after a reset."""
-    env = make(n=64, heading_command=True, dtype=torch.float64, max_episode_steps=2, standing_share=0.3)
+    env = make(n=64, heading_command=True, max_episode_steps=2, standing_share=0.3, **FLOAT64)
     obs = env.reset(seed=0)[0]
     for t in range(4):
-        memory, q = env._get_carry().memory, env.state().qpos[3:7]
+        memory, q = memory_of(env), env.state().qpos[3:7]
         yaw = torch.atan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
         off = (memory["heading"][0] - yaw + math.pi) % (2 * math.pi) - math.pi
         walking = torch.hypot(*memory["command"][:2]) > 0
@@ -244,18 +263,15 @@ def test_heading_command_steers():
 
 def test_air_time_by_hand():
     """A foot that lifts for three steps and lands: its time in the air counts up, pays once, and starts again."""
-    env = make(n=1, dtype=torch.float64)
-    env.reset(seed=0)
-    task, model, state = env.task, env.model, env.state()
-    memory = env._get_carry().memory
-    memory["command"] = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
-    p = vecsim.Measured(state.qpos, state.qvel, None, memory, torch.zeros_like(state.qpos[:2]))
-    sensed = task.sense(model, p)
+    env = make(n=1, **FLOAT64)
+    command = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    task, model, p = env.task, env.model, measured(env, memory_of(env) | {"command": command})
+    sensed, action = task.sense(model, p), p.qpos[7:]
     paid, counted = [], []
-    for foot in (50.0, 0.0, 0.0, 0.0, 0.0, 50.0, 50.0):  # N; one more step counts as contact, forces flicker
+    for foot in (50.0, 0.0, 0.0, 0.0, 0.0, 50.0, 50.0):  # N; one more step counts as contact, because forces flicker
         sensed["foot_force"] = torch.tensor([[foot], [50.0], [50.0], [50.0]], dtype=torch.float64)
-        paid.append(float(task.reward(model, p, sensed, state.qpos[7:], None)["reward_air_time"]))
-        p = p._replace(memory=task.remember(model, p, sensed, state.qpos[7:], state.qpos[:9]))
+        paid.append(float(task.reward(model, p, sensed, action, None)["reward_air_time"]))
+        p = p._replace(memory=task.remember(model, p, sensed, action, p.qpos[:9]))
         counted.append(float(p.memory["air_time"][0]))
     assert counted == pytest.approx([0, 0, 0.02, 0.04, 0.06, 0, 0])
     assert paid == pytest.approx([0, 0, 0, 0, 0, 0.02 * 0.5 * (0.08 - 0.25), 0])
@@ -263,28 +279,21 @@ def test_air_time_by_hand():
 
 def test_a_longer_control_step_is_not_paid_more():
     """The same motion earns the same in a step of 25 ms as in one of 20 ms, each term of the reward and their total."""
-    envs = [make(n=8, seed=2, timestep_scale=scale) for scale in (1.0, 1.25)]
+    envs = [make(n=8, timestep_scale=scale) for scale in (1.0, 1.25)]
     terms = []
     for env in envs:
-        env.reset(seed=2)
-        memory = env.state_dict()["carry"]["memory"]
-        state = env.state()
-        memory = memory | {"joint_velocity": state.qvel[6:]}
-        measured = vecsim.Measured(state.qpos, state.qvel, None, memory, torch.zeros_like(state.qpos[:2]))
-        sensed = env.task.sense(env.model, measured)
-        terms.append(env.task.reward(env.model, measured, sensed, torch.full((12, 8), 0.3), None))
+        p = measured(env, memory_of(env) | {"joint_velocity": env.state().qvel[6:]})
+        terms.append(env.task.reward(env.model, p, env.task.sense(env.model, p), torch.full((12, 8), 0.3), None))
     assert envs[1].model.timestep == pytest.approx(1.25 * envs[0].model.timestep)
-    for name, value in terms[0].items():
-        assert torch.equal(value, terms[1][name]), name
+    assert same([*terms[0].values()], [*terms[1].values()])
     assert terms[0]["reward_action_rate"].abs().min() > 0 and terms[0]["reward_track_velocity"].min() > 0
     assert torch.equal(*(env.task.total(x) for env, x in zip(envs, terms)))
 
 
 def test_privileged_observation():
     """True quantities, in a layout that no option changes, so that a teacher can be tried under all of them."""
-    plain = make(n=8, randomize=True)
     options = {"randomize.push": (1.0, 1.0), "randomize.push_interval": 0.02, "randomize.mass": (1.4, 1.6)}
-    pushed = make(n=8, randomize=True, **options)
+    plain, pushed = make(n=8, randomize=True), make(n=8, randomize=True, **options)
     assert plain.critic_slices == pushed.critic_slices
     assert plain.single_critic_space.shape == (99,) and plain.single_observation_space.shape == (45,)
     assert plain.reset(seed=0)[1]["critic_obs"].shape == (8, 99)
@@ -304,15 +313,14 @@ def test_privileged_observation():
     assert flags.single_observation_space.shape == (48 + 187,) and list(flags.observation_slices)[0] == "velocity"
 
 
-@pytest.mark.parametrize("env_id", ["Quadruped-Flat", "Quadruped-Rough"])
+@BOTH
 def test_resume(env_id, tmp_path):
     options = {"max_episode_steps": 5, "random_initial_ages": True, "randomize": True, "action_delay_ms": 25}
-    env = make(env_id, 8, **options)
-    env.reset(seed=0)
+    env, other = make(env_id, 8, **options), make(env_id, 8, **options)
     rollout(env, 3)
     torch.save(env.state_dict(), tmp_path / "state.pt")
     expected, statistics = rollout(env, 6, seed=50), env.pop_statistics()
-    other = make(env_id, 8, seed=99, **options)
+    other.reset(seed=99)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert same(rollout(other, 6, seed=50), expected)
     assert other.pop_statistics() == statistics and statistics["episodes"] >= 8
@@ -320,13 +328,12 @@ def test_resume(env_id, tmp_path):
 
 def test_chunks_change_nothing():
     whole, parts = (make("Quadruped-Rough", 128, chunk=c, max_episode_steps=3, randomize=True) for c in (128, 64))
-    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
+    assert torch.equal(whole.reset(seed=1)[0], parts.reset(seed=1)[0])
     assert same(rollout(whole, 4), rollout(parts, 4))
 
 
 def test_statistics_average_the_terms():
     env = make("Quadruped-Rough", 16)
-    env.reset(seed=0)
     infos = [env.step(random_actions(env, t))[4] for t in range(3)]
     statistics = env.pop_statistics()
     for name in ("velocity_error", "reward_torque", "terrain_level"):
@@ -336,10 +343,9 @@ def test_statistics_average_the_terms():
 
 def test_a_poisoned_robot_on_terrain_harms_no_other():
     env, sick = make("Quadruped-Rough", 4), make("Quadruped-Rough", 4)
-    env.reset(seed=0), sick.reset(seed=0)
-    state = sick.state_dict()
-    state["carry"]["qpos"][0, 1] = math.nan
-    sick.load_state_dict(state)
+    qpos = sick.state().qpos
+    qpos[0, 1] = math.nan
+    put(sick, {}, qpos=qpos)
     action = random_actions(env)
     good, bad = env.step(action), sick.step(action)
     assert bad[4]["invalid"].tolist() == [False, True, False, False] and torch.isfinite(bad[0]).all()
@@ -431,10 +437,11 @@ DEPARTURE = {
 
 @pytest.mark.parametrize("kind", DEPARTURE)
 def test_departure_from_mujocos_height_field(kind):
-    """A foot of 23 mm pressed 5 mm into the field: our one contact against the deepest of MuJoCo's.
+    """A foot of 23 mm pressed 5 mm into the field: vecsim's one contact against the deepest of MuJoCo's.
 
-    Equal on slopes but at their ridges. Elsewhere a cell is bent here and two triangles there, and MuJoCo feels an edge beside the sphere
-    while the point under its centre is still level. The bounds are what was measured, rounded up.
+    They are equal on slopes, except at the ridges. Elsewhere vecsim bends a cell where MuJoCo has two triangles, and
+    MuJoCo feels an edge beside the sphere while the point under its centre is still level. The bounds are rounded up
+    from what was measured.
     """
     points, cell = 80, 0.1
     heights = task_file.tile_heights(kind, 0.5, True, np.random.default_rng(0))
@@ -512,12 +519,10 @@ def test_height_scan_by_hand():
 
 
 def test_robots_stand_on_the_ground_they_start_on():
-    env = make("Quadruped-Rough", 64, dtype=torch.float64)
-    env.reset(seed=0)
-    qpos, terrain = env.state().qpos, env.model.terrain
+    env = make("Quadruped-Rough", 64, **FLOAT64)
+    qpos, terrain, memory = env.state().qpos, env.model.terrain, memory_of(env)
     ground = vecsim.sample_terrain(terrain, qpos[0], qpos[1])[0]
     assert torch.allclose(qpos[2], ground + 0.31)
-    memory = env._get_carry().memory
     tile = (memory["level"][0] * 5 + memory["column"][0]).long()
     assert (qpos[:2] - terrain.origins[tile, :2].T).abs().max() <= 1
     assert set(memory["column"][0].tolist()) == {0, 1, 2, 3, 4} and set(memory["level"][0].tolist()) == {0, 1, 2}
@@ -553,53 +558,46 @@ def test_next_level(level, walked, commanded, seconds, uniform, expected):
     assert task_file.next_level(*numbers, terrain, torch.tensor([uniform])).tolist() == [expected]
 
 
+def out_of_their_tile(n, steps_left, commanded, shift):
+    """`n` robots on level 1 whose time limit is near; each is `shift` m from where it began, told to walk forward."""
+    options = {"max_episode_steps": 500, "terminate_when_unhealthy": False, "terrain_rows": 4}
+    env = make("Quadruped-Rough", n, **options)
+    memory, state, age = memory_of(env), env.state(), torch.full((n,), 500 - steps_left)
+    command = torch.zeros(3, n)
+    command[0] = torch.tensor(commanded)
+    qpos = torch.cat((memory["start"], state.qpos[2:]))
+    qpos[0] += torch.tensor(shift)
+    put(env, {"level": torch.ones(1, n), "command": command}, qpos=qpos, age=age, episode_length=age)
+    return env
+
+
 def test_curriculum_moves_robots():
     """At a reset, and only then: up for who is out of the tile, down for who is not halfway; the column stays."""
-    env = make("Quadruped-Rough", 3, max_episode_steps=500, terminate_when_unhealthy=False, terrain_rows=4)
-    env.reset(seed=0)
-    state = env.state_dict()
-    carry = vecsim.map_tensors(torch.clone, state["carry"])
-    memory = carry["memory"]
-    memory["level"][:] = 1
-    memory["command"][:2] = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    carry["qpos"][:2] = memory["start"] + torch.tensor([[4.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
-    column = memory["column"][0].clone()
-    carry["age"][:], carry["episode_length"][:] = 498, 498
-    env.load_state_dict(state | {"carry": carry})
-    levels = []
+    env = out_of_their_tile(3, 2, [1.0, 1.0, 0.0], [4.5, 0.5, 0.5])
+    column, levels = memory_of(env)["column"], []
     for _ in range(3):
         truncated = env.step(torch.zeros(3, 12))[3]
-        memory = env.state_dict()["carry"]["memory"]
-        levels.append((truncated.tolist(), memory["level"][0].tolist()))
-        assert torch.equal(memory["column"][0], column)
+        levels.append((truncated.tolist(), memory_of(env)["level"][0].tolist()))
+        assert torch.equal(memory_of(env)["column"], column)
     assert levels == [([False] * 3, [1, 1, 1]), ([True] * 3, [2, 0, 1]), ([False] * 3, [2, 0, 1])]
-    origins = env.model.terrain.origins[(torch.tensor([2.0, 0, 1]) * 5 + column).long(), :2].T
+    origins = env.model.terrain.origins[(torch.tensor([2.0, 0, 1]) * 5 + column[0]).long(), :2].T
     assert (env.state().qpos[:2] - origins).abs().max() < 1.1
 
 
 def test_a_diverged_robot_keeps_its_level():
     """Robots out of their tile: one on foot, one beyond RUNAWAY, one faster than it; and one that got nowhere."""
-    env = make("Quadruped-Rough", 4, max_episode_steps=500, terminate_when_unhealthy=False, terrain_rows=4)
-    env.reset(seed=0)
-    state = env.state_dict()
-    carry = vecsim.map_tensors(torch.clone, state["carry"])
-    memory = carry["memory"]
-    memory["level"][:] = 1
-    memory["command"][:2] = torch.tensor([[1.0], [0.0]])
-    carry["qpos"][:2] = memory["start"]
-    carry["qpos"][0] += torch.tensor([4.5, 2e6, 0.0, 0.0])
-    carry["qvel"][0, 2] = 5e6
-    carry["age"][:], carry["episode_length"][:] = 499, 499
-    env.load_state_dict(state | {"carry": carry})
+    env = out_of_their_tile(4, 1, [1.0] * 4, [4.5, 2e6, 0.0, 0.0])
+    qvel = env.state().qvel
+    qvel[0, 2] = 5e6
+    put(env, {}, qvel=qvel)
     _, _, _, truncated, info = env.step(torch.zeros(4, 12))
     assert truncated.all() and info["invalid"].tolist() == [False, True, True, False]
-    assert env.state_dict()["carry"]["memory"]["level"][0].tolist() == [2, 1, 1, 0]
+    assert memory_of(env)["level"][0].tolist() == [2, 1, 1, 0]
 
 
 def test_levels_without_a_curriculum():
     anywhere = make("Quadruped-Rough", 256, curriculum=False)
     fixed = make("Quadruped-Rough", 16, terrain_level=2, max_episode_steps=1)
-    anywhere.reset(seed=0), fixed.reset(seed=0)
     assert set(anywhere.step(torch.zeros(256, 12))[4]["terrain_level"].tolist()) == {0, 1, 2}
     for _ in range(2):
         assert (fixed.step(torch.zeros(16, 12))[4]["terrain_level"] == 2).all()
@@ -632,11 +630,10 @@ def test_ranges_as_text():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("env_id", ["Quadruped-Flat", "Quadruped-Rough"])
+@BOTH
 def test_cuda_graph(env_id):
     """Replay equals eager, and nothing reads the device."""
     eager, graph = (make(env_id, 64, device="cuda", compile=flag, randomize=True) for flag in (False, True))
-    eager.reset(seed=0), graph.reset(seed=0)
     for t in range(4):
         graph.load_state_dict(eager.state_dict())
         action = random_actions(make(env_id, 64), t).cuda()
