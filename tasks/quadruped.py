@@ -221,7 +221,7 @@ def next_level(
 
 @dataclass(frozen=True)
 class Flat(Task):
-    """Follow commands of forward, sideways and turning speed on flat ground.
+    """Follow commands of forward, sideways and turning speed on flat ground. `Task` documents what each method does.
 
     An action is the offset of each servo's target from the home pose, in units of `action_scale`. The physics clips
     targets to the joints' ranges. `obs` holds what a real robot senses. `critic_obs` adds what only a simulator knows.
@@ -272,35 +272,31 @@ class Flat(Task):
         "reward_air_time", "reward_collision", "reward_joint_limit",
     )  # fmt: skip
 
-    def source(self) -> str:
+    def source(self):
         return quadruped_mjcf()
 
-    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
+    def furnish(self, model, m):
         """Start from the home pose."""
         home = torch.as_tensor(m.key_qpos[0], dtype=model.qpos0.dtype, device=model.qpos0.device)
         return dataclasses.replace(model, qpos0=home[:, None])
 
-    def control(self, model: Model, action: Tensor) -> Tensor:
+    def control(self, model, action):
         return model.qpos0[7:] + self.action_scale * action
 
-    def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
+    def action_range(self, model):
         one = torch.ones_like(model.ctrl_low[:, 0])
         return -one, one
 
-    def action_limits(self, model: Model) -> tuple[Tensor, Tensor]:
+    def action_limits(self, model):
         low, high = ((limit - model.qpos0[7:]) / self.action_scale for limit in (model.ctrl_low, model.ctrl_high))
         return low[:, 0], high[:, 0]
 
-    def begin(
-        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, model, qpos, noise, ended, limit):
         """Start at the origin, facing any direction, with the joints near the home pose."""
         zero = torch.zeros_like(noise[:1])
         return self.start_at(zero, zero, model, qpos, noise)
 
-    def start_at(
-        self, x: Tensor, y: Tensor, model: Model, qpos: Tensor, noise: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def start_at(self, x: Tensor, y: Tensor, model: Model, qpos: Tensor, noise: Tensor):
         """qpos and memory of robots that start at (x, y), (1, N) m each, a little above the ground."""
         ground = torch.zeros_like(x) if model.terrain is None else sample_terrain(model.terrain, x, y)[0]
         half_yaw = math.pi * noise[6:7]
@@ -339,7 +335,7 @@ class Flat(Task):
         walks = torch.hypot(command[0], command[1]) > 0
         return torch.stack((command[0], command[1], turn * walks))
 
-    def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
+    def sense(self, model, p):
         rotation = vecsim_torch.quat_to_matrix(p.qpos[3:7])
         force = torch.zeros_like(p.qpos[:1]).expand(len(model.contact_names), -1)
         torque = torch.zeros_like(p.qpos[7:])
@@ -369,7 +365,7 @@ class Flat(Task):
             "trunk_force": on("trunk").amax(0),
         }
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model, p, sensed):
         groups = {"velocity": sensed["velocity"]} if self.velocity_in_observation else {}
         return groups | {
             "angular_velocity": p.qvel[3:6],
@@ -380,7 +376,7 @@ class Flat(Task):
             "last_action": p.memory["last_action"],
         }
 
-    def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def privileged(self, model, p, sensed):
         n = p.qpos.shape[1]
         groups = {
             "velocity": sensed["velocity"],
@@ -395,7 +391,7 @@ class Flat(Task):
         }
         return groups | ({"heights": sensed["heights"]} if "heights" in sensed else {})
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity):
         seconds = self.frame_skip * model.timestep
         command, memory, joints = p.memory["command"], p.memory, p.qpos[7:]
         error = torch.hypot(command[0] - sensed["velocity"][0], command[1] - sensed["velocity"][1])
@@ -422,7 +418,7 @@ class Flat(Task):
         rewards = {f"reward_{name}": getattr(self, f"{name}_weight") * nominal * x for name, x in terms.items()}
         return rewards | {"velocity_error": error, "yaw_error": yaw_error}
 
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
+    def total(self, terms):
         """Sum of the positive terms, times exp(sum of the negative terms / penalty_scale) (Ji et al. 2022).
 
         The reward is never negative, so that ending an episode early never pays. Unlike a sum that is cut off at zero,
@@ -431,13 +427,11 @@ class Flat(Task):
         rewards = torch.stack([x for name, x in terms.items() if name.startswith("reward_")])
         return rewards.clamp(min=0).sum(0) * torch.exp(rewards.clamp(max=0).sum(0) / self.penalty_scale)
 
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+    def healthy(self, p, sensed):
         """The trunk is off the ground and not tilted too far."""
         return (sensed["trunk_force"] < 1.0) & (-sensed["gravity"][2] > math.cos(self.healthy_tilt))
 
-    def remember(
-        self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, noise: Tensor
-    ) -> dict[str, Tensor]:
+    def remember(self, model, p, sensed, action, noise):
         seconds = self.frame_skip * model.timestep
         age = p.memory["command_age"] + seconds
         due = age > self.resample_seconds - 0.5 * seconds
@@ -489,7 +483,7 @@ class Rough(Flat):
             rule = f"terrain_level must be at least -1 and under terrain_rows = {self.terrain_rows}"
             raise vecsim_torch.InputError(f"{rule}, not {self.terrain_level}")
 
-    def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
+    def furnish(self, model, m):
         """Replace the ground plane by the terrain."""
         model = super().furnish(model, m)
         terrain = build_terrain(self.terrain_rows, self.terrain_columns, self.terrain_seed)
@@ -497,9 +491,7 @@ class Rough(Flat):
         heights, origins = torch.as_tensor(terrain.heights, **to), torch.as_tensor(terrain.origins, **to)
         return dataclasses.replace(model, terrain=terrain._replace(heights=heights, origins=origins))
 
-    def begin(
-        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, model, qpos, noise, ended, limit):
         """Start within a metre of the middle of a tile."""
         terrain, anywhere = model.terrain, noise[7]
         rows, columns = terrain.tiles
@@ -521,15 +513,15 @@ class Rough(Flat):
         qpos, memory = self.start_at(start[:1], start[1:], model, qpos, noise)
         return qpos, memory | {"level": level.unsqueeze(0), "column": column.unsqueeze(0), "start": start}
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model, p, sensed):
         groups = super().observe(model, p, sensed)
         return groups | ({"heights": sensed["heights"]} if self.heights_in_observation else {})
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity):
         terms = super().reward(model, p, sensed, action, velocity)
         return terms | {"terrain_level": p.memory["level"][0], "terrain_column": p.memory["column"][0]}
 
-    def drawn_model(self, model: Model, m: mujoco.MjModel) -> mujoco.MjModel:
+    def drawn_model(self, model, m):
         return height_field_model(model.terrain)
 
 
