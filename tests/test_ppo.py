@@ -639,8 +639,7 @@ def written_on_a_gpu(path):
     checkpoint["device"] = "cuda"
     for process in checkpoint["processes"]:
         process["generator"] = torch.zeros(16, dtype=torch.uint8)
-        process["env"]["configuration"]["device"] = "cuda"
-        process["env"] |= dict(generator=process["generator"], perturb_generator=process["generator"])
+        process["env"] |= dict(device="cuda", generators=[process["generator"]] * 2)
     torch.save(checkpoint, path)
 
 
