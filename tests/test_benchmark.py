@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval_panel
 from benchmarks import comparisons, environments, machine, plots, referee, report, runs, tables
 from benchmarks.__main__ import parse_args
 from benchmarks.referee import Comparison, Contender
@@ -689,6 +690,9 @@ def test_the_trainers_accept_every_command(name, tmp_path):
     assert commands
     for words in commands:
         accept(words)
+    if "panel" in runs.SETS[name]:
+        panel = eval_panel.parse_args([*runs.SETS[name]["panel"].split(), "checkpoint.pt"])
+        assert set(panel.perturbations) <= set(eval_panel.PERTURBATIONS)
 
 
 @pytest.mark.parametrize(
