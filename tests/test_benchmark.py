@@ -304,6 +304,13 @@ def contend(python, *words, settings, variant="", cwd=None, **environment):
     return run(python, *words, input="go\n", env=os.environ | environment, cwd=cwd)
 
 
+def reports(answer):
+    """What a contender told the referee, between what libraries print."""
+    found = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith('{"')]
+    assert found, answer.stderr
+    return found
+
+
 def train_settings(env_id, integrator, num_envs):
     sizes = dict(num_envs=num_envs, num_steps=4, update_epochs=2, num_minibatches=2, solver_iterations=4, hidden=[16])
     return dict(env_id=env_id, device="cpu", num_envs=2, integrator=integrator, env_kwargs={}, ours=sizes)
@@ -321,7 +328,7 @@ meter.facts["vecsim"] = make_envs(1).env.settings.integrator
 meter.tick(1)
 """
     answer = contend(sys.executable, "-c", note, settings=train_settings("Hopper-v5", integrator, 2), variant="vecsim")
-    assert json.loads(answer.stdout.splitlines()[0])["facts"] == dict(theirs=code, vecsim=integrator), answer.stderr
+    assert reports(answer)[0]["facts"] == dict(theirs=code, vecsim=integrator)
 
 
 @pytest.mark.parametrize(
@@ -340,9 +347,8 @@ def test_our_own_trainers_contend(module, work, settings, tmp_path):
         settings, variant = settings | dict(obs_size=5, action_size=2, hidden=[16]), "eager"
     words, environment = ("-m", f"benchmarks.{module}"), dict(TORCHDYNAMO_DISABLE="1")
     answer = contend(sys.executable, *words, settings=settings, variant=variant, cwd=tmp_path, **environment)
-    reports = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith('{"')]
-    assert reports and reports[0]["ready"], answer.stderr
-    assert reports[1]["work"] % work == 0
+    ready, measured = reports(answer)
+    assert ready["ready"] and measured["work"] % work == 0
 
 
 @pytest.mark.parametrize("peer, module", [("rsl-rl-lib", "rsl_rl"), ("skrl", "skrl"), ("rl-games", "rl_games")])
@@ -355,7 +361,7 @@ def test_other_learners_train_on_vecsim(peer, module):
     settings, python = train_settings("InvertedPendulum-v5", "euler", 8), environments.interpreter(file, "cpu")
     words = ("-m", f"benchmarks.train.{module}")
     answer = contend(python, *words, settings=settings, variant="vecsim", TORCHDYNAMO_DISABLE="1")
-    ready, measured = (json.loads(line) for line in answer.stdout.splitlines())
+    ready, measured = reports(answer)
     assert ready["ready"] and measured["work"] == 4 * 8  # one iteration
 
 
