@@ -14,8 +14,9 @@ HalfCheetah-v5 8,506 after 6 minutes, Hopper-v5 3,478 after 8, Ant-v5 4,578 afte
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 
-Your own environment: call `train(Args(env_id="my-robot"), make_env=make_env)`. The function
-`make_env(env_id, num_envs, device, seed, **env_kwargs)` returns a vector environment of tensors on that device.
+Your own robot in vecsim: --env-id my_task.py:MyTask; the top of vecsim_torch.py shows how to write one.
+Your own simulator: call `train(Args(env_id="my-robot"), make_env=make_env)` with a function
+`make_env(env_id, num_envs, device, seed, **env_kwargs)` that returns a vector environment of tensors on that device.
 It needs reset, step, two spaces and info["final_obs"]; the docstring of `vecsim_torch.CompletedEnv` has the details.
 
 A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123). Add --gae-lambda 1
@@ -71,7 +72,7 @@ class Args:
     These defaults are for a task without a row in TASKS."""
 
     env_id: str = "Ant-v5"
-    """task: any that vecsim_torch.make knows"""
+    """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
     num_envs: int = 1024
     """environments that are stepped in parallel, over all processes (>= 1)"""
     total_timesteps: int = 20_000_000
