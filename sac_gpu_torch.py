@@ -1164,7 +1164,8 @@ def pick_run_dir(args: Args) -> Path:
     """The folder of this run. Only a resumed run may continue in a folder that has a run: its own."""
     if args.resume and not args.run_dir:
         return Path(args.resume).parent
-    name = f"{re.sub(r'[^\w.-]+', '-', args.env_id)}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
+    name = f"{task}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     own = args.resume and Path(args.resume).resolve().parent == run_dir.resolve()
     if (run_dir / "metrics.jsonl").exists() and not own:
