@@ -23,12 +23,12 @@ The stages run in this order. Each has its own folder, with log and checkpoint, 
     finetune    PPO on the student. The value function starts as the teacher's and learns alone at first.
     baseline    PPO on an untrained student, with as many environment steps as the three stages above together.
 
-The last command above trained for 83 minutes on one core of an AMD EPYC. README.md has the scores.
+The last of these commands trained for 83 minutes on one core of an AMD EPYC; results/README.md has the scores.
 
 In a task without `critic_obs` the teacher sees `obs`, like the student.
 
-The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
-Your own environment: call `train(Args(env_id="my-robot"), make_env=make_env)`; see the top of ppo_gpu_torch.py.
+The script needs `vecsim_torch.py` beside it, and `tasks/quadruped.py` for the quadrupeds. Copy them and they are yours.
+Your own robot and your own simulator work as in ppo_gpu_torch.py: --env-id my_task.py:MyTask, or train(args, make_env).
 
 Sources: imitation on the student's own states, Ross et al. 2011 (arXiv:1011.0686), algorithm 3.1 with beta = 0 and
 without aggregation; teacher and student on rough terrain, Lee et al. 2020 (arXiv:2010.11251); PPO, Schulman et al. 2017
