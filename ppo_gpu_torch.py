@@ -857,6 +857,21 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Log
+#
+# What a line of metrics.jsonl holds; TensorBoard has the same names. null: no value.
+#   env_steps                      environment steps of all environments and processes; the clock of every flag
+#   wall_seconds, steps_per_second training time without compilation and evaluations; speed since the last line
+#   episode_return, episode_length means over the whole episodes since the last line, with exploration and unscaled
+#   episodes, success              number of these episodes; share that the task counts as a success
+#   invalid, dropped_contacts      environments quarantined since the last line; contacts that found no slot
+#   gymnasium_return               deterministic score in Gymnasium's environment (--eval-every)
+#   policy_loss, value_loss        minus the clipped objective; half the squared error of the normalised value
+#   bounds_loss                    squared excess of mean actions beyond 1.1 half ranges
+#   entropy, action_std            entropy of the policy in nats; its mean standard deviation, in half ranges
+#   kl, clip_fraction              KL(policy of the rollout || policy now); share of clipped probability ratios
+#   learning_rate                  Adam's, after the last gradient step
+#   explained_variance             1 - var(advantage) / var(return) in the last iteration; 1: returns are predicted
+# Losses, kl and clip_fraction are means over all gradient steps since the last line.
 # ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -1157,6 +1157,20 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Log
+#
+# What a line of metrics.jsonl holds; TensorBoard has the same names. null: no value.
+#   env_steps                      environment steps of all environments and processes; the clock of every flag
+#   wall_seconds, steps_per_second training time without compilation and evaluations; speed since the last line
+#   episode_return, episode_length means over the whole episodes since the last line, with exploration and unscaled
+#   episodes, success              number of these episodes; share that the task counts as a success
+#   invalid, dropped_contacts      environments quarantined since the last line; contacts that found no slot
+#   gymnasium_return               deterministic score in Gymnasium's environment (--eval-every)
+#   updates, replay_transitions    gradient steps so far; transitions in the replay
+#   critic_loss, policy_loss       sum over both critics; temperature x log-probability - value of the critics
+#   value, target_clipped          mean value of the first critic; share of targets outside the categorical range
+#   entropy, temperature           entropy of the squashed policy in nats, in half ranges; its weight
+#   reward_divisor                 what rewards are divided by
+# Losses, value and entropy are means over the gradient steps since the last line.
 # ----------------------------------------------------------------------------------------------------------------------
 
 

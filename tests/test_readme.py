@@ -8,6 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
+import vecsim_torch
 from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
@@ -58,10 +59,15 @@ def speeds(name):
 def noise_floor():
     """The teacher's rows nominal and observation noise of the distillation's evidence are the same experiment."""
     rows = csv.DictReader((ROOT / "results/distill/Quadruped-Rough/evidence.csv").open())
-    rows = [row for row in rows if row["policy"] == "teacher" and row["perturbation"] in ("nominal", "observation_noise")]
+    rows = [
+        row for row in rows if row["policy"] == "teacher" and row["perturbation"] in ("nominal", "observation_noise")
+    ]
     of_seed = {(row["perturbation"], row["seed"]): row for row in rows}
     apart = [
-        [float(of_seed["observation_noise", seed][name]) - float(of_seed["nominal", seed][name]) for name in ("tracking", "falls")]
+        [
+            float(of_seed["observation_noise", seed][name]) - float(of_seed["nominal", seed][name])
+            for name in ("tracking", "falls")
+        ]
         for seed in sorted({row["seed"] for row in rows})
     ]
     tracking, falls = zip(*apart)
@@ -75,6 +81,7 @@ def claims():
     yield f"{walk['env_steps']:,} environment steps in {walk['train_seconds']:.0f} s on one core"
     summary = result("distill/Quadruped-Rough/evidence.json")["summary"]
     yield f"keeps {summary['student']['nominal']['tracking_of_teacher']:.0%} of its teacher's tracking score"
+
     def beyond(policy, name, other, metric="tracking", sign=1, scale=1.0):
         """A difference paired by seed, with its interval; a negative sign turns it round."""
         of = summary[policy][name][f"{metric}_beyond"][other]
@@ -89,7 +96,9 @@ def claims():
     over = {name: signed("finetune", name, "baseline") for name in summary["finetune"]}
     yield f"without perturbation ({over['nominal']}) and under strong gravity ({over['strong_gravity']})"
     yield f"low friction ({over['low_friction']}), pushes ({over['pushes']})"
-    shown = {name for name in over if beyond("finetune", name, "baseline")[1] > 0 and name != "action_delay"}  # all fall
+    shown = {
+        name for name in over if beyond("finetune", name, "baseline")[1] > 0 and name != "action_delay"
+    }  # all fall
     assert shown == {"nominal", "strong_gravity"}
     assert all(beyond("finetune", name, "teacher")[1] > 0 for name in over if name != "action_delay")
     falls = {name: beyond("finetune", name, "baseline", "falls", scale=100) for name in over}
@@ -99,9 +108,16 @@ def claims():
     yield f"({signed('student', 'nominal', 'baseline')} without perturbation)"
     yield f"({signed('teacher', 'nominal', 'baseline')})"
     yield from noise_floor()
-    speed = {name: speeds(f"benchmark/train-{name}.json") for name in ("Ant-v5-euler-cpu1", "Ant-v5-rk4-cpu1", "HalfCheetah-v5-euler-cpu1")}
+    speed = {
+        name: speeds(f"benchmark/train-{name}.json")
+        for name in ("Ant-v5-euler-cpu1", "Ant-v5-rk4-cpu1", "HalfCheetah-v5-euler-cpu1")
+    }
     for rows in speed.values():
-        others = [rows[name] for name in rows if name.startswith(("SB3", "CleanRL", "skrl", "rsl_rl", "rl_games")) and "vecsim" not in name]
+        others = [
+            rows[name]
+            for name in rows
+            if name.startswith(("SB3", "CleanRL", "skrl", "rsl_rl", "rl_games")) and "vecsim" not in name
+        ]
         assert len(others) >= 4 and rows["rsl_rl"] == max(others)
     euler, rk4, cheetah = speed.values()
     yield f"makes {euler['ours']:,} environment steps/s on Ant with Euler, and rsl_rl"
@@ -131,7 +147,9 @@ def claims():
     yield f"{ppo[0]}, {ppo[1]} and {ppo[2]} for PPO and {sac[0]}, {sac[1]} and {sac[2]} for SAC"
     apart = [middle[policy, name][1] for policy in ("ppo", "sac") for name in names[1:]]
     assert all(low < 0 < high for low, high in apart)  # no difference is shown
-    onnx, clipped, plain = (result("export/HalfCheetah-v5.json")["scores"][name] for name in ("onnx", "pytorch_clipped", "pytorch"))
+    onnx, clipped, plain = (
+        result("export/HalfCheetah-v5.json")["scores"][name] for name in ("onnx", "pytorch_clipped", "pytorch")
+    )
     score = ["{mean:,.0f} ± {std:,.0f}".format(**x) for x in (onnx, clipped, plain)]
     yield f"scores {score[0]} in Gymnasium, and the PyTorch policy {score[1]} with the same clipping (100 episodes)"
     yield f"Without clipping it is {score[2]}"
@@ -172,14 +190,20 @@ def test_every_result_says_how_it_was_made():
     for path in sorted((ROOT / "results").glob("**/*.json")):
         record = json.loads(path.read_text())
         rows = record["rows"] if isinstance(record.get("rows"), list) else []
-        needed = ["command", "versions"] if path.name == "parity.json" else ["command", "hardware", "simulator" if "panel" in path.parts else "commit"]
+        needed = (
+            ["command", "versions"]
+            if path.name == "parity.json"
+            else ["command", "hardware", "simulator" if "panel" in path.parts else "commit"]
+        )
         missing = [name for name in needed if name not in record and not (rows and all(name in row for row in rows))]
         assert not missing, (path, missing)
         assert not re.search(r"/(?:tmp|root|home)/", path.read_text()), path  # of no other machine
 
 
 def test_every_file_and_picture_that_it_names_is_there():
-    named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"^\| `([^-`][^`]*)` \|", README, re.MULTILINE))
+    named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(
+        re.findall(r"^\| `([^-`][^`]*)` \|", README, re.MULTILINE)
+    )
     assert {"vecsim_torch.py", "results/curves.png"} <= named
     metrics = set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE))
     assert [name for name in named - metrics if not (ROOT / name).exists()] == []
@@ -194,10 +218,25 @@ def test_every_flag_that_it_names_is_one():
         field = flag.removeprefix("no-").replace("-", "_")
         return re.search(rf"^    {field}: |[\"' |]--{flag}\b", source, re.MULTILINE)
 
-    flags = set(re.findall(r"(?<=[ `])--([a-z][a-z0-9-]+)", README)) - {"nproc-per-node", "index-url"}  # of torchrun and pip
+    flags = set(re.findall(r"(?<=[ `])--([a-z][a-z0-9-]+)", README)) - {
+        "nproc-per-node",
+        "index-url",
+    }  # of torchrun and pip
     assert len(flags) > 8 and [flag for flag in flags if not is_flag(flag, "".join(sources.values()))] == []
     code = "\n".join(block or words for block, words in re.findall(r"```bash\n(.*?)```|`([^`\n]*)`", README, re.DOTALL))
     commands = re.findall(r"(\w+\.(?:py|sh)) ?([^\n#]*)", code)
-    checked = [(script, flag) for script, words in commands if script in sources for flag in re.findall(r"--([a-z][a-z0-9-]+)", words)]
+    checked = [
+        (script, flag)
+        for script, words in commands
+        if script in sources
+        for flag in re.findall(r"--([a-z][a-z0-9-]+)", words)
+    ]
     assert len(checked) > 10
     assert [pair for pair in checked if not is_flag(pair[1], sources[pair[0]])] == []
+
+
+def test_its_example_of_a_task_is_the_one_that_the_tests_run():
+    """A test of vecsim runs the example in the simulator's header."""
+    example = re.search(r"```python\n(.*?class SwingUp.*?)```", README, re.DOTALL)[1]
+    header = "\n".join(line.removeprefix("    ") for line in vecsim_torch.__doc__.splitlines())
+    assert example.strip() in header
