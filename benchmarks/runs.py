@@ -240,23 +240,27 @@ def peer_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
 
 
 def our_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
-    """One of our trainers, whose log has the evaluations; it is ended when its minutes are over."""
+    """One of our trainers, whose log has the evaluations; it is ended when its minutes are over.
+
+    It compiles between its first words and the first line of its log, which tells the seconds of training by then."""
     words = [*on_cores(options), sys.executable, *shlex.split(run["command"])[1:], "--run-dir", str(scratch / "run")]
-    environment = os.environ | dict(OMP_NUM_THREADS=str(machine.cpu_cores(options.cores)))
+    environment = os.environ | dict(OMP_NUM_THREADS=str(machine.cpu_cores(options.cores)), PYTHONUNBUFFERED="1")
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled")  # empty
-    metrics, curve = scratch / "run" / "metrics.jsonl", []
-    with (scratch / "out").open("w") as out:
+    output, metrics, began, curve = scratch / "out", scratch / "run" / "metrics.jsonl", {}, []
+    with output.open("w") as out:
         trainer = subprocess.Popen(words, env=environment, cwd=machine.ROOT, stdout=out, stderr=subprocess.STDOUT)
         while trainer.poll() is None:
-            time.sleep(0.5)
-            curve = curve_of(metrics) if metrics.exists() else []
+            time.sleep(0.2)
+            for file in (output, metrics):
+                if file.exists() and file.stat().st_size:
+                    began.setdefault(file, time.perf_counter())
+            curve = curve_of(metrics) if metrics in began else []
             if curve and curve[-1][1] >= 60 * run["minutes"]:
                 trainer.kill()
-    output = (scratch / "out").read_text()
     if not curve:
-        raise RuntimeError(f"no evaluation; the trainer's output:\n{output[-2000:]}")
-    compile_seconds = float(re.search(r"compiled in ([0-9.]+) s", output)[1])
-    return dict(versions=versions(), compile_seconds=compile_seconds, curve=curve)
+        raise RuntimeError(f"no evaluation; the trainer's output:\n{output.read_text()[-2000:]}")
+    seconds = began[metrics] - began[output] - lines_of(metrics)[0]["wall_seconds"]
+    return dict(versions=versions(), compile_seconds=round(max(0.0, seconds), 1), curve=curve)
 
 
 KINDS = dict(score=score, agents=agents, profile=profile, panel=panel, minutes=minutes)

@@ -663,16 +663,15 @@ def test_profile_has_a_file_for_each_trainer_and_stage(measure):
         assert record["steps"] == 16
 
 
-def test_peers_scores_a_policy_when_its_minutes_are_over(tmp_path, monkeypatch):
-    [run] = [
-        one
-        for one in runs.contests("peers", options(tmp_path, "peers", mode=("runs",)))
-        if (one["env_id"], one["seed"], one["contender"]) == ("InvertedPendulum-v5", 1, "cleanrl-ppo")
-    ]
+@pytest.mark.parametrize("contender", ["cleanrl-ppo", "ours-ppo"])
+def test_peers_scores_a_policy_when_its_minutes_are_over(contender, tmp_path):
+    contests = runs.contests("peers", options(tmp_path, "peers", "--env-id", "InvertedPendulum-v5", mode=("runs",)))
+    run = next(run for run in contests if (run["seed"], run["contender"]) == (1, contender))
     record = runs.minutes(run | dict(minutes=0.001), options(tmp_path))
-    [(steps, seconds, score)] = record["curve"]
-    assert steps == 2048 and seconds > 0.06 and 1 < score < 1000
-    assert run["file"] == "peers/InvertedPendulum-v5/cleanrl-ppo-seed1"
+    steps, seconds, score = record["curve"][-1]
+    assert steps == (2048 if contender == "cleanrl-ppo" else 32_768) and seconds > 0.06 and 1 < score < 1000
+    assert 0 <= record["compile_seconds"] < 30
+    assert run["file"] == f"peers/InvertedPendulum-v5/{contender}-seed1"
 
 
 def accept(words):

@@ -26,8 +26,8 @@ qpos, qvel, warmstart, ctrl = (
     torch.tensor(rows.T, dtype=env.dtype, device=device).contiguous() for rows in test_states(chunk)
 )
 with torch.no_grad():
-    state, run = vecsim_torch.State(qpos, qvel, warmstart), env._run if hasattr(env, "_run") else env._regions[chunk]
-    after, _ = vecsim_torch.step(env.model, state, ctrl, "euler", settings["iterations"], run)
+    state = vecsim_torch.State(qpos, qvel, warmstart)
+    after, _ = vecsim_torch.step(env.model, state, ctrl, "euler", settings["iterations"], env._run)
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
 env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")))
