@@ -696,7 +696,7 @@ def test_the_trainers_accept_every_command(name, tmp_path):
     for words in commands:
         accept(words)
     if "panel" in runs.SETS[name]:
-        panel = eval_panel.parse_args([*runs.SETS[name]["panel"].split(), "checkpoint.pt"])
+        panel = eval_panel.parse_args(["checkpoint.pt", *runs.SETS[name]["panel"].split()])
         assert set(panel.perturbations) <= set(eval_panel.PERTURBATIONS)
 
 
