@@ -179,7 +179,8 @@ def plot_peers(results: Path) -> None:
         label_axes(axis, env_id, "minutes of training, compilation apart")
         axis.set_xlim(0, max(run["minutes"] for run in runs if run["env_id"] == env_id) * 1.05)
     axes[-1].legend(frameon=False, fontsize=8)
-    title = "Score in gymnasium.make(task) on one CPU core" + ("; " if len(tasks) > 1 else ";\n") + "thick: the median seed"
+    between = "; " if len(tasks) > 1 else ";\n"  # a single panel is narrow
+    title = f"Score in gymnasium.make(task) on one CPU core{between}thick: the median seed"
     save(figure, results / "peers.png", title, runs)
 
 
