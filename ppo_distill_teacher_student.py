@@ -1032,7 +1032,8 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 def pick_run_dir(args: Args, stages: list[str], resumed: str | None) -> Path:
     """The folder of this run. It must not contain the stages that will run, except the one that is resumed in it."""
     own = Path(args.resume).parent.parent if args.resume else None
-    name = f"{args.env_id.replace('/', '-')}__distill__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
+    name = f"{task}__distill__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir) if args.run_dir else own or Path(f"runs/{name}")
     for stage in stages:
         continues = stage == resumed and run_dir.resolve() == own.resolve()
