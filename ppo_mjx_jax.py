@@ -1513,7 +1513,7 @@ def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
         mean = actor.apply({"params": layers}, network_input(args, statistics, obs))
         return to_env(space.low, space.high, mean)
 
-    return lambda obs, started=None: np.asarray(policy(np.asarray(obs, np.float32)))
+    return lambda obs, started=None: np.array(policy(np.asarray(obs, np.float32)))
 
 
 def play(args: Args) -> list[dict]:
