@@ -1,4 +1,4 @@
-"""The panel: policies act as in their trainers, labels and intervals by hand, one panel for all, one line per refusal."""
+"""The panel: policies act as in their trainers, labels and intervals by hand, one line for each refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learner of ppo_mjx_jax.py: hand-computed cases, probe environments, many agents, devices, resume, command line."""
+"""The learner of ppo_mjx_jax.py: hand-computed cases, probe environments, many agents, resume, command line."""
 
 import os
 import tempfile
@@ -301,7 +301,7 @@ def assert_close(found, expected):
 
 
 def test_one_diverged_agent_does_not_stop_the_others(tmp_path):
-    """A learning rate of 1e30 breaks its agent; the other one is trained and scored. Alone, the broken one is an error."""
+    """A learning rate of 1e30 breaks its agent; the other one is trained and scored. Alone, it is an error."""
     options = dict(learning_rate_schedule="constant", eval_episodes=4)
     result, _ = run(tmp_path, "sweep", probe("action"), sweep="learning_rate=1e-3,1e30", **options)
     assert result["agents"][1]["score"] is None and result["mjx"] == result["agents"][0]["mjx"]
@@ -512,7 +512,7 @@ def test_two_processes_share_the_environments(one_device, tmp_path):
 
 
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path):
-    """The first command of the header, end to end. Then its checkpoint is played, here and as load_policy's function."""
+    """The first command of the header, end to end. Then its checkpoint is played, and read by load_policy."""
     done = command("--run-dir", tmp_path, "--compilation-cache", CACHE, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "eval.json").read_text())
