@@ -10,23 +10,25 @@
     python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
     python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
 
-`make` lists the options of an environment, `VecSim` says what `reset` and `step` return.
+The docstring of `VecSim` lists the options of an environment and says what `reset` and `step` return.
 
-The idea. Write the physics of one robot, and let every number be a whole batch. Inside the simulator the environment
-axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots. Memory is
-contiguous along N. So each line below is one wide vector operation on a CPU and one coalesced kernel on a GPU, and no
-line mentions the batch. The physics has no matrix products, so TF32 may be on for the networks.
+The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
+the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
+Memory is contiguous along N. So each operation runs over all robots at once, as wide vector instructions on a CPU and
+as coalesced kernels on a GPU. PyTorch's global switch for TF32 does not change the physics, which multiplies no
+matrices; a trainer may turn it on for its networks.
 
 MuJoCo is the specification. It compiles the MJCF; this file then computes the same smooth dynamics, the same soft
 constraints and the same integrators. The constraint problem is convex, so it has one solution, and the tests check that
 both simulators find it. In float64, accelerations of Gymnasium's models and of the quadruped differ from MuJoCo C's by
-at most 4e-13 (relative, 150 to 500 states of each). In float32 with 4 Newton iterations, 99% of the errors are below
-2e-7 to 1.2e-5. On one AMD EPYC core, whole environment steps run at 0.87 to 1.21 times the speed of MuJoCo C's physics
-alone, Humanoid's at 0.42 times (results/README.md).
+at most 4e-13 (relative, 150 to 500 states of each). In float32 with 4 Newton iterations, the 99th percentile of the
+error is 2e-7 to 1.2e-5, depending on the model. On one AMD EPYC core, whole environment steps run at 0.87 to 1.21 times
+the speed of MuJoCo C's physics alone, those of Humanoid at 0.42 times (results/README.md).
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
-constraints, Newton solver, integrators (with `step`, one physics step), randomisation, tasks, environment step, vector
-environment, evaluation, benchmark. To follow a force: `step`, `forward`, `newton_system`, `contact_force`.
+constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step, vector
+environment, evaluation, benchmark. To follow a contact force, read `VecSim.step`, `_step_chunks`, `environment_step`,
+`step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need for each contact.
 
 Your own task. Write a file my_task.py and give every script `--env-id my_task.py:SwingUp`:
 
@@ -38,7 +40,7 @@ Your own task. Write a file my_task.py and give every script `--env-id my_task.p
 
     @dataclass(frozen=True)  # each option is a bool, a number or a range (low, high)
     class SwingUp(vecsim_torch.Task):
-        xml_file: str = ""
+        xml_file: str = ""  # no file: `source` returns the MJCF itself
         frame_skip: int = 4  # physics steps in a control step
         reset_noise_scale: float = 0.1
         effort_weight: float = 0.001
@@ -49,7 +51,7 @@ Your own task. Write a file my_task.py and give every script `--env-id my_task.p
                 <geom type="capsule" size="0.05" fromto="0 0 0 0 0 -1"/></body></worldbody>
               <actuator><motor joint="pivot" gear="10" ctrlrange="-1 1"/></actuator></mujoco>'''
 
-        def observe(self, model, p, sensed):  # named groups, (rows, N) each
+        def observe(self, model, p, sensed):  # p: the state, see `Measured`; returns named groups, (rows, N) each
             return {"angle": torch.cat((p.qpos.cos(), p.qpos.sin())), "velocity": p.qvel}
 
         def reward(self, model, p, sensed, action, velocity):  # (N,) each; terms called reward_... are summed
@@ -64,18 +66,21 @@ Glossary
     nq, nv, nu      coordinates (a free joint has 7, a ball joint 4), degrees of freedom (6 and 3), controls
     nl              links. A link is one joint and the mass that moves with it. Bodies without joints are welded into
                     their parent; a body with three joints becomes a chain of three links, the first two massless
-    nc, P, K        candidate contacts with fixed geoms; pairs of moving geoms; pair slots: the K deepest are solved
-    qpos            (nq, N) m or rad. Quaternions are (w, x, y, z). A free joint is its position, then its quaternion,
-                    in world axes
-    qvel            (nv, N) m/s or rad/s. A free joint is its linear velocity in world axes, then its angular velocity
+    nc              contacts that can occur between a moving geom and a geom fixed to the world
+    P, K            pairs of moving geoms that can touch; slots for pairs: each step solves the K deepest of the P pairs
+    qpos            (nq, N) m or rad. Quaternions are (w, x, y, z). A free joint has its position, then its quaternion,
+                    both in world axes
+    qvel            (nv, N) m/s or rad/s. A free joint has its linear velocity in world axes, then its angular velocity
                     in body axes
     world           z up, SI units
-    motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin`. `origin` is a
-                    point fixed in the world that coincides with the first link now (Featherstone 2008, chapter 2)
-    cdof            (nv, 6, N) motion of the whole subtree per unit of velocity of one degree of freedom
-    inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`; `apply_symmetric` gives the order
-    terrain         heights on a grid, bilinear in between, in place of the ground plane
-    packed          (nnz, N) the entries of a symmetric (nv, nv) matrix that the tree can make non-zero
+    motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin`. `origin` is
+                    where the first link is now. It counts as a fixed point (Featherstone 2008, chapter 2)
+    wrench          a spatial force
+    cdof            (nv, 6, N) motion of a link and all links below it when one degree of freedom has velocity 1
+    inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`; `apply_symmetric` gives the order of the entries
+    terrain         heights on a grid that replace the ground plane, bilinear between the grid's points
+    packed          (nnz, N) a symmetric (nv, nv) matrix without the entries that are zero in every state
+    J, aref, D      Jacobian, reference acceleration and weight of the constraint rows, see `Constraints`
     contact normal  points from the plane, or from the first geom, into the second. Distance is negative in penetration
 
 Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.1 or newer.
@@ -183,14 +188,14 @@ def quat_exponential(rotation: Tensor) -> Tensor:
 
 
 def cross_motion(velocity: Tensor, motion: Tensor) -> Tensor:
-    """Rate of change of a motion vector (..., 6, N) carried by `velocity` (Featherstone 2008, eq. 2.31)."""
+    """Rate of change of a motion vector (..., 6, N) fixed in a body with `velocity` (Featherstone 2008, eq. 2.31)."""
     angular, linear = velocity[..., :3, :], velocity[..., 3:, :]
     upper, lower = motion[..., :3, :], motion[..., 3:, :]
     return torch.cat((cross(angular, upper), cross(angular, lower) + cross(linear, upper)), -2)
 
 
 def cross_force(velocity: Tensor, force: Tensor) -> Tensor:
-    """Rate of change of a force vector (..., 6, N) carried by `velocity` (Featherstone 2008, eq. 2.32)."""
+    """Rate of change of a force vector (..., 6, N) fixed in a body with `velocity` (Featherstone 2008, eq. 2.32)."""
     angular, linear = velocity[..., :3, :], velocity[..., 3:, :]
     torque, push = force[..., :3, :], force[..., 3:, :]
     return torch.cat((cross(angular, torque) + cross(linear, push), cross(angular, push)), -2)
@@ -204,8 +209,9 @@ def apply(matrix: Tensor, vector: Tensor) -> Tensor:
 def apply_symmetric(matrix: Tensor, motion: Tensor) -> Tensor:
     """Symmetric 6x6 matrices (..., 21, N) times motions (..., 6, N).
 
-    The matrix is [[B, C], [C^T, K]], stored as B's upper triangle (xx, xy, xz, yy, yz, zz), C row by row, K's upper
-    triangle. Rigid-body inertia and contact stiffness share this form, so they can be added.
+    The matrix is [[B, C], [C^T, K]] with 3x3 blocks. Its 21 numbers are the upper triangle of B (xx, xy, xz, yy, yz,
+    zz), then C row by row, then the upper triangle of K. Rigid-body inertia and contact stiffness both have this form,
+    so they can be added.
     """
     bxx, bxy, bxz, byy, byz, bzz, c00, c01, c02, c10, c11, c12, c20, c21, c22, kxx, kxy, kxz, kyy, kyz, kzz = (
         matrix.unbind(-2)
@@ -227,7 +233,8 @@ def apply_symmetric(matrix: Tensor, motion: Tensor) -> Tensor:
 def shift_to_origin(point: Tensor, k: tuple[Tensor, ...]) -> Tensor:
     """A 3x3 stiffness (or mass) acting at `point` (..., 3, N), as a 6x6 matrix (..., 21, N) about the origin.
 
-    k: upper triangle (xx, xy, xz, yy, yz, zz) of the 3x3 matrix. C = [p]x K and B = [p]x K [p]x^T.
+    k: upper triangle (xx, xy, xz, yy, yz, zz) of the 3x3 matrix K. The other blocks, named in `apply_symmetric`, are
+    C = [p]x K and B = [p]x K [p]x^T, where [p]x y is the cross product of `point` and y.
     """
     kxx, kxy, kxz, kyy, kyz, kzz = k
     x, y, z = point.unbind(-2)
@@ -240,8 +247,11 @@ def shift_to_origin(point: Tensor, k: tuple[Tensor, ...]) -> Tensor:
 
 
 def force_at(point: Tensor, force: Tensor) -> Tensor:
-    """Wrench (..., 6, N) about the origin of forces (..., 3, N) at points (..., 3, N). Also the dual: the velocity of
-    the point along `force` is the inner product of this wrench with the motion of what carries the point."""
+    """Wrench (..., 6, N) about the origin of forces (..., 3, N) at points (..., 3, N).
+
+    If `force` is a direction, the inner product of this wrench and a link's motion is a velocity: that of the link's
+    point at `point`, along the direction.
+    """
     return torch.cat((cross(point, force), force), -2)
 
 
@@ -271,8 +281,9 @@ class Softness(NamedTuple):
     midpoint: Tensor
     power: Tensor
     margin: Tensor  # m or rad
-    invweight: Tensor  # 1/kg or 1/(kg m^2), MuJoCo's estimate of the diagonal of J M^-1 J^T
-    quadratic: bool  # all powers are 2, MuJoCo's default: a product replaces a pow
+    # MuJoCo's estimate of the diagonal of J M^-1 J^T, not the inverse of the weight D; `row_terms` makes D from it
+    invweight: Tensor  # 1/kg or 1/(kg m^2)
+    quadratic: bool  # True if all powers are 2, MuJoCo's default; a product then replaces `pow`
 
     def choose(self, rows: Any) -> Softness:
         return Softness(*(parameter[rows] for parameter in self[:-1]), self.quadratic)
@@ -288,7 +299,7 @@ class Segments(NamedTuple):
 
 
 class Terrain(NamedTuple):
-    """A height field that replaces the ground plane. Tiles: difficulty grows along x, the type changes along y."""
+    """A height field that replaces the ground plane. Its square tiles get harder along x and change type along y."""
 
     heights: Tensor  # (points along x, points along y) m; bilinear in between, constant beyond the edge
     cell: float  # m from one point to the next
@@ -303,8 +314,9 @@ class Model:
     """One robot. Every floating-point tensor ends in an environment axis of size 1, or N where robots differ.
 
     Tuples describe structure: loops over them unroll when a function is compiled. `*_index` tensors gather rows.
-    To change parameters, use `dataclasses.replace`. As with mjModel's fields, nothing else follows: a heavier robot
-    needs `mass` and `inertia` scaled, and `body_mass` and `body_inertia` for observations that report them.
+    To change parameters, use `dataclasses.replace`. As in an mjModel, fields that depend on the changed ones stay as
+    they are. To make a robot heavier, scale `mass` and `inertia`, and scale `body_mass` and `body_inertia` too if an
+    observation reports them.
     """
 
     nq: int
@@ -317,11 +329,13 @@ class Model:
     # tree
     parent: tuple[int, ...]  # (nl) parent link, -1 for the world
     dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
-    link_levels: tuple[tuple[Tensor, Tensor], ...]  # per tree depth: its links, and their parents' places one level up
-    link_order_index: Tensor  # (nl) from the links level by level to links
+    # per tree depth: places of its links in the order (hinges and slides, balls, frees); places of their parents in
+    # the level above
+    link_levels: tuple[tuple[Tensor, Tensor], ...]
+    link_order_index: Tensor  # (nl) where each link is in the order level by level
     dof_link_index: Tensor  # (nv)
-    dof_order_index: Tensor  # (nv) from the dofs of (hinges and slides, balls, frees) to dofs
-    turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes stay fixed in the world
+    dof_order_index: Tensor  # (nv) where each dof is in the order (hinges and slides, balls, frees)
+    turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes do not turn; else 1
     qpos_dof_index: Tensor  # (nq) the dof whose velocity integrates into each entry; 0 for quaternions
     dof_qpos_index: Tensor  # (nv) the first qpos entry of each dof's joint
     # packed symmetric matrices: entry e is (entry_row[e], entry_column[e]), row >= column, column an ancestor of row
@@ -329,13 +343,14 @@ class Model:
     entry_row_index: Tensor  # (nnz)
     entry_column_index: Tensor  # (nnz)
     entry_diagonal: Tensor  # (nnz, 1) 1 on the diagonal
-    unpack_index: Tensor  # (nv, nv) into the entries; nnz for a structural zero
-    # hinge and slide joints: rotation = rot[0] + sin rot[1] + (1 - cos) rot[2], and likewise the position
+    unpack_index: Tensor  # (nv, nv) the number of each place's entry; nnz where there is none
+    # hinge and slide joints. With R = scalar_rotation and q the coordinate, a link's rotation in its parent's frame is
+    # R[0] + sin(q) R[1] + (1 - cos(q)) R[2]. The position has the same form, plus a term in q for slides
     scalar_qpos_index: Tensor  # (ns)
     scalar_link_index: Tensor  # (ns)
-    scalar_reference: Tensor  # (ns, 1) rad or m, the coordinate in the MJCF's own pose
+    scalar_reference: Tensor  # (ns, 1) rad or m, the coordinate in the pose of the MJCF: q = qpos - reference
     scalar_rotation: Tensor  # (3, ns, 3, 3, 1) in the parent link's frame
-    scalar_position: Tensor  # (4, ns, 3, 1) m; the fourth entry is multiplied by a slide's coordinate
+    scalar_position: Tensor  # (4, ns, 3, 1) m; q multiplies the fourth entry
     scalar_axis: Tensor  # (ns, 3, 1) in the link's frame
     scalar_anchor: Tensor  # (ns, 3, 1) m, in the link's frame
     scalar_hinge: Tensor  # (ns, 1, 1) 1 for a hinge, 0 for a slide
@@ -354,7 +369,7 @@ class Model:
     stiffness: Tensor  # (nv, 1) N m/rad or N/m
     spring_reference: Tensor  # (nv, 1) rad or m
     damping: Tensor  # (nv, 1) N m s/rad or N s/m
-    damped: bool  # any damping; Euler needs a second solve only then
+    damped: bool  # True if any joint has damping; then Euler needs a second solve
     gravity: Tensor  # (3, 1) m/s^2
     # actuators: force = gain * ctrl + bias[0] + bias[1] * length + bias[2] * velocity
     actuator_dof_index: Tensor  # (nu)
@@ -362,7 +377,7 @@ class Model:
     actuator_gear: Tensor  # (nu, 1)
     actuator_gain: Tensor  # (nu, 1)
     actuator_bias: Tensor  # (3, nu, 1)
-    actuator_velocity_bias: bool  # any bias[2]; implicitfast has an actuator term only then
+    actuator_velocity_bias: bool  # True if any bias[2] is not zero; then implicitfast damps actuators too
     ctrl_low: Tensor  # (nu, 1)
     ctrl_high: Tensor  # (nu, 1)
     force_low: Tensor  # (nu, 1)
@@ -377,8 +392,9 @@ class Model:
     limit_bound: Tensor  # (2 nlim, 1) rad or m
     limit_softness: Softness
     dof_limits: Groups  # (nv) limit rows of each dof
-    # contacts with what is fixed to the world, ordered by link: spheres, ends of capsules and corners of boxes on
-    # planes; spheres and capsules on fixed spheres and capsules, called obstacles
+    # contacts with geoms fixed to the world, ordered by the link that moves. A sphere, each end of a capsule and each
+    # corner of a box makes one contact with a plane. Fixed spheres and capsules are called obstacles; moving spheres and
+    # capsules can touch them
     contact_link_index: Tensor  # (nc)
     contact_ranges: tuple[tuple[int, int], ...]  # (nl) first and past-the-end contact of each link
     contact_geom: tuple[int, ...]  # (nc) mjModel's number of the moving geom
@@ -395,15 +411,15 @@ class Model:
     plane_normal: Tensor  # (nc, 3, 1)
     plane_height: Tensor  # (nc, 1) m, along the normal
     terrain: Terrain | None  # a height field in place of the ground plane
-    walls: tuple[str, ...]  # planes that no terrain can replace: all if there are several, or a tilted one
-    obstacle_row_index: Tensor  # (Q) which contacts are those with obstacles
+    walls: tuple[str, ...]  # planes that a terrain cannot replace: all if there are several, or a tilted one
+    obstacle_row_index: Tensor  # (Q) the contacts with obstacles, as rows of the nc contacts
     obstacle_segments: Segments  # the obstacle and the geom that moves, in MuJoCo's order
     obstacle_sign: Tensor  # (Q, 1, 1) +1 where the second geom is the one that moves
     # contacts between moving geoms, spheres and capsules
-    pair_slots: int  # K, how many pairs are solved: the deepest
+    pair_slots: int  # K, how many of the P pairs are solved, the deepest first
     pair_geoms: tuple[tuple[int, int], ...]  # (P) mjModel's numbers
     pair_segments: Segments
-    pair_sign: Tensor  # (P, nv, 1) +1 where the dof moves only the second geom, -1 only the first
+    pair_sign: Tensor  # (P, nv, 1) +1 where a dof moves only the second geom, -1 where only the first, else 0
     pair_body_sign: Tensor  # (P, nbody, 1) +1 second body, -1 first body
     pair_edges: int  # 1 if all pairs are frictionless, else 4
     pair_friction: Tensor  # (P, 1)
@@ -654,7 +670,8 @@ def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
 def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: how each joint moves its link.
 
-    A hinge turns by offset @ Rodrigues(axis, angle) about its anchor, the point that both frames share.
+    A hinge turns its link by Rodrigues' formula about an axis through the anchor. The anchor does not move in the
+    parent's frame; this determines the position.
     """
     joints = [tree.joint[link] for link in tree.scalars]
     rotation, position = np.zeros((3, len(joints), 3, 3)), np.zeros((4, len(joints), 3))
@@ -792,9 +809,10 @@ def geom_name(m: mujoco.MjModel, g: int) -> str:
 def collision_candidates(m: mujoco.MjModel, timestep: float) -> tuple[np.ndarray, np.ndarray, Softness]:
     """Pairs of geoms (n, 2) that MuJoCo's filters admit, with the friction (n) and softness that MuJoCo mixes for each.
 
-    The filters are bit masks, same or welded body, parent and child, and <exclude>. None looks at shapes. So MuJoCo
-    reports each admitted pair once for a copy of the model in which every geom is a sphere with an enormous margin.
-    In a pair, the lower mjtGeom comes first, then the lower number. Friction is 0 for condim 1.
+    The filters reject pairs by bit masks, by bodies (same, welded, parent and child) and by <exclude>, but not by
+    shape. To apply them, this function makes every geom in a copy of the model a sphere with an enormous margin.
+    MuJoCo's collision detection then reports each admitted pair exactly once. The geom with the lower mjtGeom type is
+    first in its pair; for equal types, that with the lower number. Friction is 0 for condim 1.
     """
     kind = mujoco.mjtGeom
     probe = copy.copy(m)
@@ -914,8 +932,8 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool, timestep
 
 
 def to_torch(value: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
-    """The numpy arrays in `value`, alone or in tuples, as tensors. Whole numbers are row numbers, int64. Other arrays
-    are parameters of type `dtype`, and they get an environment axis of size 1 at the end."""
+    """Convert `value`, a numpy array or a tuple of them, to tensors. Integers are row numbers and become int64. Other
+    arrays are parameters: they become `dtype` and get an environment axis of size 1 at the end."""
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.integer):
             return torch.tensor(value, dtype=torch.int64, device=device)
@@ -1624,7 +1642,7 @@ def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> S
 
 
 def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
-    """qpos moved by `move` (nv, N), a velocity times a duration. Quaternions turn in body axes. Source: mj_integratePos."""
+    """qpos moved by `move` (nv, N), a velocity times a duration; quaternions turn in body axes (mj_integratePos)."""
     moved = qpos + move[model.qpos_dof_index]
     if not model.quaternions:
         return moved
