@@ -393,7 +393,7 @@ class Model:
     limit_softness: Softness
     dof_limits: Groups  # (nv) limit rows of each dof
     # contacts with geoms fixed to the world, ordered by the link that moves. A sphere, each end of a capsule and each
-    # corner of a box makes one contact with a plane. Fixed spheres and capsules are called obstacles; moving spheres and
+    # corner of a box makes one contact with a plane. Fixed spheres and capsules are called obstacles; only spheres and
     # capsules can touch them
     contact_link_index: Tensor  # (nc)
     contact_ranges: tuple[tuple[int, int], ...]  # (nl) first and past-the-end contact of each link
@@ -1008,14 +1008,19 @@ class Contacts(NamedTuple):
     point: Tensor  # (n, 3, N) m, from the origin
     normal: Tensor  # (n, 3, N) world axes; (n, 3, 1) where all touch planes
     distance: Tensor  # (n, N) m, negative in penetration
-    tangent: Tensor  # (2, n, 3, N) unit vectors; in `Constraints`, times the friction coefficient
+    tangent: Tensor  # (2, n, 3, N) unit vectors; in `Constraints` they are multiplied by mu
 
 
 class Constraints(NamedTuple):
-    """Rows J x - aref >= 0 with weight D = 1/R, zero where inactive. A contact has four rows, n +- mu t1, n +- mu t2.
+    """Soft constraints J x >= aref on the acceleration x (nv, N). J is the Jacobian, aref the reference acceleration.
 
-    Rows between two moving links have an explicit Jacobian. Those of other contacts and of joint limits follow from
-    the motion of a single link or dof.
+    A row whose J x is below aref pushes with the force D (aref - J x). Its weight D is 0 where the distance to the
+    other geom, or to the joint's limit, is above the margin. A contact has four rows, one for each edge of its friction
+    pyramid: n + mu t1, n - mu t1, n + mu t2 and n - mu t2, with normal n, tangents t1 and t2 and friction coefficient
+    mu.
+
+    Only the rows of pairs, between two moving geoms, store their J. All other rows act on one link or one dof, so J x
+    follows from its motion. MuJoCo calls 1/D the regularizer R.
     """
 
     contacts: Contacts  # nc, with what is fixed to the world
@@ -1023,12 +1028,12 @@ class Constraints(NamedTuple):
     contact_reference: Tensor  # (nc, 4, N) aref, m/s^2
     limit_weight: Tensor  # (2 nlim, N)
     limit_reference: Tensor  # (2 nlim, N)
-    row_jacobian: Tensor  # (nr, nv, N) of pairs of moving geoms, nr = K or 4 K rows
+    row_jacobian: Tensor  # (nr, nv, N) J of pairs of moving geoms; nr = 4 K, or K if no pair has friction
     row_weight: Tensor  # (nr, N)
     row_reference: Tensor  # (nr, N)
     pairs: Contacts | None  # K slots; None for a robot that cannot touch itself
     pair_index: Tensor  # (K, N) which pair is in each slot
-    dropped: Tensor  # (N) touching pairs of moving geoms that found no slot
+    dropped: Tensor  # (N) how many touching pairs of moving geoms found no slot
 
 
 class Smooth(NamedTuple):
@@ -1044,15 +1049,18 @@ class Smooth(NamedTuple):
     qfrc_bias: Tensor  # (nv, N)
     qfrc_actuator: Tensor  # (nv, N)
     qfrc_smooth: Tensor  # (nv, N) all forces except those of constraints
-    actuator_damping: Tensor  # (nv, N)
+    actuator_damping: Tensor  # (nv, N) -d(qfrc_actuator)/d(qvel)
     constraints: Constraints | None = None  # made last, from the fields above
 
 
 class Iterate(NamedTuple):
-    """A candidate acceleration x and everything that is linear in it, so that a line search only adds and scales."""
+    """A candidate acceleration x, its link accelerations and J x - aref of all rows.
+
+    A direction in which x moves has the same form without aref. So a line search only scales and adds.
+    """
 
     qacc: Tensor  # (nv, N) x
-    motion: Tensor  # (nl, 6, N) accelerations of the links that x causes
+    motion: Tensor  # (nl, 6, N) the part of the links' accelerations that x causes
     contact: Tensor  # (nc, 4, N) J x - aref
     limit: Tensor  # (2 nlim, N) J x - aref
     row: Tensor  # (nr, N) J x - aref
@@ -1074,7 +1082,7 @@ class Dynamics(NamedTuple):
 
 
 def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
-    """(nl, 6, N) spatial motion of each link for dof `rates` (nv, N): with qvel, the velocities of the links."""
+    """Spatial motion (nl, 6, N) of each link if the dofs move at `rates` (nv, N). From qvel: the links' velocities."""
     weighted = (cdof * rates.unsqueeze(1)).unbind(0)
     motion: list[Tensor] = []
     for up, dofs in zip(model.parent, model.dofs, strict=True):
@@ -1086,7 +1094,7 @@ def link_motion(model: Model, cdof: Tensor, rates: Tensor) -> Tensor:
 
 
 def subtree_sum(model: Model, rows: Tensor, contacts: Tensor | None = None) -> Tensor:
-    """(nl, k, N): for each link, `rows` (nl, k, N) and `contacts` (nc, k, N) summed over it and all links below."""
+    """(nl, k, N): for each link, the sum of `rows` (nl, k, N) and `contacts` (nc, k, N) over it and all links below."""
     total = list(rows.unbind(0))
     for link in reversed(range(model.nl)):
         if contacts is not None:
@@ -1099,7 +1107,7 @@ def subtree_sum(model: Model, rows: Tensor, contacts: Tensor | None = None) -> T
 
 
 def generalized_force(model: Model, cdof: Tensor, wrench: Tensor, contacts: Tensor | None = None) -> Tensor:
-    """(nv, N): J^T of one wrench per link (nl, 6, N) and one per contact (nc, 6, N)."""
+    """Force on each dof (nv, N) of one wrench per link (nl, 6, N) and one per contact (nc, 6, N)."""
     return dot(cdof, subtree_sum(model, wrench, contacts)[model.dof_link_index])
 
 
@@ -1192,6 +1200,7 @@ def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, co
 
 def bias_force(model: Model, cdof: Tensor, cvel: Tensor, inertia: Tensor, qvel: Tensor) -> Tensor:
     """qfrc_bias (nv, N): Coriolis, centrifugal and gravity forces (recursive Newton-Euler at zero acceleration)."""
+    # The links' accelerations at qacc = 0: the axes of the joints turn, and gravity counts as an acceleration upwards.
     drift = cross_motion(cvel[model.dof_link_index], cdof * qvel.unsqueeze(1)) * model.turns
     acceleration = link_motion(model, drift, torch.ones_like(qvel))
     acceleration = torch.cat((acceleration[:, :3], acceleration[:, 3:] - model.gravity), 1)
@@ -1223,10 +1232,10 @@ def passive_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
 def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
     """Solve packed symmetric positive-definite systems (nnz, N) for R right-hand sides (nv, R, N).
 
-    Compiled: Cholesky unrolled over the structural non-zeros. The last dof comes first, so leaves are eliminated before
-    their parents and no zero fills in (Featherstone 2008, section 6.5). The compiler fuses it into a kernel or two.
-    Eager: LAPACK or cuSOLVER on the unpacked matrices. A matrix that is not positive definite gives NaN, in its
-    environment only.
+    Compiled: a Cholesky factorisation, unrolled over the entries. The last dof is eliminated first, so leaves come
+    before their parents and zeros stay zero (Featherstone 2008, section 6.5). The compiler fuses all of it into a
+    kernel or two. Eager: LAPACK or cuSOLVER solves the unpacked matrices. If the matrix of an environment is not
+    positive definite, the result of that environment is NaN.
     """
     if not torch.compiler.is_compiling():
         padded = torch.cat((packed, torch.zeros_like(packed[:1])))
@@ -1266,7 +1275,7 @@ def eliminate(entry: dict[tuple[int, int], Tensor], right: list[Tensor]) -> list
 
 
 def impedance(softness: Softness, violation: Tensor) -> Tensor:
-    """d(r) in (0, 1) of `violation` r = distance - margin (MuJoCo: Computation, Constraint model, Impedance)."""
+    """Impedance d in (0, 1) at violation = distance - margin (MuJoCo: Computation, Constraint model, Impedance)."""
     x = (violation.abs() / softness.width).clamp(max=1.0)
     mid = softness.midpoint
     if softness.quadratic:
@@ -1279,7 +1288,7 @@ def impedance(softness: Softness, violation: Tensor) -> Tensor:
 
 
 def row_terms(softness: Softness, invweight: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight D and position part of the reference, -K d (distance - margin), of rows (rows, N)."""
+    """Weight D and the position part of aref, -K d (distance - margin), (rows, N) each. K is softness.stiffness."""
     violation = distance - softness.margin
     d = impedance(softness, violation)
     regularization = ((1 - d) / d * invweight).clamp(min=MINVAL)
@@ -1297,7 +1306,10 @@ def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor) -> Tens
 
 
 def tangents_of(normal: Tensor) -> Tensor:
-    """Two unit tangents (2, n, 3, N) of normals (n, 3, N). The first is near the world's y, or z if the normal is."""
+    """Two unit tangents (2, n, 3, N) of normals (n, 3, N).
+
+    The first is the world's y axis projected onto the tangent plane, or the z axis if the normal is near the y axis.
+    """
     upright = (normal[:, 1:2].abs() >= 0.5).to(normal.dtype)
     guess = torch.cat((torch.zeros_like(upright), 1 - upright, upright), 1)
     first = guess - dot(guess, normal).unsqueeze(1) * normal
@@ -1306,7 +1318,7 @@ def tangents_of(normal: Tensor) -> Tensor:
 
 
 def sample_terrain(terrain: Terrain, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Height (m) and its slopes along x and y at points of any shape: bilinear, clamped at the edge."""
+    """Height (m) and its slopes along x and y at points (x, y) of any shape. Bilinear; constant beyond the edge."""
     rows, columns = terrain.heights.shape
     u = ((x - terrain.corner[0]) / terrain.cell).clamp(0, rows - 1)
     v = ((y - terrain.corner[1]) / terrain.cell).clamp(0, columns - 1)
@@ -1327,17 +1339,17 @@ def ground_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     The first tangent lies along a capsule's axis (mjc_PlaneCapsule); for other shapes see `tangents_of`.
 
     Terrain: every sphere and every end of a capsule touches the tangent plane of the field under its centre. That is
-    one contact each, and it is exact on slopes. MuJoCo builds its height field of triangles, collides whole capsules,
-    and feels an edge beside a sphere before the sphere's centre is there. The difference was measured with a foot, a
-    sphere of 23 mm pressed 5 mm into ground of half the full difficulty (tests/test_vecsim_quadruped.py):
+    one contact each, and it is exact on slopes. MuJoCo is different: its height field consists of triangles, whole
+    capsules collide with it, and a sphere touches an edge beside it before its centre is over the edge. The two were
+    compared with a foot, a sphere of 23 mm pressed 5 mm into ground of half the full difficulty
+    (tests/test_vecsim_quadruped.py). Capsules were not compared.
 
-        ground            distance differs by over 1 mm at    by at most    normals differ by at most
-        slopes            1% of the places                                  10 degrees, at ridges
-        rough ground      18%                                 5 mm          19 degrees
-        stairs            5%, before risers                   18 mm         49 degrees
-        blocks            2%, before risers                   20 mm         61 degrees
-
-    Capsules were not measured.
+        ground            places where distances        largest difference    largest angle between
+                          differ by over 1 mm           of distance           the two normals
+        slopes            1%                                                  10 degrees, at ridges
+        rough ground      18%                           5 mm                  19 degrees
+        stairs            5%, before risers             18 mm                 49 degrees
+        blocks            2%, before risers             20 mm                 61 degrees
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
     centre = at + apply(turn, model.contact_point)
@@ -1362,8 +1374,8 @@ def ground_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
 def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contact point (P, 3, N) from the origin, normal (P, 3, N) and distance (P, N) of pairs of spheres and capsules.
 
-    Spheres are capsules of zero length. Nearest points of two segments: mjraw_CapsuleCapsule. Two exactly parallel
-    capsules get one contact here and up to two in MuJoCo.
+    A sphere is a capsule of zero length. The nearest points of two segments follow mjraw_CapsuleCapsule. Two exactly
+    parallel capsules get one contact here; MuJoCo gives them up to two.
     """
     n = xpos.shape[-1]
     eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, n)
@@ -1393,9 +1405,10 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
 
 
 def fixed_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Contacts:
-    """The nc contacts with what is fixed to the world: the ground's, and the rows of obstacles filled in.
+    """The nc contacts with geoms fixed to the world: planes, or the terrain, and obstacles.
 
-    Nothing that is fixed couples two branches of the tree, so both kinds are solved in the same way.
+    A contact with a fixed geom acts on one link only. So it couples no branches of the tree, and the solver treats
+    planes and obstacles alike.
     """
     ground, rows = ground_contacts(model, xpos, xmat, origin), model.obstacle_row_index
     if not len(rows):
@@ -1410,7 +1423,7 @@ def fixed_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> 
 
 
 def choose_pairs(parameter: Tensor, index: Tensor) -> Tensor:
-    """A parameter (K, N) of the pairs in the slots: `parameter` is (P, 1 or N), `index` (K, N)."""
+    """Gather `parameter` (P, 1 or N) for the pair in each slot, `index` (K, N); returns (K, N)."""
     return torch.gather(parameter.expand(-1, index.shape[-1]), 0, index)
 
 
@@ -1450,9 +1463,9 @@ def pair_rows(model: Model, qvel: Tensor, cdof: Tensor, index: Tensor, c: Contac
 
 
 def contact_velocity(model: Model, c: Contacts, motion: Tensor) -> Tensor:
-    """J x (nc, 4, N) of contacts with what is fixed: velocity of each point along its edges n +- mu t1, n +- mu t2.
+    """J x (nc, 4, N) of contacts with fixed geoms: speed of each contact point along the four edges of its pyramid.
 
-    motion: (nl, 6, N) velocities of the links, or what a solver treats as such.
+    motion: (nl, 6, N) velocities of the links. From their accelerations, which the solver passes, J x follows likewise.
     """
     carrier = motion[model.contact_link_index]
     at = carrier[:, 3:] + cross(carrier[:, :3], c.point)
@@ -1461,13 +1474,13 @@ def contact_velocity(model: Model, c: Contacts, motion: Tensor) -> Tensor:
 
 
 def contact_force(c: Contacts, edge_force: Tensor) -> Tensor:
-    """Force (n, 3, N) in world axes, from the forces (n, 4, N) along the edges n +- mu t1, n +- mu t2."""
+    """Contact force (n, 3, N) in world axes, from the forces (n, 4, N) along the four edges of its pyramid."""
     a, b, d, e = edge_force.unsqueeze(2).unbind(1)
     return c.normal * (a + b + d + e) + c.tangent[0] * (a - b) + c.tangent[1] * (d - e)
 
 
 def contact_stiffness(c: Contacts, weight: Tensor) -> Tensor:
-    """6x6 matrices (n, 21, N): sum over the edges e of weight (n, 4, N) * e e^T, acting at the contact point."""
+    """6x6 stiffness (n, 21, N) of each contact: the sum of weight * e e^T over its edges e. weight: (n, 4, N)."""
     a, b, d, e = weight.unbind(1)
     n, (p, q) = c.normal.unbind(1), (c.tangent[0].unbind(1), c.tangent[1].unbind(1))
     normal, first, second, along_first, along_second = a + b + d + e, a + b, d + e, a - b, d - e
@@ -1517,12 +1530,13 @@ def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Newton solver (mj_solNewton): minimise 1/2 (x - a0)^T M (x - a0) + sum over rows of 1/2 D min(J x - aref, 0)^2,
-# where a0 = M^-1 qfrc_smooth is the acceleration without constraints
+# where a0 = M^-1 qfrc_smooth is the acceleration without constraints. At the minimum, M x = qfrc_smooth + J^T f with
+# the constraint forces f = -D min(J x - aref, 0)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def linear_terms(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
-    """x (nv, N) and J x of every row, without aref: how an `Iterate` changes along x."""
+    """x (nv, N), its link accelerations and J x of every row, without aref: the `Iterate` of a direction x."""
     c, motion = smooth.constraints, link_motion(model, smooth.cdof, x)
     return Iterate(
         x,
@@ -1542,7 +1556,7 @@ def candidate(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
 
 
 def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]:
-    """D of the rows that push (J x < aref), zero elsewhere: contacts (nc, 4, N), limits and explicit rows."""
+    """D of the rows that push (J x < aref), 0 for others: contacts (nc, 4, N), limits (2 nlim, N), pairs (nr, N)."""
     return (
         torch.where(it.contact < 0, c.contact_weight.unsqueeze(1), 0.0),
         torch.where(it.limit < 0, c.limit_weight, 0.0),
@@ -1551,7 +1565,7 @@ def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]
 
 
 def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
-    """a^T M b (N): summed over links, as kinetic energy is."""
+    """a^T M b (N), summed over the links, as for kinetic energy."""
     return dot(a.motion, apply_symmetric(inertia, b.motion)).sum(0) + (model.armature * a.qacc * b.qacc).sum(0)
 
 
@@ -1571,14 +1585,14 @@ def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained:
 
 
 def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
-    """Packed Hessian (nnz, N) of the tree part, and right-hand sides (nv, 1 + nr, N) of `newton_direction`.
+    """Packed Hessian H (nnz, N) without pairs, and right-hand sides (nv, 1 + nr, N) for `newton_direction`.
 
-    The first right-hand side is minus the gradient. Explicit rows couple branches of the tree, so they are left out
-    of the Hessian. Each brings a right-hand side sqrt(D) J^T for a low-rank correction instead.
+    The first right-hand side is minus the gradient. The rows of pairs couple branches of the tree, so H leaves them
+    out. Each of them adds a right-hand side sqrt(D) J^T, from which `newton_direction` computes a correction.
     """
     c = smooth.constraints
     contact, limit, row = active_weights(c, it)
-    force = contact_force(c.contacts, contact * it.contact)
+    force = contact_force(c.contacts, contact * it.contact)  # minus the force on the link: it adds to the gradient
     diagonal = model.armature + add_up(model.dof_limits, limit)
     hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(c.contacts, contact))
     wrench = apply_symmetric(smooth.inertia, it.motion)
@@ -1591,9 +1605,10 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
 
 
 def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """The Newton step, from `solved` (nv, 1 + nr, N) = tree^-1 of the right-hand sides.
+    """The Newton step, from `solved` (nv, 1 + nr, N): H^-1 times the right-hand sides of `newton_system`.
 
-    Woodbury identity, rows scaled to W = sqrt(D) J: x = y - Y (1 + W Y)^-1 W y with y = tree^-1 g, Y = tree^-1 W^T.
+    The full Hessian is H + W^T W, where W = sqrt(D) J are the rows of pairs. By the Woodbury identity the step is
+    a - Y (1 + W Y)^-1 W a, where a = H^-1 (minus the gradient) and Y = H^-1 W^T.
     """
     c, qacc, y = smooth.constraints, solved[:, 0], solved[:, 1:]
     count = y.shape[1]
@@ -1607,7 +1622,7 @@ def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) 
 
 
 def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """Move along the Newton direction. The step length is one Newton step of the exact line search from full length."""
+    """Move along the Newton direction. The step length is 1, corrected by one Newton step on the cost along it."""
     c, direction = smooth.constraints, newton_direction(model, smooth, it, solved)
     full = it.plus(1.0, direction)
     contact, limit, row = active_weights(c, full)
@@ -1654,7 +1669,7 @@ def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
 
 
 def implicit_system(model: Model, smooth: Smooth, qacc: Tensor, implicitfast: bool) -> tuple[Tensor, Tensor]:
-    """Packed M + h B and right-hand side h B qacc of the implicit damping B."""
+    """Packed M + h B and right-hand side h B qacc, with timestep h and damping B; see `step`."""
     damping = model.timestep * (model.damping + (smooth.actuator_damping if implicitfast else 0.0))
     damping = damping.expand_as(qacc)
     matrix = smooth.mass_matrix + damping[model.entry_row_index] * model.entry_diagonal
@@ -1668,15 +1683,17 @@ def semi_implicit(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> 
 
 
 def stage(model: Model, state: State, scale: Tensor, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor]:
-    """qpos, qvel of a Runge-Kutta stage: the first state moved by scale (1, 1) s at `rate` and `qacc` (nv, N)."""
+    """qpos, qvel of a Runge-Kutta stage: `state` after `scale` (1, 1) s at velocity `rate` and acceleration `qacc`."""
     return integrate_position(model, state.qpos, scale * rate), state.qvel + scale * qacc
 
 
 def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
-    """Rate of the exponential coordinates at displacement u = scale * rate (nv, N) that gives body velocity `qvel`.
+    """How fast each coordinate of a stage's displacement changes (nv, N), if the stage has velocity `qvel`.
 
-    The inverse of the exponential map's derivative (Iserles et al. 2000, Lie-group methods, section B.3), in closed
-    form as in MuJoCo: w + u x w / 2 + c u x (u x w) with c = (1 - (t/2) cot(t/2)) / t^2 and t = |u|.
+    For hinges, slides and translations this is qvel. For a quaternion, the displacement is the rotation vector
+    u = scale * rate.
+    If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u| and
+    c = (1 - (t/2) cot(t/2)) / t^2. MuJoCo uses this form too (Iserles et al. 2000, Lie-group methods, section B.3).
     """
     rows = list(qvel.unbind(0))
     for _, dof in model.quaternions:
@@ -1697,8 +1714,8 @@ def combine_stages(model: Model, state: State, rates: list[Tensor], qaccs: list[
     return State(qpos, state.qvel + model.timestep * qacc, qaccs[0].clone())
 
 
-# The functions that are compiled, each once. An object of type `Regions` holds them under their names: compiled, or as
-# they are. Eager is the reference.
+# Each of these functions is compiled separately. An object of type `Regions` has them as attributes: all compiled, or
+# all eager. The eager ones are the reference.
 REGIONS = (
     smooth_dynamics, solve_packed, solver_start, newton_system, line_search,
     implicit_system, semi_implicit, stage, chart_rate, combine_stages,
@@ -1736,14 +1753,15 @@ def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: 
 def step(
     model: Model, state: State, ctrl: Tensor, integrator: str | None = None, iterations: int = 4, run: Regions = EAGER
 ) -> tuple[State, Dynamics]:
-    """One timestep of every robot: state and ctrl (nu, N) to the next state, and the dynamics last evaluated.
+    """Advance every robot by one timestep under ctrl (nu, N). Returns the next state and the last dynamics computed.
 
-    integrator: euler (mj_Euler, joint damping implicit), implicitfast (mj_implicit, actuator damping too) or rk4;
-    default the MJCF's own. iterations: of Newton's method, at least 1. run: the compiled or eager `REGIONS`.
+    integrator: euler (mj_Euler: implicit in the joints' damping), implicitfast (mj_implicit: also in the actuators'
+    damping) or rk4; default the MJCF's own. iterations: of Newton's method, at least 1. run: the compiled or eager
+    `REGIONS`.
 
-    The first two: MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint. At the solution the right side is M qacc,
-    so the same a is qacc - (M + h B)^-1 h B qacc. That form needs no constraint force, so a force that has not
-    converged cannot disturb it.
+    For euler and implicitfast, MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint with timestep h and damping B.
+    Once Newton's method has converged, the right side is M qacc, and so a = qacc - (M + h B)^-1 h B qacc. This file
+    uses the second form. It contains no constraint force, so a force that has not converged cannot disturb it.
     """
     integrator = integrator or model.integrator
     if integrator not in INTEGRATORS.values():
@@ -1776,18 +1794,18 @@ def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
 
 
 def normal_forces(dynamics: Dynamics) -> Tensor:
-    """(nc, N) N: how hard each contact point presses on what is fixed."""
+    """Normal force (nc, N) in newtons of each contact with a fixed geom."""
     c, it = dynamics.smooth.constraints, dynamics.solution
     return -(active_weights(c, it)[0] * it.contact).sum(1)
 
 
 def centre_of_mass(model: Model, xpos: Tensor, xmat: Tensor) -> Tensor:
-    """(3, N) m, of everything that moves."""
+    """Centre of mass (3, N) of all links in the world, m."""
     return (model.mass.unsqueeze(1) * (xpos + apply(xmat, model.com))).sum(0) / model.mass.sum(0)
 
 
 def body_inertias(model: Model, xpos: Tensor, xmat: Tensor, com: Tensor) -> Tensor:
-    """cinert (nbody - 1, 10, N): inertia about `com` (xx, yy, zz, xy, xz, yz), mass times offset, mass."""
+    """cinert (nbody - 1, 10, N): inertia about `com` (xx, yy, zz, xy, xz, yz), mass times offset from `com`, mass."""
     at, turn = xpos[model.body_link_index[1:]], xmat[model.body_link_index[1:]]
     offset = at + apply(turn, model.body_com[1:]) - com
     mass = model.body_mass[1:, None] + torch.zeros_like(offset[:, :1])
@@ -1799,7 +1817,7 @@ def body_inertias(model: Model, xpos: Tensor, xmat: Tensor, com: Tensor) -> Tens
 
 
 def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tensor:
-    """cvel (nbody - 1, 6, N) of each body about the centre of mass (3, N), which is given from the origin."""
+    """cvel (nbody - 1, 6, N) of each body about the centre of mass. com_from_origin: (3, N) m from the origin to it."""
     moving = cvel[model.body_link_index[1:]]
     arm = com_from_origin.expand_as(moving[:, :3])
     return torch.cat((moving[:, :3], moving[:, 3:] + cross(moving[:, :3], arm)), 1)
