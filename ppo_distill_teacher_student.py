@@ -78,7 +78,7 @@ Stage = Literal["teacher", "student", "finetune", "baseline"]
 
 @dataclasses.dataclass
 class Args:
-    """Flags of a run. All numbers of steps are environment steps, summed over all environments.
+    """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
     These defaults are for a task without a row in TASKS."""
 
@@ -111,7 +111,7 @@ class Args:
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a 20th of total_timesteps); the last state is always saved"""
     log_every: int | None = None
-    """log at least every this many steps (>= 1; default: total_timesteps / 200)"""
+    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
     """episodes of the evaluation in Gymnasium after each stage, and of --play (>= 0; 0: no evaluation)"""
     play: str | None = None
@@ -169,7 +169,7 @@ class Args:
     entropy_coef: float = 0.0
     """weight of the entropy bonus (>= 0)"""
     bounds_coef: float = 1e-4
-    """weight of the penalty on mean actions beyond 1.1 half ranges from the centre (>= 0)"""
+    """weight of the penalty on mean actions outside 1.1 times the action range (>= 0)"""
     max_grad_norm: float = 1.0
     """largest gradient norm in every stage, for policy and value function separately (> 0; inf: no clipping)"""
     learning_rate: float = 1e-3
@@ -202,8 +202,8 @@ class Args:
     """initial log standard deviation of the stage, in units of half the action range"""
 
 
-# What is different for a task. reward_scale 50 turns a quadruped's rewards into rewards per second, so that returns are
-# large beside the first estimates of an untrained value function.
+# Flags of a task that differ from the defaults. The quadruped acts 50 times a second; reward_scale 50 turns its rewards
+# into rewards per second. Its returns are then large compared with the output of an untrained value function.
 TASKS = {
     "Quadruped-Flat": dict(
         total_timesteps=75_000_000, integrator="implicitfast", env_kwargs={"randomize": True}, reward_scale=50.0,
@@ -221,9 +221,9 @@ def task_defaults(env_id: str) -> Args:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Read the flags. Omitted ones are those of the task, or of the checkpoint with --resume and --play.
+    """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play.
 
-    InputError with the parser's message on one line."""
+    Raises InputError with the parser's message on one line."""
 
     def parse(words: list[str], default: Args) -> Args:
         complaint = io.StringIO()
@@ -242,7 +242,7 @@ def parse_args(argv: list[str]) -> Args:
     if path:
         of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
-    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of every key
+    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # from a filled dict, tyro makes one flag a key
     if (args.export or args.capture_video) and not args.play:
         raise InputError("--export and --capture-video need a checkpoint; give it with --play")
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
@@ -362,7 +362,7 @@ def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RunningStatistics(nn.Module):
-    """Running mean and variance of vectors. They are buffers, so checkpoints hold them and evaluation freezes them."""
+    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
 
     def __init__(self, size: int, enabled: bool, limit: float = math.inf):
         super().__init__()
@@ -523,7 +523,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: the environment was quarantined, and the transition is masked everywhere
+    invalid: Tensor  # (T, N) bool: quarantined, because the simulation diverged; masked in everything that learns
 
 
 def allocate_rollout(steps: int, envs: int, agent: Agent, device: torch.device) -> Rollout:
@@ -589,7 +589,7 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Exact KL(old || new) (B,) of diagonal Gaussians. It has no epsilon, so small deviations do not bias it."""
+    """Exact KL(old || new) (B,) of diagonal Gaussians. Without an epsilon, small standard deviations do not bias it."""
     squares = (2.0 * (old_log_std - log_std)).exp() + ((old_mean - mean) * (-log_std).exp()).square()
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
@@ -721,7 +721,7 @@ def apply_gradients(agent: Agent, optimizer: torch.optim.Optimizer, policy_froze
 def adapted_learning_rate(
     learning_rate: Tensor, kl: Tensor, desired_kl: float, lowest: float, highest: float
 ) -> Tensor:
-    """Divide by 1.5 if the policy moved more than twice as far as desired; multiply by 1.5 if less than half as far."""
+    """Divide by 1.5 if kl, the policy's change, is over twice the desired one; multiply by 1.5 if it is under half."""
     factor = torch.where(kl > 2.0 * desired_kl, 1.0 / 1.5, torch.where(kl < 0.5 * desired_kl, 1.5, 1.0))
     return (learning_rate * factor).clamp(lowest, highest)
 
@@ -816,7 +816,7 @@ def imitate(
 
 
 def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
-    """Adam for graphs: its learning rate is a tensor, and its moments exist from the start, at fixed addresses."""
+    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
     on_gpu = learning_rate.device.type == "cuda"
     optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
     for parameter in module.parameters():
@@ -890,15 +890,15 @@ def gather_from_processes(state: dict) -> list[dict]:
 
 
 def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Independent seeds for each process and each use, however close the users' seeds are."""
+    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
     return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
 
 
 class StopSignals:
     """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
 
-    A second one, or one outside of training, raises KeyboardInterrupt. A repetition within a second is ignored, because
-    `timeout` signals a process and then its group."""
+    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
+    because `timeout` signals a process and then its group."""
 
     def __init__(self):
         self.number, self.time = 0, -math.inf  # of the last signal
@@ -1012,7 +1012,7 @@ def stages_to_run(args: Args, checkpoint: dict | None, sizes: Sizes) -> list[str
 
 
 def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
-    """InputError for flags that do not fit the checkpoint's state, or that would change nothing."""
+    """InputError for flags that do not fit the checkpoint's state, or that would have no effect."""
     fixed = "env_id env_kwargs num_envs num_steps distill_steps seed teacher student actor_hidden critic_hidden"
     fixed += " student_network student_hidden student_history student_memory log_std_init distill_noise"
     for name in [*fixed.split(), "finetune_log_std", "critic_warmup_iterations"]:
@@ -1046,7 +1046,7 @@ class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
 
     def __init__(self, run_dir: Path, args: Args, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # a second of import that --help need not wait for
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help does not need
 
         config = dataclasses.asdict(args)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -1537,7 +1537,7 @@ def export(args: Args, checkpoint: dict) -> None:
 def play(args: Args, make_env: Callable | None = None) -> dict | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
-    The score is that in Gymnasium's own environment if there is one."""
+    The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
     checkpoint = load_checkpoint(args.play)
     act, observes, score = load_policy(checkpoint), checkpoint["observes"], None
     if args.export:

@@ -19,11 +19,13 @@ Your own simulator: call `train(Args(env_id="my-robot"), make_env=make_env)` wit
 `make_env(env_id, num_envs, device, seed, **env_kwargs)` that returns a vector environment of tensors on that device.
 It needs reset, step, two spaces and info["final_obs"]; the docstring of `vecsim_torch.CompletedEnv` has the details.
 
-A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123). Add --gae-lambda 1
---no-normalize-advantages --no-normalize-values --bounds-coef 0 for plain n-step returns, as in the textbook:
+A2C is PPO with one epoch, one minibatch and no clipping (Huang et al. 2022, arXiv:2205.09123):
 
     python ppo_gpu_torch.py --update-epochs 1 --num-minibatches 1 --clip-coef inf --num-steps 5 \
         --learning-rate-schedule constant
+
+For the textbook's A2C with plain n-step returns, append --gae-lambda 1 --no-normalize-advantages
+--no-normalize-values --bounds-coef 0.
 
 Sources: PPO, Schulman et al. 2017 (arXiv:1707.06347), eq. 7; GAE, Schulman et al. 2016 (arXiv:1506.02438), eq. 16;
 time limits, Pardo et al. 2018 (arXiv:1712.00378); learning rate from the KL divergence, and the regime of many
@@ -67,7 +69,7 @@ from vecsim_torch import InputError
 
 @dataclasses.dataclass
 class Args:
-    """Flags of a run. All numbers of steps are environment steps, summed over all environments.
+    """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
     These defaults are for a task without a row in TASKS."""
 
@@ -90,15 +92,15 @@ class Args:
     run_dir: str | None = None
     """output folder; must not contain a run (default: runs/<env_id>__ppo__<seed>__<time>; resumed: its old folder)"""
     resume: str | None = None
-    """checkpoint to continue; omitted flags keep its values, and the learning rate stays as it was adapted"""
+    """checkpoint to continue; omitted flags keep its values, also an adapted learning rate"""
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     log_every: int | None = None
-    """log at least every this many steps (>= 1; default: total_timesteps / 200)"""
+    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
     """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
     eval_every: int | None = None
-    """steps between evaluations in Gymnasium (>= 1; default: only a final one); their time is not counted"""
+    """steps between evaluations in Gymnasium (>= 1; default: only a final one); training times exclude them"""
     play: str | None = None
     """checkpoint to play deterministically on the CPU instead of training; prints its score"""
     export: str | None = None
@@ -112,7 +114,7 @@ class Args:
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """options of the task, on top of those in TASKS, such as ctrl_cost_weight 0.1 randomize.mass 0.2"""
+    """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.2"""
     integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
     """integrator of the training physics; Gymnasium's environments keep their own"""
     solver_iterations: int = 4
@@ -154,7 +156,7 @@ class Args:
     entropy_coef: float = 0.0
     """weight of the entropy bonus (>= 0)"""
     bounds_coef: float = 1e-4
-    """weight of the penalty on mean actions beyond 1.1 half ranges from the centre (>= 0)"""
+    """weight of the penalty on mean actions outside 1.1 times the action range (>= 0)"""
     max_grad_norm: float = 1.0
     """largest gradient norm, for policy and value function separately (> 0; inf: no clipping)"""
 
@@ -166,11 +168,11 @@ class Args:
     learning_rate_max: float = 5e-3
     """adaptive schedule: highest learning rate (> 0); the lowest is 1e-5"""
     desired_kl: tuple[float, float] = (0.01, 0.01)
-    """adaptive schedule: KL(old policy || new policy) to aim at, at the start and at the end of the run (> 0)"""
+    """adaptive schedule: target of KL(old policy || new policy) at the start and at the end of the run (> 0)"""
 
 
-# What is different for a task. reward_scale 50 turns a quadruped's rewards into rewards per second, so that returns are
-# large beside the first estimates of an untrained value function.
+# Flags of a task that differ from the defaults. The quadruped acts 50 times a second; reward_scale 50 turns its rewards
+# into rewards per second. Its returns are then large compared with the output of an untrained value function.
 TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
@@ -200,9 +202,9 @@ def task_defaults(env_id: str) -> Args:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Read the flags. Omitted ones are those of the task, or of the checkpoint with --resume and --play.
+    """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play.
 
-    InputError with the parser's message on one line."""
+    Raises InputError with the parser's message on one line."""
 
     def parse(words: list[str], default: Args) -> Args:
         complaint = io.StringIO()
@@ -221,7 +223,7 @@ def parse_args(argv: list[str]) -> Args:
     if path:
         of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
-    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of every key
+    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # from a filled dict, tyro makes one flag a key
     if (args.export or args.capture_video) and not args.play:
         raise InputError("--export and --capture-video need a checkpoint; give it with --play")
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
@@ -270,7 +272,7 @@ class Sizes(NamedTuple):
 
 
 def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
-    """InputError if the environments or the samples do not split evenly; it names the nearest numbers that do."""
+    """Compute the sizes. InputError if environments or samples do not split evenly; it names the nearest numbers."""
     if args.num_envs % world_size:
         above = math.ceil(args.num_envs / world_size) * world_size
         choices = f"{above - world_size} or {above}" if args.num_envs > world_size else f"{above}"
@@ -315,7 +317,7 @@ def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RunningStatistics(nn.Module):
-    """Running mean and variance of vectors. They are buffers, so checkpoints hold them and evaluation freezes them."""
+    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
 
     def __init__(self, size: int, enabled: bool, limit: float = math.inf):
         super().__init__()
@@ -363,8 +365,9 @@ def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function, two networks. The policy acts in half ranges: -1 to 1 is the action range.
+    """Gaussian policy and value function, two networks.
 
+    Inside the agent an action is in half ranges: 0 is the centre of the action range, -1 and 1 are its ends.
     critic_obs_size: size of the privileged observation of the value function; None: it sees what the policy sees."""
 
     def __init__(self, obs_size: int, critic_obs_size: int | None, action_space: gymnasium.spaces.Box, args: Args):
@@ -384,7 +387,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
 
     def autocast(self, x: Tensor) -> torch.autocast:
-        # No cache: weights that were cast while a graph was captured would go stale.
+        # No cache of weights in bfloat16: a captured graph would use the cached ones after the weights have changed.
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def policy_mean(self, normalized_obs: Tensor) -> Tensor:
@@ -414,14 +417,14 @@ class Rollout(NamedTuple):
     """The transitions of one iteration on the device: T = num_steps, N = environments of this process."""
 
     obs: Tensor  # (T, N, obs)
-    critic_obs: Tensor  # (T, N, critic obs); the very tensor obs if the task has no privileged observation
+    critic_obs: Tensor  # (T, N, critic obs); the tensor obs itself if the task has no privileged observation
     final_critic_obs: Tensor  # (T, N, critic obs): what the step led to, before any automatic reset
     action: Tensor  # (T, N, actions), half ranges
     mean: Tensor  # (T, N, actions), half ranges: the mean of the policy that acted
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: the environment was quarantined, and the transition is masked everywhere
+    invalid: Tensor  # (T, N) bool: quarantined, because the simulation diverged; masked in everything that learns
 
 
 def allocate_rollout(
@@ -475,7 +478,7 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Exact KL(old || new) (B,) of diagonal Gaussians. It has no epsilon, so small deviations do not bias it."""
+    """Exact KL(old || new) (B,) of diagonal Gaussians. Without an epsilon, small standard deviations do not bias it."""
     squares = (2.0 * (old_log_std - log_std)).exp() + ((old_mean - mean) * (-log_std).exp()).square()
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
@@ -564,7 +567,8 @@ def make_batch(
 
 
 def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss () and stacked LossTerms of a minibatch, or of a part of it. `samples` is the size of the whole minibatch.
+    """Loss () and stacked LossTerms of a minibatch, or of a part of it. Both are sums divided by `samples`, the size of
+    the whole minibatch, so that the results of its parts add up.
 
     There is no value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam
     ignores the scale of a loss."""
@@ -610,7 +614,7 @@ def apply_gradients(agent: Agent, optimizer: torch.optim.Optimizer, max_grad_nor
 def adapted_learning_rate(
     learning_rate: Tensor, kl: Tensor, desired_kl: float, lowest: float, highest: float
 ) -> Tensor:
-    """Divide by 1.5 if the policy moved more than twice as far as desired; multiply by 1.5 if less than half as far."""
+    """Divide by 1.5 if kl, the policy's change, is over twice the desired one; multiply by 1.5 if it is under half."""
     factor = torch.where(kl > 2.0 * desired_kl, 1.0 / 1.5, torch.where(kl < 0.5 * desired_kl, 1.5, 1.0))
     return (learning_rate * factor).clamp(lowest, highest)
 
@@ -621,7 +625,8 @@ def update(
     """All gradient steps of an iteration; returns the sum of their LossTerms, stacked.
 
     Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, and takes a step.
-    accumulate and apply are those of build_functions."""
+    accumulate and apply compute gradients and take a step: accumulate_gradients and apply_gradients, as build_functions
+    returns them."""
     old_log_std = agent.log_std.detach().clone()
     total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
     for epoch in range(args.update_epochs):
@@ -643,7 +648,7 @@ def update(
 
 
 def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
-    """Adam for graphs: its learning rate is a tensor, and its moments exist from the start, at fixed addresses."""
+    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
     on_gpu = learning_rate.device.type == "cuda"
     optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
     for parameter in module.parameters():
@@ -657,7 +662,8 @@ def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam
 def capture(function, inputs: tuple[Tensor, ...]):
     """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
 
-    The function must not read the host. The warm-up calls run it for real: the caller restores what they change."""
+    The function must not copy from the device to the host. It runs three times as a warm-up before the capture; the
+    caller restores what these calls change."""
     static_inputs = tuple(x.clone() for x in inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -681,7 +687,8 @@ def capture(function, inputs: tuple[Tensor, ...]):
 def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args):
     """Make four functions of tensors, eager or compiled, and captured on a GPU:
 
-    policy(obs, noise), targets(), accumulate(old_log_std, *batch) and apply(). agent and optimizer do not change."""
+    policy(obs, noise) is policy_step, targets() is values_and_advantages, accumulate(old_log_std, *batch) is
+    accumulate_gradients and apply() is apply_gradients. Agent and optimizer have the same values afterwards."""
     step_function, loss_function = policy_step, ppo_loss
     if args.compile:
         step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
@@ -707,13 +714,13 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
         try:
             policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
             accumulate = capture(accumulate, example)
-            accumulate(*example)  # a capture runs nothing: without this call the gradients would be arbitrary memory
+            accumulate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
             apply = capture(apply, ())
         except RuntimeError as error:
             raise RuntimeError("capture in CUDA graphs failed; --no-cuda-graphs runs without them") from error
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)
-    else:  # compile now, outside of the clock of the training
+    else:  # compile now, before the clock of the training starts
         policy(obs, torch.zeros_like(action))
         accumulate(*example)
     return policy, targets, accumulate, apply
@@ -768,15 +775,15 @@ def gather_from_processes(state: dict) -> list[dict]:
 
 
 def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Independent seeds for each process and each use, however close the users' seeds are."""
+    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
     return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
 
 
 class StopSignals:
     """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
 
-    A second one, or one outside of training, raises KeyboardInterrupt. A repetition within a second is ignored, because
-    `timeout` signals a process and then its group."""
+    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
+    because `timeout` signals a process and then its group."""
 
     def __init__(self):
         self.number, self.time = 0, -math.inf  # of the last signal
@@ -842,7 +849,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
-    """InputError for flags that do not fit the checkpoint's state, or that would change nothing."""
+    """InputError for flags that do not fit the checkpoint's state, or that would have no effect."""
     fixed = "env_id env_kwargs num_envs num_steps seed actor_hidden critic_hidden log_std_init"
     for name in [*fixed.split(), "normalize_observations", "normalize_values"]:
         then, now = checkpoint["args"][name], getattr(args, name)
@@ -876,7 +883,7 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 
 
 def pick_run_dir(args: Args) -> Path:
-    """The folder of this run. Only a resumed run may continue in a folder that has a run: its own."""
+    """The folder of this run. InputError if it contains a run, unless this run resumes that one."""
     if args.resume and not args.run_dir:
         return Path(args.resume).parent
     task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
@@ -892,7 +899,7 @@ class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
 
     def __init__(self, run_dir: Path, args: Args, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # a second of import that --help need not wait for
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help does not need
 
         config = dataclasses.asdict(args)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -985,8 +992,8 @@ def crossed(every: int | None, before: int, after: int) -> bool:
 def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     """Train, write the run folder and evaluate; return the last log record together with the evaluation.
 
-    make_env: see the top of this file. After a signal it finishes and saves the iteration, then raises
-    KeyboardInterrupt."""
+    make_env: see the top of this file. After a signal, training finishes the iteration and saves a checkpoint; then it
+    raises KeyboardInterrupt."""
     # Check the flags before anything is allocated.
     stop = stop or StopSignals()
     device = vecsim.pick_device(args.device)
@@ -1062,7 +1069,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     logged_seconds, clock = train_seconds, time.perf_counter()
     stop.training = True
     for iteration in range(first_iteration, sizes.iterations):
-        # Rollout. The storage gets copies, because the simulator's tensors live until its next step.
+        # Rollout. It copies the simulator's tensors, which the next step may overwrite.
         noise = torch.randn(args.num_steps, sizes.envs, action_size, generator=generator, device=device)
         for t in range(args.num_steps):
             rollout.obs[t] = obs
@@ -1140,7 +1147,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
                 print(f"stopped after {env_steps:,} steps; continue with --resume {run_dir / 'checkpoint.pt'}")
             raise KeyboardInterrupt
 
-    # Final evaluation, by the only process that writes.
+    # Final evaluation, only in the first process, which writes.
     stop.training = False
     if profiler:
         profiler.stop()
@@ -1238,7 +1245,7 @@ def export(args: Args, checkpoint: dict) -> None:
 def play(args: Args, make_env=None) -> dict | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
-    The score is that in Gymnasium's own environment if there is one."""
+    The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
     checkpoint = load_checkpoint(args.play)
     act, score = load_policy(checkpoint), None
     if args.export:

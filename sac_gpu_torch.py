@@ -110,7 +110,7 @@ class Args:
     checkpoint_replay: bool = False
     """save the replay too, so that a run resumes bit for bit; otherwise a resumed run starts with an empty replay"""
     log_every: int | None = None
-    """log at least every this many steps (>= 1; default: total_timesteps / 200)"""
+    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
     """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
     eval_every: int | None = None
@@ -343,7 +343,7 @@ def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RunningStatistics(nn.Module):
-    """Running mean and variance of vectors. They are buffers, so checkpoints hold them and evaluation freezes them."""
+    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
 
     def __init__(self, size: int, enabled: bool, limit: float = math.inf):
         super().__init__()
@@ -521,7 +521,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
 
     def autocast(self, x: Tensor) -> torch.autocast:
-        # No cache: weights that were cast while a graph was captured would go stale.
+        # No cache of weights in bfloat16: a captured graph would use the cached ones after the weights have changed.
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def policy(self, normalized_obs: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
@@ -898,7 +898,7 @@ def update(
 
 
 def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
-    """Adam for graphs: its learning rate is a tensor, and its moments exist from the start, at fixed addresses."""
+    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
     on_gpu = learning_rate.device.type == "cuda"
     optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
     for parameter in module.parameters():
@@ -923,7 +923,8 @@ def make_optimizers(
 def capture(function, inputs: tuple[Tensor, ...]):
     """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
 
-    The function must not read the host. The warm-up calls run it for real: the caller restores what they change."""
+    The function must not copy from the device to the host. It runs three times as a warm-up before the capture; the
+    caller restores what these calls change."""
     static_inputs = tuple(x.clone() for x in inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -993,7 +994,7 @@ def build_functions(
             functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
         except RuntimeError as error:
             raise RuntimeError("capture in CUDA graphs failed; --no-cuda-graphs runs without them") from error
-    else:  # compile now, outside of the clock of the training
+    else:  # compile now, before the clock of the training starts
         functions.policy(*acting)
         functions.critic_gradients(*example)
         functions.policy_gradients(*example)
@@ -1051,15 +1052,15 @@ def gather_from_processes(state: dict) -> list[dict]:
 
 
 def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Independent seeds for each process and each use, however close the users' seeds are."""
+    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
     return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
 
 
 class StopSignals:
     """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
 
-    A second one, or one outside of training, raises KeyboardInterrupt. A repetition within a second is ignored, because
-    `timeout` signals a process and then its group."""
+    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
+    because `timeout` signals a process and then its group."""
 
     def __init__(self):
         self.number, self.time = 0, -math.inf  # of the last signal
@@ -1125,7 +1126,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
-    """InputError for flags that do not fit the checkpoint's state, or that would change nothing."""
+    """InputError for flags that do not fit the checkpoint's state, or that would have no effect."""
     fixed = "env_id env_kwargs preset num_envs seed network actor_hidden critic_hidden critic num_atoms value_limit"
     fixed += " normalize_observations normalize_rewards temperature_init"
     if checkpoint["args"]["checkpoint_replay"]:
@@ -1175,7 +1176,7 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 
 
 def pick_run_dir(args: Args) -> Path:
-    """The folder of this run. Only a resumed run may continue in a folder that has a run: its own."""
+    """The folder of this run. InputError if it contains a run, unless this run resumes that one."""
     if args.resume and not args.run_dir:
         return Path(args.resume).parent
     task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
@@ -1191,7 +1192,7 @@ class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
 
     def __init__(self, run_dir: Path, args: Args, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # a second of import that --help need not wait for
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help does not need
 
         config = dataclasses.asdict(args)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -1464,7 +1465,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
                 print(f"stopped after {env_steps:,} steps; continue with --resume {run_dir / 'checkpoint.pt'}")
             raise KeyboardInterrupt
 
-    # Final evaluation, by the only process that writes.
+    # Final evaluation, only in the first process, which writes.
     stop.training = False
     if profiler:
         profiler.stop()
@@ -1571,7 +1572,7 @@ def export(args: Args, checkpoint: dict) -> None:
 def play(args: Args, make_env=None) -> dict | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
-    The score is that in Gymnasium's own environment if there is one."""
+    The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
     checkpoint = load_checkpoint(args.play)
     act, score = load_policy(checkpoint), None
     if args.export:
