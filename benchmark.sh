@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The measurements behind results/README.md: this project beside what a user would pick instead.
 #
-#     ./benchmark.sh sim        physics steps/s and error of one step: vecsim, MuJoCo C, MJX, Brax, MuJoCo Warp, mujoco-torch
+#     ./benchmark.sh sim        physics steps/s and error of a step: vecsim, MuJoCo C, MJX, Brax, MuJoCo Warp, mujoco-torch
 #     ./benchmark.sh sim --num-envs 16,1024,65536     vecsim alone over the number of environments
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC against skrl
-#     ./benchmark.sh train      environment steps/s of whole trainings: ours, SB3, CleanRL-style, skrl, rsl_rl, rl_games, Brax
+#     ./benchmark.sh train      steps/s of whole trainings: ours, SB3, CleanRL-style, skrl, rsl_rl, rl_games, Brax
 #     ./benchmark.sh runs SET   trainings; benchmarks/runs.toml lists the sets:
 #         ppo sac mjx           time to a score in Gymnasium's own environments (hours)
 #         peers                 minutes to a score, beside SB3 and CleanRL-style PPO (two hours)
@@ -13,14 +13,14 @@
 #         seeds                 ppo_mjx_jax.py: eight agents in one program beside one
 #         walk distill          a quadruped in two simulators; teacher, students and baseline (hours)
 #         profile               where an iteration's time goes
-#     ./benchmark.sh report     writes the tables of results/README.md and draws its pictures, from the files in results/
+#     ./benchmark.sh report     writes results/README.md and draws its pictures, from the files in results/
 #
-# `./benchmark.sh MODE --help` lists the options of a mode. A first look takes a few minutes: sim --quick, train --quick.
+# `./benchmark.sh MODE --help` lists the options of a mode. For a first look: sim --quick, train --quick.
 #
 # Contenders are small programs in benchmarks/. They measure in turn, on the same cores, one at a time: see
 # benchmarks/referee.py. Other libraries are installed when first needed, each in its own virtual environment in
 # ${XDG_CACHE_HOME:-~/.cache}/onefile-gpu-rl-bench. On Linux pip installs torch for CUDA; for the build for CPUs set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. $PYTHON is the interpreter of this project (default: python).
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. $PYTHON is this project's interpreter (default: python).
 set -euo pipefail
 
 python=$(command -v "${PYTHON:-python}") || { echo "error: there is no ${PYTHON:-python}; set PYTHON" >&2; exit 1; }
