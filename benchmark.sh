@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The measurements behind results/README.md: this project beside what a user would pick instead.
 #
-#     ./benchmark.sh sim        speed and error of a physics step: vecsim, MuJoCo C, MJX, Brax, MuJoCo Warp, mujoco-torch
+#     ./benchmark.sh sim        speed and error of a physics step: vecsim, MuJoCo, MJX, Brax, MuJoCo Warp, mujoco-torch
 #     ./benchmark.sh sim --num-envs 16,1024,65536     vecsim alone over the number of environments
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC against skrl
 #     ./benchmark.sh train      steps/s of whole trainings: ours, SB3, CleanRL-style, skrl, rsl_rl, rl_games, Brax
