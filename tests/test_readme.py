@@ -1,6 +1,7 @@
 """README and results/README.md say what the result files say.
 
-tests/test_benchmark.py checks that results/README.md is what `./benchmark.sh report` makes. Here: its prose, and README."""
+tests/test_benchmark.py checks that results/README.md is what `./benchmark.sh report` makes. Here are README and the
+prose of both."""
 
 import csv
 import json
@@ -71,7 +72,8 @@ def noise_floor():
         for seed in sorted({row["seed"] for row in rows})
     ]
     tracking, falls = zip(*apart)
-    yield f"about {abs(statistics.fmean(tracking)):.2f} in score and {100 * abs(statistics.fmean(falls)):.0f} points of falls"
+    score, points = abs(statistics.fmean(tracking)), 100 * abs(statistics.fmean(falls))
+    yield f"about {score:.2f} in score and {points:.0f} points of falls"
     yield f"as much as {max(map(abs, tracking)):.2f} and {100 * max(map(abs, falls)):.0f} points"
 
 
@@ -186,7 +188,7 @@ def test_every_figure_in_prose_comes_from_a_file():
 
 
 def test_every_result_says_how_it_was_made():
-    """Command and commit (of a panel, the simulator's hash), and the hardware for all but the errors of the parity table."""
+    """Command, commit (for a panel the simulator's hash) and hardware; the parity table needs no hardware."""
     for path in sorted((ROOT / "results").glob("**/*.json")):
         record = json.loads(path.read_text())
         rows = record["rows"] if isinstance(record.get("rows"), list) else []

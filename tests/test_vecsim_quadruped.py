@@ -1,4 +1,4 @@
-"""The quadruped of tasks/quadruped.py: its physics against MuJoCo C, its rewards and rules by hand, its terrain both ways."""
+"""tasks/quadruped.py: its physics against MuJoCo C, its rewards and rules by hand, its terrain both ways."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_the_robot_in_mujoco_plays_by_the_same_rules():
 
 
 def test_commands():
-    """Inside their ranges, some zero, none too slow to be a walk; drawn anew after `resample_seconds` and not before."""
+    """In their ranges, some zero, none too slow to be a walk; drawn anew after `resample_seconds` and not before."""
     ranges = {"command_forward": (-0.5, 1.5), "command_sideways": (-0.3, 0.3), "command_yaw": (-2.0, 2.0)}
     options = {"resample_seconds": 0.1, "standing_share": 0.25, "terminate_when_unhealthy": False}
     env = make(n=256, iterations=1, **ranges, **options)
@@ -425,7 +425,7 @@ BALL = """<mujoco><asset><hfield name="f" nrow="{ny}" ncol="{nx}" size="{sx} {sy
   <body name="ball"><freejoint/><geom type="sphere" size="0.023" margin="0.05"/></body></worldbody></mujoco>"""
 
 
-# kind: share of positions where the distance differs by over 1 mm, its 95% quantile in mm, that of the normal in degrees
+# kind: share of positions where the distance differs by over 1 mm, its 95% quantile in mm, the normal's in degrees
 DEPARTURE = {
     "slope": (0.02, 0.01, 0.01),
     "rough slope": (0.2, 2.1, 7.0),
@@ -484,7 +484,7 @@ def test_the_same_field_in_mujoco():
 
 
 def test_tiles():
-    """Types in their columns, harder from row to row, level at the edges and in the middle, steps of the stated size."""
+    """Types in columns, harder from row to row, level at the edges and in the middle, steps of the stated size."""
     terrain = task_file.build_terrain(10, 20, 0)
     assert terrain.heights.shape == (10 * 80 + 41, 20 * 80 + 41) and terrain.origins.shape == (200, 3)
     origins = terrain.origins.reshape(10, 20, 3)
