@@ -42,7 +42,7 @@ def is_mask(index: ast.AST) -> bool:
 def host_reads(node: ast.AST) -> list[ast.AST]:
     """The parts of `node` that wait for the device.
 
-    These are .item() and the other METHODS, float(), int() and bool(), .any() and .all() as conditions, and x[x > 0]."""
+    These are .item() and other METHODS, float(), int() and bool(), .any() and .all() as conditions, and x[x > 0]."""
     nodes = list(ast.walk(node))
     calls = [x for x in nodes if isinstance(x, ast.Call)]
     found = [x for x in calls if isinstance(x.func, ast.Attribute) and x.func.attr in METHODS]
