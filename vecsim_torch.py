@@ -40,7 +40,7 @@ Your own task. Write a file my_task.py and give every script `--env-id my_task.p
 
     @dataclass(frozen=True)  # each option is a bool, a number or a range (low, high)
     class SwingUp(vecsim_torch.Task):
-        xml_file: str = ""  # no file: `source` returns the MJCF itself
+        xml_file: str = ""
         frame_skip: int = 4  # physics steps in a control step
         reset_noise_scale: float = 0.1
         effort_weight: float = 0.001
@@ -51,15 +51,16 @@ Your own task. Write a file my_task.py and give every script `--env-id my_task.p
                 <geom type="capsule" size="0.05" fromto="0 0 0 0 0 -1"/></body></worldbody>
               <actuator><motor joint="pivot" gear="10" ctrlrange="-1 1"/></actuator></mujoco>'''
 
-        def observe(self, model, p, sensed):  # p: the state, see `Measured`; returns named groups, (rows, N) each
+        def observe(self, model, p, sensed):  # named groups, (rows, N) each
             return {"angle": torch.cat((p.qpos.cos(), p.qpos.sin())), "velocity": p.qvel}
 
         def reward(self, model, p, sensed, action, velocity):  # (N,) each; terms called reward_... are summed
             effort = action.square().sum(0)
             return {"reward_up": -p.qpos[0].cos(), "reward_effort": -self.effort_weight * effort}
 
-`Task` documents the other methods. tasks/quadruped.py is a longer example: commands, memory, privileged observations,
-a curriculum and terrain.
+`Task` documents all methods. p is the state of the robots, see `Measured`. xml_file names a file of Gymnasium; this
+task needs none, because `source` returns the MJCF itself. tasks/quadruped.py is a longer example: commands, memory,
+privileged observations, a curriculum and terrain.
 
 Glossary
     N               number of environments, always the last axis inside the simulator
