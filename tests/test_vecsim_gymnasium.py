@@ -319,16 +319,6 @@ def test_options_that_can_be():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", ["nan", "inf", "0"])
-def test_seconds_must_be_positive_and_finite(seconds, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["vecsim_torch.py", "--seconds", seconds])
-    with pytest.raises(SystemExit) as stopped:
-        vecsim.main()
-    assert stopped.value.code == 2
-    message = f"error: threads = .* must be at least 1, seconds = {float(seconds)} positive and finite\n"
-    assert re.fullmatch(message, capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Quadruped-Rough"])
 def test_benchmark(env_id, tmp_path):
     """The command as a user starts it, also for a task that imports vecsim_torch."""
@@ -339,7 +329,7 @@ def test_benchmark(env_id, tmp_path):
     result = json.loads((tmp_path / "figures/result.json").read_text())
     assert result["env_id"] == env_id and result["threads"] == 1 and result["command"].endswith("figures/result.json")
     assert result["physics_steps_per_second"] > 0 and result["mujoco_c_physics_steps_per_second"] > 0
-    assert all(f"  {name} " in answer.stdout for name in result)
+    assert all(f'"{name}": ' in answer.stdout for name in result)
     if env_id == "InvertedPendulum-v5":
-        assert result["qacc_error_p50"] <= result["qacc_error_p99"] <= result["qacc_error_p100"] <= 1e-4
-        assert result["qacc_error_p99"] == result["qacc_error_p99_by_iterations"]["4"]
+        errors = result["qacc_error_p99_by_iterations"]
+        assert list(errors) == ["2", "3", "4"] and errors["4"] <= 1e-4
