@@ -2658,32 +2658,22 @@ def pick_device(name: str | torch.device) -> torch.device:
     """
     if isinstance(name, torch.device):
         return name
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not match:
         raise InputError(f"device = {name} must be auto, cpu, cuda or cuda:N")
-    if not available:
-        raise InputError(f"device = {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
-    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and match[1]:
-        raise InputError(
-            f"device = {name}: {processes} processes cannot share one GPU; use --device cuda, one GPU for each"
-        )
-    if processes > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > available:
-        raise InputError(
-            f"device = {name}: each process needs a GPU, and there are {available} here; "
-            f"use --nproc-per-node={available}"
-        )
-    index = int(match[1] or local_rank)
+    if match[1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"device = {name}: several processes cannot share one GPU; use --device cuda")
+    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
     if index >= available:
-        raise InputError(f"device = {name}: there is no GPU {index} here; use cuda:0 to cuda:{available - 1}")
+        seen = f"PyTorch {torch.__version__} sees {available} GPUs here"
+        raise InputError(f"device = {name}: there is no GPU {index}; {seen}; use another one, fewer processes or cpu")
     return torch.device("cuda", index)
 
 
 STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid", "steps", "dropped_contacts")
-COMPILED_ROWS = 32  # of `Constraints.row_jacobian`: their dense factorisation, unrolled twice, is 6,000 operations each
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
 
@@ -2727,7 +2717,8 @@ class VecSim(gymnasium.vector.VectorEnv):
     iterations          Newton iterations per evaluation of the dynamics
     pair_slots          how many contacts between moving geoms are solved at once, the deepest first; default one for
                         each pair that can touch, at most 8, or 4 with friction. The others are dropped, and
-                        `pop_statistics` counts them. Contacts with what is fixed are never dropped
+                        `pop_statistics` counts them. Contacts with what is fixed are never dropped. With many
+                        slots, compiling takes long
     self_collision      False leaves out contacts between moving geoms
     max_episode_steps   the time limit
     random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
@@ -2791,7 +2782,6 @@ class VecSim(gymnasium.vector.VectorEnv):
             self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
         )
         self.model = self.task.furnish(model, self.mj_model)
-        self._check_compiled_rows()
         single = {name.removeprefix("randomize."): value for name, value in single.items()}
         self.settings = Settings(
             task=self.task,
@@ -2814,15 +2804,6 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._statistics = torch.zeros(sums, dtype=torch.float64, device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def _check_compiled_rows(self) -> None:
-        rows = self.model.pair_slots * self.model.pair_edges
-        if self.compiled and rows > COMPILED_ROWS:
-            raise InputError(
-                f"{rows} rows of self-contacts (pair_slots={self.model.pair_slots}, "
-                f"{self.model.pair_edges} a slot) take too long to compile, at most {COMPILED_ROWS}; "
-                "use fewer pair_slots, condim 1, self_collision=False or compile=False"
-            )
-
     # -- random numbers ------------------------------------------------------------------------------------------------
 
     def _prepare_noise(self, seed: int) -> None:
@@ -2835,28 +2816,14 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._observation_rows = 0
         self._generators = [torch.Generator(self.device) for _ in range(2)]
         self._seed(seed)
-        self._check_memory()
 
     def _seed(self, seed: int) -> None:
-        if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
-            raise InputError(f"seed must be one whole number from -2**63 to 2**64 - 1, not {seed!r}")
-        second = np.random.SeedSequence((int(seed) % 2**64, 1)).generate_state(1)[0]
-        for generator, number in zip(self._generators, (seed, second), strict=True):
+        if not isinstance(seed, (int, np.integer)):
+            raise InputError(f"seed must be one whole number, not {seed!r}")
+        first = int(seed) % 2**64
+        second = np.random.SeedSequence((first, 1)).generate_state(1)[0]
+        for generator, number in zip(self._generators, (first, second), strict=True):
             generator.manual_seed(int(number))
-
-    def _check_memory(self) -> None:
-        """InputError if one step's random numbers and the states alone exceed the device's memory."""
-        rows = 2 * self.model.nq + 3 * self.model.nv + self.task.random_rows + len(self._low)
-        size = rows * self.dtype.itemsize
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.num_envs * size > memory:
-            raise InputError(
-                f"num_envs = {self.num_envs:,} needs at least {self.num_envs * size / 1e9:,.0f} GB of memory, "
-                f"more than the {memory / 1e9:,.0f} GB of {self.device}; use far fewer than {memory // size:,}"
-            )
 
     def _draw_noise(self) -> Noise:
         """The random numbers of one step. They do not depend on the chunks."""
@@ -3204,7 +3171,9 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
     """A `VecSim`, whose class lists the options. Texts of a command line are understood: "0.2:0.8" is a range."""
     try:
         return VecSim(env_id, num_envs, **options_from_text(options))
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):
+            raise
         raise InputError(f"num_envs = {num_envs:,} needs more memory than there is: {error}") from error
 
 
@@ -3566,9 +3535,9 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     statistics = env.pop_statistics()
     # MuJoCo C's robots start anew as often as vecsim's fall.
     episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
-    result = {"env_id": args.env_id, "num_envs": args.num_envs, "device": str(device), "threads": args.threads} | options
+    result = {"env_id": args.env_id, "num_envs": args.num_envs, "threads": args.threads} | options
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    result |= {"hardware": hardware, "versions": versions()}
+    result |= {"device": str(device), "hardware": hardware, "versions": versions()}
     result |= {
         "physics_steps_per_second": rate * env.task.frame_skip,
         "env_steps_per_second": rate,

@@ -640,23 +640,6 @@ def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
     assert vecsim.make("Bounded", 2).single_action_space.high == 2.0
 
 
-class Balls(vecsim.InvertedPendulum):
-    """Five balls that can touch each other, with friction, and a motor."""
-
-    def source(self):
-        balls = "".join(f'<body pos="{k} 0 0"><freejoint/><geom size=".1"/></body>' for k in range(5))
-        return f"""<mujoco><worldbody><body><joint name="j"/><geom size=".1" contype="0" conaffinity="0"/></body>{balls}
-          </worldbody><actuator><motor joint="j" ctrllimited="true" ctrlrange="-1 1"/></actuator></mujoco>"""
-
-
-def test_many_rows_of_self_contacts_are_not_compiled(monkeypatch):
-    monkeypatch.setitem(vecsim.TASKS, "Balls", Balls)
-    with pytest.raises(ValueError, match=r"36 rows .*pair_slots=9, 4 a slot.* at most 32; use fewer pair_slots"):
-        vecsim.make("Balls", 2, pair_slots=9, compile=True)
-    assert vecsim.make("Balls", 2, pair_slots=9).model.pair_slots == 9
-    assert vecsim.make("Balls", 2, compile=True).model.pair_slots == 4
-
-
 def test_dropped_contacts_are_counted():
     """A mean over robots and physics steps; here of one step."""
     folded, counts = folded_humanoids(6)
@@ -737,20 +720,17 @@ def test_merged_statistics_are_none_where_undefined():
 
 
 def test_each_process_needs_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert vecsim.pick_device("cuda") == vecsim.pick_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    with pytest.raises(vecsim.InputError, match="4 processes cannot share one GPU; use --device cuda"):
+    with pytest.raises(vecsim.InputError, match="several processes cannot share one GPU; use --device cuda"):
         vecsim.pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(vecsim.InputError, match="there are 2 here; use --nproc-per-node=2"):
+    with pytest.raises(vecsim.InputError, match="there is no GPU 3; .* sees 2 GPUs here"):
         vecsim.pick_device("auto")
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(vecsim.InputError, match="there is no GPU 5 here; use cuda:0 to cuda:1"):
-        vecsim.pick_device("cuda:5")
+    assert vecsim.pick_device("cuda:1") == torch.device("cuda", 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -763,7 +743,7 @@ def test_each_process_needs_its_own_gpu(monkeypatch):
     [
         ({"env_id": "Reacher-v5"}, "unknown task 'Reacher-v5'; choose one of .*Ant-v5"),
         ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
-        ({"num_envs": 99_999_999_999_999}, "num_envs = 99,999,999,999,999 needs at least .* GB of memory"),
+        ({"num_envs": 99_999_999_999_999}, "num_envs = 99,999,999,999,999 needs more memory than there is"),
         ({"iterations": 0}, "iterations must be at least 1, not 0"),
         ({"pair_slots": 0, "env_id": "Ant-v5"}, "pair_slots must be at least 1, not 0"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, not 0"),
@@ -773,8 +753,7 @@ def test_each_process_needs_its_own_gpu(monkeypatch):
         ({"observation_noise": -0.1}, "observation_noise must be at least 0, not -0.1"),
         ({"action_delay_ms": math.nan}, "action_delay_ms must be at least 0, not nan"),
         ({"timestep_scale": 0}, "timestep_scale must be at least 0.001, not 0"),
-        ({"seed": 10**22}, r"seed must be one whole number from -2\*\*63 to 2\*\*64 - 1, not 10000000000000000000000"),
-        ({"seed": 1.5}, "seed must be one whole number .*, not 1.5"),
+        ({"seed": 1.5}, "seed must be one whole number, not 1.5"),
         ({"device": "abacus"}, "device = abacus must be auto, cpu, cuda or cuda:N"),
         ({"ctrl_cost": 1.0}, "unknown option 'ctrl_cost' of Hopper-v5; it takes .*ctrl_cost_weight"),
         ({"healthy_state_range": (0, 1), "env_id": "Walker2d-v5"}, "unknown option 'healthy_state_range'"),
@@ -787,7 +766,7 @@ def test_make_refuses(arguments, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU, which is not refused")
 def test_make_refuses_a_missing_gpu():
-    with pytest.raises(ValueError, match="sees no CUDA device here; use --device cpu"):
+    with pytest.raises(ValueError, match="sees 0 GPUs here; use .* cpu"):
         vecsim.make("Hopper-v5", 2, device="cuda")
 
 
@@ -797,7 +776,7 @@ def test_step_and_reset_refuse():
         env.step(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="reset takes no options"):
         env.reset(options={"x": 1})
-    with pytest.raises(ValueError, match=r"seed must be one whole number .*, not \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"seed must be one whole number, not \[1, 2\]"):
         env.reset(seed=[1, 2])
     env.reset(seed=0)
     for wrong in (torch.zeros(3, 2), torch.zeros(3), np.zeros((3, 2), np.float32), [[0.0] * 3] * 2):
