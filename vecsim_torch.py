@@ -91,7 +91,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import itertools
@@ -2182,29 +2181,25 @@ def load_class(location: str) -> Any:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise InputError(f"no file {' or '.join(dict.fromkeys(map(str, places)))}")
-    loaded = [module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(path)]
-    if loaded:
-        module = loaded[0]
-    else:
-        spec = importlib.util.spec_from_file_location("_".join(path.with_suffix("").parts[1:]), path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and torch.compile look the module up by its name
-        spec.loader.exec_module(module)
-    if not isinstance(getattr(module, name, None), type):
+    module_name = "_".join(path.with_suffix("").parts[1:])
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)  # dataclasses and torch.compile look it up
+        spec.loader.exec_module(sys.modules[module_name])
+    kind = getattr(sys.modules[module_name], name, None)
+    if not isinstance(kind, type):
         raise InputError(f"{path} has no class {name!r}")
-    return getattr(module, name)
+    return kind
 
 
 def find_task(env_id: str) -> type[Task]:
     """The class of a task: an id in TASKS, or `file.py:Class`. InputError if there is no such task."""
     kind = TASKS.get(env_id, env_id)
-    if isinstance(kind, str):
-        if ".py:" not in kind:
-            raise InputError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}, or file.py:Class")
-        kind = load_class(kind)
-    if not issubclass(kind, Task):
-        raise InputError(f"{env_id} is not a vecsim_torch.Task")
-    return kind
+    if isinstance(kind, type):
+        return kind
+    if ".py:" not in kind:
+        raise InputError(f"unknown task {env_id!r}; choose one of {', '.join(TASKS)}, or file.py:Class")
+    return load_class(kind)
 
 
 def build_task(env_id: str, options: dict[str, Any]) -> Task:
@@ -2235,8 +2230,8 @@ class Randomize:
     """Ranges (low, high) of physical parameters. Every robot draws its own values uniformly at each reset.
 
     Equal ends give all robots the same value: friction=(0.5, 0.5) halves the friction of all. None keeps the MJCF's
-    value. A single number x is short for (1 - x, 1 + x) of a factor, (-x, x) of an offset, (0, x) of a push and (x, x)
-    of an interval.
+    value. A single number x is short for (1 - x, 1 + x) of a factor, (0, x) of a push, (x, x) of an interval and (-x, x)
+    of everything else.
 
     A heavier link is a denser link: its inertia scales with its mass. MuJoCo derives body_invweight0 and
     dof_invweight0, which soften contacts and limits, from the masses when it compiles a model. Here they keep their
@@ -2257,12 +2252,13 @@ class Randomize:
     initial_velocity: float | Range | None = None  # rad/s or m/s, offset of each dof at a reset
     push: float | Range | None = None  # m/s, added to the robot's velocity in a random horizontal direction
     push_interval: float | Range = (5.0, 10.0)  # s, from one push to the next
+    push_direction: float | Range = (0.0, 2 * math.pi)  # rad about the world's z, from x
 
     def ranges(self) -> dict[str, Range]:
         """(low, high) of each parameter that varies. InputError for a range that makes no sense."""
         ranges = {}
         for name, value in vars(self).items():
-            if value is None or (name == "push_interval" and self.push is None):
+            if value is None or (name in ("push_interval", "push_direction") and self.push is None):
                 continue
             centre = 1.0 if name in FACTORS else 0.0
             if isinstance(value, (int, float)):
@@ -2274,8 +2270,6 @@ class Randomize:
                 rule = f"a number or a range (low, high), low at least {lowest:g}"
                 raise InputError(f"randomize.{name} = {value!r} must be {rule}")
             ranges[name] = (float(value[0]), float(value[1]))
-        if "push" in ranges:
-            ranges["push_direction"] = (0.0, 2 * math.pi)
         return ranges
 
 
@@ -2306,8 +2300,7 @@ def choose_ranges(
 ) -> dict[str, Range]:
     """The ranges of the parameters that vary: the task's own if `randomize` is True, else those given in it.
 
-    single: fields given one by one; they replace the others. InputError for an unknown parameter, and for one that
-    this robot does not have.
+    single: fields given one by one; they replace the others. InputError for a parameter that this robot does not have.
     """
     known = parameter_rows(model)
     if randomize is True:
@@ -2315,17 +2308,10 @@ def choose_ranges(
     if not isinstance(randomize or {}, dict):
         raise InputError(f"randomize must be True or a dict of ranges, not {randomize!r}")
     given = (randomize or {}) | single
-    legal = [field.name for field in dataclasses.fields(Randomize)]
     for name in given:
-        if name not in legal:
-            nearest = difflib.get_close_matches(name, legal, 1, cutoff=0.0)[0]
-            advice = f"nearest is {nearest!r}; it takes {', '.join(legal)}"
-            raise InputError(f"unknown field {name!r} of randomize; {advice}")
-    ranges = Randomize(**given).ranges()
-    for name in ranges:
         if name not in known:
-            raise InputError(f"{name} has nothing to vary in this robot; it has {', '.join(known)}")
-    return ranges
+            raise InputError(f"randomize.{name}: this robot has no {name} to vary; it has {', '.join(known)}")
+    return Randomize(**given).ranges()
 
 
 def randomized_fields(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2673,7 +2659,8 @@ def pick_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-STATISTICS = ("episodes", "episode_return", "episode_length", "success", "invalid", "steps", "dropped_contacts")
+MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
+STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
 
@@ -3041,7 +3028,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         sums = dict(zip(names, self._statistics.tolist(), strict=True))  # host sync
         self._statistics.zero_()
         steps, episodes = sums.pop("steps"), sums["episodes"]
-        for name in ("episode_return", "episode_length", "success"):
+        for name in MEANS_OVER_EPISODES:
             sums[name] = sums[name] / episodes if episodes else math.nan
         sums["dropped_contacts"] /= self.task.frame_skip
         for name in ("dropped_contacts", *self.task.averaged):
@@ -3149,8 +3136,9 @@ def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
     return qpos, qvel
 
 
-VARIATIONS = ("randomize", "observation_noise", "action_delay_ms", "timestep_scale")  # departures from the plain robot
-VECSIM_ALONE = (*VARIATIONS, "pair_slots", "self_collision", "chunk")  # options that Gymnasium does not have
+VECSIM_ALONE = {  # options that Gymnasium does not have
+    "randomize", "observation_noise", "action_delay_ms", "timestep_scale", "pair_slots", "self_collision", "chunk",
+}  # fmt: skip
 
 
 def options_from_text(options: dict[str, Any]) -> dict[str, Any]:
@@ -3245,7 +3233,7 @@ def evaluate_in_gymnasium(
 def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
     """Film one episode in Gymnasium's own environment and return the path of the film.
 
-    path: an .mp4 file. Without imageio-ffmpeg the film is a .gif of the same name. act gets tensors on the CPU.
+    path: an .mp4 file. act gets tensors on the CPU.
     """
     import imageio.v2 as imageio
 
@@ -3266,12 +3254,7 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
         obs, _, terminated, truncated, info = env.step(action[0].numpy())  # host sync
         started, ended = torch.zeros_like(started), terminated or truncated
     env.close()
-    rate = env.metadata["render_fps"]
-    if importlib.util.find_spec("imageio_ffmpeg"):
-        imageio.mimwrite(path, frames, fps=rate, macro_block_size=8)
-        return path
-    path = path.with_suffix(".gif")
-    imageio.mimwrite(path, frames[::2], duration=2000 / rate, loop=0)
+    imageio.mimwrite(path, frames, fps=env.metadata["render_fps"], macro_block_size=8)
     return path
 
 
@@ -3287,23 +3270,13 @@ def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
     return options_from_text(shared)
 
 
-def without_variation(env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The options of `make` without randomisation, noise, delay and timestep_scale: the robot as its MJCF has it."""
-    return {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VARIATIONS}
-
-
 def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
-    """InputError for options that a trainer's own flags set, and for those that Gymnasium would refuse later on."""
-    other_advice = {"iterations": "use --solver-iterations", "dtype": "it is float32", "numpy": "it is False"}
-    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
+    """InputError for options of `make` that a trainer sets itself."""
+    flags = {"iterations": "--solver-iterations"}
+    for name in "num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
         if name in env_kwargs:
-            advice = other_advice.get(name, f"use --{name.replace('_', '-')}")
-            raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
-    if env_id in gymnasium.registry:
-        try:
-            gymnasium.make(env_id, **gymnasium_options(env_kwargs)).close()
-        except (TypeError, ValueError, ZeroDivisionError, gymnasium.error.Error) as error:
-            raise InputError(f"env_kwargs = {env_kwargs} do not suit gymnasium.make: {error}") from error
+            flag = flags.get(name, f"--{name.replace('_', '-')}")
+            raise InputError(f"env_kwargs sets {name}, which this script sets itself; use {flag} where there is one")
 
 
 def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
@@ -3312,18 +3285,18 @@ def merge_episode_statistics(statistics: dict[str, float], device: torch.device)
     Return, length and success are means over episodes. Everything else that a task averages is a mean over steps, and
     every process makes equally many steps.
     """
-    counts, over_episodes = ("episodes", "invalid"), ("episode_return", "episode_length", "success")
-    over_steps = [name for name in statistics if name not in counts + over_episodes]
-    episodes = statistics["episodes"]
-    sums = {name: statistics[name] * episodes if episodes else 0.0 for name in over_episodes}
-    sums |= {name: statistics[name] for name in (*over_steps, *counts)} | dict(processes=1)
-    totals = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
+    weights = {name: statistics["episodes"] if name in MEANS_OVER_EPISODES else 1.0 for name in statistics}
+    weighted = [(value * weights[name] if weights[name] else 0.0, weights[name]) for name, value in statistics.items()]
+    sums = torch.tensor(weighted, dtype=torch.float64, device=device)
     if distributed.is_initialized():
-        distributed.all_reduce(totals)
-    total = dict(zip(sums, totals.tolist(), strict=True))  # host sync
-    divisors = dict.fromkeys(over_episodes, total["episodes"]) | dict.fromkeys(over_steps, total["processes"])
-    means = {name: total[name] / n if n and math.isfinite(total[name]) else None for name, n in divisors.items()}
-    return means | {name: int(total[name]) for name in counts}
+        distributed.all_reduce(sums)
+    merged: dict[str, float | None] = {}
+    for name, (total, weight) in zip(statistics, sums.tolist(), strict=True):  # host sync
+        if name in ("episodes", "invalid"):
+            merged[name] = int(total)
+        else:
+            merged[name] = total / weight if weight and math.isfinite(total) else None
+    return merged
 
 
 def cpu_name() -> str:
@@ -3349,15 +3322,14 @@ class CompletedEnv:
         single_critic_space          of a privileged observation for the value function or the teacher; then info holds
                                      critic_obs, and after a step final_critic_obs too
         info["invalid"]              (N,) bool: transitions that a learner must mask; default: none
-        pop_statistics()             as in `VecSim`; default: this class counts the episodes
         state_dict, load_state_dict  for exact resumption; default: a resumed run begins new episodes
-        close()
     """
 
     def __init__(self, env: Any):
         self.env = env
         self.single_observation_space, self.single_action_space = env.single_observation_space, env.single_action_space
         self.single_critic_space = getattr(env, "single_critic_space", None)
+        self.close = getattr(env, "close", lambda: None)
 
     def reset(self, *, seed: int | None = None) -> tuple[Tensor, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed)
@@ -3376,13 +3348,11 @@ class CompletedEnv:
         return obs, reward, terminated, truncated, info | {"invalid": invalid}
 
     def pop_statistics(self) -> dict[str, float]:
-        if hasattr(self.env, "pop_statistics"):
-            return self.env.pop_statistics()
         returns, lengths, episodes, invalid = self.sums.tolist()  # host sync
         self.sums.zero_()
-        means = dict(episode_return=returns, episode_length=lengths, success=math.nan)
+        means = {"episode_return": returns, "episode_length": lengths, "success": math.nan}
         means = {name: value / episodes if episodes else math.nan for name, value in means.items()}
-        return dict(episodes=episodes, invalid=invalid) | means
+        return {"episodes": episodes, "invalid": invalid} | means
 
     def state_dict(self) -> dict[str, Any]:
         if not hasattr(self.env, "state_dict"):
@@ -3394,34 +3364,23 @@ class CompletedEnv:
         self.running.copy_(state["running"])
         self.sums.copy_(state["sums"])
 
-    def close(self) -> None:
-        if hasattr(self.env, "close"):
-            self.env.close()
-
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on, for checkpoints and reports."""
-    return dict(
-        python=sys.version.split()[0],
-        torch=str(torch.__version__),
-        mujoco=mujoco.__version__,
-        gymnasium=gymnasium.__version__,
-        numpy=np.__version__,
-    )
+    packages = (torch, mujoco, gymnasium, np)
+    return {"python": platform.python_version()} | {package.__name__: str(package.__version__) for package in packages}
 
 
-def quadruped_in_mujoco(**options: Any) -> gymnasium.Env:
-    """Gymnasium's Quadruped-Flat: one robot in MuJoCo C."""
-    return load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
-
-
-gymnasium.register(
-    id="Quadruped-Flat", entry_point=quadruped_in_mujoco, max_episode_steps=1000, disable_env_checker=True
+gymnasium.register(  # one robot in MuJoCo C
+    "Quadruped-Flat",
+    entry_point=lambda **options: load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options),
+    max_episode_steps=1000,
+    disable_env_checker=True,
 )
-
 for _name in TASKS:
-    _options = {"env_id": _name, "numpy": True}
-    gymnasium.register(id=f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs=_options)
+    gymnasium.register(
+        f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name, "numpy": True}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

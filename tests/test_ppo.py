@@ -552,7 +552,7 @@ BAD_INPUT = [
     (f"--run-dir {'a' * 300}", "File name too long"),
     ("--env-id Nowhere-v5", "unknown task 'Nowhere-v5'"),
     ("--env-kwargs no_such_option 1", "no_such_option"),
-    ("--env-kwargs randomize.weight 0.1", "unknown field 'weight' of randomize"),
+    ("--env-kwargs randomize.weight 0.1", "this robot has no weight to vary"),
     ("--env-kwargs iterations 8", "env_kwargs sets iterations, which this script sets itself; use --solver-iterations"),
 ]
 

@@ -283,22 +283,17 @@ def test_film(tmp_path, monkeypatch):
     options = {"max_episode_steps": 5}
     try:
         path = vecsim.film("InvertedPendulum-v5", lean, tmp_path / "play.mp4", 0, options)
-        monkeypatch.setattr(vecsim.importlib.util, "find_spec", lambda name: None)
-        still = vecsim.film("InvertedPendulum-v5", lean, tmp_path / "play.mp4", 0, options)
     except Exception as error:  # MuJoCo's renderers raise AttributeError, ImportError, RuntimeError or their own
         if re.search(r"\b(E?GL|OSMesa|OpenGL|GLFW|gladLoad\w*|DISPLAY)", str(error), re.IGNORECASE):
             pytest.skip(f"no OpenGL on this machine: {error}")
         raise
-    assert path.name in ("play.mp4", "play.gif") and still.name == "play.gif"
-    assert path.stat().st_size > 1_000 and still.stat().st_size > 1_000
+    assert path.name == "play.mp4" and path.stat().st_size > 1_000
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"reset_noise": 0.1}, "do not suit gymnasium.make.*reset_noise"),
-        ({"frame_skip": 0}, "'frame_skip': 0} do not suit gymnasium.make"),
-        ({"numpy": True}, "env_kwargs sets numpy, which this script sets itself; it is False"),
+        ({"numpy": True}, "env_kwargs sets numpy, which this script sets itself"),
         ({"iterations": 8}, "env_kwargs sets iterations, which this script sets itself; use --solver-iterations"),
     ],
 )
