@@ -1991,9 +1991,9 @@ class Hopper(Task):
     ctrl_cost_weight: float = 1e-3
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
-    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
-    healthy_z_range: tuple[float, float] = (0.7, math.inf)
-    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
+    healthy_state_range: Range = (-100.0, 100.0)
+    healthy_z_range: Range = (0.7, math.inf)
+    healthy_angle_range: Range = (-0.2, 0.2)
     exclude_current_positions_from_observation: bool = True
 
     def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2021,9 +2021,9 @@ class Walker2d(Hopper):
     """Walk forward on two legs."""
 
     xml_file: str = "walker2d_v5.xml"
-    healthy_state_range: tuple[float, float] = dataclasses.field(default=(-math.inf, math.inf), init=False)
-    healthy_z_range: tuple[float, float] = (0.8, 2.0)
-    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
+    healthy_state_range: Range = dataclasses.field(default=(-math.inf, math.inf), init=False)
+    healthy_z_range: Range = (0.8, 2.0)
+    healthy_angle_range: Range = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -2059,32 +2059,35 @@ class Ant(Task):
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.5
     contact_cost_weight: float = 5e-4
+    contact_cost_range: Range = dataclasses.field(default=(-math.inf, math.inf), init=False)
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
-    healthy_z_range: tuple[float, float] = (0.2, 1.0)
-    contact_force_range: tuple[float, float] = (-1.0, 1.0)
+    healthy_z_range: Range = (0.2, 1.0)
+    contact_force_range: Range = (-1.0, 1.0)
     exclude_current_positions_from_observation: bool = True
     include_cfrc_ext_in_observation: bool = True
     normal_velocity_noise = True
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
         if p.dynamics is None:
-            return {"position": p.qpos[:2], "cfrc_ext": p.qpos.new_zeros(model.nbody - 1, 6, p.qpos.shape[1])}
+            return {"position": p.qpos[:2], "cfrc_ext": p.qpos.new_zeros(6 * (model.nbody - 1), p.qpos.shape[1])}
         xpos, xmat = p.dynamics.smooth[:2]
-        wrenches = contact_wrenches(model, p.dynamics, centre_of_mass(model, xpos, xmat))
+        wrenches = contact_wrenches(model, p.dynamics, centre_of_mass(model, xpos, xmat)).flatten(0, 1)
         return {"position": xpos[0, :2], "cfrc_ext": wrenches.clamp(*self.contact_force_range)}
 
     def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
         groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
-        if self.include_cfrc_ext_in_observation:
-            groups["cfrc_ext"] = sensed["cfrc_ext"].flatten(0, 1)
+        for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"):
+            if getattr(self, f"include_{name}_in_observation", False):
+                groups[name] = sensed[name]
         return groups
 
     def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+        contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
-            "reward_contact": -self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum((0, 1)),
+            "reward_contact": -contact_cost.clamp(*self.contact_cost_range),
             "reward_survive": self.healthy_reward * self.healthy(p, sensed),
             "x_velocity": velocity[0],
             "y_velocity": velocity[1],
@@ -2096,24 +2099,22 @@ class Ant(Task):
 
 
 @dataclass(frozen=True)
-class Humanoid(Task):
+class Humanoid(Ant):
     """Walk forward on two legs, in three dimensions."""
 
     xml_file: str = "humanoid.xml"
-    frame_skip: int = 5
     reset_noise_scale: float = 1e-2
     forward_reward_weight: float = 1.25
     ctrl_cost_weight: float = 0.1
     contact_cost_weight: float = 5e-7
-    contact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+    contact_cost_range: Range = (-math.inf, 10.0)
+    contact_force_range: Range = dataclasses.field(default=(-math.inf, math.inf), init=False)
     healthy_reward: float = 5.0
-    terminate_when_unhealthy: bool = True
-    healthy_z_range: tuple[float, float] = (1.0, 2.0)
-    exclude_current_positions_from_observation: bool = True
+    healthy_z_range: Range = (1.0, 2.0)
     include_cinert_in_observation: bool = True
     include_cvel_in_observation: bool = True
     include_qfrc_actuator_in_observation: bool = True
-    include_cfrc_ext_in_observation: bool = True
+    normal_velocity_noise = False
 
     def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
         if p.dynamics is None:
@@ -2135,23 +2136,9 @@ class Humanoid(Task):
             "cfrc_ext": cfrc_ext.flatten(0, 1),
         }
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
-        groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
-        for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"):
-            if getattr(self, f"include_{name}_in_observation"):
-                groups[name] = sensed[name]
-        return groups
-
     def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
-        contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
-        return {
-            "reward_survive": self.healthy_reward * self.healthy(p, sensed),
-            "reward_forward": self.forward_reward_weight * velocity[0],
-            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
-            "reward_contact": -contact_cost.clamp(*self.contact_cost_range),
-            "x_velocity": velocity[0],
-            "y_velocity": velocity[1],
-        }
+        terms = super().reward(model, p, sensed, action, velocity)
+        return {"reward_survive": terms.pop("reward_survive")} | terms  # the first term of Gymnasium's sum
 
     def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
         return inside(p.qpos[2], self.healthy_z_range)
