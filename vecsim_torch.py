@@ -2670,11 +2670,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     `terminated` wins over `truncated`. The physics clips actions to the control range; as in Gymnasium, costs see them
     unclipped. A task with privileged observations reports them as info["critic_obs"] and info["final_critic_obs"].
 
-    From Gymnasium, with its vector wrappers:
-        env = gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64)
-        env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
-        obs, info = env.reset(seed=1)                                           # one seed for all environments
-        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+    gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64) makes one that Gymnasium's vector wrappers accept.
     `step` answers in the kind of its actions. `reset` answers in tensors, or in numpy with numpy=True, which make_vec
     sets. info follows Gymnasium's SAME_STEP: final_obs, final_info and the masks _final_obs and _final_info of the
     environments whose episode ended. With tensors, these four are in every info, and no other key has a mask. With
@@ -2877,9 +2873,9 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _set_carry(self, carry: Carry) -> None:
         chunks = self._split(carry)
         if not self._carries:
-            self._carries = [map_tensors(torch.clone, chunk) for chunk in chunks]  # the graph needs fixed addresses
+            self._carries = [map_tensors(torch.clone, chunk) for chunk in chunks]
         for mine, theirs in zip(self._carries, chunks, strict=True):
-            map_tensors(Tensor.copy_, mine, theirs)
+            map_tensors(Tensor.copy_, mine, theirs)  # in place: the graph needs fixed addresses
 
     def _get_carry(self) -> Carry:
         if not self._carries:
@@ -2928,9 +2924,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         """One control step of every environment. Actions (N, nu); the class says what is returned."""
         if not self._carries:
             raise ValueError("call reset() before step()")
-        shape = (self.num_envs, self.model.nu)
-        if not isinstance(actions, (Tensor, np.ndarray)) or actions.shape != shape:
-            given = tuple(actions.shape) if isinstance(actions, (Tensor, np.ndarray)) else type(actions).__name__
+        given, shape = getattr(actions, "shape", type(actions).__name__), (self.num_envs, self.model.nu)
+        if given != shape:
             raise ValueError(f"actions must be a tensor or a numpy array of shape {shape}, not {given}")
         if isinstance(actions, np.ndarray):
             *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))

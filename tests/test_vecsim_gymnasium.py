@@ -49,6 +49,7 @@ print(env)
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == "VecSim(vecsim/InvertedPendulum-v5, num_envs=3)\n"
+    assert all(f"vecsim/{env_id}" in gymnasium.registry for env_id in vecsim.TASKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

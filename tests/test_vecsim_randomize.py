@@ -13,13 +13,10 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from test_vecsim_env import random_actions, rollout, same
+from test_vecsim_env import FAST, RANDOMIZED, random_actions, rollout, same
 from test_vecsim_physics import batch, c_forward, converged, error, visit
 
 import vecsim_torch as vecsim
-
-FAST = {"iterations": 2, "integrator": "euler"}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Each parameter reaches the physics as it would in MuJoCo
@@ -193,12 +190,11 @@ def test_a_step_is_that_of_the_randomised_robots(env_id):
                 assert torch.equal(info[told][:, env.critic_slices["mass"]].T, model.mass)
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v5", "Quadruped-Flat"])
-def test_resume_with_everything_on(env_id, tmp_path):
-    options = {
-        "max_episode_steps": 6, "random_initial_ages": True, "randomize": True, "randomize.push": 1.0,
-        "randomize.push_interval": (0.02, 0.06), "action_delay_ms": 30, "observation_noise": 0.1, **FAST,
-    }  # fmt: skip
+@pytest.mark.parametrize("env_id, randomized", [("Hopper-v5", True), ("Quadruped-Flat", True), ("Ant-v5", False)])
+def test_resume(env_id, randomized, tmp_path):
+    options = {"max_episode_steps": 6, "random_initial_ages": True, **FAST}
+    if randomized:
+        options |= RANDOMIZED | {"randomize.push_interval": (0.02, 0.06)}
     env = vecsim.make(env_id, 8, **options)
     env.reset(seed=0)
     rollout(env, 4)
@@ -210,14 +206,6 @@ def test_resume_with_everything_on(env_id, tmp_path):
     assert other.pop_statistics() == statistics
     with pytest.raises(ValueError, match="this state is of ranges"):
         vecsim.make(env_id, 8, **options | {"randomize.mass": 0.01}).load_state_dict(env.state_dict())
-
-
-def test_chunks_change_nothing():
-    options = {"max_episode_steps": 4, "randomize": True, "randomize.push": 1.0, "action_delay_ms": 20, **FAST}
-    options |= {"randomize.push_interval": 0.03, "observation_noise": 0.1}
-    whole, parts = (vecsim.make("Hopper-v5", 128, chunk=chunk, **options) for chunk in (128, 64))
-    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
-    assert same(rollout(whole, 6), rollout(parts, 6))
 
 
 def test_off_is_off():
@@ -459,7 +447,7 @@ def test_make_refuses(options, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_graph_draws_afresh():
     """Replayed resets draw new parameters, pushes and noise; replay equals eager."""
-    options = {"device": "cuda", "max_episode_steps": 3, "randomize": True, "randomize.push": 1.0, "action_delay_ms": 20, "observation_noise": 0.1}  # fmt: skip
+    options = {"device": "cuda", "max_episode_steps": 3} | RANDOMIZED
     eager, graph = (vecsim.make("Hopper-v5", 64, compile=flag, **options) for flag in (False, True))
     eager.reset(seed=0), graph.reset(seed=0)
     drawn = []
