@@ -116,6 +116,7 @@ import numpy as np
 import torch
 from mujoco import rollout
 from torch import Tensor, distributed
+from torch.utils.benchmark import Timer
 
 
 class InputError(ValueError):
@@ -2910,14 +2911,12 @@ class VecSim(gymnasium.vector.VectorEnv):
             carry = carry._replace(age=age)
         self._set_carry(carry)
         self._statistics.zero_()
-        obs, info = obs.T.contiguous(), self._critic_info(critic_obs=critic_obs)
+        obs, info = obs.T.contiguous(), {}
+        if self.single_critic_space:
+            info["critic_obs"] = critic_obs.T.contiguous()
         if self.numpy:
             return to_numpy(obs), with_masks(to_numpy(info), np.zeros(self.num_envs, bool))
         return obs, info
-
-    def _critic_info(self, **groups: Tensor) -> dict[str, Tensor]:
-        """The privileged observations for info, if the task has any."""
-        return {} if self.single_critic_space is None else {name: x.T.contiguous() for name, x in groups.items()}
 
     @normal_tensors
     def step(self, actions: Tensor | np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -2944,7 +2943,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         terms = {"invalid": t.invalid, **t.terms}
         info = {"final_obs": t.final_obs.T.contiguous(), "_final_obs": t.ended} | terms
         info |= {"final_info": terms, "_final_info": t.ended}
-        info |= self._critic_info(critic_obs=t.critic_obs, final_critic_obs=t.final_critic_obs)
+        if self.single_critic_space:
+            critic_obs = {"critic_obs": t.critic_obs, "final_critic_obs": t.final_critic_obs}
+            info |= {name: rows.T.contiguous() for name, rows in critic_obs.items()}
         return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
 
     def _step_chunks(self, action: Tensor) -> Transition:
@@ -3193,6 +3194,19 @@ def evaluate(env: gymnasium.vector.VectorEnv, act: Act, seed: int, observes: str
     )
 
 
+def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of `make` that gymnasium.make takes too, with texts understood."""
+    shared = {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VECSIM_ALONE}
+    return options_from_text(shared)
+
+
+def gymnasium_envs(env_id: str, count: int, options: dict[str, Any]) -> gymnasium.vector.VectorEnv:
+    """A vector of Gymnasium's own environments, in MuJoCo C."""
+    return gymnasium.vector.SyncVectorEnv(
+        [lambda: gymnasium.make(env_id, **options)] * count, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+    )
+
+
 def evaluate_in_gymnasium(
     env_id: str, act: Act, episodes: int, seed: int, env_kwargs: dict[str, Any], observes: str = "obs"
 ) -> dict[str, float] | None:
@@ -3202,21 +3216,14 @@ def evaluate_in_gymnasium(
     """
     if env_id not in gymnasium.registry:
         return None
-    options = gymnasium_options(env_kwargs)
-    envs = gymnasium.vector.SyncVectorEnv(
-        [lambda: gymnasium.make(env_id, **options)] * episodes, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
-    )
+    envs = gymnasium_envs(env_id, episodes, gymnasium_options(env_kwargs))
     score = evaluate(envs, act, seed, observes)
     envs.close()
     return score
 
 
-@torch.no_grad()
 def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
-    """Film one episode in Gymnasium's own environment and return the path of the film.
-
-    path: an .mp4 file. act gets tensors on the CPU.
-    """
+    """Film one episode of `evaluate_in_gymnasium` into an .mp4 file, and return its path."""
     import imageio.v2 as imageio
 
     if env_id not in gymnasium.registry:
@@ -3226,17 +3233,15 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
         os.environ.setdefault("MUJOCO_GL", "egl")
     # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
     options = dict(render_mode="rgb_array", camera_name="track") | gymnasium_options(env_kwargs)
-    env = gymnasium.make(env_id, **options)
-    obs, info = env.reset(seed=seed)
-    frames, started, ended = [], torch.ones(1, dtype=torch.bool), False
-    while not ended:
-        frames.append(env.render())
-        seen = torch.as_tensor(obs if observes == "obs" else info[observes]).float()
-        action = act(seen.unsqueeze(0), started)
-        obs, _, terminated, truncated, info = env.step(action[0].numpy())  # host sync
-        started, ended = torch.zeros_like(started), terminated or truncated
-    env.close()
-    imageio.mimwrite(path, frames, fps=env.metadata["render_fps"], macro_block_size=8)
+    envs, frames = gymnasium_envs(env_id, 1, options), []
+
+    def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
+        frames.append(envs.render()[0])
+        return act(obs, started)
+
+    evaluate(envs, draw_and_act, seed, observes)
+    envs.close()
+    imageio.mimwrite(path, frames, fps=envs.metadata["render_fps"], macro_block_size=8)
     return path
 
 
@@ -3244,12 +3249,6 @@ def describe(score: dict[str, float]) -> str:
     """One line about a score of `evaluate`."""
     spread = f"{score['mean']:.1f} +- {score['std']:.1f} (lowest {score['min']:.1f}"
     return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
-
-
-def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The options of `make` that gymnasium.make takes too, with texts understood."""
-    shared = {name: value for name, value in env_kwargs.items() if name.split(".")[0] not in VECSIM_ALONE}
-    return options_from_text(shared)
 
 
 def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
@@ -3381,7 +3380,7 @@ class BenchmarkArgs:
     iterations: int = 4  # Newton iterations of vecsim (>= 1)
     compile: bool = True  # compile the step; on CUDA also capture it as one graph
     threads: int = os.cpu_count() or 1  # CPU threads of vecsim and of MuJoCo C (>= 1)
-    seconds: float = 2.0  # length of a timed window, s; each simulator gets five
+    seconds: float = 10.0  # how long each simulator is timed, s
     json: Path | None = None  # file to write the figures to
 
 
@@ -3392,16 +3391,10 @@ def random_actions(env: VecSim, generator: torch.Generator) -> Tensor:
     return low + (high - low) * uniform
 
 
-def speed(advance: Callable[[], Any], steps: int, seconds: float) -> float:
-    """Steps per second of a function that makes `steps` of them: the median of 5 windows of so many seconds."""
-    windows = []
-    for _ in range(5):
-        calls, passed, start = 0, 0.0, time.perf_counter()
-        while not calls or passed < seconds:
-            advance()
-            calls, passed = calls + 1, time.perf_counter() - start
-        windows.append(calls * steps / passed)
-    return float(np.median(windows))
+def seconds_per_call(function: Callable[[], Any], args: BenchmarkArgs) -> float:
+    """The median over repeated calls; waits for the GPU."""
+    timer = Timer("function()", globals={"function": function}, num_threads=args.threads)
+    return timer.blocked_autorange(min_run_time=args.seconds).median
 
 
 def mujoco_speed(env: VecSim, episode: int, args: BenchmarkArgs) -> float:
@@ -3419,7 +3412,7 @@ def mujoco_speed(env: VecSim, episode: int, args: BenchmarkArgs) -> float:
     with rollout.Rollout(nthread=args.threads) as pool:
         states, sensors = pool.rollout(m, data, start, ctrl)
         again = functools.partial(pool.rollout, m, data, start, ctrl, state=states, sensordata=sensors)
-        return speed(again, count * episode * frame_skip, args.seconds)
+        return count * episode * frame_skip / seconds_per_call(again, args)
 
 
 def acceleration_errors(env: VecSim, actions: Tensor, iterations: int) -> np.ndarray:
@@ -3463,16 +3456,11 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     env = make(args.env_id, args.num_envs, device=device, seed=1, random_initial_ages=True, **options)
     generator = torch.Generator(device).manual_seed(1)
     env.reset(seed=1)
-
-    def advance() -> None:
-        env.step(random_actions(env, generator))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     start = time.perf_counter()
-    advance()
+    env.step(random_actions(env, generator))[1].cpu()
     first_step = time.perf_counter() - start
-    rate = speed(advance, args.num_envs, args.seconds)
+    step_seconds = seconds_per_call(lambda: env.step(random_actions(env, generator)), args)
+    rate = args.num_envs / step_seconds
     statistics = env.pop_statistics()
     # MuJoCo C's robots start anew as often as vecsim's fall.
     episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
@@ -3483,7 +3471,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "physics_steps_per_second": rate * env.task.frame_skip,
         "env_steps_per_second": rate,
         "mujoco_c_physics_steps_per_second": mujoco_speed(env, episode, args),
-        "compile_seconds": max(0.0, first_step - args.num_envs / rate),
+        "compile_seconds": max(0.0, first_step - step_seconds),
         "invalid": statistics["invalid"],
     }
     if env.model.terrain is None:  # MuJoCo C has no terrain like vecsim's
