@@ -2779,11 +2779,8 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _prepare_noise(self, seed: int) -> None:
         """Count the random numbers of a step, and seed the generators."""
-        rows, ranges = parameter_rows(self.model), self.settings.ranges
-        self._parameter_rows = {name: rows[name] for name in ranges}
-        bounds = [bound for name, bound in ranges.items() for _ in range(rows[name])]
-        bounds = torch.tensor(bounds, dtype=self.dtype, device=self.device).view(-1, 2, 1)
-        self._low, self._span = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+        rows = parameter_rows(self.model)
+        self._parameter_rows = {name: rows[name] for name in self.settings.ranges}
         self._observation_rows = 0
         self._generators = [torch.Generator(self.device) for _ in range(2)]
         self._seed(seed)
@@ -2810,9 +2807,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         else:
             qvel = uniform(self.model.nv, first)
         task = uniform(self.task.random_rows, first)
-        values = self._low + self._span * uniform(len(self._low), second)
-        values = values.split(list(self._parameter_rows.values()))
-        parameters = dict(zip(self._parameter_rows, values, strict=True))
+        rows = list(self._parameter_rows.values())
+        drawn = zip(self.settings.ranges.items(), uniform(sum(rows), second).split(rows), strict=True)
+        parameters = {name: scaled(values, bounds) for (name, bounds), values in drawn}
         return Noise(qpos, qvel, task, parameters, uniform(self._observation_rows, second))
 
     # -- spaces and names ----------------------------------------------------------------------------------------------
@@ -2895,10 +2892,9 @@ class VecSim(gymnasium.vector.VectorEnv):
     ) -> tuple[Tensor | np.ndarray, dict[str, Any]]:
         """Start an episode in every environment. Without a seed the random generators continue.
 
-        One seed serves all environments: each draws its own random numbers. InputError for a list of seeds.
+        One seed serves all environments: each draws its own random numbers. InputError for a list of seeds. There are
+        no options.
         """
-        if options:
-            raise InputError(f"reset takes no options, not {sorted(options)}")
         if seed is not None:
             self._seed(seed)
         noise = self._draw_noise()
@@ -2930,11 +2926,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
             info = to_numpy(info)
             return *map(to_numpy, answer), with_masks(info, info["_final_obs"])
-        if actions.dtype != self.dtype or actions.device != self._statistics.device:
-            raise ValueError(
-                f"actions must be {self.dtype} on {self.device}, not {actions.dtype} on {actions.device}; "
-                "use actions.to(env.device, env.dtype)"
-            )
+        actions = actions.to(self.device, self.dtype)
         if self.device.type == "cuda" and self.compiled:
             with torch.cuda.device(self.device):
                 t = self._replay(actions)
@@ -3034,9 +3026,6 @@ class VecSim(gymnasium.vector.VectorEnv):
     @normal_tensors
     def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         """Put every robot at qpos (nq, N), qvel (nv, N), like Gymnasium's set_state. Returns obs without noise."""
-        for name, x, rows in (("qpos", qpos, self.model.nq), ("qvel", qvel, self.model.nv)):
-            if x.shape != (rows, self.num_envs):
-                raise ValueError(f"{name} must have shape {(rows, self.num_envs)}, not {tuple(x.shape)}")
         carry, model = self._get_carry(), self.robots()
         qpos, qvel = (x.to(self.device, self.dtype) for x in (qpos, qvel))
         measured = Measured(qpos, qvel, None, carry.memory, carry.push)

@@ -739,16 +739,13 @@ def test_step_and_reset_refuse():
     env = vecsim.make("Hopper-v5", 2)
     with pytest.raises(ValueError, match="call reset"):
         env.step(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="reset takes no options"):
-        env.reset(options={"x": 1})
     with pytest.raises(ValueError, match=r"seed must be one whole number, not \[1, 2\]"):
         env.reset(seed=[1, 2])
     env.reset(seed=0)
     for wrong in (torch.zeros(3, 2), torch.zeros(3), np.zeros((3, 2), np.float32), [[0.0] * 3] * 2):
         with pytest.raises(ValueError, match=r"actions must be a tensor or a numpy array of shape \(2, 3\)"):
             env.step(wrong)
-    with pytest.raises(ValueError, match=r"actions must be torch.float32 .* not torch.float64"):
-        env.step(torch.zeros(2, 3, dtype=torch.float64))
+    assert env.step(torch.zeros(2, 3, dtype=torch.float64))[0].dtype == torch.float32
     state = env.state_dict()
     for other in (vecsim.make("Hopper-v5", 3), vecsim.make("Walker2d-v5", 2)):
         with pytest.raises(vecsim.InputError, match="this state is of"):
