@@ -1892,7 +1892,7 @@ class Task:
     random_rows = 0  # how many random numbers `begin` and `remember` need
     averaged = ()  # names in `reward`'s answer whose means `VecSim.pop_statistics` reports
     noise_scale = {}  # scale of the observation noise of each group; 1 for others
-    randomization = {  # fields of `Randomize` for `randomize=True`; what a model lacks is left out
+    randomization = {  # parameters of `parameter_rows` for `randomize=True`; what a model lacks is left out
         "mass": 0.1, "centre_of_mass": 0.01, "friction": 0.3, "damping": 0.2, "armature": 0.2, "motor_strength": 0.1,
         "gravity": 0.05,
     }  # fmt: skip
@@ -2213,72 +2213,30 @@ FACTORS = (
 OF_THE_ROBOT = (*FACTORS, "centre_of_mass")  # parameters that stay the same for a whole episode
 
 
-@dataclass(frozen=True)
-class Randomize:
-    """Ranges (low, high) of physical parameters. Every robot draws its own values uniformly at each reset.
-
-    Equal ends give all robots the same value: friction=(0.5, 0.5) halves the friction of all. None keeps the MJCF's
-    value. A single number x is short for (1 - x, 1 + x) of a factor, (0, x) of a push, (x, x) of an interval and (-x, x)
-    of everything else.
+def parameter_rows(model: Model) -> dict[str, int]:
+    """The parameters in which the robots can differ, of those that this model has, and how many numbers each needs.
 
     A heavier link is a denser link: its inertia scales with its mass. MuJoCo derives body_invweight0 and
     dof_invweight0, which soften contacts and limits, from the masses when it compiles a model. Here they keep their
     compiled values, as in MuJoCo when one changes mjModel's fields without mj_setConst. For a quadruped on the ground
     with masses 20% off, that changes qacc by 0.1% in the median and 2.4% at most (tests/test_vecsim_randomize.py).
     """
-
-    mass: float | Range | None = None  # factor, one per link, of its mass and inertia
-    centre_of_mass: float | Range | None = None  # m, offset along each axis of the first link that has mass
-    friction: float | Range | None = None  # factor, one per robot, of all contacts
-    damping: float | Range | None = None  # factor, one per dof
-    armature: float | Range | None = None  # factor, one per dof
-    motor_strength: float | Range | None = None  # factor, one per actuator, of its force and its force limits
-    position_gain: float | Range | None = None  # factor, one per position servo
-    velocity_gain: float | Range | None = None  # factor, one per position servo
-    gravity: float | Range | None = None  # factor
-    initial_position: float | Range | None = None  # rad or m, offset of each hinge and slide at a reset
-    initial_velocity: float | Range | None = None  # rad/s or m/s, offset of each dof at a reset
-    push: float | Range | None = None  # m/s, added to the robot's velocity in a random horizontal direction
-    push_interval: float | Range = (5.0, 10.0)  # s, from one push to the next
-    push_direction: float | Range = (0.0, 2 * math.pi)  # rad about the world's z, from x
-
-    def ranges(self) -> dict[str, Range]:
-        """(low, high) of each parameter that varies. InputError for a range that makes no sense."""
-        ranges = {}
-        for name, value in vars(self).items():
-            if value is None or (name in ("push_interval", "push_direction") and self.push is None):
-                continue
-            centre = 1.0 if name in FACTORS else 0.0
-            if isinstance(value, (int, float)):
-                spread = {"push": (0.0, value), "push_interval": (value, value)}
-                value = spread.get(name, (centre - value, centre + value))
-            lowest = {"push": 0.0, "push_interval": 1e-3}.get(name, 1e-3 if name in FACTORS else -math.inf)
-            is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-            if not is_pair or not lowest <= value[0] <= value[1] < math.inf:
-                rule = f"a number or a range (low, high), low at least {lowest:g}"
-                raise InputError(f"randomize.{name} = {value!r} must be {rule}")
-            ranges[name] = (float(value[0]), float(value[1]))
-        return ranges
-
-
-def parameter_rows(model: Model) -> dict[str, int]:
-    """How many numbers a robot has of each parameter of `Randomize`, for the parameters that this model has."""
     has_servos = model.actuator_bias[1].any()
-    rows = {  # name: how many, and a field of the model that is zero where there is nothing to vary
-        "mass": (model.nl, model.mass),
-        "centre_of_mass": (3, model.mass),
-        "friction": (1, torch.cat((model.friction, model.pair_friction))),
-        "damping": (model.nv, model.damping),
-        "armature": (model.nv, model.armature),
-        "motor_strength": (model.nu, model.actuator_gain),
-        "position_gain": (model.nu, model.actuator_bias[1]),
-        "velocity_gain": (model.nu, model.actuator_bias[2] * has_servos),
-        "gravity": (1, model.gravity),
-        "initial_position": (len(model.scalar_qpos_index), model.scalar_axis),
-        "initial_velocity": (model.nv, model.mass),
-        "push": (1, model.push_motion),
-        "push_direction": (1, model.push_motion),
-        "push_interval": (1, model.push_motion),
+    rows = {  # name: how many numbers, and a field of the model that is zero where there is nothing to vary
+        "mass": (model.nl, model.mass),  # factor of each link's mass and inertia
+        "centre_of_mass": (3, model.mass),  # m, offset along each axis of the first link that has mass
+        "friction": (1, torch.cat((model.friction, model.pair_friction))),  # factor of all contacts of a robot
+        "damping": (model.nv, model.damping),  # factor
+        "armature": (model.nv, model.armature),  # factor
+        "motor_strength": (model.nu, model.actuator_gain),  # factor of an actuator's force and force limits
+        "position_gain": (model.nu, model.actuator_bias[1]),  # factor, of a position servo
+        "velocity_gain": (model.nu, model.actuator_bias[2] * has_servos),  # factor, of a position servo
+        "gravity": (1, model.gravity),  # factor
+        "initial_position": (len(model.scalar_qpos_index), model.scalar_axis),  # rad or m, offset of hinges and slides
+        "initial_velocity": (model.nv, model.mass),  # rad/s or m/s, offset of each dof at a reset
+        "push": (1, model.push_motion),  # m/s, added to the robot's horizontal velocity
+        "push_interval": (1, model.push_motion),  # s, from one push to the next; default 5 to 10
+        "push_direction": (1, model.push_motion),  # rad about the world's z, from x; default all around
     }
     return {name: count for name, (count, needed) in rows.items() if needed.any()}
 
@@ -2286,20 +2244,41 @@ def parameter_rows(model: Model) -> dict[str, int]:
 def choose_ranges(
     randomize: bool | dict[str, Any] | None, single: dict[str, Any], task: Task, model: Model
 ) -> dict[str, Range]:
-    """The ranges of the parameters that vary: the task's own if `randomize` is True, else those given in it.
+    """The ranges (low, high) from which every robot draws its parameters, uniformly at each reset.
 
-    single: fields given one by one; they replace the others. InputError for a parameter that this robot does not have.
+    randomize: True for the task's own ranges, or those of some parameters of `parameter_rows`. single: parameters given
+    one by one; they replace the others. InputError for a parameter that this robot does not have.
+
+    Equal ends give all robots the same value: friction=(0.5, 0.5) halves the friction of all. None keeps the MJCF's
+    value. A single number x is short for (1 - x, 1 + x) of a factor, (0, x) of a push, (x, x) of an interval and
+    (-x, x) of everything else.
     """
     known = parameter_rows(model)
     if randomize is True:
         randomize = {name: value for name, value in task.randomization.items() if name in known}
     if not isinstance(randomize or {}, dict):
         raise InputError(f"randomize must be True or a dict of ranges, not {randomize!r}")
-    given = (randomize or {}) | single
+    given = {"push_interval": (5.0, 10.0), "push_direction": (0.0, 2 * math.pi)} | (randomize or {}) | single
+    if given.get("push") is None:
+        del given["push_interval"], given["push_direction"]
     for name in given:
         if name not in known:
             raise InputError(f"randomize.{name}: this robot has no {name} to vary; it has {', '.join(known)}")
-    return Randomize(**given).ranges()
+    return {name: as_range(name, given[name]) for name in known if given.get(name) is not None}
+
+
+def as_range(name: str, value: Any) -> Range:
+    """(low, high) of a parameter that is given as a range or a number. InputError for a range that makes no sense."""
+    centre = 1.0 if name in FACTORS else 0.0
+    if isinstance(value, (int, float)):
+        spread = {"push": (0.0, value), "push_interval": (value, value)}
+        value = spread.get(name, (centre - value, centre + value))
+    lowest = {"push": 0.0, "push_interval": 1e-3}.get(name, 1e-3 if name in FACTORS else -math.inf)
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not is_pair or not lowest <= value[0] <= value[1] < math.inf:
+        rule = f"a number or a range (low, high), low at least {lowest:g}"
+        raise InputError(f"randomize.{name} = {value!r} must be {rule}")
+    return float(value[0]), float(value[1])
 
 
 def randomized_fields(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2356,7 +2335,7 @@ class Settings:
     integrator: str
     iterations: int
     max_episode_steps: int
-    ranges: dict[str, Range]  # of `Randomize`
+    ranges: dict[str, Range]  # of `choose_ranges`
     observation_noise: float
     delay: int  # physics steps from an action to its effect
 
@@ -2367,7 +2346,7 @@ class Noise(NamedTuple):
     qpos: Tensor  # (nq, N) in [0, 1)
     qvel: Tensor  # (nv, N) in [0, 1), or normal for a task with `normal_velocity_noise`
     task: Tensor  # (random_rows, N) in [0, 1), for the task's `begin` and `remember`
-    parameters: dict[str, Tensor]  # (rows, N) each: values in the ranges of `Randomize`
+    parameters: dict[str, Tensor]  # (rows, N) each: values in the ranges of `Settings`
     observation: Tensor  # (obs, N) in [0, 1); no rows without observation noise
 
 
@@ -2695,7 +2674,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
     compile             compile the step; on CUDA also capture it as one graph
     chunk               environments stepped together; default all on a GPU, and what fits the cache on a CPU
-    randomize           True for the task's own ranges, or a dict of fields of `Randomize`: {"friction": (0.5, 1.25)}.
+    randomize           True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
                         Single fields may be given as "randomize.friction", on top of those
     observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none
     action_delay_ms     actions reach the robot this much later, rounded to physics steps
@@ -3011,7 +2990,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         return sums
 
     def parameters(self) -> dict[str, Tensor]:
-        """The randomised parameters of the robots as they are now, (rows, N) each; see `Randomize`."""
+        """The randomised parameters of the robots as they are now, (rows, N) each; see `parameter_rows`."""
         return self._get_carry().parameters
 
     def robots(self) -> Model:
