@@ -1,4 +1,4 @@
-"""The environments of vecsim_torch.py: Gymnasium's own as the oracle of every number, and the contract of the vector env.
+"""The environments of vecsim_torch.py: Gymnasium's own as the oracle of every number, and the vector environment.
 
 Bit for bit on one CPU with the same versions: same seed, resume, chunks, neighbours of a poisoned robot. Within a
 tolerance: Gymnasium, and compiled against eager.
@@ -53,8 +53,8 @@ def same(a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
-    "Hopper-v5": {"exclude_current_positions_from_observation": False, "healthy_reward": 0.5, "forward_reward_weight": 2.0,
-                  "healthy_z_range": (0.9, 2.0)},
+    "Hopper-v5": {"exclude_current_positions_from_observation": False, "healthy_reward": 0.5,
+                  "forward_reward_weight": 2.0, "healthy_z_range": (0.9, 2.0)},
     "HalfCheetah-v5": {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.3},
     "Ant-v5": {"include_cfrc_ext_in_observation": False, "exclude_current_positions_from_observation": False,
                "contact_force_range": (-5.0, 5.0), "terminate_when_unhealthy": False, "contact_cost_weight": 0.1},
@@ -132,7 +132,7 @@ def test_equals_gymnasium(env_id, options, record_property):
 
 @pytest.mark.parametrize("env_id", vecsim.TASKS)
 def test_observation_names_are_those_of_the_joints_that_are_observed(env_id):
-    """A named coordinate is what MuJoCo holds for that joint; the quadruped observes joints relative to its home pose."""
+    """A named number is what MuJoCo has for that joint; the quadruped observes joints relative to its home pose."""
     env = vecsim.make(env_id, num_envs=1, dtype=torch.float64)
     env.reset(seed=0)
     names = env.observation_names(env.observation_slices)
@@ -412,7 +412,7 @@ RANDOMIZED = {"randomize": True, "randomize.push": 1.0, "randomize.push_interval
 
 @pytest.mark.parametrize("env_id, options", [("Hopper-v5", RANDOMIZED), ("Ant-v5", {}), ("Humanoid-v5", {})])
 def test_chunks_change_nothing(env_id, options):
-    """Sizes that are multiples of 64: torch sums four vectors of lanes together, and what is left over in another order."""
+    """Sizes that are multiples of 64: torch sums what is left over in another order."""
     options = {"max_episode_steps": 4, **options, **FAST}
     whole, parts = (vecsim.make(env_id, 128, chunk=chunk, **options) for chunk in (128, 64))
     assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])

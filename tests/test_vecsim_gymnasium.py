@@ -15,10 +15,9 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import vector as wrappers
+from test_vecsim_env import FAST
 
 import vecsim_torch as vecsim
-
-FAST = {"iterations": 2, "integrator": "euler"}  # these tests do not look at the physics
 
 
 def make_vec(env_id="Hopper-v5", num_envs=4, **options):
