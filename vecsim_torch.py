@@ -1847,6 +1847,7 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
 
 
 Range = tuple[float, float]
+Rows = dict[str, Tensor]  # named tensors, (rows, N) or (N,)
 
 
 def scaled(uniform: Tensor, bounds: Range) -> Tensor:
@@ -1869,7 +1870,7 @@ class Measured(NamedTuple):
     qpos: Tensor  # (nq, N)
     qvel: Tensor  # (nv, N)
     dynamics: Dynamics | None
-    memory: dict[str, Tensor]  # (rows, N) each: what the task remembers from step to step
+    memory: Rows  # what the task remembers from step to step
     push: Tensor  # (2, N) m/s along the world's x and y: the push of this step, zero for most robots
     invalid: Tensor | None = None  # (N,) bool: the simulation diverged in this step; known only in `begin`
 
@@ -1905,25 +1906,23 @@ class Task:
         """Hook to modify the loaded model, for example to set the home pose or attach a terrain."""
         return model
 
-    def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
+    def sense(self, model: Model, p: Measured) -> Rows:
         """Measurements. "position" (k, N) m is required: its change over a step is the velocity in `reward`."""
         return {"position": p.qpos[:1]}
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
         """The groups of the observation by name, in order."""
         raise NotImplementedError
 
-    def reward(
-        self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, velocity: Tensor
-    ) -> dict[str, Tensor]:
+    def reward(self, model: Model, p: Measured, sensed: Rows, action: Tensor, velocity: Tensor) -> Rows:
         """Reward terms, under Gymnasium's names in `info`. `total` sums those that start with "reward_"."""
         raise NotImplementedError
 
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
+    def total(self, terms: Rows) -> Tensor:
         """The reward, from the terms."""
         return sum(value for name, value in terms.items() if name.startswith("reward_"))
 
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
         """(N,) bool: False ends the episode, unless the task has terminate_when_unhealthy = False."""
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
 
@@ -1941,20 +1940,18 @@ class Task:
 
     def begin(
         self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Rows]:
         """qpos of fresh episodes, and what the task remembers: (rows, N) each, by name.
 
         noise: (random_rows, N) in [0, 1). ended, limit: see `begin_episode`.
         """
         return qpos, {}
 
-    def remember(
-        self, model: Model, p: Measured, sensed: dict[str, Tensor], action: Tensor, noise: Tensor
-    ) -> dict[str, Tensor]:
+    def remember(self, model: Model, p: Measured, sensed: Rows, action: Tensor, noise: Tensor) -> Rows:
         """The memory after a step; p.memory is that before it. It has the names and shapes that `begin` returned."""
         return {}
 
-    def privileged(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def privileged(self, model: Model, p: Measured, sensed: Rows) -> Rows:
         """Groups of what only a critic or a teacher sees, by name."""
         return {}
 
@@ -1971,13 +1968,13 @@ class InvertedPendulum(Task):
     frame_skip: int = 2
     reset_noise_scale: float = 0.01
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
         return {"qpos": p.qpos, "qvel": p.qvel}
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity) -> Rows:
         return {"reward_survive": self.healthy(p, sensed).to(p.qpos.dtype)}
 
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
         return p.qpos[1].abs() <= 0.2
 
 
@@ -1997,11 +1994,11 @@ class Hopper(Task):
     healthy_angle_range: Range = (-0.2, 0.2)
     exclude_current_positions_from_observation: bool = True
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
         skip = int(self.exclude_current_positions_from_observation)
         return {"qpos": p.qpos[skip:], "qvel": p.qvel.clamp(-10, 10)}
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity) -> Rows:
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
@@ -2009,7 +2006,7 @@ class Hopper(Task):
             "x_velocity": velocity[0],
         }
 
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
         return (
             inside(torch.cat((p.qpos[2:], p.qvel)), self.healthy_state_range).all(0)
             & inside(p.qpos[1], self.healthy_z_range)
@@ -2039,10 +2036,10 @@ class HalfCheetah(Task):
     exclude_current_positions_from_observation: bool = True
     normal_velocity_noise = True
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
         return {"qpos": p.qpos[int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity) -> Rows:
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
@@ -2069,21 +2066,21 @@ class Ant(Task):
     include_cfrc_ext_in_observation: bool = True
     normal_velocity_noise = True
 
-    def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
+    def sense(self, model: Model, p: Measured) -> Rows:
         if p.dynamics is None:
             return {"position": p.qpos[:2], "cfrc_ext": p.qpos.new_zeros(6 * (model.nbody - 1), p.qpos.shape[1])}
         xpos, xmat = p.dynamics.smooth[:2]
         wrenches = contact_wrenches(model, p.dynamics, centre_of_mass(model, xpos, xmat)).flatten(0, 1)
         return {"position": xpos[0, :2], "cfrc_ext": wrenches.clamp(*self.contact_force_range)}
 
-    def observe(self, model: Model, p: Measured, sensed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
         groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
         for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"):
             if getattr(self, f"include_{name}_in_observation", False):
                 groups[name] = sensed[name]
         return groups
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity) -> Rows:
         contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
@@ -2094,7 +2091,7 @@ class Ant(Task):
             "y_velocity": velocity[1],
         }
 
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
         low, high = self.healthy_z_range
         return (low <= p.qpos[2]) & (p.qpos[2] <= high)
 
@@ -2117,7 +2114,7 @@ class Humanoid(Ant):
     include_qfrc_actuator_in_observation: bool = True
     normal_velocity_noise = False
 
-    def sense(self, model: Model, p: Measured) -> dict[str, Tensor]:
+    def sense(self, model: Model, p: Measured) -> Rows:
         if p.dynamics is None:
             xpos, xmat = kinematics(model, p.qpos)
             cvel = link_motion(model, motion_subspace(model, xpos, xmat, xpos[0]), p.qvel)
@@ -2137,11 +2134,11 @@ class Humanoid(Ant):
             "cfrc_ext": cfrc_ext.flatten(0, 1),
         }
 
-    def reward(self, model, p, sensed, action, velocity) -> dict[str, Tensor]:
+    def reward(self, model, p, sensed, action, velocity) -> Rows:
         terms = super().reward(model, p, sensed, action, velocity)
         return {"reward_survive": terms.pop("reward_survive")} | terms  # the first term of Gymnasium's sum
 
-    def healthy(self, p: Measured, sensed: dict[str, Tensor]) -> Tensor:
+    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
         return inside(p.qpos[2], self.healthy_z_range)
 
 
@@ -2281,7 +2278,7 @@ def as_range(name: str, value: Any) -> Range:
     return float(value[0]), float(value[1])
 
 
-def randomized_fields(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def randomized_fields(model: Model, values: Rows) -> dict[str, Tensor]:
     """The fields of `Model` that differ between robots, (..., N), from the `values` (rows, N) of the parameters."""
     fields: dict[str, Tensor] = {}
     for name in ("damping", "armature", "gravity"):
@@ -2346,7 +2343,7 @@ class Noise(NamedTuple):
     qpos: Tensor  # (nq, N) in [0, 1)
     qvel: Tensor  # (nv, N) in [0, 1), or normal for a task with `normal_velocity_noise`
     task: Tensor  # (random_rows, N) in [0, 1), for the task's `begin` and `remember`
-    parameters: dict[str, Tensor]  # (rows, N) each: values in the ranges of `Settings`
+    parameters: Rows  # values in the ranges of `Settings`
     observation: Tensor  # (obs, N) in [0, 1); no rows without observation noise
 
 
@@ -2360,11 +2357,11 @@ class Carry(NamedTuple):
     age: Tensor  # (N,) steps towards the time limit
     episode_length: Tensor  # (N,) steps since the reset
     episode_return: Tensor  # (N,)
-    parameters: dict[str, Tensor]  # (rows, N) each: the randomised parameters of this episode's robots
+    parameters: Rows  # the randomised parameters of this episode's robots
     push_countdown: Tensor  # (N,) s until the next push
     push: Tensor  # (2, N) m/s along the world's x and y: the push of the last step
     delayed: Tensor  # (k, nu, N) past actions that have not taken full effect, the newest first
-    memory: dict[str, Tensor]  # (rows, N) each: what the task remembers
+    memory: Rows  # what the task remembers
 
 
 class Transition(NamedTuple):
@@ -2382,7 +2379,7 @@ class Transition(NamedTuple):
     episode_return: Tensor  # (N,) including this step
     episode_length: Tensor  # (N,)
     started_late: Tensor  # (N,) bool: the episode began at a random age, so the time limit cuts it short
-    terms: dict[str, Tensor]  # (N,) each: reward terms and other measurements of the task
+    terms: Rows  # (N,) each: reward terms and other measurements of the task
     dropped: Tensor | None = None  # (N,) contacts that found no pair slot, over all physics steps
 
 
@@ -2408,7 +2405,7 @@ def reset_state(task: Task, model: Model, qpos_noise: Tensor, qvel_noise: Tensor
 
 def begin_episode(
     settings: Settings, model: Model, noise: Noise, ended: Measured | None, limit: Tensor | int
-) -> tuple[Carry, Measured, dict[str, Tensor]]:
+) -> tuple[Carry, Measured, Rows]:
     """Fresh episodes of the robots `model`: the state they begin with, what the task sees and what it senses.
 
     ended: the final state of the previous episodes, or None before the first. limit: (N,) how many steps those
@@ -2445,7 +2442,7 @@ def begin_episode(
 
 
 def observations(
-    settings: Settings, model: Model, measured: Measured, sensed: dict[str, Tensor], noise: Noise
+    settings: Settings, model: Model, measured: Measured, sensed: Rows, noise: Noise
 ) -> tuple[Tensor, Tensor]:
     """obs (obs, N), what the policy sees, with noise; critic_obs (critic obs, N), what only a critic sees."""
     task = settings.task
@@ -2859,7 +2856,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             raise ValueError("this environment has no state yet; call reset() first")
         return map_tensors(lambda *parts: torch.cat(parts, -1), *self._carries)
 
-    def _robots(self, parameters: dict[str, Tensor]) -> Model:
+    def _robots(self, parameters: Rows) -> Model:
         """The model with these randomised parameters."""
         if not parameters:
             return self.model
@@ -2989,7 +2986,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             sums[name] = sums[name] / steps if steps else math.nan
         return sums
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> Rows:
         """The randomised parameters of the robots as they are now, (rows, N) each; see `parameter_rows`."""
         return self._get_carry().parameters
 
@@ -3066,7 +3063,7 @@ def with_masks(info: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
     return masked
 
 
-def spaces_of(groups: dict[str, Tensor]) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
+def spaces_of(groups: Rows) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
     """The rows of each group in an observation, and the space of one observation; None without groups."""
     bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
     slices = {name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)}
