@@ -45,7 +45,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -242,6 +241,7 @@ def check_ranges(args: Args) -> None:
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("entropy_coef bounds_coef", lambda x: 0 <= x < math.inf, ">= 0 and finite"),
         ("reward_scale learning_rate learning_rate_max", lambda x: 0 < x < math.inf, "> 0 and finite"),
@@ -254,8 +254,6 @@ def check_ranges(args: Args) -> None:
         for name in names.split():
             if not legal(getattr(args, name)):
                 raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
-    if args.eval_every and not args.eval_episodes:
-        raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
 
 
 class Sizes(NamedTuple):
@@ -267,33 +265,27 @@ class Sizes(NamedTuple):
     microbatch: int  # samples of this process in a backward pass
     steps_per_iteration: int  # environment steps of all processes
     iterations: int
-    checkpoint_every: int
-    log_every: int
 
 
 def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
-    """Compute the sizes. InputError if environments or samples do not split evenly; it names the nearest numbers."""
+    """Compute the sizes. InputError if environments or samples do not split evenly; it names a near one."""
     if args.num_envs % world_size:
-        above = math.ceil(args.num_envs / world_size) * world_size
-        choices = f"{above - world_size} or {above}" if args.num_envs > world_size else f"{above}"
-        raise InputError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {choices}")
+        nearest = math.ceil(args.num_envs / world_size) * world_size
+        raise InputError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {nearest}")
     envs = args.num_envs // world_size
     batch = envs * args.num_steps
     if batch % args.num_minibatches:
-        divisors = [n for n in range(1, min(batch, 10**6) + 1) if batch % n == 0]
-        nearest = sorted(divisors, key=lambda n: abs(n - args.num_minibatches))[:2]
+        nearest = next(n for n in range(min(batch, args.num_minibatches), 0, -1) if batch % n == 0)
         raise InputError(
             f"num_envs x num_steps = {batch:,} per process does not split into {args.num_minibatches} minibatches; "
-            f"use {' or '.join(str(n) for n in sorted(nearest))}"
+            f"use {nearest}"
         )
     minibatch = batch // args.num_minibatches
     parts = math.ceil(minibatch / 2048) if device.type == "cpu" else 1  # 2,048 samples fit the cache of a CPU
     microbatch = math.ceil(minibatch / parts)
     steps_per_iteration = args.num_envs * args.num_steps
     iterations = math.ceil(args.total_timesteps / steps_per_iteration)
-    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
-    log_every = args.log_every or max(1, args.total_timesteps // 200)
-    return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, iterations, checkpoint_every, log_every)
+    return Sizes(envs, batch, minibatch, microbatch, steps_per_iteration, iterations)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -711,13 +703,10 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     if args.cuda_graphs and obs.device.type == "cuda":
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
         before = [x.clone() for x in state]
-        try:
-            policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
-            accumulate = capture(accumulate, example)
-            accumulate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
-            apply = capture(apply, ())
-        except RuntimeError as error:
-            raise RuntimeError("capture in CUDA graphs failed; --no-cuda-graphs runs without them") from error
+        policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
+        accumulate = capture(accumulate, example)
+        accumulate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
+        apply = capture(apply, ())
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)
     else:  # compile now, before the clock of the training starts
@@ -815,7 +804,7 @@ class StopSignals:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write beside `path`, then rename: a failed write leaves the old file as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -829,7 +818,7 @@ def write_file(path: Path, data: bytes) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getbuffer())  # without another copy
 
 
 def load_checkpoint(path: str) -> dict:
@@ -837,11 +826,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not read the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types
         raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
-    if damaged:
-        raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} in it is wrong")
     flags = {field.name for field in dataclasses.fields(Args)}
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != "ppo" or checkpoint["args"].keys() - flags:
         raise InputError(f"checkpoint {path} was not written by this version of {Path(__file__).name}")
@@ -955,7 +944,7 @@ def start_profiler(run_dir: Path) -> torch.profiler.profile:
     """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
 
     def report(profiler: torch.profiler.profile) -> None:
-        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=12, max_name_column_width=40))
+        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
         profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
@@ -984,7 +973,7 @@ def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
     return vecsim.evaluate_in_gymnasium(args.env_id, policy.act, args.eval_episodes, args.seed, args.env_kwargs)
 
 
-def crossed(every: int | None, before: int, after: int) -> bool:
+def crossed(every: float | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
     return every is not None and after // every > before // every
 
@@ -1109,20 +1098,21 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         stopping = stop.requested()
         last = stopping or iteration + 1 == sizes.iterations
         evaluate_now = crossed(args.eval_every, before, env_steps)
-        save_now = last or crossed(sizes.checkpoint_every, before, env_steps)
-        if not (evaluate_now or save_now or crossed(sizes.log_every, before, env_steps)):
+        save_now = last or crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
+        log_now = crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
+        if not (evaluate_now or save_now or log_now):
             continue
         steps = env_steps - logged_step  # since the last record
         terms /= steps // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
-        names = [*LossTerms._fields, "learning_rate", "action_std", "explained_variance"]
-        explained = explained_variance(value, advantage, rollout.invalid)  # of this iteration alone
-        numbers = torch.stack([*terms, learning_rate, agent.log_std.exp().mean(), explained])
-        numbers = numbers.tolist()  # host sync
+        means = LossTerms(*terms)._asdict()
+        means |= dict(learning_rate=learning_rate, action_std=agent.log_std.exp().mean())
+        means |= dict(explained_variance=explained_variance(value, advantage, rollout.invalid))  # of this iteration
+        numbers = torch.stack([*means.values()]).tolist()  # host sync
         episodes = vecsim.merge_episode_statistics(env.pop_statistics(), device)  # host sync
         train_seconds += time.perf_counter() - clock
         speed = steps / (train_seconds - logged_seconds)
         record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
-        record |= {name: x if math.isfinite(x) else None for name, x in zip(names, numbers, strict=True)}
+        record |= {name: x if math.isfinite(x) else None for name, x in zip(means, numbers, strict=True)}
         if None in [record[name] for name in LossTerms._fields]:
             raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
         if log and evaluate_now:
@@ -1189,78 +1179,34 @@ def load_policy(checkpoint: dict):
     return load_agent(checkpoint).act
 
 
-class ExportedPolicy(nn.Module):
-    """What --export writes: obs (B, obs) to the deterministic action (B, actions), clipped to low and high (actions,).
-
-    It runs in float32, also after a training in bfloat16, because ONNX Runtime needs it on a CPU."""
-
-    def __init__(self, agent: Agent, low: Tensor, high: Tensor):
-        super().__init__()
-        self.agent, self.low, self.high = agent, low, high
-
-    def forward(self, obs: Tensor) -> Tensor:
-        mean = self.agent.actor(self.agent.obs_statistics.normalize(obs))
-        return self.agent.to_env(mean).clamp(self.low, self.high)
-
-
-def write_onnx(path: str, policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict) -> None:
-    """Write `policy` to an ONNX file that takes any number of rows, with `facts` as metadata.
-
-    inputs: an example (rows, k) of each input, by name. Facts that are not text become JSON."""
-    import onnx
-
-    file, names = io.BytesIO(), [*inputs, *outputs]
-    with warnings.catch_warnings():
-        # The newer exporter needs two more packages and takes twenty times as long.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            policy,
-            tuple(inputs.values()),
-            file,
-            dynamo=False,
-            opset_version=17,
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_axes={name: {0: "batch"} for name in names},
-        )
-    model = onnx.load_from_string(file.getvalue())
-    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
-    onnx.helper.set_model_props(model, texts)
-    write_file(Path(path), model.SerializeToString())
+def export(path: str, checkpoint: dict) -> None:
+    """Write the deterministic policy to an ONNX file, in float32, because ONNX Runtime needs it on a CPU."""
+    agent = load_agent(checkpoint)
+    agent.bf16, agent.forward = False, agent.act
+    inputs = dict(obs=torch.zeros(2, len(agent.obs_statistics.mean)))
+    write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
     print(f"ONNX: {path}")
-
-
-def export(args: Args, checkpoint: dict) -> None:
-    """Write the policy of a checkpoint to args.export, with the names of its observations and actions."""
-    env, agent = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs), load_agent(checkpoint)
-    facts = dict(script=Path(__file__).name, env_id=args.env_id, env_kwargs=args.env_kwargs)
-    facts |= dict(env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
-    facts |= dict(observation_names=env.observation_names(env.observation_slices), action_names=env.action_names())
-    facts |= dict(control_step_seconds=env.control_step)
-    policy = ExportedPolicy(agent, *env.task.action_limits(env.model))
-    example = torch.zeros(2, *env.single_observation_space.shape)
-    write_onnx(args.export, policy, dict(obs=example), ["action"], facts)
 
 
 def play(args: Args, make_env=None) -> dict | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
     The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
-    checkpoint = load_checkpoint(args.play)
-    act, score = load_policy(checkpoint), None
+    checkpoint, score = load_checkpoint(args.play), None
+    agent = load_agent(checkpoint)
     if args.export:
-        export(args, checkpoint)
+        export(args.export, checkpoint)
     if args.eval_episodes:
-        score = vecsim.evaluate_in_gymnasium(args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs)
+        score = score_in_gymnasium(agent, args)
         if score is None:
             args = dataclasses.replace(args, compile=False)
             env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
             env.random_initial_ages = False  # whole episodes
-            score = vecsim.evaluate(env, act, args.seed)
+            score = vecsim.evaluate(env, agent.act, args.seed)
         print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {vecsim.describe(score)}")
     if args.capture_video:
         path = Path(args.play).with_name("play.mp4")
-        print(f"video: {vecsim.film(args.env_id, act, path, args.seed, args.env_kwargs)}")
+        print(f"video: {vecsim.film(args.env_id, agent.act, path, args.seed, args.env_kwargs)}")
     return score
 
 
@@ -1280,7 +1226,7 @@ def main() -> int:
             train(args, stop=stop)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except (InputError, OSError) as error:  # a user's mistake, or a full disk
+    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -53,7 +53,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +267,7 @@ def check_ranges(args: Args) -> None:
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
         (f"{rates} reward_scale value_limit temperature_init", lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("num_atoms", lambda x: x >= 2, ">= 2"),
         ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -282,8 +282,6 @@ def check_ranges(args: Args) -> None:
         for name in names.split():
             if not legal(getattr(args, name)):
                 raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
-    if args.eval_every and not args.eval_episodes:
-        raise InputError("eval_every needs eval_episodes >= 1; use --eval-episodes 20")
 
 
 class Sizes(NamedTuple):
@@ -294,25 +292,20 @@ class Sizes(NamedTuple):
     slots: int  # steps that the replay holds
     first_slots: int  # steps that the replay must hold before an update
     iterations: int  # steps of each environment in the whole run
-    checkpoint_every: int
-    log_every: int
 
 
 def derive_sizes(args: Args, world_size: int) -> Sizes:
-    """InputError if the environments or the batches do not split evenly; it names the nearest numbers that do."""
+    """InputError if the environments or the batches do not split evenly; it names a near number that does."""
     for name in ("num_envs", "batch_size"):
         count = getattr(args, name)
         if count % world_size:
-            above = math.ceil(count / world_size) * world_size
-            choices = f"{above - world_size} or {above}" if count > world_size else f"{above}"
-            raise InputError(f"{name} = {count:,} does not split over {world_size} processes; use {choices}")
+            nearest = math.ceil(count / world_size) * world_size
+            raise InputError(f"{name} = {count:,} does not split over {world_size} processes; use {nearest}")
     envs, batch = args.num_envs // world_size, args.batch_size // world_size
     slots = max(args.n_step, math.ceil(args.replay_capacity / args.num_envs))
     first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
     iterations = math.ceil(args.total_timesteps / args.num_envs)
-    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
-    log_every = args.log_every or max(1, args.total_timesteps // 200)
-    return Sizes(envs, batch, slots, first_slots, iterations, checkpoint_every, log_every)
+    return Sizes(envs, batch, slots, first_slots, iterations)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -989,11 +982,8 @@ def build_functions(
     state += [x for optimizer in optimizers.values() for moments in optimizer.state.values() for x in moments.values()]
     before = [x.clone() for x in state]
     if args.cuda_graphs and row.device.type == "cuda":
-        try:
-            inputs = acting, example, (), example, ()
-            functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
-        except RuntimeError as error:
-            raise RuntimeError("capture in CUDA graphs failed; --no-cuda-graphs runs without them") from error
+        inputs = acting, example, (), example, ()
+        functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
     else:  # compile now, before the clock of the training starts
         functions.policy(*acting)
         functions.critic_gradients(*example)
@@ -1092,7 +1082,7 @@ class StopSignals:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write beside `path`, then rename: a failed write leaves the old file as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1106,7 +1096,7 @@ def write_file(path: Path, data: bytes) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())  # no further copy: a replay may be large
+    write_file(path, buffer.getbuffer())  # without another copy
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1114,11 +1104,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not read the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types
         raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
-    if damaged:
-        raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} in it is wrong")
     flags = {field.name for field in dataclasses.fields(Args)}
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != "sac" or checkpoint["args"].keys() - flags:
         raise InputError(f"checkpoint {path} was not written by this version of {Path(__file__).name}")
@@ -1277,7 +1267,7 @@ def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
     return vecsim.evaluate_in_gymnasium(args.env_id, policy.act, args.eval_episodes, args.seed, args.env_kwargs)
 
 
-def crossed(every: int | None, before: int, after: int) -> bool:
+def crossed(every: float | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
     return every is not None and after // every > before // every
 
@@ -1307,7 +1297,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
             f"after each step, on batches of {args.batch_size:,}; one of {args.policy_frequency} updates the policy too"
         )
         if moved:
-            print(f"the checkpoint is from {checkpoint['device']}: the random numbers on {device.type} are others")
+            print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
             print("compiling, one to three minutes the first time", flush=True)
 
@@ -1422,18 +1412,20 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         stopping = stop.requested()
         last = stopping or iteration + 1 == sizes.iterations
         evaluate_now = crossed(args.eval_every, before, env_steps)
-        save_now = last or crossed(sizes.checkpoint_every, before, env_steps)
-        if not (evaluate_now or save_now or crossed(sizes.log_every, before, env_steps)):
+        save_now = last or crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
+        log_now = crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
+        if not (evaluate_now or save_now or log_now):
             continue
-        means = critic_terms / max(1, updates - logged_updates), policy_terms / max(1, policy_updates)
-        names = [*CriticTerms._fields, *PolicyTerms._fields, "learning_rate", "reward_divisor"]
-        numbers = torch.stack([*means[0], *means[1], learning_rate, agent.reward_divisor()]).tolist()  # host sync
+        means = CriticTerms(*(critic_terms / max(1, updates - logged_updates)))._asdict()
+        means |= PolicyTerms(*(policy_terms / max(1, policy_updates)))._asdict()
+        means |= dict(learning_rate=learning_rate, reward_divisor=agent.reward_divisor())
+        numbers = torch.stack([*means.values()]).tolist()  # host sync
         episodes = vecsim.merge_episode_statistics(env.pop_statistics(), device)  # host sync
         train_seconds += time.perf_counter() - clock
         speed = (env_steps - logged_step) / (train_seconds - logged_seconds)
         record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
         record |= dict(updates=updates, replay_transitions=min(written, sizes.slots) * args.num_envs)
-        record |= dict(zip(names, numbers, strict=True))
+        record |= dict(zip(means, numbers, strict=True))
         if not all(math.isfinite(x) for x in numbers):
             raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
         if updates == logged_updates:  # nothing was learned yet
@@ -1507,21 +1499,6 @@ def load_policy(checkpoint: dict):
     return load_agent(checkpoint).act
 
 
-class ExportedPolicy(nn.Module):
-    """What --export writes: obs (B, obs) to the deterministic action (B, actions), clipped to low and high (actions,).
-
-    In float32, as ONNX Runtime's CPU kernels need it, also where the training ran under bfloat16."""
-
-    def __init__(self, agent: Agent, low: Tensor, high: Tensor):
-        super().__init__()
-        self.agent, self.low, self.high, self.actions = agent, low, high, len(low)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        outputs = self.agent.actor(self.agent.obs_statistics.normalize(obs), learning=False)
-        mean = outputs[:, : self.actions]  # the rest is the deviation's
-        return self.agent.to_env(mean.tanh()).clamp(self.low, self.high)
-
-
 def rms_norm_in_onnx(g, x, shape, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight in ONNX operators: PyTorch's exporter has no rule for torch.nn.RMSNorm."""
     eps = g.op("Constant", value_t=torch.tensor(torch.finfo(torch.float32).eps))  # torch.nn.RMSNorm's default
@@ -1529,65 +1506,35 @@ def rms_norm_in_onnx(g, x, shape, weight, eps):
     return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean_square, eps))), weight)
 
 
-def write_onnx(path: str, policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict) -> None:
-    """Write `policy` to an ONNX file that takes any number of rows, with `facts` as metadata.
-
-    inputs: an example (rows, k) of each input, by name. Facts that are not text become JSON."""
-    import onnx
-
-    file, names = io.BytesIO(), [*inputs, *outputs]
-    with warnings.catch_warnings():
-        # The newer exporter needs two more packages and takes twenty times as long.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            policy,
-            tuple(inputs.values()),
-            file,
-            dynamo=False,
-            opset_version=17,
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_axes={name: {0: "batch"} for name in names},
-        )
-    model = onnx.load_from_string(file.getvalue())
-    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
-    onnx.helper.set_model_props(model, texts)
-    write_file(Path(path), model.SerializeToString())
-    print(f"ONNX: {path}")
-
-
-def export(args: Args, checkpoint: dict) -> None:
-    """Write the policy of a checkpoint to args.export, with the names of its observations and actions."""
-    env, agent = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs), load_agent(checkpoint)
-    facts = dict(script=Path(__file__).name, env_id=args.env_id, env_kwargs=args.env_kwargs)
-    facts |= dict(env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
-    facts |= dict(observation_names=env.observation_names(env.observation_slices), action_names=env.action_names())
-    facts |= dict(control_step_seconds=env.control_step)
-    policy = ExportedPolicy(agent, *env.task.action_limits(env.model))
+def export(path: str, checkpoint: dict) -> None:
+    """Write the deterministic policy to an ONNX file, in float32, because ONNX Runtime needs it on a CPU."""
+    agent = load_agent(checkpoint)
+    agent.bf16, agent.forward = False, agent.act
     torch.onnx.register_custom_op_symbolic("aten::rms_norm", rms_norm_in_onnx, opset_version=17)
-    example = torch.zeros(2, *env.single_observation_space.shape)
-    write_onnx(args.export, policy, dict(obs=example), ["action"], facts)
+    inputs = dict(obs=torch.zeros(2, len(agent.obs_statistics.mean)))
+    write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
+    print(f"ONNX: {path}")
 
 
 def play(args: Args, make_env=None) -> dict | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
     The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
-    checkpoint = load_checkpoint(args.play)
-    act, score = load_policy(checkpoint), None
+    checkpoint, score = load_checkpoint(args.play), None
+    agent = load_agent(checkpoint)
     if args.export:
-        export(args, checkpoint)
+        export(args.export, checkpoint)
     if args.eval_episodes:
-        score = vecsim.evaluate_in_gymnasium(args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs)
+        score = score_in_gymnasium(agent, args)
         if score is None:
             args = dataclasses.replace(args, compile=False)
             env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
             env.random_initial_ages = False  # whole episodes
-            score = vecsim.evaluate(env, act, args.seed)
+            score = vecsim.evaluate(env, agent.act, args.seed)
         print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {vecsim.describe(score)}")
     if args.capture_video:
         path = Path(args.play).with_name("play.mp4")
-        print(f"video: {vecsim.film(args.env_id, act, path, args.seed, args.env_kwargs)}")
+        print(f"video: {vecsim.film(args.env_id, agent.act, path, args.seed, args.env_kwargs)}")
     return score
 
 
@@ -1607,7 +1554,7 @@ def main() -> int:
             train(args, stop=stop)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except (InputError, OSError) as error:  # a user's mistake, or a full disk
+    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

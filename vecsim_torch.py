@@ -93,6 +93,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -3208,6 +3209,46 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
     envs.close()
     imageio.mimwrite(path, frames, fps=envs.metadata["render_fps"], macro_block_size=8)
     return path
+
+
+def to_onnx(
+    policy: torch.nn.Module, inputs: dict[str, Tensor], outputs: list[str], checkpoint: dict[str, Any], **facts: Any
+) -> bytes:
+    """The content of an ONNX file with the policy of a checkpoint. Its metadata hold `facts` and name every column.
+
+    policy: a module from the inputs to the outputs. The first output is the action in the environment's units; the file
+    clips it to the task's limits. inputs: an example (2, k) of each by name; the file takes any number of rows.
+    """
+    import onnx
+
+    options = checkpoint["args"]["env_kwargs"]
+    env = make(checkpoint["env_id"], num_envs=1, **options)
+    low, high = env.task.action_limits(env.model)
+
+    class Clipped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            result = self.policy(*inputs)
+            action, *memory = result if isinstance(result, tuple) else (result,)
+            return action.clamp(low, high), *memory
+
+    file, rows = io.BytesIO(), {name: {0: "batch"} for name in [*inputs, *outputs]}
+    names = dict(input_names=[*inputs], output_names=outputs, dynamic_axes=rows)
+    with warnings.catch_warnings():
+        # The newer exporter (dynamo=True) needs two more packages and takes twenty times as long.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(Clipped(), tuple(inputs.values()), file, dynamo=False, opset_version=17, **names)
+    slices = env.critic_slices if checkpoint.get("observes") == "critic_obs" else env.observation_slices
+    facts |= dict(env_id=checkpoint["env_id"], env_kwargs=options, env_steps=checkpoint["env_steps"])
+    facts |= dict(observation_names=env.observation_names(slices), action_names=env.action_names())
+    facts |= dict(control_step_seconds=env.control_step, versions=checkpoint["versions"])
+    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
+    model = onnx.load_from_string(file.getvalue())
+    onnx.helper.set_model_props(model, texts)
+    return model.SerializeToString()
 
 
 def describe(score: dict[str, float]) -> str:
