@@ -520,7 +520,7 @@ class Agent(nn.Module):
     def policy(self, normalized_obs: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
         """Mean and log deviation (B, actions) of the Gaussian before squashing."""
         with self.autocast(normalized_obs):
-            mean, spread = self.actor(normalized_obs, learning).float().chunk(2, -1)
+            mean, spread = self.actor(normalized_obs, learning).float().split(self.actor.head.out_features // 2, -1)
         return mean, 3.5 * spread.tanh() - 1.5  # smoothly between -5 and 2
 
     def value(self, outputs: Tensor) -> Tensor:
