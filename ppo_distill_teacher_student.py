@@ -51,7 +51,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -930,7 +929,7 @@ class StopSignals:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write beside `path`, then rename: a failed write leaves the old file as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -944,7 +943,7 @@ def write_file(path: Path, data: bytes) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getbuffer())  # without another copy
 
 
 def load_checkpoint(path: str) -> dict:
@@ -952,11 +951,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not read the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types
         raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
-    if damaged:
-        raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} in it is wrong")
     flags = {field.name for field in dataclasses.fields(Args)}
     if (
         not isinstance(checkpoint, dict)
@@ -1102,7 +1101,7 @@ def start_profiler(run_dir: Path) -> torch.profiler.profile:
     """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
 
     def report(profiler: torch.profiler.profile) -> None:
-        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=12, max_name_column_width=40))
+        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
         profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
@@ -1111,7 +1110,7 @@ def start_profiler(run_dir: Path) -> torch.profiler.profile:
     return profiler
 
 
-def crossed(every: int | None, before: int, after: int) -> bool:
+def crossed(every: float | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
     return every is not None and after // every > before // every
 
@@ -1471,14 +1470,14 @@ def load_policy(checkpoint: dict) -> Callable:
 
 
 class ExportedPolicy(nn.Module):
-    """What --export writes: obs (B, obs) to the deterministic action (B, actions), clipped to low and high (actions,).
+    """What --export writes: obs (B, obs) to the deterministic action (B, actions) in the environment's units.
 
     A policy with a memory (B, memory_size) takes it too and returns the memory after the step. A history holds the
     last normalised observations, oldest first."""
 
-    def __init__(self, agent: Agent, low: Tensor, high: Tensor):
+    def __init__(self, agent: Agent):
         super().__init__()
-        self.agent, self.low, self.high = agent, low, high
+        self.agent = agent
 
     def forward(self, obs: Tensor, memory: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         features = self.agent.obs_statistics.normalize(obs)
@@ -1488,50 +1487,19 @@ class ExportedPolicy(nn.Module):
         elif memory is not None:
             features = torch.cat([memory, features], -1)
             memory = features[:, -self.agent.memory_size :]
-        action = self.agent.to_env(self.agent.actor(features)).clamp(self.low, self.high)
+        action = self.agent.to_env(self.agent.actor(features))
         return action if memory is None else (action, memory)
 
 
-def write_onnx(path: str, policy: nn.Module, inputs: dict[str, Tensor], outputs: list[str], facts: dict) -> None:
-    """Write `policy` to an ONNX file that takes any number of rows, with `facts` as metadata.
-
-    inputs: an example (rows, k) of each input, by name. Facts that are not text become JSON."""
-    import onnx
-
-    file, names = io.BytesIO(), [*inputs, *outputs]
-    with warnings.catch_warnings():
-        # The newer exporter needs two more packages and takes twenty times as long.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            policy,
-            tuple(inputs.values()),
-            file,
-            dynamo=False,
-            opset_version=17,
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_axes={name: {0: "batch"} for name in names},
-        )
-    model = onnx.load_from_string(file.getvalue())
-    texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
-    onnx.helper.set_model_props(model, texts)
-    write_file(Path(path), model.SerializeToString())
-    print(f"ONNX: {path}")
-
-
-def export(args: Args, checkpoint: dict) -> None:
-    """Write the policy of a checkpoint to args.export, with the names of its observations and actions."""
-    env, agent = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs), load_agent(checkpoint)
-    slices = env.critic_slices if checkpoint["observes"] == "critic_obs" else env.observation_slices
-    facts = dict(script=Path(__file__).name, env_id=args.env_id, env_kwargs=args.env_kwargs, stage=checkpoint["stage"])
-    facts |= dict(env_steps=checkpoint["env_steps"], versions=checkpoint["versions"])
-    facts |= dict(observation_names=env.observation_names(slices), action_names=env.action_names())
-    facts |= dict(control_step_seconds=env.control_step)
+def export(path: str, checkpoint: dict) -> None:
+    """Write the deterministic policy to an ONNX file, in float32, because ONNX Runtime needs it on a CPU."""
+    agent, facts = load_agent(checkpoint), dict(script=Path(__file__).name, stage=checkpoint["stage"])
     inputs, outputs = dict(obs=torch.zeros(2, len(agent.obs_statistics.mean))), ["action"]
     if agent.memory_size:
         inputs["memory_in"], outputs = agent.empty_memory(2), ["action", "memory_out"]
         facts["memory"] = "memory_in is zero where an episode begins, then the memory_out of the step before"
-    write_onnx(args.export, ExportedPolicy(agent, *env.task.action_limits(env.model)), inputs, outputs, facts)
+    write_file(Path(path), vecsim.to_onnx(ExportedPolicy(agent), inputs, outputs, checkpoint, **facts))
+    print(f"ONNX: {path}")
 
 
 def play(args: Args, make_env: Callable | None = None) -> dict | None:
@@ -1541,7 +1509,7 @@ def play(args: Args, make_env: Callable | None = None) -> dict | None:
     checkpoint = load_checkpoint(args.play)
     act, observes, score = load_policy(checkpoint), checkpoint["observes"], None
     if args.export:
-        export(args, checkpoint)
+        export(args.export, checkpoint)
     if args.eval_episodes:
         task = args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs
         score = vecsim.evaluate_in_gymnasium(*task, observes)
@@ -1574,7 +1542,7 @@ def main() -> int:
             train(args, stop=stop)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except (InputError, OSError) as error:  # a user's mistake, or a full disk
+    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
