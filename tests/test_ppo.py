@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gzip
 import io
 import json
 import math
@@ -161,8 +160,8 @@ CLOCKS = ("wall_seconds", "steps_per_second")
 
 def state_of(run_dir):
     """The state at the end of a run, without the clocks."""
-    checkpoint = read_checkpoint(run_dir)
-    return {key: checkpoint[key] for key in ("agent", "moments", "learning_rate", "processes", "env_steps")}
+    names = {"agent", "moments", "learning_rate", "processes", "env_steps", "updates"}
+    return {name: x for name, x in read_checkpoint(run_dir).items() if name in names}
 
 
 def assert_same(one, other, but=(), where=""):
@@ -178,16 +177,6 @@ def assert_same(one, other, but=(), where=""):
         assert torch.equal(one, other), where
     else:
         assert one == other, where
-
-
-def test_same_seed_same_run_other_seed_other_run(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        ppo.train(probe_args(tmp_path / name, "delayed", seed=seed, total_timesteps=4_000), ProbeEnv)
-    assert_same(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
-    one, other = (state_of(tmp_path / name)["agent"] for name in "ac")
-    assert all(not torch.equal(one[key], other[key]) for key in one if key.endswith("weight"))
-    generators = [state_of(tmp_path / name)["processes"][0] for name in "ac"]
-    assert not torch.equal(generators[0]["generator"], generators[1]["generator"])
 
 
 @pytest.mark.parametrize("env_id", ["delayed", "privileged", "truncation"])
@@ -278,12 +267,6 @@ def test_compiled_and_eager_runs_agree(tmp_path):
         torch.testing.assert_close(compiled[key], eager[key], rtol=1e-3, atol=1e-4)
 
 
-def test_bf16_learns_and_keeps_float32_weights(tmp_path):
-    result = ppo.train(probe_args(tmp_path, bf16=True), ProbeEnv)
-    assert result["vecsim"]["mean"] > -0.02
-    assert all(x.dtype != torch.bfloat16 for x in trained_agent(tmp_path).state_dict().values())
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
@@ -291,17 +274,6 @@ def agent_on_a_gpu():
     args = probe_args("unused", device="cuda")
     agent = ppo.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()
     return args, agent, ppo.derive_sizes(args, 1, torch.device("cuda"))
-
-
-@needs_cuda
-def test_captured_graphs_agree_with_eager(tmp_path):
-    agents = []
-    for name, graphs in (("eager", False), ("graphs", True)):
-        args = probe_args(tmp_path / name, "delayed", device="cuda", cuda_graphs=graphs, total_timesteps=5 * 512)
-        ppo.train(args, ProbeEnv)
-        agents.append(trained_agent(tmp_path / name).state_dict())
-    for key in agents[0]:
-        torch.testing.assert_close(agents[1][key], agents[0][key], rtol=1e-3, atol=1e-4)
 
 
 @needs_cuda
@@ -359,16 +331,19 @@ def test_update_on_a_gpu_never_waits_for_the_host():
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The output folder of two_processes.py, which torchrun runs in 2 processes over Gloo."""
-    folder = tmp_path_factory.mktemp("processes")
+def run_two_processes(script, folder):
+    """Run a script with torchrun in 2 processes over Gloo; return its output folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(TESTS / "two_processes.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command += [str(TESTS / script), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return run_two_processes("two_processes.py", tmp_path_factory.mktemp("processes"))
 
 
 def test_two_processes_with_half_the_environments_each_equal_one(two_processes, tmp_path):
@@ -487,22 +462,6 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-def test_run_folder_has_the_names_that_machines_read(finished_run):
-    present = {path.name for path in finished_run.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "eval.json", "curve.png"} <= present
-    assert any(name.startswith("events.out.tfevents") for name in present)
-    lines = log_of(finished_run)
-    names = {"env_steps", "wall_seconds", "steps_per_second", "episode_return", "episode_length", "episodes"}
-    assert len(lines) == 10 and all(names <= line.keys() for line in lines)
-    assert [line["env_steps"] for line in lines] == list(range(1_024, 10_241, 1_024))
-    assert sum(line["episodes"] for line in lines) == 10_240  # every episode is counted, here one per step
-    evaluation = json.loads((finished_run / "eval.json").read_text())
-    names = ["env_id", "algorithm", "seed", "env_steps", "train_seconds", "compile_seconds", "vecsim", "gymnasium"]
-    assert list(evaluation) == names and evaluation["gymnasium"] is None
-    assert evaluation["vecsim"].keys() == {"mean", "std", "min", "episodes", "mean_length"}
-    assert json.loads((finished_run / "config.json").read_text())["num_envs"] == 64
-
-
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """main installs its own."""
@@ -525,33 +484,6 @@ def run_main_with(monkeypatch, capsys, args, env):
     with monkeypatch.context() as patch:
         patch.setattr(ppo, "train", lambda _, stop, train=ppo.train: train(args, env, stop=stop))
         return run_main(monkeypatch, capsys)
-
-
-BAD_INPUT = [
-    ("--num-envs 1000 --num-minibatches 3 --num-steps 32", "does not split into 3 minibatches; use 2"),
-    ("--gamma 2", "gamma = 2.0 must be between 0 and 1"),
-    ("--gamma high", "--gamma"),
-    ("--nonsense 1", "nonsense"),
-    ("--device gpu", "must be auto, cpu, cuda or cuda:N"),
-    ("--seed 11111111111111111111111", "seed = 11111111111111111111111 must be between 0 and 2**63 - 1"),
-    ("--resume nowhere.pt", "checkpoint nowhere.pt cannot be read: [Errno 2] No such file or directory"),
-    ("--resume tests", "checkpoint tests cannot be read: [Errno 21] Is a directory"),
-    ("--capture-video", "--export and --capture-video need a checkpoint"),
-    ("--export policy.onnx", "--export and --capture-video need a checkpoint"),
-    ("--run-dir README.md", "File exists: 'README.md'"),
-    (f"--run-dir {'a' * 300}", "File name too long"),
-    ("--env-id Nowhere-v5", "unknown task 'Nowhere-v5'"),
-    ("--env-kwargs no_such_option 1", "no_such_option"),
-    ("--env-kwargs randomize.weight 0.1", "this robot has no weight to vary"),
-    ("--env-kwargs iterations 8", "env_kwargs sets iterations, which this script sets itself; use --solver-iterations"),
-]
-
-
-@pytest.mark.parametrize("arguments, message", BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
-    monkeypatch.chdir(TESTS.parent)
-    status, err = run_main(monkeypatch, capsys, "--device", "cpu", *arguments.split())
-    assert status == 2 and message in err and messages(err) == [err.strip()], err
 
 
 @pytest.mark.parametrize("compiled, threads", [(False, [1]), (True, [])])
@@ -722,33 +654,6 @@ def test_resume_refuses_another_number_of_processes(finished_run, tmp_path):
         ppo.check_resumable(checkpoint, ppo.Args(**checkpoint["args"] | dict(total_timesteps=20_480)), world_size=2)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--env-id", "Ant-v5"], "was trained with env_id = action, not Ant-v5; omit that flag"),
-        (["--num-envs", "128"], "was trained with num_envs = 64, not 128; omit that flag"),
-        (["--actor-hidden", "8"], "was trained with actor_hidden = (32,), not (8,)"),
-        (["--no-normalize-values"], "was trained with normalize_values = True, not False"),
-        (["--seed", "2"], "was trained with seed = 1, not 2"),
-        ([], "has 10,240 steps already; give a larger --total-timesteps"),
-    ],
-)
-def test_resume_refuses_flags_that_do_not_fit(arguments, message, finished_run, monkeypatch, capsys):
-    status, err = run_main(monkeypatch, capsys, "--resume", finished_run / "checkpoint.pt", *arguments)
-    assert status == 2 and message in err and messages(err) == [err.strip()], err
-
-
-def test_resume_keeps_the_checkpoints_flags(finished_run):
-    args = ppo.parse_args(["--resume", str(finished_run / "checkpoint.pt"), "--total-timesteps", "20480"])
-    assert (args.env_id, args.num_minibatches, args.gamma, args.total_timesteps) == ("action", 4, 0.9, 20_480)
-    assert args.run_dir is None and ppo.pick_run_dir(args) == finished_run
-
-
-def test_play_prints_the_score(finished_run, capsys):
-    score = ppo.play(ppo.parse_args(["--play", str(finished_run / "checkpoint.pt"), "--eval-episodes", "5"]), ProbeEnv)
-    assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
-
-
 def test_errors_of_an_environment(tmp_path, monkeypatch, capsys):
     """InputError and too little memory are one line. Any other error is a defect and keeps its traceback."""
 
@@ -773,16 +678,6 @@ def test_errors_of_an_environment(tmp_path, monkeypatch, capsys):
 
 
 # With the simulator ---------------------------------------------------------------------------------------------------
-
-
-def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
-    """The checkpoint holds the physics state, the warm start, the ages and the random generators."""
-    small = dict(env_id="Hopper-v5", num_envs=16, num_steps=8, num_minibatches=2, learning_rate=1e-3, eval_episodes=0)
-    ppo.train(probe_args(tmp_path / "whole", **small, total_timesteps=4 * 128))
-    ppo.train(probe_args(tmp_path / "parts", **small, total_timesteps=2 * 128))
-    resume = str(tmp_path / "parts" / "checkpoint.pt")
-    ppo.train(probe_args(tmp_path / "parts", **small, total_timesteps=4 * 128, resume=resume))
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
 def test_final_evaluation_in_the_training_environment_equals_one_in_a_fresh_one(tmp_path):
@@ -884,16 +779,3 @@ def test_inverted_pendulum_balances_in_gymnasium(tmp_path):
     result = ppo.train(dataclasses.replace(args, run_dir=str(tmp_path)))
     assert result["gymnasium"] == dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
     assert result["vecsim"]["mean"] > 990.0
-
-
-def test_profile_shows_the_stages_and_changes_nothing(tmp_path, capsys):
-    plain, profiled = (
-        ppo.train(short_args(tmp_path / str(profile), total_timesteps=7 * 512, profile=profile), ProbeEnv)
-        for profile in (False, True)
-    )
-    assert_same(plain, profiled, but=(*CLOCKS, "train_seconds", "compile_seconds"))
-    stages, out = ("infer", "simulate", "targets", "update"), capsys.readouterr().out
-    assert all(re.search(rf"^ +{stage} .* (\d+) *$", out, re.MULTILINE) for stage in stages)
-    with gzip.open(tmp_path / "True" / "trace.json.gz") as file:
-        names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert [names.count(stage) for stage in stages] == [3 * 8, 3 * 8, 3, 3]

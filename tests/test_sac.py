@@ -1,18 +1,15 @@
 """sac_gpu_torch as a whole: probe environments, reproducibility, resume, processes, command line and run folder.
 
 Bit for bit on one CPU with equal versions: two runs of one seed, and a run resumed with its replay. Everything else has
-a tolerance. test_ppo.py tests the functions that SAC and PPO share word for word."""
+a tolerance. test_trainers.py tests what both do alike, and test_ppo.py the functions
+that SAC and PPO share word for word."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
 import json
-import math
-import os
 import signal
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -21,7 +18,15 @@ import pytest
 import torch
 from probe_envs import ProbeEnv
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
-from test_ppo import assert_same, log_of, messages, read_checkpoint, signal_handlers, signalled  # noqa: F401
+from test_ppo import (
+    assert_same,
+    log_of,
+    read_checkpoint,
+    run_two_processes,
+    signal_handlers,  # noqa: F401
+    signalled,
+    state_of,
+)
 from two_processes_sac import probe_args, updates_on_fixed_data
 
 import sac_gpu_torch as sac
@@ -211,22 +216,6 @@ def test_a_replay_that_does_not_fit_is_one_line(tmp_path):
 # Reproducibility and resume -------------------------------------------------------------------------------------------
 
 
-def state_of(run_dir):
-    """The state at the end of a run, without the clocks."""
-    checkpoint = read_checkpoint(run_dir)
-    return {key: checkpoint[key] for key in ("agent", "moments", "processes", "env_steps", "updates")}
-
-
-def test_same_seed_same_run_other_seed_other_run(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        args = probe_args(tmp_path / name, "delayed", seed=seed, total_timesteps=3_200, checkpoint_replay=True)
-        sac.train(args, ProbeEnv)
-    a, b, c = (state_of(tmp_path / name) for name in "abc")
-    assert_same(a, b)
-    assert all(not torch.equal(a["agent"][key], c["agent"][key]) for key in a["agent"] if key.endswith("head.weight"))
-    assert not torch.equal(a["processes"][0]["generator"], c["processes"][0]["generator"])
-
-
 @pytest.mark.parametrize(
     "env_id, changes",
     [
@@ -332,17 +321,6 @@ def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(tmp_path):
     assert_same(before, dict(agent.state_dict()))
 
 
-def test_resume_with_the_simulator_is_bit_for_bit(tmp_path):
-    """The checkpoint holds the physics state, the warm start, the ages, the random generators and the replay."""
-    small = dict(env_id="Hopper-v5", num_envs=8, learning_starts=40, replay_capacity=80, batch_size=32, eval_episodes=0)
-    small |= dict(checkpoint_replay=True, updates_per_step=1)
-    sac.train(probe_args(tmp_path / "whole", **small, total_timesteps=20 * 8))
-    sac.train(probe_args(tmp_path / "parts", **small, total_timesteps=13 * 8))
-    resume = str(tmp_path / "parts" / "checkpoint.pt")
-    sac.train(probe_args(tmp_path / "parts", **small, total_timesteps=20 * 8, resume=resume))
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-
-
 # Compiled, reduced precision, on a GPU --------------------------------------------------------------------------------
 
 
@@ -367,30 +345,12 @@ def test_compiled_and_eager_runs_agree(backend, changes, tmp_path, monkeypatch):
         torch.testing.assert_close(compiled[key], eager[key], rtol=1e-3, atol=2e-4)
 
 
-def test_bf16_learns_and_keeps_float32_weights(tmp_path):
-    result = sac.train(probe_args(tmp_path, bf16=True), ProbeEnv)
-    assert result["vecsim"]["mean"] > -0.03
-    assert all(x.dtype != torch.bfloat16 for x in trained_agent(tmp_path).state_dict().values())
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
 def agent_on_a_gpu(**changes):
     args = probe_args("unused", device="cuda", **changes)
     return args, sac.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()
-
-
-@needs_cuda
-@pytest.mark.parametrize("network", ["layer_norm", "flash"])
-def test_captured_graphs_agree_with_eager(network, tmp_path):
-    agents = []
-    for name, graphs in (("eager", False), ("graphs", True)):
-        changes = dict(device="cuda", cuda_graphs=graphs, network=network, total_timesteps=15 * 64)
-        sac.train(probe_args(tmp_path / name, "delayed", **changes), ProbeEnv)
-        agents.append(trained_agent(tmp_path / name).state_dict())
-    for key in agents[0]:
-        torch.testing.assert_close(agents[1][key], agents[0][key], rtol=1e-3, atol=1e-3)
 
 
 @needs_cuda
@@ -437,14 +397,7 @@ def test_a_step_on_a_gpu_never_waits_for_the_host():
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The output folder of two_processes_sac.py, which torchrun runs in 2 processes over Gloo."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(TESTS / "two_processes_sac.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return run_two_processes("two_processes_sac.py", tmp_path_factory.mktemp("processes"))
 
 
 def test_two_processes_with_half_the_batch_each_equal_one(two_processes):
@@ -483,30 +436,6 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
 # Run folder and command line ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("run")
-    sac.train(probe_args(run_dir, total_timesteps=6_400, log_every=640), ProbeEnv)
-    return run_dir
-
-
-def test_run_folder_has_the_names_that_machines_read(finished_run):
-    present = {path.name for path in finished_run.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "eval.json", "curve.png"} <= present
-    assert any(name.startswith("events.out.tfevents") for name in present)
-    lines = log_of(finished_run)
-    names = {"env_steps", "wall_seconds", "steps_per_second", "episode_return", "episode_length", "episodes"}
-    assert len(lines) == 10 and all(names <= line.keys() for line in lines)
-    assert [line["env_steps"] for line in lines] == list(range(640, 6_401, 640))
-    assert sum(line["episodes"] for line in lines) == 6_400  # every episode is counted, here one per step
-    terms = sac.CriticTerms._fields + sac.PolicyTerms._fields
-    assert all(math.isfinite(line[name]) for line in lines[1:] for name in terms)
-    evaluation = json.loads((finished_run / "eval.json").read_text())
-    names = ["env_id", "algorithm", "seed", "env_steps", "train_seconds", "compile_seconds", "vecsim", "gymnasium"]
-    assert list(evaluation) == names and evaluation["gymnasium"] is None and evaluation["algorithm"] == "sac"
-    assert evaluation["vecsim"].keys() == {"mean", "std", "min", "episodes", "mean_length"}
-
-
 def run_main(monkeypatch, capsys, *arguments):
     """The exit status, and what main printed to stderr."""
     monkeypatch.setattr(sys, "argv", ["sac_gpu_torch.py", *map(str, arguments)])
@@ -514,59 +443,14 @@ def run_main(monkeypatch, capsys, *arguments):
     return status, capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--network flash --actor-hidden 64 32", "one or more blocks of one width for --network flash"),
-        ("--gamma 2", "gamma = 2.0 must be between 0 and 1"),
-        ("--total-timesteps 5000", "total_timesteps = 5000 must be > learning_starts = 10000"),
-        ("--preset newest", "vanilla"),
-        ("--resume nowhere.pt", "checkpoint nowhere.pt cannot be read"),
-        ("--capture-video", "--export and --capture-video need a checkpoint"),
-        ("--env-kwargs no_such_option 1", "no_such_option"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, capsys):
-    status, err = run_main(monkeypatch, capsys, "--device", "cpu", *arguments.split())
-    assert status == 2 and message in err and messages(err) == [err.strip()], err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--env-id Ant-v5", "was trained with env_id = action, not Ant-v5; omit that flag"),
-        ("--num-envs 128", "was trained with num_envs = 64, not 128; omit that flag"),
-        ("--actor-hidden 8", "was trained with actor_hidden = (32,), not (8,)"),
-        ("--critic scalar", "was trained with critic = categorical, not scalar"),
-        ("--temperature-init 2", "was trained with temperature_init = 0.01, not 2.0"),
-        ("--preset vanilla", "was trained with preset = best, not vanilla"),
-        ("", "has 6,400 steps already; give a larger --total-timesteps"),
-    ],
-)
-def test_resume_refuses_flags_that_do_not_fit(arguments, message, finished_run, monkeypatch, capsys):
-    status, err = run_main(monkeypatch, capsys, "--resume", finished_run / "checkpoint.pt", *arguments.split())
-    assert status == 2 and message in err and messages(err) == [err.strip()], err
-
-
-def test_resume_refuses_another_shape_of_the_replay_only_if_the_checkpoint_has_one(finished_run):
-    checkpoint = read_checkpoint(finished_run)
+def test_resume_refuses_another_shape_of_the_replay_only_if_the_checkpoint_has_one():
+    checkpoint = dict(args=dataclasses.asdict(probe_args(None)), env_steps=6_400, processes=[{}])
     for name, value in (("replay_capacity", 20_000), ("half_precision_replay", True)):
         args = sac.Args(**checkpoint["args"] | {"total_timesteps": 12_800, name: value})
         sac.check_resumable(checkpoint, args, world_size=1)
         with_replay = checkpoint | dict(args=checkpoint["args"] | dict(checkpoint_replay=True))
         with pytest.raises(sac.InputError, match=f"was trained with {name} = "):
             sac.check_resumable(with_replay, args, world_size=1)
-
-
-def test_resume_keeps_the_checkpoints_flags(finished_run):
-    args = sac.parse_args(["--resume", str(finished_run / "checkpoint.pt"), "--total-timesteps", "20480"])
-    assert (args.env_id, args.batch_size, args.gamma, args.total_timesteps) == ("action", 128, 0.9, 20_480)
-    assert args.run_dir is None and sac.pick_run_dir(args) == finished_run
-
-
-def test_play_prints_the_score(finished_run, capsys):
-    score = sac.play(sac.parse_args(["--play", str(finished_run / "checkpoint.pt"), "--eval-episodes", "5"]), ProbeEnv)
-    assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a frozen number may be the number of rows
@@ -588,15 +472,3 @@ def test_exported_policy_acts_like_the_trained_one(network, tmp_path, monkeypatc
     assert read_names(policy, "sac_gpu_torch.py", env_steps=640) == (*names, pytest.approx(0.04))
     ours, theirs = (vecsim.evaluate_in_gymnasium(args.env_id, act, 1, 1, {}) for act in (agent.act, policy.act))
     assert ours == pytest.approx(theirs) and ours["mean_length"] > 1
-
-
-def test_profile_shows_the_stages_of_learning_and_changes_nothing(tmp_path, capsys):
-    for profile in (False, True):
-        args = probe_args(tmp_path / str(profile), total_timesteps=20 * 64, eval_episodes=0, profile=profile)
-        sac.train(args, ProbeEnv)
-    assert_same(state_of(tmp_path / "False"), state_of(tmp_path / "True"))
-    stages, out = ("infer", "simulate", "sample", "update"), capsys.readouterr().out
-    assert all(stage in out for stage in stages)
-    with gzip.open(tmp_path / "True" / "trace.json.gz") as file:
-        names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert [names.count(stage) for stage in stages] == [3, 3, 3, 3]
