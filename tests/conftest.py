@@ -8,12 +8,25 @@ wait for.
 import json
 import os
 import shlex
+import signal
 from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("NPROC", "16")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A trainer's main installs its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

@@ -462,16 +462,6 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """main installs its own."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
 def run_main(monkeypatch, capsys, *arguments):
     """The exit status, and what main printed to stderr."""
     monkeypatch.setattr(sys, "argv", ["ppo_gpu_torch.py", *map(str, arguments)])

@@ -18,15 +18,7 @@ import pytest
 import torch
 from probe_envs import ProbeEnv
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
-from test_ppo import (
-    assert_same,
-    log_of,
-    read_checkpoint,
-    run_two_processes,
-    signal_handlers,  # noqa: F401
-    signalled,
-    state_of,
-)
+from test_ppo import assert_same, log_of, read_checkpoint, run_two_processes, signalled, state_of
 from two_processes_sac import probe_args, updates_on_fixed_data
 
 import sac_gpu_torch as sac

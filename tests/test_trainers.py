@@ -15,7 +15,7 @@ import pytest
 import torch
 from probe_envs import ProbeEnv
 from probe_envs import probe_args as ppo_args
-from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, signal_handlers, state_of  # noqa: F401
+from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, state_of
 from two_processes_sac import probe_args as sac_args
 
 import ppo_gpu_torch as ppo
