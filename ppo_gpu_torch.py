@@ -903,10 +903,7 @@ class RunLog:
 
             wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
         self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
-        self.bar = tqdm(
-            total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=pause
-        )
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
 
     def write(self, record: dict) -> None:
         with self.metrics.open("a") as file:
@@ -915,7 +912,8 @@ class RunLog:
             if value is not None:
                 self.tensorboard.add_scalar(name, value, record["env_steps"])
         episode_return = record["episode_return"]
-        self.bar.set_postfix_str("no whole episode" if episode_return is None else f"return {episode_return:.1f}")
+        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(record["env_steps"] - self.bar.n)
 
     def close(self) -> None:
@@ -1050,8 +1048,6 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         if not moved:
             generator.set_state(mine["generator"])
     compile_seconds = time.perf_counter() - started
-    if log:
-        log.bar.unpause()  # the clock of the bar starts here
 
     terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
     profiler = start_profiler(run_dir) if args.profile and log else None

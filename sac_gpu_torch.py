@@ -1197,10 +1197,7 @@ class RunLog:
 
             wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
         self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
-        self.bar = tqdm(
-            total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=pause
-        )
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
 
     def write(self, record: dict) -> None:
         with self.metrics.open("a") as file:
@@ -1209,7 +1206,8 @@ class RunLog:
             if value is not None:
                 self.tensorboard.add_scalar(name, value, record["env_steps"])
         episode_return = record["episode_return"]
-        self.bar.set_postfix_str("no whole episode" if episode_return is None else f"return {episode_return:.1f}")
+        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(record["env_steps"] - self.bar.n)
 
     def close(self) -> None:

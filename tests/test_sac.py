@@ -7,7 +7,6 @@ that SAC and PPO share word for word."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import signal
 import sys
@@ -18,7 +17,7 @@ import pytest
 import torch
 from probe_envs import ProbeEnv
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
-from test_ppo import assert_same, log_of, read_checkpoint, run_two_processes, signalled, state_of
+from test_ppo import assert_same, log_of, read_checkpoint, run_main, run_two_processes, signalled, state_of
 from two_processes_sac import probe_args, updates_on_fixed_data
 
 import sac_gpu_torch as sac
@@ -304,37 +303,7 @@ def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(t
     assert read_checkpoint(tmp_path)["updates"] == 2 * 42
 
 
-def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(tmp_path):
-    sac.train(probe_args(tmp_path, "delayed", total_timesteps=3_200, network="flash"), ProbeEnv)
-    agent = trained_agent(tmp_path)
-    before = {key: value.clone() for key, value in agent.state_dict().items()}
-    assert before["obs_statistics.count"] == before["return_statistics.count"] == 3_200
-    vecsim.evaluate(ProbeEnv("delayed"), agent.act, seed=3)
-    assert_same(before, dict(agent.state_dict()))
-
-
 # Compiled, reduced precision, on a GPU --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "backend, changes",
-    [("inductor", {}), ("aot_eager", dict(network="flash", critic_reduction="min"))],
-    ids=["layer_norm", "flash"],
-)
-def test_compiled_and_eager_runs_agree(backend, changes, tmp_path, monkeypatch):
-    """Same noise, same order: 12 updates differ by rounding only.
-
-    flash adds moments that the graph must write. Tracing shows that, without the two minutes of Inductor's kernels."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    agents = []
-    for name, compiled in (("eager", False), ("compiled", True)):
-        args = probe_args(tmp_path / name, "delayed", total_timesteps=15 * 64, n_step=2, compile=compiled, **changes)
-        sac.train(args, ProbeEnv)
-        agents.append(trained_agent(tmp_path / name).state_dict())
-    eager, compiled = agents
-    assert eager.keys() == compiled.keys()  # uncompiled names
-    for key in eager:
-        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-3, atol=2e-4)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -428,13 +397,6 @@ def test_two_processes_train_one_run_and_resume_it(two_processes):
 # Run folder and command line ------------------------------------------------------------------------------------------
 
 
-def run_main(monkeypatch, capsys, *arguments):
-    """The exit status, and what main printed to stderr."""
-    monkeypatch.setattr(sys, "argv", ["sac_gpu_torch.py", *map(str, arguments)])
-    status = sac.main()
-    return status, capsys.readouterr().err
-
-
 def test_resume_refuses_another_shape_of_the_replay_only_if_the_checkpoint_has_one():
     checkpoint = dict(args=dataclasses.asdict(probe_args(None)), env_steps=6_400, processes=[{}])
     for name, value in (("replay_capacity", 20_000), ("half_precision_replay", True)):
@@ -457,7 +419,7 @@ def test_exported_policy_acts_like_the_trained_one(network, tmp_path, monkeypatc
     state |= dict(agent=agent.state_dict(), versions=vecsim.versions())
     sac.save_checkpoint(tmp_path / "checkpoint.pt", state)
     flags = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
-    assert run_main(monkeypatch, capsys, *flags) == (0, "")
+    assert run_main(monkeypatch, capsys, *flags, trainer=sac) == (0, "")
     policy = OnnxPolicy(tmp_path / "policy.onnx")
     check_file(policy, agent.act, agent.obs_statistics, (torch.tensor([-3.0]), torch.tensor([3.0])), squashed=True)
     names = ["qpos/slider", "qpos/hinge", "qvel/slider", "qvel/hinge"], ["slide"]

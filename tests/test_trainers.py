@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import re
-import sys
 import types
 from pathlib import Path
 
@@ -15,11 +14,12 @@ import pytest
 import torch
 from probe_envs import ProbeEnv
 from probe_envs import probe_args as ppo_args
-from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, state_of
+from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, run_main, state_of
 from two_processes_sac import probe_args as sac_args
 
 import ppo_gpu_torch as ppo
 import sac_gpu_torch as sac
+import vecsim_torch as vecsim
 
 NOT_HERE = [
     ("--env-id Ant-v5", "was trained with env_id = action, not Ant-v5; omit that flag"),
@@ -89,13 +89,6 @@ def train(trainer, run_dir, env_id="action", env=ProbeEnv, **changes):
     return trainer.module.train(trainer.make_args(run_dir, env_id, **changes), env)
 
 
-def run_main(module, monkeypatch, capsys, *arguments):
-    """The exit status, and what main printed to stderr."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-    status = module.main()
-    return status, capsys.readouterr().err
-
-
 @pytest.fixture(params=TRAINERS.values(), ids=TRAINERS.keys())
 def trainer(request):
     return request.param
@@ -132,7 +125,53 @@ def test_resume_with_the_simulator_is_bit_for_bit(trainer, tmp_path):
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
+@pytest.mark.parametrize(
+    "trainer, env_id, changes, names",
+    [
+        (PPO, "delayed", {}, ("obs", "return")),
+        (PPO, "privileged", {}, ("obs", "critic_obs", "return")),
+        (SAC, "delayed", dict(network="flash"), ("obs", "return")),
+    ],
+    ids=["ppo", "privileged", "sac"],
+)
+def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(trainer, env_id, changes, names, tmp_path):
+    train(trainer, tmp_path, env_id, total_timesteps=3_584, **changes)
+    agent = trainer.module.load_agent(read_checkpoint(tmp_path))
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    assert all(before[f"{name}_statistics.count"] == 3_584 for name in names)
+    vecsim.evaluate(ProbeEnv(env_id), agent.act, seed=3)
+    assert_same(before, dict(agent.state_dict()))
+
+
 # Compiled, reduced precision, on a GPU --------------------------------------------------------------------------------
+
+
+def assert_two_runs_agree(trainer, run_dir, flag, atol, **changes):
+    """Two short runs, the second with a flag, differ by rounding only: same noise, same order of samples."""
+    agents = []
+    for value in (False, True):
+        run = run_dir / str(value)
+        steps = max(5 * trainer.iteration, 15 * 64)  # 5 iterations of PPO, 12 updates of SAC
+        train(trainer, run, "delayed", total_timesteps=steps, **changes, **{flag: value})
+        agents.append(read_checkpoint(run)["agent"])
+    assert agents[0].keys() == agents[1].keys()  # uncompiled names
+    for key in agents[0]:
+        torch.testing.assert_close(agents[1][key], agents[0][key], rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "trainer, backend, changes",
+    [
+        (PPO, "inductor", {}),
+        (SAC, "inductor", dict(n_step=2)),
+        (SAC, "aot_eager", dict(n_step=2, network="flash", critic_reduction="min")),
+    ],
+    ids=["ppo", "sac", "flash"],
+)
+def test_compiled_and_eager_runs_agree(trainer, backend, changes, tmp_path, monkeypatch):
+    """flash adds moments that the graph must write. Tracing shows that, without two minutes of Inductor's kernels."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    assert_two_runs_agree(trainer, tmp_path, "compile", 1e-4 if trainer is PPO else 2e-4, **changes)
 
 
 def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
@@ -142,14 +181,10 @@ def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_captured_graphs_agree_with_eager(trainer, tmp_path):
-    steps, agents = max(5 * trainer.iteration, 15 * 64), []
-    for graphs in (False, True):
-        run = tmp_path / str(graphs)
-        train(trainer, run, "delayed", device="cuda", cuda_graphs=graphs, total_timesteps=steps)
-        agents.append(read_checkpoint(run)["agent"])
-    for key in agents[0]:
-        torch.testing.assert_close(agents[1][key], agents[0][key], rtol=1e-3, atol=1e-4 if trainer is PPO else 1e-3)
+@pytest.mark.parametrize("trainer, changes", [(PPO, {}), (SAC, {}), (SAC, dict(network="flash"))])
+def test_captured_graphs_agree_with_eager(trainer, changes, tmp_path):
+    atol = 1e-4 if trainer is PPO else 1e-3
+    assert_two_runs_agree(trainer, tmp_path, "cuda_graphs", atol, device="cuda", **changes)
 
 
 # Run folder and command line ------------------------------------------------------------------------------------------
@@ -177,14 +212,14 @@ def test_run_folder_has_the_names_that_machines_read(name, finished_runs):
 @pytest.mark.parametrize("name, arguments, message", cases("bad_input"))
 def test_bad_input_is_one_line_and_status_2(name, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    status, err = run_main(TRAINERS[name].module, monkeypatch, capsys, "--device", "cpu", *arguments.split())
+    status, err = run_main(monkeypatch, capsys, "--device", "cpu", *arguments.split(), trainer=TRAINERS[name].module)
     assert status == 2 and message in err and messages(err) == [err.strip()], err
 
 
 @pytest.mark.parametrize("name, arguments, message", cases("refusals"))
 def test_resume_refuses_flags_that_do_not_fit(name, arguments, message, finished_runs, monkeypatch, capsys):
     flags = "--resume", finished_runs[name] / "checkpoint.pt", *arguments.split()
-    status, err = run_main(TRAINERS[name].module, monkeypatch, capsys, *flags)
+    status, err = run_main(monkeypatch, capsys, *flags, trainer=TRAINERS[name].module)
     assert status == 2 and message in err and messages(err) == [err.strip()], err
 
 
