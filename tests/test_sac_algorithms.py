@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
 import inspect
 import math
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
-import source_lint
 import torch
 
 import ppo_gpu_torch as ppo
 import sac_gpu_torch as sac
 
-SOURCE = Path(sac.__file__).read_text()
-FUNCTIONS = source_lint.functions(SOURCE)
 KINDS = ("mlp", "layer_norm", "flash")
 
 
@@ -660,48 +655,3 @@ def test_vanilla_is_textbook_sac():
     assert not kinds & {"LayerNorm", "BatchNorm", "RMSNorm"} and agent.atoms is None
     assert not agent.obs_statistics.enabled and not agent.return_statistics.enabled
     assert (args.n_step, args.noise_repeat_max, args.critic_reduction, args.target_entropy) == (1, 1, "min", -1.0)
-
-
-# The source itself ----------------------------------------------------------------------------------------------------
-
-
-def test_every_flag_is_read():
-    names = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Attribute)]
-    read = {node.attr for node in names if isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args"}
-    assert {field.name for field in dataclasses.fields(sac.Args)} <= read | {"preset"}  # parse_args reads the preset
-
-
-def test_every_flag_has_one_help_line():
-    body = next(n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.ClassDef) and n.name == "Args").body
-    for flag, text in zip(body[1::2], body[2::2], strict=True):
-        assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr), ast.unparse(flag)
-        assert "\n" not in text.value.value, flag.target.id
-
-
-def test_only_the_defaults_read_a_module_variable():
-    for name, function in FUNCTIONS.items():
-        used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
-        assert not used & {"TASKS", "VANILLA"} or name == "task_defaults", name
-
-
-ON_DEVICE = """
-store draw_transitions hold_noise follow_returns n_step_returns gather_batch squashed_gaussian policy_step Agent.policy
-Agent.value Agent.combined_value Agent.reward_divisor Agent.act project_categorical critic_target critic_loss
-temperature_loss policy_loss critic_step update gaussian_log_prob weighted_moments RunningStatistics.update
-RunningStatistics.normalize RunningStatistics.deviation PlainNetwork.forward BatchNorm.forward ResidualBlock.forward
-FlashNetwork.forward TwinCritics.forward Temperature.forward sum_over_processes average_over_processes
-max_over_processes train
-"""
-
-
-@pytest.mark.parametrize("name", ON_DEVICE.split())
-def test_no_host_read_without_its_comment(name):
-    assert not source_lint.unmarked_host_reads(FUNCTIONS[name], SOURCE)
-
-
-def test_the_loop_of_train_reads_the_host_only_when_it_logs():
-    nodes = ast.walk(FUNCTIONS["train"])
-    loop = next(x for x in nodes if isinstance(x, ast.For) and ast.unparse(x.target) == "iteration").body
-    gate = next(k for k, x in enumerate(loop) if isinstance(x, ast.If) and isinstance(x.body[0], ast.Continue))
-    assert not any(source_lint.host_reads(node) for node in loop[:gate])
-    assert "print" not in "\n".join(ast.unparse(node) for node in loop[:gate])

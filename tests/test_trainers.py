@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import gzip
+import inspect
 import json
 import math
 import re
@@ -11,6 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
+import source_lint
 import torch
 from probe_envs import ProbeEnv
 from probe_envs import probe_args as ppo_args
@@ -245,3 +249,56 @@ def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys)
     with gzip.open(tmp_path / "True" / "trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert {stage: names.count(stage) for stage in trainer.stages} == trainer.stages
+
+
+# The source itself ----------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_has_one_help_line_and_is_read(trainer):
+    tree = ast.parse(inspect.getsource(trainer.module))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    for flag, text in zip(body[1::2], body[2::2], strict=True):
+        assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr), ast.unparse(flag)
+        assert "\n" not in text.value.value, flag.target.id
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in names if isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args"}
+    flags = {field.name for field in dataclasses.fields(trainer.module.Args)}
+    assert flags <= read | {"preset"}  # parse_args reads the preset
+
+
+def test_only_the_defaults_read_a_module_variable(trainer):
+    for name, function in source_lint.functions(inspect.getsource(trainer.module)).items():
+        used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        assert not used & {"TASKS", "VANILLA"} or name == "task_defaults", name
+
+
+ON_DEVICE = """
+policy_step gaussian_log_prob update weighted_moments RunningStatistics.update RunningStatistics.normalize
+Agent.act sum_over_processes average_over_processes train
+"""
+OF_PPO = """
+gaussian_kl advantages_gae values_and_advantages explained_variance make_batch ppo_loss accumulate_gradients
+apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean Agent.normalized_value
+"""
+OF_SAC = """
+store draw_transitions hold_noise follow_returns n_step_returns gather_batch squashed_gaussian Agent.policy
+Agent.value Agent.combined_value Agent.reward_divisor project_categorical critic_target critic_loss
+temperature_loss policy_loss critic_step RunningStatistics.deviation PlainNetwork.forward BatchNorm.forward
+ResidualBlock.forward FlashNetwork.forward TwinCritics.forward Temperature.forward max_over_processes
+"""
+
+
+@pytest.mark.parametrize("module, names", [(ppo, ON_DEVICE + OF_PPO), (sac, ON_DEVICE + OF_SAC)], ids=TRAINERS)
+def test_no_host_read_without_its_comment(module, names):
+    source = inspect.getsource(module)
+    functions = source_lint.functions(source)
+    for name in names.split():
+        assert not source_lint.unmarked_host_reads(functions[name], source), name
+
+
+def test_the_loop_of_train_reads_the_host_only_when_it_logs(trainer):
+    nodes = ast.walk(source_lint.functions(inspect.getsource(trainer.module))["train"])
+    loop = next(x for x in nodes if isinstance(x, ast.For) and ast.unparse(x.target) == "iteration").body
+    gate = next(k for k, x in enumerate(loop) if isinstance(x, ast.If) and isinstance(x.body[0], ast.Continue))
+    assert not any(source_lint.host_reads(node) for node in loop[:gate])
+    assert "print" not in "\n".join(ast.unparse(node) for node in loop[:gate])
