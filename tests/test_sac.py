@@ -1,8 +1,7 @@
 """sac_gpu_torch as a whole: probe environments, reproducibility, resume, processes, command line and run folder.
 
 Bit for bit on one CPU with equal versions: two runs of one seed, and a run resumed with its replay. Everything else has
-a tolerance. test_trainers.py tests what both do alike, and test_ppo.py the functions
-that SAC and PPO share word for word."""
+a tolerance. test_trainers.py tests what SAC and PPO do alike, and test_ppo.py the functions that they share."""
 
 from __future__ import annotations
 
