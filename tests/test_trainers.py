@@ -51,7 +51,7 @@ PPO = types.SimpleNamespace(
         ("--run-dir README.md", "File exists: 'README.md'"),
         (f"--run-dir {'a' * 300}", "File name too long"),
         ("--env-id Nowhere-v5", "unknown task 'Nowhere-v5'"),
-        ("--env-kwargs randomize.weight 0.1", "unknown field 'weight' of randomize"),
+        ("--env-kwargs randomize.weight 0.1", "this robot has no weight to vary"),
         ("--env-kwargs iterations 8", "sets iterations, which this script sets itself; use --solver-iterations"),
     ],
 )
