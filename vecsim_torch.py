@@ -2327,7 +2327,7 @@ def randomized_fields(model: Model, values: Rows) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What stays fixed while an environment lives."""
+    """What a `VecSim` was built with. It does not change from step to step."""
 
     task: Task
     integrator: str
@@ -2355,7 +2355,7 @@ class Carry(NamedTuple):
     qvel: Tensor  # (nv, N)
     warmstart: Tensor  # (nv, N) acceleration of the last physics step
     position: Tensor  # (k, N) m, from which the task measures the velocity
-    age: Tensor  # (N,) steps towards the time limit
+    age: Tensor  # (N,) steps counted towards the time limit; larger than episode_length after a late start
     episode_length: Tensor  # (N,) steps since the reset
     episode_return: Tensor  # (N,)
     parameters: Rows  # the randomised parameters of this episode's robots
@@ -2409,8 +2409,8 @@ def begin_episode(
 ) -> tuple[Carry, Measured, Rows]:
     """Fresh episodes of the robots `model`: the state they begin with, what the task sees and what it senses.
 
-    ended: the final state of the previous episodes, or None before the first. limit: (N,) how many steps those
-    episodes could have had.
+    ended: the final state of the previous episodes, or None before the first. limit: (N,) the largest number of steps
+    that those episodes could take: max_episode_steps, less the age at which they started.
     """
     task, drawn = settings.task, noise.parameters
     qpos, qvel = reset_state(task, model, noise.qpos, noise.qvel)
@@ -2461,8 +2461,8 @@ def begin_step(
 ) -> tuple[Carry, list[Tensor]]:
     """Push the robots whose time has come, and return ctrl (nu, N) of each physics step of this control step.
 
-    Delayed actions: physics step j sees the action given ceil((delay - j) / frame_skip) control steps ago. Before the
-    first action of an episode the robot gets zeros.
+    A delay of d physics steps: physics step j of this control step sees the action given ceil((d - j) / frame_skip)
+    control steps ago, or this step's action if d <= j. Before the first action of an episode the robot gets zeros.
     """
     task, drawn = settings.task, noise.parameters
     if "push" in drawn:
@@ -2476,16 +2476,16 @@ def begin_step(
     actions = [action, *carry.delayed.unbind(0)]
     if settings.delay:
         carry = carry._replace(delayed=torch.stack(actions[:-1]))
-    ages = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
+    steps_ago = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
     ctrl = [task.control(model, past) for past in actions]
-    return carry, [ctrl[age] for age in ages]
+    return carry, [ctrl[k] for k in steps_ago]
 
 
 class Robots(NamedTuple):
-    """The models of the robots: of this step, and of the episodes that begin if this step ends one."""
+    """Models with the randomised parameters of each robot."""
 
-    now: Model
-    following: Model
+    now: Model  # of the episodes that run in this step
+    following: Model  # of the episodes that begin where this step ends one
 
 
 def end_step(
@@ -2493,9 +2493,9 @@ def end_step(
 ) -> tuple[Carry, Transition]:
     """Reward, termination and auto-reset after the physics of a control step.
 
-    carry: qpos, qvel and warmstart are those after the physics. action: (nu, N). A robot whose simulation diverged
-    (not finite, or beyond RUNAWAY) is reset alone. It is reported as invalid and truncated, with reward 0 and with its
-    fresh observation as `final_obs`.
+    carry: qpos, qvel and warmstart are already those of the new state. action: (nu, N). A robot whose simulation
+    diverged (not finite, or beyond RUNAWAY) is reset alone. It is reported as invalid and truncated, with reward 0 and
+    with its fresh observation as `final_obs`.
     """
     task, model = settings.task, robots.now
     moving = torch.cat((carry.qpos, carry.qvel))
@@ -2510,7 +2510,7 @@ def end_step(
 
     age, length = carry.age + 1, carry.episode_length + 1
     terminated = ~invalid & ~task.healthy(after, sensed) & task.terminate_when_unhealthy
-    truncated = (age >= settings.max_episode_steps) & ~terminated | invalid
+    truncated = ((age >= settings.max_episode_steps) & ~terminated) | invalid
     ended = terminated | truncated
     episode_return = carry.episode_return + reward
 
@@ -2577,9 +2577,10 @@ def environment_step(
 def compile_regions(device: torch.device) -> Regions:
     """Compiled regions for one model.
 
-    Each is compiled from a private copy of its code object, where the compiler keeps its cache. All guards stay on,
-    because one region is called with several shapes (`solve_packed` with 1 and with 1 + nr right-hand sides). On a CPU
-    the generated wrapper is C++ that releases Python's lock, so that threads can step chunks side by side.
+    PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
+    of the code object. All guards stay on, because a region is called with several shapes (`solve_packed` with 1 and
+    with 1 + nr right-hand sides). On a CPU the generated wrapper is C++ that releases Python's lock, so that threads
+    can step chunks side by side.
     """
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
     options |= {"cpp.enable_tiling_heuristics": False}
@@ -2626,11 +2627,14 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
+COMPILED_ROWS = 32  # the most rows of `Constraints.row_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
 
 def normal_tensors(method: Callable) -> Callable:
-    """No gradients, and no inference tensors under `torch.inference_mode()`: those could not be updated outside it."""
+    """Run the method without gradients, and outside `torch.inference_mode()`.
+
+    A state that is created inside it could not be updated outside it later."""
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
@@ -2665,8 +2669,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     iterations          Newton iterations per evaluation of the dynamics
     pair_slots          how many contacts between moving geoms are solved at once, the deepest first; default one for
                         each pair that can touch, at most 8, or 4 with friction. The others are dropped, and
-                        `pop_statistics` counts them. Contacts with what is fixed are never dropped. With many
-                        slots, compiling takes long
+                        `pop_statistics` counts them. Contacts with what is fixed are never dropped
     self_collision      False leaves out contacts between moving geoms
     max_episode_steps   the time limit
     random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
@@ -2680,8 +2683,8 @@ class VecSim(gymnasium.vector.VectorEnv):
     numpy               `reset` answers in numpy arrays
     **task_options      the fields of the task: reset_noise_scale, ctrl_cost_weight, ...
 
-    Starts and commands are drawn from one random generator, everything optional (randomisation, pushes, observation
-    noise) from a second one. So with one seed the former are the same whatever the latter options are.
+    One random generator draws starts and commands. A second one draws everything optional: randomisation, pushes and
+    observation noise. So an option never changes the starts and commands of a seed.
     """
 
     @normal_tensors
@@ -2730,6 +2733,13 @@ class VecSim(gymnasium.vector.VectorEnv):
             self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
         )
         self.model = self.task.furnish(model, self.mj_model)
+        rows = self.model.pair_slots * self.model.pair_edges
+        if compile and rows > COMPILED_ROWS:
+            raise InputError(
+                f"{rows} rows of self-contacts (pair_slots={self.model.pair_slots}, {self.model.pair_edges} a slot) "
+                f"take too long to compile, at most {COMPILED_ROWS}; use fewer pair_slots, condim 1, "
+                "self_collision=False or compile=False"
+            )
         single = {name.removeprefix("randomize."): value for name, value in single.items()}
         self.settings = Settings(
             task=self.task,
@@ -2822,7 +2832,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         names = []
         for group, columns in slices.items():
             size = columns.stop - columns.start
-            known = rows.get(group, [])[-size:]  # a group that leaves out coordinates leaves out the first
+            known = rows.get(group, [])[-size:]  # a group may omit its first coordinates
             names += [f"{group}/{name}" for name in known] or [f"{group}[{i}]" for i in range(size)]
         return names
 
@@ -2893,7 +2903,7 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     @normal_tensors
     def step(self, actions: Tensor | np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """One control step of every environment. Actions (N, nu); the class says what is returned."""
+        """One control step of every environment with actions (N, nu). The docstring of VecSim says what it returns."""
         if not self._carries:
             raise ValueError("call reset() before step()")
         given, shape = getattr(actions, "shape", type(actions).__name__), (self.num_envs, self.model.nu)
@@ -2939,7 +2949,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         return t
 
     def _replay(self, actions: Tensor) -> Transition:
-        """The same step as one CUDA graph: captured once, then a single launch with fresh random numbers each time."""
+        """`_step_chunks` as one CUDA graph: captured in the first call, then one launch with fresh random numbers."""
         if self._graph is None:
             self._action = torch.clone(actions.T, memory_format=torch.contiguous_format)  # never the caller's memory
             carry, statistics = self._get_carry(), self._statistics.clone()

@@ -605,6 +605,23 @@ def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
     assert vecsim.make("Bounded", 2).single_action_space.high == 2.0
 
 
+class Balls(vecsim.InvertedPendulum):
+    """Five balls that can touch each other, with friction, and a motor."""
+
+    def source(self):
+        balls = "".join(f'<body pos="{k} 0 0"><freejoint/><geom size=".1"/></body>' for k in range(5))
+        return f"""<mujoco><worldbody><body><joint name="j"/><geom size=".1" contype="0" conaffinity="0"/></body>{balls}
+          </worldbody><actuator><motor joint="j" ctrllimited="true" ctrlrange="-1 1"/></actuator></mujoco>"""
+
+
+def test_many_rows_of_self_contacts_are_not_compiled(monkeypatch):
+    monkeypatch.setitem(vecsim.TASKS, "Balls", Balls)
+    with pytest.raises(ValueError, match=r"36 rows .*pair_slots=9, 4 a slot.* at most 32; use fewer pair_slots"):
+        vecsim.make("Balls", 2, pair_slots=9, compile=True)
+    assert vecsim.make("Balls", 2, pair_slots=9).model.pair_slots == 9
+    assert vecsim.make("Balls", 2, compile=True).model.pair_slots == 4
+
+
 def test_dropped_contacts_are_counted():
     """A mean over robots and physics steps; here of one step."""
     folded, counts = folded_humanoids(6)
