@@ -3176,11 +3176,19 @@ def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
     return options_from_text(shared)
 
 
+def make_in_gymnasium(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
+    """gymnasium.make without the warning about half_cheetah.xml, which MuJoCo would write into MUJOCO_LOG.TXT."""
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        return gymnasium.make(env_id, **options)
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
 def gymnasium_envs(env_id: str, count: int, options: dict[str, Any]) -> gymnasium.vector.VectorEnv:
     """A vector of Gymnasium's own environments, in MuJoCo C."""
-    return gymnasium.vector.SyncVectorEnv(
-        [lambda: gymnasium.make(env_id, **options)] * count, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
-    )
+    makers = [lambda: make_in_gymnasium(env_id, options)] * count
+    return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
 
 def evaluate_in_gymnasium(

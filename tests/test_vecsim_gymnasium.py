@@ -318,3 +318,10 @@ def test_benchmark(env_id, tmp_path):
     if env_id == "InvertedPendulum-v5":
         errors = result["qacc_error_p99_by_iterations"]
         assert list(errors) == ["2", "3", "4"] and errors["4"] <= 1e-4
+
+
+def test_gymnasiums_half_cheetah_leaves_no_log_file(tmp_path, monkeypatch):
+    """MuJoCo warns about its MJCF, by default in a file in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    vecsim.gymnasium_envs("HalfCheetah-v5", 1, {}).close()
+    assert list(tmp_path.iterdir()) == []
