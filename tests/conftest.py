@@ -33,10 +33,13 @@ def pytest_addoption(parser):
     parser.addoption("--figures", metavar="FILE", help="write the worst errors that the tests measured as JSON")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: with --dist loadfile the long files then do not end alone on one worker."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Groups for --dist loadgroup: a file stays on one worker, but each slow test is its own group and starts early."""
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.replace("@", "_") if slow else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -26,6 +26,7 @@ from mujoco import mjx  # noqa: E402
 import ppo_mjx_jax as ppo  # noqa: E402
 
 TASKS = list(ppo.TASKS)
+LARGE = ("Walker2d-v5", "Ant-v5", "Humanoid-v5")  # their programs compile for the longest time
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def errors(mine, reference):
     ("HalfCheetah-v5", "euler"),
     ("Hopper-v5", "implicitfast"),
     ("Ant-v5", "euler"),  # lies on near-vertical capsules: see the next test
-    ("Humanoid-v5", "euler"),
+    pytest.param("Humanoid-v5", "euler", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_physics_step_is_mujocos(env_id, integrator):
     task = ppo.make_task(converged_args(env_id, integrator=integrator))
@@ -117,7 +118,7 @@ def test_mjx_itself_turns_the_friction_pyramid_of_a_near_vertical_capsule():
     assert 0 < differs.sum() < 100
 
 
-@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("env_id", [pytest.param(x, marks=pytest.mark.slow) if x in LARGE else x for x in TASKS])
 def test_a_task_step_is_gymnasiums(env_id):
     """Observation, reward and termination from the same states, to 1e-5, with Gymnasium's own options."""
     options = dict.fromkeys(ppo.UNSUPPORTED, False) if env_id == "Humanoid-v5" else {}

@@ -740,6 +740,7 @@ def test_evaluations_during_training_then_play_and_film(tmp_path, monkeypatch, c
     assert films == [tmp_path / "play.mp4"]
 
 
+@pytest.mark.slow
 def test_inverted_pendulum_balances_in_gymnasium(tmp_path):
     """With the defaults of its row, every episode in Gymnasium's own environment lasts as long as it can."""
     args = dataclasses.replace(ppo.task_defaults("InvertedPendulum-v5"), device="cpu", compile=False)

@@ -438,6 +438,7 @@ def test_profile_writes_a_trace_and_leaves_the_training_as_it_was(tmp_path, caps
     assert "a trace of one iteration is in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_eight_seeds_in_one_program_equal_eight_separate_runs(tmp_path):
     """After 8 iterations, in float32: batched matrix products may round differently, and training amplifies it."""
     _, together = run(tmp_path, "together", num_seeds=8)
@@ -489,6 +490,7 @@ def test_two_devices_share_the_environments(one_device, tmp_path):
     assert_close(final_state(tmp_path), one_device)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_environments(one_device, tmp_path):
     """As two hosts would. Only the first one writes a run folder."""
     with socket.socket() as probe_socket:

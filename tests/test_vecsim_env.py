@@ -420,7 +420,7 @@ def test_chunks_change_nothing(env_id, options):
     assert whole.pop_statistics() == pytest.approx(parts.pop_statistics())
 
 
-@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Hopper-v5"])
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", pytest.param("Hopper-v5", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(env_id):
     # float32 rounds to 1e-7; the contact problem and the four stages amplify it by some tens
     eager, compiled = (vecsim.make(env_id, 16, compile=flag, max_episode_steps=2) for flag in (False, True))
