@@ -43,6 +43,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -236,12 +237,19 @@ def parse_args(argv: list[str]) -> Args:
             raise InputError(" ".join(printable.split())) from None
 
     given = parse([word for word in argv if word not in ("-h", "--help")], Args())
+    for name in "run_dir resume play export teacher student".split():
+        if getattr(given, name) == "":
+            raise InputError(f"{name} is empty; give a path or omit --{name.replace('_', '-')}")
+    if given.resume and given.play:
+        raise InputError("--resume continues training and --play plays; give one of them")
     path = given.resume or given.play
     default = task_defaults(given.env_id)
     if path:
         of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
     args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # from a filled dict, tyro makes one flag a key
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise InputError("track needs Weights & Biases; run `pip install wandb` or omit --track")
     if (args.export or args.capture_video) and not args.play:
         raise InputError("--export and --capture-video need a checkpoint; give it with --play")
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
@@ -1332,8 +1340,9 @@ class StageRun:
                 args.env_id, cpu_act, args.eval_episodes, args.seed, args.env_kwargs, self.observes
             )
         write_file(self.folder / "eval.json", json.dumps(evaluation, indent=2).encode())
+        reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
         for name in ("vecsim", "gymnasium"):
-            score = vecsim.describe(evaluation[name]) if evaluation[name] else "no score"
+            score = vecsim.describe(evaluation[name]) if evaluation[name] else reason
             print(f"{self.stage}, {name}: {score}")
         return evaluation
 
@@ -1504,6 +1513,7 @@ def play(args: Args, make_env: Callable | None = None) -> dict | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
     The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
+    check_ranges(args)
     checkpoint = load_checkpoint(args.play)
     act, observes, score = load_policy(checkpoint), checkpoint["observes"], None
     if args.export:
@@ -1541,6 +1551,8 @@ def main() -> int:
         if distributed.is_initialized():
             distributed.destroy_process_group()
     except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -24,7 +24,8 @@ Gymnasium, which runs MuJoCo C with the MJCF's own settings.
 
 Sources: Schulman et al. 2016 (GAE, eq. 16) and 2017 (PPO, eq. 7); Pardo et al. 2018 (time limits); Rudin et al. 2022
 (the adaptive learning rate of rsl_rl); Lu et al. 2022 (PureJaxRL: training as one function). ppo_gpu_torch.py is the
-same algorithm in PyTorch, with the same flags and defaults. This file imports no other file of the project.
+same algorithm in PyTorch; the flags that both scripts have are alike, with the same defaults for a task. This file
+imports no other file of the project.
 
 Read in this order: arguments, physics, tasks, auto-reset, networks, algorithm, evaluation, log, train.
 """

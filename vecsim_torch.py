@@ -30,7 +30,7 @@ constraints, Newton solver, integrators (with `step`, one physics step), tasks, 
 environment, evaluation, benchmark. To follow a contact force, read `VecSim.step`, `_step_chunks`, `environment_step`,
 `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need for each contact.
 
-Your own task. Write a file my_task.py and give every script `--env-id my_task.py:SwingUp`:
+Your own task. Write a file my_task.py and give a PyTorch trainer `--env-id my_task.py:SwingUp`:
 
     from dataclasses import dataclass
 
@@ -2191,6 +2191,8 @@ def find_task(env_id: str) -> type[Task]:
 def build_task(env_id: str, options: dict[str, Any]) -> Task:
     """The task with its options. InputError for an unknown task or option."""
     kind = find_task(env_id)
+    if not dataclasses.is_dataclass(kind) or not hasattr(kind, "observe"):
+        raise InputError(f"{env_id} must be a subclass of vecsim_torch.Task with the decorator @dataclass(frozen=True)")
     legal = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in options:
         if name not in legal:
@@ -2724,6 +2726,13 @@ class VecSim(gymnasium.vector.VectorEnv):
         single = {name: value for name, value in task_options.items() if name.startswith("randomize.")}
         task_options = {name: value for name, value in task_options.items() if name not in single}
 
+        counts = dict(num_envs=num_envs, iterations=iterations, max_episode_steps=max_episode_steps)
+        counts |= {name: x for name, x in (("chunk", chunk), ("pair_slots", pair_slots)) if x is not None}
+        for name, count in counts.items():
+            if not isinstance(count, (int, np.integer)):
+                raise InputError(f"{name} must be a whole number, not {count!r}")
+            if count < 1:
+                raise InputError(f"{name} must be at least 1, not {count}")
         self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, dtype, numpy
         self.device, self.compiled, self.random_initial_ages = pick_device(device), compile, random_initial_ages
         self.task = build_task(env_id, task_options)
@@ -3237,7 +3246,10 @@ def to_onnx(
     policy: a module from the inputs to the outputs. The first output is the action in the environment's units; the file
     clips it to the task's limits. inputs: an example (2, k) of each by name; the file takes any number of rows.
     """
-    import onnx
+    try:
+        import onnx
+    except ImportError:
+        raise InputError("an export needs ONNX; run `pip install onnx`") from None
 
     options = checkpoint["args"]["env_kwargs"]
     env = make(checkpoint["env_id"], num_envs=1, **options)
@@ -3278,7 +3290,7 @@ def describe(score: dict[str, float]) -> str:
 def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
     """InputError for options of `make` that a trainer sets itself."""
     flags = {"iterations": "--solver-iterations"}
-    for name in "num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
+    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
         if name in env_kwargs:
             flag = flags.get(name, f"--{name.replace('_', '-')}")
             raise InputError(f"env_kwargs sets {name}, which this script sets itself; use {flag} where there is one")
@@ -3474,6 +3486,8 @@ def converged(m: mujoco.MjModel) -> mujoco.MjModel:
 
 def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     """The figures that the command prints and that --json writes."""
+    if args.threads < 1 or not 0 < args.seconds < math.inf:
+        raise InputError(f"threads = {args.threads} and seconds = {args.seconds} must be positive and finite")
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     options = {"integrator": args.integrator, "iterations": args.iterations, "compile": args.compile}
@@ -3497,6 +3511,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "mujoco_c_physics_steps_per_second": mujoco_speed(env, episode, args),
         "compile_seconds": max(0.0, first_step - step_seconds),
         "invalid": statistics["invalid"],
+        "dropped_contacts": statistics["dropped_contacts"],
     }
     if env.model.terrain is None:  # MuJoCo C has no terrain like vecsim's
         actions = random_actions(env, generator)
@@ -3512,14 +3527,14 @@ def main() -> None:
     print(f"{args.env_id}, {args.num_envs} environments; compiling takes one to three minutes", flush=True)
     try:
         result = benchmark(args)
-    except InputError as error:
+        text = json.dumps(result, indent=1)
+        print(text)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(text + "\n")
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

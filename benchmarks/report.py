@@ -11,9 +11,10 @@ from benchmarks import tables
 
 HEAD = """# Results
 
-`./benchmark.sh report` makes this page from the files in this folder; do not edit it. Each table names its hardware,
-commit and command. Speeds are medians, with the lowest and highest window in brackets. "X / this row" is the speed of X
-divided by that of the row: above 1, X is faster. Memory is the peak of all processes of a contender together.
+`./benchmark.sh report` makes this page from the files in this folder; do not edit it. Each file names its hardware,
+commit and command, and most tables do. Files of older commits may name options that are gone. Speeds are medians, with
+the lowest and highest window in brackets. "X / this row" is the speed of X divided by that of the row: above 1, X is
+faster. Memory is the peak of all processes of a contender together.
 """
 
 SIMULATOR = """## Simulator
@@ -63,9 +64,9 @@ thresholds. Hyperparameters were tuned on these tasks and partly on these seeds;
 
 EXPORT = """## Export
 
-The ONNX file of a trained HalfCheetah scores 5,057 ± 111 in Gymnasium, and the PyTorch policy 5,043 ± 107 with the same
-clipping (100 episodes). Without clipping it is 4,910 ± 105, because Gymnasium's control cost counts actions before they
-are clipped.
+The ONNX file of a trained HalfCheetah scores 5,057 ± 111 in Gymnasium, and the PyTorch policy 5,043 ± 107 with the
+same clipping (100 episodes). Without clipping it is 4,910 ± 105, because Gymnasium's control cost counts actions before
+they are clipped.
 """
 
 PEERS = """## Minutes to a score, beside other libraries
@@ -73,6 +74,7 @@ PEERS = """## Minutes to a score, beside other libraries
 Each run trains for the same minutes on the same core. Our trainers have the defaults of the task, SB3 has the tuned
 settings of RL Baselines3 Zoo (for SAC on the pendulum SB3's defaults), and CleanRL-style PPO has CleanRL's published
 settings on one environment. The clock excludes imports, evaluations and compilation. Other work ran on the other core.
+HalfCheetah and Hopper are not measured yet.
 """
 
 SETTINGS = """## Settings on the same budget
@@ -95,8 +97,8 @@ QUADRUPED = """## Quadruped: teacher, students, two simulators
 `walk` trains on flat ground, 12,005,376 environment steps in 728 s on one core, and judges the policy in this simulator
 and in MuJoCo C with the same MJCF.
 
-`distill` trains on rough ground. The tracking score is exp(-error²/0.25), error in m/s, averaged over the steps that an
-episode could have had: 1 is perfect, and a fall scores 0 for the remaining time. In brackets: the share of robots that
+`distill` trains on rough ground. The tracking score is exp(-error²/0.25), error in m/s, averaged over the steps that
+an episode could have had: 1 is perfect, and a fall scores 0 for the remaining time. In brackets: the share of robots that
 fell. Each cell has 250 robots, spread over all ten terrain levels; training rarely reached the upper five. The teacher
 is judged on observations without noise, so its rows "nominal" and "observation noise" are the same experiment: their
 difference, about 0.02 in score and 4 points of falls, is the noise floor of the table. One seed of 50 robots differs by
@@ -112,6 +114,7 @@ as much as 0.09 and 16 points. Differences are paired by seed, with 95% t interv
   does its teacher (-0.079 [-0.097, -0.061]), which had two thirds of the baseline's steps.
 - Nobody walks with 120 ms between decision and effect; no delay was trained.
 
+A stage of the script made these scores; today `eval_panel.py` judges the same policies, with other perturbations.
 One training seed each: another training may give other differences. Of so many intervals, one in twenty excludes 0 by
 chance. The policies were judged at a later commit than they were trained; the files name both.
 """

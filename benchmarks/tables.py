@@ -305,7 +305,8 @@ def profile(records: list[dict]) -> str:
         cells = [f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-" for stage in stages]
         script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
         rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
-    note = f"{records[0]['hardware']}. Commit {records[0]['commit']}, `./benchmark.sh runs profile`."
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in records))
+    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh runs profile` (all but the JAX script)."
     header = ["script", "task", "steps per iteration", *names]
     return table("where an iteration's time goes", header, rows, note)
 

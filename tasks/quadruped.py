@@ -633,7 +633,7 @@ class InMujoco(gymnasium.Env):
         from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
         if self._renderer is None:
-            self._renderer = MujocoRenderer(self.model, self.data, camera_name=self.camera_name)
+            self._renderer = MujocoRenderer(self.model, self.data, width=480, height=480, camera_name=self.camera_name)
         return self._renderer.render(self.render_mode)
 
     def close(self) -> None:

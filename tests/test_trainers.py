@@ -79,6 +79,11 @@ FOR_BOTH = [
     ("--resume nowhere.pt", "checkpoint nowhere.pt cannot be read: [Errno 2] No such file or directory"),
     ("--capture-video", "--export and --capture-video need a checkpoint"),
     ("--env-kwargs no_such_option 1", "no_such_option"),
+    ("--env-kwargs env_id Hopper-v5", "env_kwargs sets env_id"),
+    ("--env-kwargs chunk 1.5", "chunk must be a whole number, not 1.5"),
+    ("--resume a.pt --play b.pt", "give one of them"),
+    ("--run-dir=", "run_dir is empty; give a path or omit --run-dir"),
+    ("--resume=", "resume is empty"),
 ]
 TRAINERS = dict(ppo=PPO, sac=SAC)
 

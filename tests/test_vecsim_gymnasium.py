@@ -325,3 +325,11 @@ def test_gymnasiums_half_cheetah_leaves_no_log_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vecsim.gymnasium_envs("HalfCheetah-v5", 1, {}).close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--seconds", "nan"], ["--seconds", "0"], ["--threads", "0"]])
+def test_the_benchmark_refuses_impossible_times_and_threads(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vecsim_torch.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        vecsim.main()
+    assert stop.value.code == 2 and "must be positive and finite" in capsys.readouterr().err

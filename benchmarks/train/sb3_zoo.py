@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from benchmarks.meter import meter, settings, threads, variant
+from benchmarks.meter import device, meter, settings, threads, variant
 
 wide = dict(log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=dict(pi=[256, 256], vf=[256, 256]))
 ZOO = {
@@ -41,10 +41,10 @@ env_id, seed = settings["env_id"], settings["seed"]
 env = make_vec_env(env_id, 1, seed=seed)
 if variant == "ppo":
     env = VecNormalize(env, gamma=ZOO[env_id]["gamma"])
-    model = PPO("MlpPolicy", env, device="cpu", seed=seed, **ZOO[env_id])
+    model = PPO("MlpPolicy", env, device=device, seed=seed, **ZOO[env_id])
     meter.ready(lambda obs: model.predict(env.normalize_obs(obs), deterministic=True)[0])
 else:
     learning_starts = dict(learning_starts=10_000) if env_id != "InvertedPendulum-v5" else {}
-    model = SAC("MlpPolicy", env, device="cpu", seed=seed, **learning_starts)
+    model = SAC("MlpPolicy", env, device=device, seed=seed, **learning_starts)
     meter.ready(lambda obs: model.predict(obs, deterministic=True)[0])
 model.learn(1_000_000, callback=Ticks())
