@@ -237,7 +237,7 @@ def parse_args(argv: list[str]) -> Args:
             raise InputError(" ".join(printable.split())) from None
 
     given = parse([word for word in argv if word not in ("-h", "--help")], Args())
-    for name in "run_dir resume play export teacher student".split():
+    for name in "run_dir resume play export".split():
         if getattr(given, name) == "":
             raise InputError(f"{name} is empty; give a path or omit --{name.replace('_', '-')}")
     if given.resume and given.play:
