@@ -766,7 +766,7 @@ def update(
 def teacher_actions(teacher: Agent, obs: Tensor) -> Tensor:
     """The teacher's mean actions (T, N, actions) in half ranges. obs: (T, N, critic obs), not normalised.
 
-    The teacher's statistics are those of its own training. It has no memory, so `started` does not matter."""
+    The teacher keeps the statistics of its training. It has no memory, so it ignores `started`."""
     started = torch.ones(obs.shape[:2], dtype=torch.bool, device=obs.device)
     return teacher.policy_mean(teacher.obs_statistics.normalize(obs), teacher.empty_memory(obs.shape[1]), started)[0]
 
@@ -1374,7 +1374,7 @@ def train_by_ppo(run: StageRun) -> None:
 
 
 def train_by_imitation(run: StageRun) -> None:
-    """The stage student: it acts with noise, and learns the teacher's mean actions in the states of its own rollout."""
+    """The stage student: the student acts with noise, and learns the teacher's mean action in each state it visits."""
     args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
     policy, loss_function = build_imitation(agent, rollout, sizes, args)
     run.start_clock(ImitationTerms._fields)

@@ -2606,7 +2606,7 @@ def compile_regions(device: torch.device) -> Regions:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """The device called auto, cpu, cuda or cuda:N. Under torchrun each process takes the GPU of its own local rank.
+    """The device with the name auto, cpu, cuda or cuda:N. Under torchrun, process r of a machine takes GPU r.
 
     auto is a GPU where there is one. A torch.device is returned as it is. InputError for a device that is not here.
     """

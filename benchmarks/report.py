@@ -97,8 +97,8 @@ QUADRUPED = """## Quadruped: teacher, students, two simulators
 `walk` trains on flat ground, 12,005,376 environment steps in 728 s on one core, and judges the policy in this simulator
 and in MuJoCo C with the same MJCF.
 
-`distill` trains on rough ground. The tracking score is exp(-error²/0.25), error in m/s, averaged over the steps that
-an episode could have had: 1 is perfect, and a fall scores 0 for the remaining time. In brackets: the share of robots that
+`distill` trains on rough ground. The tracking score is exp(-error²/0.25), error in m/s, averaged over the steps that an
+episode could have had: 1 is perfect, and a fall scores 0 for the remaining time. In brackets: the share of robots that
 fell. Each cell has 250 robots, spread over all ten terrain levels; training rarely reached the upper five. The teacher
 is judged on observations without noise, so its rows "nominal" and "observation noise" are the same experiment: their
 difference, about 0.02 in score and 4 points of falls, is the noise floor of the table. One seed of 50 robots differs by

@@ -236,7 +236,7 @@ def test_a_contender_that_never_gets_ready_is_left_out(toy, capsys):
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    """A limit on the size of files stands in for the full disk."""
+    """A limit on the size of files acts like a full disk."""
     path = tmp_path / "file.json"
     path.write_text("before")
     record = dict(rows=["measured"] * 100)
