@@ -411,9 +411,8 @@ class MujocoC(Vecsim):
         make = functools.partial(gymnasium.make, subject.env_id, disable_env_checker=True, **subject.options)
         self.robots = [make() for _ in range(num_envs)]
         if args.integrator != "mjcf":
-            names = {name: number for number, name in vecsim.INTEGRATORS.items()}
             for robot in self.robots:
-                robot.unwrapped.model.opt.integrator = names[args.integrator]
+                robot.unwrapped.model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
 
     def reset(self, seed: int) -> Tensor:
         """vecsim's observation, which equals Gymnasium's in the same state. A commanded robot begins with vecsim's

@@ -124,6 +124,22 @@ class InputError(ValueError):
     """A user's mistake. The scripts print its message on one line and exit with status 2."""
 
 
+def check_at_least(least: float, **values: Any) -> None:
+    """InputError for a value below `least`, or for a count (least = 1) that is not whole. None is no value."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if least == 1 and not isinstance(value, (int, np.integer)):
+            raise InputError(f"{name} must be a whole number, not {value!r}")
+        if not value >= least:
+            raise InputError(f"{name} must be at least {least}, not {value}")
+
+
+def check_integrator(name: str | None) -> None:
+    if name not in (None, *INTEGRATORS):
+        raise InputError(f"unknown integrator {name!r}; choose one of {', '.join(INTEGRATORS)}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Spatial algebra, environment axis last
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,12 +463,9 @@ class Model:
 # Loading: from an mjModel to a Model. The tables are numpy arrays, which `load_model` converts at the end.
 # ----------------------------------------------------------------------------------------------------------------------
 
+FREE, BALL, SLIDE, HINGE = range(4)  # mjtJoint
 MINIMP, MAXIMP, MINVAL = 1e-4, 0.9999, 1e-15  # mjMINIMP, mjMAXIMP, mjMINVAL
-INTEGRATORS = {
-    int(mujoco.mjtIntegrator.mjINT_EULER): "euler",
-    int(mujoco.mjtIntegrator.mjINT_RK4): "rk4",
-    int(mujoco.mjtIntegrator.mjINT_IMPLICITFAST): "implicitfast",
-}
+INTEGRATORS = ("euler", "implicitfast", "rk4")
 
 
 def compile_mjcf(source: str | Path | mujoco.MjModel) -> mujoco.MjModel:
@@ -470,15 +483,19 @@ def compile_mjcf(source: str | Path | mujoco.MjModel) -> mujoco.MjModel:
         raise InputError(f"MuJoCo does not compile this model: {' '.join(str(error).split())}") from None
 
 
+def integrator_of(m: mujoco.MjModel) -> str:
+    """The integrator of an mjModel: one of INTEGRATORS, or one that this simulator does not have."""
+    return mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
+
+
 def refuse_unsupported(m: mujoco.MjModel) -> None:
     """Raise InputError with the name of the first feature of `m` that this simulator does not compute."""
     tendon_forces = (m.tendon_stiffness, m.tendon_damping, m.tendon_armature, m.tendon_frictionloss, m.tendon_limited)
     tendon_acts = any(field.any() for field in tendon_forces)
-    simple_joints = np.isin(m.jnt_type, (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE))
+    simple_joints = m.jnt_type >= SLIDE
     joint_transmission = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
-    integrator = mujoco.mjtIntegrator(int(m.opt.integrator)).name.removeprefix("mjINT_").lower()
     rules = {
-        f"integrator {integrator}": INTEGRATORS.get(int(m.opt.integrator)) is None,
+        f"integrator {integrator_of(m)}": integrator_of(m) not in INTEGRATORS,
         "equality constraints": m.neq > 0,
         "tendons with stiffness, damping, armature, friction loss or limits": m.ntendon > 0 and tendon_acts,
         "explicit contact pairs (<pair>)": m.npair > 0,
@@ -543,7 +560,7 @@ def group_rows(group_of_row: Any, count: int) -> Groups:
 
 
 def soften(
-    solref: np.ndarray, solimp: np.ndarray, margin: np.ndarray, invweight: np.ndarray, timestep: float
+    m: mujoco.MjModel, solref: np.ndarray, solimp: np.ndarray, margin: np.ndarray, invweight: np.ndarray
 ) -> Softness:
     """Rows with these solref (n, 2), solimp (n, 5), margins (n) and inverse weights (n). Source: mj_makeImpedance."""
     standard = solref[:, 0] > 0
@@ -554,7 +571,7 @@ def soften(
     dmin, dmax, width, midpoint, power = solimp.T
     dmin, dmax, midpoint = (np.clip(x, MINIMP, MAXIMP) for x in (dmin, dmax, midpoint))
     width, power = np.maximum(width, 0), np.maximum(power, 1)
-    time_constant, ratio = np.maximum(solref[:, 0], 2 * timestep), solref[:, 1]
+    time_constant, ratio = np.maximum(solref[:, 0], 2 * m.opt.timestep), solref[:, 1]
     own_stiffness = 1 / np.maximum(MINVAL, (dmax * time_constant * ratio) ** 2)
     own_damping = 2 / np.maximum(MINVAL, dmax * time_constant)
     stiffness = np.where(standard, own_stiffness, -solref[:, 0] / dmax**2)
@@ -567,29 +584,19 @@ def soften(
 
 
 class Tree(NamedTuple):
-    """The joints of an mjModel as links. A pose is (position, rotation matrix)."""
+    """The joints of an mjModel as links: link l is what joint l moves. A pose is (position, rotation matrix)."""
 
-    joint: list[int]  # (nl) mjModel's joint of each link
     parent: list[int]  # (nl) parent link, -1 for the world
     offset: list[tuple[np.ndarray, np.ndarray]]  # (nl) pose in the parent link's frame before the joint moves
-    body_link: list[int]  # (nbody) -1 for the world and the bodies welded to it
+    body_link: np.ndarray  # (nbody) nl for the world and the bodies welded to it
     body_frame: list[tuple[np.ndarray, np.ndarray]]  # (nbody) pose in the frame of its link
-    dofs: list[tuple[int, ...]]  # (nl)
-    dof_link: list[int]  # (nv)
     moves: np.ndarray  # (nl + 1, nv) bool: dof d moves link l; the last row is the world
-    scalars: list[int]  # links with a hinge or a slide
-    balls: list[int]
-    frees: list[int]
-
-    @property
-    def size(self) -> int:
-        return len(self.joint)
 
 
 def build_tree(m: mujoco.MjModel) -> Tree:
     """Links of one joint each. A body with several joints becomes a chain of links; its frame is the last link's."""
-    kind = mujoco.mjtJoint
-    joint: list[int] = []
+    if not m.njnt:
+        raise InputError("unsupported model: it has no joints")
     parent: list[int] = []
     offset: list[tuple[np.ndarray, np.ndarray]] = []
     body_link, body_frame = [-1], [(np.zeros(3), np.eye(3))]
@@ -598,31 +605,17 @@ def build_tree(m: mujoco.MjModel) -> Tree:
         frame = (base + turn @ m.body_pos[b], turn @ rotation_matrix(m.body_quat[b]))
         link = body_link[m.body_parentid[b]]
         for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
-            joint.append(j)
             parent.append(link)
             offset.append(frame)
-            link, frame = len(joint) - 1, (np.zeros(3), np.eye(3))
+            link, frame = j, (np.zeros(3), np.eye(3))
         body_link.append(link)
         body_frame.append(frame)
-    if not joint:
-        raise InputError("unsupported model: it has no joints")
-    dof_count = {kind.mjJNT_HINGE: 1, kind.mjJNT_SLIDE: 1, kind.mjJNT_BALL: 3, kind.mjJNT_FREE: 6}
-    kinds = [kind(int(m.jnt_type[j])) for j in joint]
-    dofs = []
-    for j, k in zip(joint, kinds, strict=True):
-        first = int(m.jnt_dofadr[j])
-        dofs.append(tuple(range(first, first + dof_count[k])))
-    dof_link = [link for link, own in enumerate(dofs) for _ in own]
-    above = np.eye(len(joint), dtype=bool)  # above[l, k]: link k is l or carries it
+    carried_by = np.eye(m.njnt + 1, dtype=bool)  # [l, k]: link k is l or carries it; the last is the world
     for link, up in enumerate(parent):
         if up >= 0:
-            above[link] |= above[up]
-    moves = np.vstack((above[:, dof_link], np.zeros((1, m.nv), dtype=bool)))
-    scalars, balls, frees = (
-        [link for link, k in enumerate(kinds) if k in chosen]
-        for chosen in ((kind.mjJNT_HINGE, kind.mjJNT_SLIDE), (kind.mjJNT_BALL,), (kind.mjJNT_FREE,))
-    )
-    return Tree(joint, parent, offset, body_link, body_frame, dofs, dof_link, moves, scalars, balls, frees)
+            carried_by[link] |= carried_by[up]
+    links = np.array([m.njnt if link < 0 else link for link in body_link])
+    return Tree(parent, offset, links, body_frame, carried_by[:, m.dof_jntid])
 
 
 def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
@@ -630,41 +623,34 @@ def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     depth: list[int] = []
     for up in tree.parent:
         depth.append(0 if up < 0 else depth[up] + 1)
-    by_depth = [[link for link in range(tree.size) if depth[link] == d] for d in range(max(depth) + 1)]
-    order = tree.scalars + tree.balls + tree.frees
-    levels = []
-    above: list[int] = []
-    for level in by_depth:
-        parents = [above.index(tree.parent[link]) if above else 0 for link in level]
-        levels.append((np.array([order.index(link) for link in level]), np.array(parents)))
-        above = level
-    turns = np.ones((m.nv, 1))
-    for link in tree.frees:
-        turns[list(tree.dofs[link][:3])] = 0
+    by_depth = [np.flatnonzero(np.equal(depth, d)) for d in range(max(depth) + 1)]
+    kind = -np.minimum(m.jnt_type, SLIDE)  # sorts joints into hinges and slides, balls, frees
+    order = np.argsort(np.argsort(kind, kind="stable"))
+    above = [by_depth[0][:0], *by_depth]
+    parents = [np.searchsorted(up, np.array(tree.parent)[level]) for up, level in zip(above, by_depth, strict=False)]
+    address = np.arange(m.nv) - m.jnt_dofadr[m.dof_jntid]  # of each dof within its joint
+    translates = (m.jnt_type[m.dof_jntid] == FREE) & (address < 3)
+    integrates = np.flatnonzero(translates | (m.jnt_type[m.dof_jntid] >= SLIDE))
     qpos_dof = np.zeros(m.nq, dtype=int)
-    for link in tree.scalars + tree.frees:
-        translations = tree.dofs[link][:3]
-        address = m.jnt_qposadr[tree.joint[link]]
-        qpos_dof[address : address + len(translations)] = translations
-    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if tree.moves[tree.dof_link[i], j]]
+    qpos_dof[(m.jnt_qposadr[m.dof_jntid] + address)[integrates]] = integrates
+    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if tree.moves[m.dof_jntid[i], j]]
+    row, column = np.array(entries).T
     unpack = np.full((m.nv, m.nv), len(entries))
-    for e, (i, j) in enumerate(entries):
-        unpack[i, j] = unpack[j, i] = e
-    entry_row, entry_column = np.array(entries).T
+    unpack[row, column] = unpack[column, row] = range(len(entries))
     return dict(
         parent=tuple(tree.parent),
-        dofs=tuple(tree.dofs),
-        link_levels=tuple(levels),
-        link_order_index=np.argsort([link for level in by_depth for link in level]),
-        dof_link_index=np.array(tree.dof_link),
-        dof_order_index=np.argsort([dof for link in order for dof in tree.dofs[link]]),
-        turns=turns,
+        dofs=tuple(tuple(np.flatnonzero(m.dof_jntid == link).tolist()) for link in range(m.njnt)),
+        link_levels=tuple((order[level], up) for level, up in zip(by_depth, parents, strict=True)),
+        link_order_index=np.argsort(np.concatenate(by_depth)),
+        dof_link_index=m.dof_jntid,
+        dof_order_index=np.argsort(np.argsort(kind[m.dof_jntid], kind="stable")),
+        turns=~translates[:, None],
         qpos_dof_index=qpos_dof,
         dof_qpos_index=m.jnt_qposadr[m.dof_jntid],
         entries=tuple(entries),
-        entry_row_index=entry_row,
-        entry_column_index=entry_column,
-        entry_diagonal=entry_row == entry_column,
+        entry_row_index=row,
+        entry_column_index=column,
+        entry_diagonal=row == column,
         unpack_index=unpack,
     )
 
@@ -675,49 +661,44 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     A hinge turns its link by Rodrigues' formula about an axis through the anchor. The anchor does not move in the
     parent's frame; this determines the position.
     """
-    joints = [tree.joint[link] for link in tree.scalars]
-    rotation, position = np.zeros((3, len(joints), 3, 3)), np.zeros((4, len(joints), 3))
-    for k, (link, j) in enumerate(zip(tree.scalars, joints, strict=True)):
-        position[0, k], rotation[0, k] = tree.offset[link]
+    scalars, balls = np.flatnonzero(m.jnt_type >= SLIDE), np.flatnonzero(m.jnt_type == BALL)
+    rotation, position = np.zeros((3, len(scalars), 3, 3)), np.zeros((4, len(scalars), 3))
+    for k, j in enumerate(scalars):
+        position[0, k], rotation[0, k] = tree.offset[j]
         axis, anchor, turn = m.jnt_axis[j], m.jnt_pos[j], rotation[0, k]
-        if m.jnt_type[j] == mujoco.mjtJoint.mjJNT_HINGE:
+        if m.jnt_type[j] == HINGE:
             rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
             position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
         else:
             position[3, k] = turn @ axis
-    push_motion = np.zeros((m.nv, 2))
-    for link, j in enumerate(tree.joint):
-        if m.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE:
-            push_motion[list(tree.dofs[link][:2])] = np.eye(2)
-        elif m.jnt_type[j] == mujoco.mjtJoint.mjJNT_SLIDE and tree.parent[link] < 0:
-            push_motion[tree.dofs[link][0]] = (tree.offset[link][1] @ m.jnt_axis[j])[:2]
-    ball_joints = [tree.joint[link] for link in tree.balls]
-    ball_rotation, ball_position = np.zeros((len(ball_joints), 3, 3)), np.zeros((len(ball_joints), 3))
-    for k, (link, j) in enumerate(zip(tree.balls, ball_joints, strict=True)):
-        base, ball_rotation[k] = tree.offset[link]
+    ball_rotation, ball_position = np.zeros((len(balls), 3, 3)), np.zeros((len(balls), 3))
+    for k, j in enumerate(balls):
+        base, ball_rotation[k] = tree.offset[j]
         ball_position[k] = base + ball_rotation[k] @ m.jnt_pos[j]
-
-    def addresses(links: list[int]) -> tuple[tuple[int, int, int], ...]:
-        return tuple((k, int(m.jnt_qposadr[tree.joint[k]]), int(m.jnt_dofadr[tree.joint[k]])) for k in links)
-
-    balls, frees = addresses(tree.balls), addresses(tree.frees)
-    in_balls = [(address, dof) for _, address, dof in balls]
-    in_frees = [(address + 3, dof + 3) for _, address, dof in frees]
+    push_motion = np.zeros((m.nv, 2))
+    for j, dof in enumerate(m.jnt_dofadr):
+        if m.jnt_type[j] == FREE:
+            push_motion[dof : dof + 2] = np.eye(2)
+        elif m.jnt_type[j] == SLIDE and tree.parent[j] < 0:
+            push_motion[dof] = (tree.offset[j][1] @ m.jnt_axis[j])[:2]
+    addresses = list(zip(range(m.njnt), m.jnt_qposadr.tolist(), m.jnt_dofadr.tolist(), strict=True))
+    in_balls, in_frees = (tuple(addresses[j] for j in np.flatnonzero(m.jnt_type == kind)) for kind in (BALL, FREE))
+    quaternions = [(qpos, dof) for _, qpos, dof in in_balls] + [(qpos + 3, dof + 3) for _, qpos, dof in in_frees]
     return dict(
-        scalar_qpos_index=m.jnt_qposadr[joints],
-        scalar_link_index=np.array(tree.scalars, dtype=int),
-        scalar_reference=m.qpos0[m.jnt_qposadr[joints]],
+        scalar_qpos_index=m.jnt_qposadr[scalars],
+        scalar_link_index=scalars,
+        scalar_reference=m.qpos0[m.jnt_qposadr[scalars]],
         scalar_rotation=rotation,
         scalar_position=position,
-        scalar_axis=m.jnt_axis[joints],
-        scalar_anchor=m.jnt_pos[joints],
-        scalar_hinge=m.jnt_type[joints, None] == mujoco.mjtJoint.mjJNT_HINGE,
-        balls=balls,
-        frees=frees,
-        quaternions=tuple(in_balls + in_frees),
+        scalar_axis=m.jnt_axis[scalars],
+        scalar_anchor=m.jnt_pos[scalars],
+        scalar_hinge=m.jnt_type[scalars, None] == HINGE,
+        balls=in_balls,
+        frees=in_frees,
+        quaternions=tuple(quaternions),
         ball_rotation=ball_rotation,
         ball_position=ball_position,
-        ball_anchor=m.jnt_pos[ball_joints],
+        ball_anchor=m.jnt_pos[balls],
         push_motion=push_motion,
     )
 
@@ -725,19 +706,18 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
 def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: inertia of the bodies and of the links that they form, springs and dampers."""
     body_com, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3))
-    mass, moment, about_frame = np.zeros(tree.size), np.zeros((tree.size, 3)), np.zeros((tree.size, 3, 3))
-    for b in range(1, m.nbody):
+    mass, moment, about_frame = np.zeros(m.njnt + 1), np.zeros((m.njnt + 1, 3)), np.zeros((m.njnt + 1, 3, 3))
+    for b, link in enumerate(tree.body_link):
         base, turn = tree.body_frame[b]
         body_com[b] = base + turn @ m.body_ipos[b]
         axes = turn @ rotation_matrix(m.body_iquat[b])
         body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
-        link = tree.body_link[b]
-        if link >= 0:
-            mass[link] += m.body_mass[b]
-            moment[link] += m.body_mass[b] * body_com[b]
-            about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
+        mass[link] += m.body_mass[b]
+        moment[link] += m.body_mass[b] * body_com[b]
+        about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
+    mass, moment = mass[:-1], moment[:-1]  # without the world
     com = moment / np.maximum(mass, MINVAL)[:, None]
-    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(tree.size)])
+    inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(m.njnt)])
     return dict(
         mass=mass,
         com=com,
@@ -748,7 +728,7 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         damping=m.dof_damping,
         damped=bool(m.dof_damping.any()),
         nbody=m.nbody,
-        body_link_index=np.array([tree.size if link < 0 else link for link in tree.body_link]),
+        body_link_index=tree.body_link,
         body_mass=m.body_mass,
         body_com=body_com,
         body_inertia=body_inertia,
@@ -785,19 +765,17 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
     )
 
 
-def limit_tables(m: mujoco.MjModel, tree: Tree, timestep: float) -> dict[str, Any]:
+def limit_tables(m: mujoco.MjModel) -> dict[str, Any]:
     """Fields of `Model`: limits of hinges and slides, lower rows then upper rows."""
-    joints = [j for j in (tree.joint[link] for link in tree.scalars) if m.jnt_limited[j]]
-    rows = joints + joints
+    joints = np.flatnonzero(m.jnt_limited)
+    rows = np.tile(joints, 2)
     dofs = m.jnt_dofadr[rows]
     return dict(
         limit_qpos_index=m.jnt_qposadr[rows],
         limit_dof_index=dofs,
         limit_sign=np.repeat([1.0, -1.0], len(joints)),
         limit_bound=m.jnt_range[joints].T.flatten(),
-        limit_softness=soften(
-            m.jnt_solref[rows], m.jnt_solimp[rows], m.jnt_margin[rows], m.dof_invweight0[dofs], timestep
-        ),
+        limit_softness=soften(m, m.jnt_solref[rows], m.jnt_solimp[rows], m.jnt_margin[rows], m.dof_invweight0[dofs]),
         dof_limits=group_rows(dofs, m.nv),
     )
 
@@ -808,7 +786,7 @@ def geom_name(m: mujoco.MjModel, g: int) -> str:
     return f"{m.geom(g).name or g!r} ({kind})"
 
 
-def collision_candidates(m: mujoco.MjModel, timestep: float) -> tuple[np.ndarray, np.ndarray, Softness]:
+def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Softness]:
     """Pairs of geoms (n, 2) that MuJoCo's filters admit, with the friction (n) and softness that MuJoCo mixes for each.
 
     The filters reject pairs by bit masks, by bodies (same, welded, parent and child) and by <exclude>, but not by
@@ -847,12 +825,12 @@ def collision_candidates(m: mujoco.MjModel, timestep: float) -> tuple[np.ndarray
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
     margin = m.geom_margin[geoms].sum(1)
     invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
-    return geoms, friction, soften(contact.solref[order], contact.solimp[order], margin, invweight, timestep)
+    return geoms, friction, soften(m, contact.solref[order], contact.solimp[order], margin, invweight)
 
 
-def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool, timestep: float) -> dict[str, Any]:
+def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[str, Any]:
     """Fields of `Model`: contacts with what is fixed, ordered by the link that moves, and pairs of moving geoms."""
-    link = np.array([tree.size if k < 0 else k for k in tree.body_link])[m.geom_bodyid]
+    link = tree.body_link[m.geom_bodyid]
     centre, axes = np.zeros((m.ngeom, 3)), np.zeros((m.ngeom, 3, 3))  # pose of each geom in the frame of its link
     for g, b in enumerate(m.geom_bodyid):
         base, turn = tree.body_frame[b]
@@ -873,8 +851,8 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool, timestep
             return [axes[g] @ (m.geom_size[g] * (x, y, z)) for z, y, x in itertools.product((-1, 1), repeat=3)]
         return [np.zeros(3)]
 
-    geoms, friction, softness = collision_candidates(m, timestep)
-    first_moves, second_moves = (link[geoms] < tree.size).T
+    geoms, friction, softness = collision_candidates(m)
+    first_moves, second_moves = (link[geoms] < m.njnt).T
     moving = np.where(first_moves, geoms[:, 0], geoms[:, 1])
     fixed = np.where(first_moves, geoms[:, 1], geoms[:, 0])
     on_plane = m.geom_type[fixed] == mujoco.mjtGeom.mjGEOM_PLANE
@@ -890,7 +868,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool, timestep
     obstacle = ~on_plane[rows]
     moving, fixed = moving[rows], fixed[rows]
     normal = axes[fixed, :, 2]
-    starts = np.searchsorted(link[moving], range(tree.size + 1)).tolist()
+    starts = np.searchsorted(link[moving], range(m.njnt + 1)).tolist()
     planes = np.unique(fixed[~obstacle])
     level = len(planes) <= 1 and np.all(np.abs(axes[planes, 2, 2]) > 1 - 1e-9)
     on_body = np.zeros((m.nbody, len(rows), 1))
@@ -951,39 +929,34 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    timestep: float | None = None,
     self_collision: bool = True,
     pair_slots: int | None = None,
 ) -> Model:
     """Compile MJCF (path or string) or take an mjModel, and arrange it as a `Model` on `device`.
 
-    timestep: s, default the MJCF's. self_collision: contacts between moving geoms. pair_slots: how many of them are
-    solved at once, the deepest first. Default: one slot for each pair that can touch, but at most 8, or 4 if any
-    pair has friction, because a slot then needs four rows. Contacts with what is fixed to the world need no slots and
+    self_collision: contacts between moving geoms. pair_slots: how many of them are solved at once, the deepest first.
+    Default: one slot for each pair that can touch, but at most 8, or 4 if any pair has friction, because a slot then
+    needs four rows. Contacts with what is fixed to the world need no slots and
     are never dropped. Raises InputError with the name of any feature that this simulator does not compute.
     """
     m = compile_mjcf(source)
     refuse_unsupported(m)
-    if pair_slots is not None and pair_slots < 1:
-        raise InputError(f"pair_slots must be at least 1, not {pair_slots}; to drop pairs use self_collision=False")
-    if timestep is not None and not 0 < timestep < math.inf:
-        raise InputError(f"timestep must be positive and finite, not {timestep} s")
+    check_at_least(1, pair_slots=pair_slots)
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
-    h = float(m.opt.timestep if timestep is None else timestep)
     tree = build_tree(m)
     tables = tree_tables(m, tree) | joint_tables(m, tree) | inertia_tables(m, tree) | actuator_tables(m)
-    tables |= limit_tables(m, tree, h) | contact_tables(m, tree, self_collision, h)
+    tables |= limit_tables(m) | contact_tables(m, tree, self_collision)
     if pair_slots is None:
         pair_slots = 8 if tables["pair_edges"] == 1 else 4
     tables |= dict(
         nq=m.nq,
         nv=m.nv,
         nu=m.nu,
-        nl=tree.size,
-        timestep=h,
-        stage_times=tuple(np.array([scale * h]) for scale in (0.5, 0.5, 1.0)),
-        integrator=INTEGRATORS[int(m.opt.integrator)],
+        nl=m.njnt,
+        timestep=float(m.opt.timestep),
+        stage_times=tuple(np.array([scale * m.opt.timestep]) for scale in (0.5, 0.5, 1.0)),
+        integrator=integrator_of(m),
         gravity=m.opt.gravity,
         qpos0=m.qpos0,
         pair_slots=min(pair_slots, len(tables["pair_geoms"])),
@@ -1765,11 +1738,9 @@ def step(
     Once Newton's method has converged, the right side is M qacc, and so a = qacc - (M + h B)^-1 h B qacc. This file
     uses the second form. It contains no constraint force, so a force that has not converged cannot disturb it.
     """
+    check_integrator(integrator)
+    check_at_least(1, iterations=iterations)
     integrator = integrator or model.integrator
-    if integrator not in INTEGRATORS.values():
-        raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
-    if iterations < 1:
-        raise InputError(f"iterations must be at least 1, not {iterations}")
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     dynamics = forward(model, state, ctrl, iterations, run)
@@ -2198,8 +2169,7 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
     task = kind(**options)
-    if task.frame_skip < 1:
-        raise InputError(f"frame_skip must be at least 1, not {task.frame_skip}")
+    check_at_least(1, frame_skip=task.frame_skip)
     return task
 
 
@@ -2713,26 +2683,13 @@ class VecSim(gymnasium.vector.VectorEnv):
         numpy: bool = False,
         **task_options: Any,
     ):
-        at_least = (
-            ("num_envs", num_envs, 1), ("iterations", iterations, 1), ("max_episode_steps", max_episode_steps, 1),
-            ("pair_slots", pair_slots, 1), ("chunk", chunk, 1), ("observation_noise", observation_noise, 0),
-            ("action_delay_ms", action_delay_ms, 0), ("timestep_scale", timestep_scale, 1e-3),
-        )  # fmt: skip
-        for name, value, least in at_least:
-            if value is not None and not value >= least:
-                raise InputError(f"{name} must be at least {least}, not {value}")
-        if integrator not in (None, *INTEGRATORS.values()):
-            raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS.values())}")
-        single = {name: value for name, value in task_options.items() if name.startswith("randomize.")}
-        task_options = {name: value for name, value in task_options.items() if name not in single}
-
         counts = dict(num_envs=num_envs, iterations=iterations, max_episode_steps=max_episode_steps)
-        counts |= {name: x for name, x in (("chunk", chunk), ("pair_slots", pair_slots)) if x is not None}
-        for name, count in counts.items():
-            if not isinstance(count, (int, np.integer)):
-                raise InputError(f"{name} must be a whole number, not {count!r}")
-            if count < 1:
-                raise InputError(f"{name} must be at least 1, not {count}")
+        check_at_least(1, **counts, pair_slots=pair_slots, chunk=chunk)
+        check_at_least(0, observation_noise=observation_noise, action_delay_ms=action_delay_ms)
+        check_at_least(1e-3, timestep_scale=timestep_scale)
+        check_integrator(integrator)
+        single = [name for name in task_options if name.startswith("randomize.")]
+        single = {name.removeprefix("randomize."): task_options.pop(name) for name in single}
         self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, dtype, numpy
         self.device, self.compiled, self.random_initial_ages = pick_device(device), compile, random_initial_ages
         self.task = build_task(env_id, task_options)
@@ -2749,7 +2706,6 @@ class VecSim(gymnasium.vector.VectorEnv):
                 f"take too long to compile, at most {COMPILED_ROWS}; use fewer pair_slots, condim 1, "
                 "self_collision=False or compile=False"
             )
-        single = {name.removeprefix("randomize."): value for name, value in single.items()}
         self.settings = Settings(
             task=self.task,
             integrator=integrator or self.model.integrator,
@@ -2764,7 +2720,10 @@ class VecSim(gymnasium.vector.VectorEnv):
             "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
             "render_fps": round(1 / self.control_step),
         }
-        self._prepare_noise(seed)
+        rows = parameter_rows(self.model)
+        self._parameter_rows = {name: rows[name] for name in self.settings.ranges}
+        self._generators = [torch.Generator(self.device) for _ in range(2)]
+        self._seed(seed)
         self._prepare_spaces()
         self._prepare_chunks(chunk)
         sums = len(STATISTICS) + len(self.task.averaged)
@@ -2772,14 +2731,6 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._graph: torch.cuda.CUDAGraph | None = None
 
     # -- random numbers ------------------------------------------------------------------------------------------------
-
-    def _prepare_noise(self, seed: int) -> None:
-        """Count the random numbers of a step, and seed the generators."""
-        rows = parameter_rows(self.model)
-        self._parameter_rows = {name: rows[name] for name in self.settings.ranges}
-        self._observation_rows = 0
-        self._generators = [torch.Generator(self.device) for _ in range(2)]
-        self._seed(seed)
 
     def _seed(self, seed: int) -> None:
         if not isinstance(seed, (int, np.integer)):
@@ -2811,6 +2762,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     # -- spaces and names ----------------------------------------------------------------------------------------------
 
     def _prepare_spaces(self) -> None:
+        self._observation_rows = 0  # not known yet
         noise = self._draw_noise()
         model = self._robots(noise.parameters)
         _, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
@@ -3440,7 +3392,7 @@ def mujoco_speed(env: VecSim, episode: int, args: BenchmarkArgs) -> float:
     """
     m, frame_skip, count = copy.deepcopy(env.mj_model), env.task.frame_skip, 64 * args.threads
     m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # see `converged`
-    m.opt.integrator = {name: number for number, name in INTEGRATORS.items()}[args.integrator]
+    m.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
     data = [mujoco.MjData(m) for _ in range(args.threads)]
     start = np.empty((1, mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)))
     mujoco.mj_getState(m, data[0], start[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)

@@ -991,5 +991,3 @@ def test_step_refuses_what_it_does_not_know():
     for options, message in (({"integrator": "RK4"}, "unknown integrator"), ({"iterations": 0}, "iterations must be")):
         with pytest.raises(ValueError, match=message):
             vecsim.step(model, state, torch.zeros(0, 2), **options)
-    with pytest.raises(ValueError, match="timestep"):
-        vecsim.load_model("<mujoco><worldbody><body><joint/><geom size='.1'/></body></worldbody></mujoco>", timestep=-1)

@@ -25,14 +25,14 @@ import vecsim_torch as vecsim
 
 def scale_masses(m, old, k, factor):
     for b, link in enumerate(vecsim.build_tree(m).body_link):
-        if link >= 0:
+        if link < m.njnt:
             m.body_mass[b] = old.body_mass[b] * factor[link, k]
             m.body_inertia[b] = old.body_inertia[b] * factor[link, k]
 
 
 def move_trunk(m, old, k, shift):
     tree = vecsim.build_tree(m)
-    trunk = next(b for b in range(m.nbody) if tree.body_link[b] >= 0 and m.body_mass[b] > 0)
+    trunk = next(b for b in range(m.nbody) if tree.body_link[b] < m.njnt and m.body_mass[b] > 0)
     m.body_ipos[trunk] = old.body_ipos[trunk] + shift[:, k]
     m.body_sameframe[trunk] = mujoco.mjtSameFrame.mjSAMEFRAME_NONE  # else MuJoCo takes the body's frame for granted
     m.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE  # its boxes were compiled about the old centre of mass
