@@ -405,10 +405,11 @@ class MujocoC(Vecsim):
     """Gymnasium's own environments, from vecsim's initial states (to float32) and under its first commands."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
-        if subject.env_id not in gymnasium.registry:
+        name = vecsim.gymnasium_id(subject.env_id)
+        if not name:
             raise ValueError(f"Gymnasium has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
-        make = functools.partial(gymnasium.make, subject.env_id, disable_env_checker=True, **subject.options)
+        make = functools.partial(gymnasium.make, name, disable_env_checker=True, **subject.options)
         self.robots = [make() for _ in range(num_envs)]
         if args.integrator != "mjcf":
             for robot in self.robots:

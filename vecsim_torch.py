@@ -550,13 +550,9 @@ def skew(v: np.ndarray) -> np.ndarray:
 
 def group_rows(group_of_row: Any, count: int) -> Groups:
     """The rows that belong to each of `count` groups."""
-    rows = [[k for k, group in enumerate(group_of_row) if group == g] for g in range(count)]
-    index = np.zeros((count, max(map(len, rows))), dtype=int)
-    member = np.zeros(index.shape)
-    for g, own in enumerate(rows):
-        index[g, : len(own)] = own
-        member[g, : len(own)] = 1
-    return Groups(index, member)
+    rows = [np.flatnonzero(np.equal(group_of_row, g)) for g in range(count)]
+    padded = np.array(list(itertools.zip_longest(*rows, fillvalue=-1)), dtype=int).reshape(-1, count).T
+    return Groups(np.maximum(padded, 0), padded >= 0)
 
 
 def soften(
@@ -1315,16 +1311,8 @@ def ground_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
 
     Terrain: every sphere and every end of a capsule touches the tangent plane of the field under its centre. That is
     one contact each, and it is exact on slopes. MuJoCo is different: its height field consists of triangles, whole
-    capsules collide with it, and a sphere touches an edge beside it before its centre is over the edge. The two were
-    compared with a foot, a sphere of 23 mm pressed 5 mm into ground of half the full difficulty
-    (tests/test_vecsim_quadruped.py). Capsules were not compared.
-
-        ground            places where distances        largest difference    largest angle between
-                          differ by over 1 mm           of distance           the two normals
-        slopes            1%                                                  10 degrees, at ridges
-        rough ground      18%                           5 mm                  19 degrees
-        stairs            5%, before risers             18 mm                 49 degrees
-        blocks            2%, before risers             20 mm                 61 degrees
+    capsules collide with it, and a sphere touches an edge beside it before its centre is over the edge.
+    tests/test_vecsim_quadruped.py measures the difference for a foot.
     """
     at, turn = xpos[model.contact_link_index], xmat[model.contact_link_index]
     centre = at + apply(turn, model.contact_point)
@@ -1752,18 +1740,8 @@ def step(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Forces of constraints, and body quantities as MuJoCo reports them (mj_comPos, mj_comVel, mj_rnePostConstraint)
+# Contact forces and body quantities as MuJoCo reports them (mj_comPos, mj_comVel, mj_rnePostConstraint)
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def constraint_force(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
-    """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
-    c = smooth.constraints
-    contact, limit, row = active_weights(c, it)
-    force = force_at(c.contacts.point, contact_force(c.contacts, contact * it.contact))
-    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force)
-    total = total + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
-    return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
 
 
 def normal_forces(dynamics: Dynamics) -> Tensor:
@@ -3137,19 +3115,21 @@ def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
     return options_from_text(shared)
 
 
-def make_in_gymnasium(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
-    """gymnasium.make without the warning about half_cheetah.xml, which MuJoCo would write into MUJOCO_LOG.TXT."""
-    mujoco.set_mju_user_warning(lambda text: None)
+def gymnasium_id(env_id: str) -> str | None:
+    """The task's name in Gymnasium, where it is one robot in MuJoCo C; None if Gymnasium does not have it."""
+    names = [name for name in (env_id, f"vecsim/{env_id}") if name in gymnasium.registry]
+    return next((name for name in names if gymnasium.registry[name].entry_point), None)
+
+
+def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: Any) -> gymnasium.vector.VectorEnv:
+    """A vector of Gymnasium's own environments, in MuJoCo C. env_kwargs: of `make`; more: of gymnasium.make."""
+    make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **gymnasium_options(env_kwargs), **more)
+    mujoco.set_mju_user_warning(lambda text: None)  # a warning about half_cheetah.xml goes into MUJOCO_LOG.TXT else
     try:
-        return gymnasium.make(env_id, **options)
+        mode = gymnasium.vector.AutoresetMode.SAME_STEP
+        return gymnasium.vector.SyncVectorEnv([make_one] * count, autoreset_mode=mode)
     finally:
         mujoco.set_mju_user_warning(None)
-
-
-def gymnasium_envs(env_id: str, count: int, options: dict[str, Any]) -> gymnasium.vector.VectorEnv:
-    """A vector of Gymnasium's own environments, in MuJoCo C."""
-    makers = [lambda: make_in_gymnasium(env_id, options)] * count
-    return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
 
 
 def evaluate_in_gymnasium(
@@ -3159,9 +3139,9 @@ def evaluate_in_gymnasium(
 
     env_kwargs: options of `make`; those that only vecsim has are left out. act gets tensors on the CPU.
     """
-    if env_id not in gymnasium.registry:
+    if not gymnasium_id(env_id):
         return None
-    envs = gymnasium_envs(env_id, episodes, gymnasium_options(env_kwargs))
+    envs = gymnasium_envs(env_id, episodes, env_kwargs)
     score = evaluate(envs, act, seed, observes)
     envs.close()
     return score
@@ -3171,14 +3151,14 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
     """Film one episode of `evaluate_in_gymnasium` into an .mp4 file, and return its path."""
     import imageio.v2 as imageio
 
-    if env_id not in gymnasium.registry:
+    if not gymnasium_id(env_id):
         raise InputError(f"Gymnasium has no {env_id} to film")
     if "DISPLAY" not in os.environ:
         # Without a screen MuJoCo draws through EGL. Where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
     # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
-    options = dict(render_mode="rgb_array", camera_name="track") | gymnasium_options(env_kwargs)
-    envs, frames = gymnasium_envs(env_id, 1, options), []
+    options = {"camera_name": "track"} | env_kwargs
+    envs, frames = gymnasium_envs(env_id, 1, options, render_mode="rgb_array"), []
 
     def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
         frames.append(envs.render()[0])
@@ -3340,15 +3320,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package.__name__: str(package.__version__) for package in packages}
 
 
-gymnasium.register(  # one robot in MuJoCo C
-    "Quadruped-Flat",
-    entry_point=lambda **options: load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options),
-    max_episode_steps=1000,
-    disable_env_checker=True,
-)
+def quadruped_in_mujoco(env_id: str, numpy: bool, **options: Any) -> gymnasium.Env:
+    return load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
+
+
 for _name in TASKS:
     gymnasium.register(
-        f"vecsim/{_name}", vector_entry_point="vecsim_torch:VecSim", kwargs={"env_id": _name, "numpy": True}
+        f"vecsim/{_name}",
+        entry_point=quadruped_in_mujoco if _name == "Quadruped-Flat" else None,
+        vector_entry_point="vecsim_torch:VecSim",
+        kwargs={"env_id": _name, "numpy": True},
+        max_episode_steps=1000,
+        disable_env_checker=True,
     )
 
 
@@ -3375,8 +3358,8 @@ class BenchmarkArgs:
 def random_actions(env: VecSim, generator: torch.Generator) -> Tensor:
     """Actions (N, nu), uniform in the action space."""
     low, high = (x.to(env.device, env.dtype) for x in env.task.action_range(env.model))
-    uniform = torch.rand(env.num_envs, env.model.nu, device=env.device, dtype=env.dtype, generator=generator)
-    return low + (high - low) * uniform
+    shape = env.num_envs, env.model.nu
+    return scaled(torch.rand(shape, device=env.device, dtype=env.dtype, generator=generator), (low, high))
 
 
 def seconds_per_call(function: Callable[[], Any], args: BenchmarkArgs) -> float:
@@ -3393,9 +3376,9 @@ def mujoco_speed(env: VecSim, episode: int, args: BenchmarkArgs) -> float:
     m, frame_skip, count = copy.deepcopy(env.mj_model), env.task.frame_skip, 64 * args.threads
     m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # see `converged`
     m.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
-    data = [mujoco.MjData(m) for _ in range(args.threads)]
-    start = np.empty((1, mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)))
-    mujoco.mj_getState(m, data[0], start[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)
+    data, full = [mujoco.MjData(m) for _ in range(args.threads)], mujoco.mjtState.mjSTATE_FULLPHYSICS
+    start = np.empty((1, mujoco.mj_stateSize(m, full)))
+    mujoco.mj_getState(m, data[0], start[0], full)
     ctrl = np.random.default_rng(1).uniform(*m.actuator_ctrlrange.T, (count, episode, m.nu)).repeat(frame_skip, axis=1)
     with rollout.Rollout(nthread=args.threads) as pool:
         states, sensors = pool.rollout(m, data, start, ctrl)
@@ -3403,21 +3386,21 @@ def mujoco_speed(env: VecSim, episode: int, args: BenchmarkArgs) -> float:
         return count * episode * frame_skip / seconds_per_call(again, args)
 
 
+@torch.no_grad()
 def acceleration_errors(env: VecSim, actions: Tensor, iterations: int) -> np.ndarray:
     """Relative error of qacc against converged MuJoCo C, the largest over all dofs: (k,) of the first k <= 512 robots.
 
     It runs the functions that `env.step` runs, on a whole chunk of robots in their present states.
     """
-    chunk = env._slices[0]
-    state = State(*(x[:, chunk].contiguous() for x in env.state()))
-    ctrl = torch.clone(env.task.control(env.model, actions[chunk].T), memory_format=torch.contiguous_format)
-    with torch.no_grad():
-        qacc = forward(env.model, state, ctrl, iterations, env._run).solution.qacc
+    ctrl = env.task.control(env.model, actions.T)
+    *state, ctrl = (
+        torch.clone(x[:, env._slices[0]], memory_format=torch.contiguous_format) for x in (*env.state(), ctrl)
+    )
+    qacc = forward(env.model, State(*state), ctrl, iterations, env._run).solution.qacc
     *inputs, ours = (x[:, :512].double().cpu().numpy().T for x in (*state, ctrl, qacc))
     m, exact = converged(env.mj_model), []
     data = mujoco.MjData(m)
-    for qpos, qvel, warmstart, held in zip(*inputs, strict=True):
-        data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] = qpos, qvel, warmstart, held
+    for data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] in zip(*inputs, strict=True):
         mujoco.mj_forward(m, data)
         exact.append(data.qacc.copy())
     return np.abs(ours - exact).max(1) / (1 + np.abs(exact).max(1))
@@ -3430,8 +3413,7 @@ def converged(m: mujoco.MjModel) -> mujoco.MjModel:
     wrongly (fixed in 4.0.1), and mjJAC_AUTO is sparse from 60 dofs on.
     """
     m = copy.deepcopy(m)
-    m.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
-    m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    m.opt.solver, m.opt.jacobian = mujoco.mjtSolver.mjSOL_NEWTON, mujoco.mjtJacobian.mjJAC_DENSE
     m.opt.tolerance, m.opt.iterations, m.opt.ls_iterations = 1e-15, 100, 50
     return m
 
@@ -3450,16 +3432,16 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     env.step(random_actions(env, generator))[1].cpu()
     first_step = time.perf_counter() - start
     step_seconds = seconds_per_call(lambda: env.step(random_actions(env, generator)), args)
-    rate = args.num_envs / step_seconds
     statistics = env.pop_statistics()
     # MuJoCo C's robots start anew as often as vecsim's fall.
     episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
     result = {"env_id": args.env_id, "num_envs": args.num_envs, "threads": args.threads} | options
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    result |= {"device": str(device), "hardware": hardware, "versions": versions()}
     result |= {
-        "physics_steps_per_second": rate * env.task.frame_skip,
-        "env_steps_per_second": rate,
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "versions": versions(),
+        "physics_steps_per_second": args.num_envs * env.task.frame_skip / step_seconds,
+        "env_steps_per_second": args.num_envs / step_seconds,
         "mujoco_c_physics_steps_per_second": mujoco_speed(env, episode, args),
         "compile_seconds": max(0.0, first_step - step_seconds),
         "invalid": statistics["invalid"],

@@ -5,7 +5,7 @@
     python ppo_gpu_torch.py --env-id tasks/quadruped.py:Rough       # the same class, named as you would name your own
 
     env = vecsim_torch.make("Quadruped-Rough", num_envs=4096, device="cuda", terrain_rows=10, randomize=True)
-    twin = gymnasium.make("Quadruped-Flat")                         # one robot in MuJoCo C (after: import vecsim_torch)
+    twin = gymnasium.make("vecsim_torch:vecsim/Quadruped-Flat")     # one robot in MuJoCo C
 
 Copy this file to start a task of your own: subclass `vecsim_torch.Task`, return your MJCF from `source`, fill in
 `observe`, `reward` and `healthy`, and give the trainers `--env-id my_task.py:MyTask`.
@@ -551,7 +551,7 @@ class InMujoco(gymnasium.Env):
     """`Flat` in MuJoCo C: one robot of the same MJCF on the same flat ground, with Gymnasium's interface.
 
     It evaluates policies that were trained in vecsim. Physics and forces are MuJoCo's; observations, rewards and
-    termination are the task's own functions. vecsim_torch registers it as Gymnasium's `Quadruped-Flat`.
+    termination are the task's own functions. vecsim_torch registers it as Gymnasium's `vecsim/Quadruped-Flat`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}

@@ -858,7 +858,7 @@ def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tm
         return
     assert [x.shape for x in policy.session.get_outputs()] == [["batch", 12], ["batch", memory_size]]
     assert "zero where an episode begins" in policy.metadata["memory"]
-    robot = gymnasium.make("Quadruped-Flat")
+    robot = gymnasium.make("vecsim/Quadruped-Flat")
     obs, _ = robot.reset(seed=3)
     started, memory = torch.ones(1, dtype=torch.bool), np.zeros((1, memory_size), np.float32)
     for _ in range(20):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_vecsim_env import random_actions, rollout, same
-from test_vecsim_physics import batch, c_forward, c_step, converged, error, visit
+from test_vecsim_physics import batch, c_forward, c_step, constraint_force, converged, error, visit
 
 import vecsim_torch as vecsim
 from tasks import quadruped as task_file
@@ -70,7 +70,7 @@ def test_physics_equals_mujoco(quadruped):
     assert error(padded[model.unpack_index], reference.mass_matrix) <= 1e-12
     assert error(smooth.qfrc_bias, reference.qfrc_bias) <= 1e-12
     assert error(smooth.qfrc_actuator, reference.qfrc_actuator) <= 1e-12
-    assert error(vecsim.constraint_force(model, smooth, dynamics.solution), reference.qfrc_constraint) <= 1e-9
+    assert error(constraint_force(model, smooth, dynamics.solution), reference.qfrc_constraint) <= 1e-9
     assert max(map(len, reference.contacts)) >= 8  # lying down, too
 
 
@@ -196,8 +196,8 @@ def test_it_falls_on_its_trunk_or_over():
 
 
 def test_the_robot_in_mujoco_plays_by_the_same_rules():
-    """Gymnasium's Quadruped-Flat is MuJoCo C from end to end: from one state on both simulators report one episode."""
-    robot = gymnasium.make("Quadruped-Flat", velocity_in_observation=True).unwrapped
+    """vecsim/Quadruped-Flat is MuJoCo C from end to end: from one state on, both simulators report one episode."""
+    robot = gymnasium.make("vecsim/Quadruped-Flat", velocity_in_observation=True).unwrapped
     obs, _ = robot.reset(seed=3)
     assert obs in robot.observation_space
     env = make(n=1, iterations=16, velocity_in_observation=True, **FLOAT64)
@@ -216,7 +216,7 @@ def test_the_robot_in_mujoco_plays_by_the_same_rules():
             break
     assert t > 10 and fell
     again, _ = robot.reset(seed=3)
-    assert np.array_equal(again, gymnasium.make("Quadruped-Flat", velocity_in_observation=True).reset(seed=3)[0])
+    assert np.array_equal(again, gymnasium.make("vecsim/Quadruped-Flat", velocity_in_observation=True).reset(seed=3)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +441,8 @@ def test_departure_from_mujocos_height_field(kind):
 
     They are equal on slopes, except at the ridges. Elsewhere vecsim bends a cell where MuJoCo has two triangles, and
     MuJoCo feels an edge beside the sphere while the point under its centre is still level. The bounds are rounded up
-    from what was measured.
+    from what was measured. The largest differences were 5 mm and 19 degrees on rough ground, 18 mm and 49 degrees
+    before the risers of stairs, 20 mm and 61 degrees before blocks, and 10 degrees at the ridges of slopes.
     """
     points, cell = 80, 0.1
     heights = task_file.tile_heights(kind, 0.5, True, np.random.default_rng(0))
@@ -624,7 +625,7 @@ def test_ranges_as_text():
     options = {"command_forward": "0.2:0.8", "randomize.friction": "0.4:1.25"}
     env = make("Quadruped-Flat", 2, **options)
     assert env.task.command_forward == (0.2, 0.8) and env.settings.ranges == {"friction": (0.4, 1.25)}
-    twin = gymnasium.make("Quadruped-Flat", **vecsim.gymnasium_options(options)).unwrapped
+    twin = gymnasium.make("vecsim/Quadruped-Flat", **vecsim.gymnasium_options(options)).unwrapped
     assert twin.task.command_forward == (0.2, 0.8)
     assert make("Hopper-v5", 2, healthy_z_range="0.8:2.0").task.healthy_z_range == (0.8, 2.0)
 
