@@ -99,9 +99,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--device cuda: nvidia-smi sees no GPU")
     if not machine.cpu_cores(options.cores):
         parser.error(f"--cores {options.cores}: taskset knows no such cores here")
-    wrong = [name for name in options.env_id if name not in comparisons.GYMNASIUM_TASKS]
-    if wrong and options.mode != "runs":
-        parser.error(f"--env-id: {options.mode} takes Gymnasium's tasks only, not {wrong[0]}")
+    known, words = comparisons.GYMNASIUM_TASKS, f"{options.mode} takes Gymnasium's tasks only"
+    if options.mode == "runs":
+        known = runs.tasks_of(options.set) or TASKS
+        words = f"the tasks of the set {options.set} are {', '.join(known)}"
+    for name in options.env_id:
+        if name not in known:
+            parser.error(f"--env-id: {words}, not {name}")
     return options
 
 

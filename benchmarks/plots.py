@@ -15,7 +15,7 @@ from benchmarks import tables
 
 INK, FAINT, GRID, OURS, THEIRS = "#22262b", "#8a9099", "#eceff2", "#1f6feb", "#b6bec9"
 COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e"}
-STAGE_COLOURS = {"teacher": "#2b8a3e", "student": "#1f6feb", "finetune": "#d9480f", "baseline": "#8a9099"}
+STAGE_COLOURS = {"policy": OURS, "teacher": "#2b8a3e", "student": "#1f6feb", "finetune": "#d9480f", "baseline": FAINT}
 PEER_COLOURS = dict(zip(tables.PEERS, ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#8a9099")))
 STYLE = {
     "font.size": 10,
@@ -185,10 +185,10 @@ def plot_peers(results: Path) -> None:
 
 
 def plot_stages(results: Path) -> None:
-    """Of each distillation: errors, and terrain level where there is terrain, over the steps of each stage."""
+    """Of each quadruped: errors, and terrain level where there is terrain, over the steps of each stage."""
     titles = dict(velocity_error="velocity error, m/s", terrain_level="mean terrain level")
     titles |= dict(imitation_loss="imitation loss of the student")
-    for path in [*results.glob("distill/*/evidence.json"), *results.glob("distill/*/training.json")]:
+    for path in [*results.glob("distill/*/evidence.json"), *results.glob("*/*/training.json")]:
         [record] = tables.load(path.parent, path.name)
         column = {name: k for k, name in enumerate(record["curve_columns"])}
         rows = [row for stage in record["curves"].values() for row in stage]

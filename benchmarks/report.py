@@ -186,8 +186,12 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     for record in load("distill/*/evidence.json"):
         yield tables.distill(record)
         yield from picture(f"distill/{record['env_id']}/curves.png", "training of teacher and students")
-    for record in load("distill/*/training.json"):
+    for path in [*results.glob("quadruped/*/training.json"), *results.glob("distill/*/training.json")]:
+        [record] = tables.load(path.parent, path.name)
+        if (summary := path.with_name("panel") / "summary.csv").exists():
+            yield tables.judged(record, summary)
         yield tables.stages(record)
+        yield from picture(path.with_name("curves.png").relative_to(results).as_posix(), "training of the policies")
     if found := sorted(results.glob("**/postmortem.md")):
         yield PANELS
         heads = [(path, path.read_text().splitlines()[0].lstrip("# ")) for path in found]

@@ -56,22 +56,29 @@ def trainings(name: str, options: Namespace) -> list[dict]:
     for run_name, own in SETS[name]["runs"].items():
         run = dict(flags=f"{above} {own['adds']}" if "adds" in own else "") | shared | own
         above = run["flags"]
-        folder = run["folder"]
-        if "env_id" in shared:  # the whole set is about one task
-            run["env_id"] = options.env_id[0] if options.env_id else shared["env_id"]
-            folder = f"{folder}/{run['env_id']}"
-        run.setdefault("env_id", (TASK.match(run_name) or [""])[0])
-        if options.env_id and run["env_id"] not in options.env_id:
-            continue
-        for seed in run.get("seeds", [None]):
-            one = run | dict(seed=seed, file=f"{folder}/{run_name}-seed{seed}")
+        own_task = run.get("env_id") or TASK.match(run_name)[0]
+        tasks = options.env_id or [own_task]
+        if "env_id" not in shared:  # else the set is about one task, which may be any
+            tasks = [own_task] if own_task in tasks else []
+        for env_id, seed in itertools.product(tasks, run.get("seeds", [None])):
+            folder = f"{run['folder']}/{env_id}" if "env_id" in shared else run["folder"]
+            one = run | dict(env_id=env_id, seed=seed, file=f"{folder}/{run_name}-seed{seed}")
             if run["kind"] == "profile":
-                parts = Path(run["script"]).stem, run["env_id"], place(options), run.get("stage")
+                parts = Path(run["script"]).stem, env_id, place(options), run.get("stage")
                 one["file"] = f"{folder}/{'-'.join(filter(None, parts))}"
             elif not seed:
                 one["file"] = f"{folder}/{run_name}{'/training' if run['kind'] == 'panel' else ''}"
             found.append(one | dict(command=command_of(one, options)))
     return sorted(found, key=lambda run: run["seed"] or 0)
+
+
+def tasks_of(name: str) -> list[str]:
+    """The tasks of a set; none: it takes any task."""
+    if "env_id" in SETS[name]:
+        return []
+    runs = SETS[name].get("runs", {})
+    named = [own.get("env_id") or TASK.match(run_name)[0] for run_name, own in runs.items()]
+    return list(dict.fromkeys([*named, *SETS[name].get("tasks", [])]))
 
 
 def contests(name: str, options: Namespace) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import statistics
@@ -17,6 +18,7 @@ PEERS = {
     "cleanrl-ppo": "CleanRL-style, PPO",
 }
 PEERS_GOALS = {"InvertedPendulum-v5": 1000, "HalfCheetah-v5": 3000, "Hopper-v5": 2500}
+REMOVED_FLAG = "--weight-projection"  # of sac_gpu_torch.py; one row of the ablation was measured with it
 NOT_SETTINGS = "env_id env_kwargs device states xml hidden ours".split()
 
 
@@ -252,6 +254,8 @@ def ablation(runs: list[dict]) -> str:
         numbers = [statistics.median(final), min(final), statistics.median(over_curve), min(over_curve)]
         flags, name = flags_of(members[0], " --num-envs"), members[0]["name"].replace("-", " ")
         added = f"`{flags.removeprefix(below).strip()}`"
+        if REMOVED_FLAG in flags:
+            added += ", a flag that has been removed since"
         if members in ladder:
             name, below = "+ " * bool(below) + name, flags
         rows.append([name, *(f"{number:,.0f}" for number in numbers), str(len(members)), added])
@@ -350,9 +354,22 @@ def distill(record: dict) -> str:
     return table(title, header, rows) + "\n" + stages(record)
 
 
+def judged(record: dict, summary: Path) -> str:
+    """The panel that `runs walk` and `runs distill` leave beside the record of their training: return (success)."""
+    with summary.open() as file:
+        cells = {(row["perturbation"], row["checkpoint"]): row for row in csv.DictReader(file)}
+    policies = list(dict.fromkeys(policy for _, policy in cells))
+    rows = []
+    for perturbation in dict.fromkeys(name for name, _ in cells):
+        found = [cells.get((perturbation, policy)) for policy in policies]
+        shown = [f"{float(row['return']):,.1f} ({float(row['success']):.0%})" if row else "-" for row in found]
+        rows.append([perturbation.replace("_", " "), *shown])
+    return table(f"{record['env_id']}: return, interquartile mean, and share of successes", ["", *policies], rows)
+
+
 def stages(record: dict) -> str:
-    """What the trainings of a teacher and its students took."""
+    """What the trainings of a teacher and its students took, or that of one policy."""
     rows = [[name, f"{x['env_steps']:,}", f"{x['train_seconds']:,.0f} s"] for name, x in record["policies"].items()]
     header = ["", "environment steps", "training"]
-    title = f"trainings of teacher and students, {record['env_id']}"
+    title = f"{'trainings of teacher and students' if len(rows) > 1 else 'training'}, {record['env_id']}"
     return table(title, header, rows, f"{record['hardware']}. {made_by(record)}")

@@ -118,6 +118,8 @@ def rows_of(record):
         (["sim", "--num-envs", "16,0"], "must be a whole number of at least 1"),
         (["sim", "--env-id", "Ant-v6"], "unknown task 'Ant-v6'; choose from InvertedPendulum-v5"),
         (["train", "--env-id", "Ant-v5,Quadruped-Flat"], "Gymnasium's tasks only, not Quadruped-Flat"),
+        (["runs", "peers", "--env-id", "Ant-v5"], "the tasks of the set peers are InvertedPendulum-v5, HalfChee"),
+        (["runs", "walk", "--env-id", "Ant-v5"], "the tasks of the set walk are Quadruped-Flat, not Ant-v5"),
         (["report", "--dollars-per-hour", "0.0"], "must be more than 0"),
         (["report", "--results", str(SCRIPT)], "must be a folder"),
     ],
@@ -582,6 +584,7 @@ from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--out") + 1])
 folder.mkdir(parents=True)
 (folder / "postmortem.md").write_text("# A panel\\n" + " ".join(sys.argv[1:]))
+(folder / "summary.csv").write_text("checkpoint,perturbation,return,success\\nppo,none,26.02,0.96\\n")
 """
 
 
@@ -628,11 +631,13 @@ def test_what_is_there_is_not_measured_again_unless_forced(measure, capsys):
     assert capsys.readouterr().err.count("--force measures again") == 0
 
 
-def test_ablate_gives_every_variant_the_same_budget(measure):
+def test_ablate_gives_every_variant_the_same_budget(measure, tmp_path):
     found = measure("ablate")
     assert len(found) == 3 * len(runs.SETS["ablate"]["runs"]) >= 27
     budget = "--num-envs --learning-starts --batch-size --updates-per-step --total-timesteps --eval-every".split()
     assert len({tuple(run["flags"][name] for name in budget) for run in found.values()}) == 1
+    two = runs.trainings("ablate", options(tmp_path, "ablate", "--env-id", "Ant-v5,Hopper-v5", mode=("runs",)))
+    assert len(two) == 2 * len(found) and {run["file"].split("/")[2] for run in two} == {"Ant-v5", "Hopper-v5"}
     rung = found["sac/ablation/HalfCheetah-v5/layer-norm-seed1"]["command"]
     assert "--preset vanilla --learning-rate 1e-3" in rung and "--normalize-observations --network" in rung
 
@@ -650,6 +655,10 @@ def test_a_panel_judges_what_was_trained(measure, tmp_path, name):
         assert page.read_text().count("checkpoint.pt") == len(record["policies"]) == len(runs.SETS[name]["stages"])
         [line] = next(iter(record["curves"].values()))
         assert dict(zip(record["curve_columns"], line, strict=True))["velocity_error"] == 0.3
+    plots.draw(tmp_path / "results")
+    made = report.page(tmp_path / "results")
+    assert made.count("| none | 26.0 (96%) |") == made.count("/curves.png)") == len(runs.SETS[name]["runs"])
+    assert f"| {'policy' if name == 'walk' else 'finetune'} | 500 | 11 s |" in made
 
 
 def test_profile_has_a_file_for_each_trainer_and_stage(measure):
