@@ -39,11 +39,9 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import io
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -140,16 +138,7 @@ class Args:
 
 def parse_args(argv: list[str]) -> Args:
     """Read and check the flags. InputError names the rule that is broken, on one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            args = tyro.cli(Args, args=argv, description=__doc__)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        printable = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())
-        raise InputError(" ".join(printable.split())) from None
-    return check_args(args)
+    return check_args(vecsim.parse_flags(argv, Args(), __doc__))
 
 
 def check_args(args: Args) -> Args:
@@ -421,7 +410,7 @@ class MujocoC(Vecsim):
         seen, memory = super().reset(seed), super().memory()
         qpos, qvel = (x.T.double().cpu().numpy() for x in super().state())
         for k, (robot, position, velocity) in enumerate(zip(self.robots, qpos, qvel, strict=True)):
-            robot.reset(seed=stream_seed(seed, k, 1))
+            robot.reset(seed=vecsim.stream_seed(seed, k, 1))
             robot.unwrapped.set_state(position, velocity)
             if memory:
                 robot.unwrapped.memory = {name: rows[:, k : k + 1].double() for name, rows in memory.items()}
@@ -512,11 +501,6 @@ def open_simulator(subject: Subject, name: str, args: Args) -> Vecsim:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Independent seeds for each process and each use, however close the users' seeds are."""
-    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
-
-
 @torch.no_grad()
 def run_batch(
     subject: Subject, simulator: Vecsim, seed: int, watched: tuple[int, ...] = (), sparse: bool = False
@@ -565,7 +549,7 @@ def run_cell(subject: Subject, simulator: Vecsim, name: str, seed: int, args: Ar
     contract, n, sparse = CONTRACTS[subject.env_id], min(args.num_envs, args.episodes), PERTURBATIONS[name].sparse
     parts = []
     for batch in range(math.ceil(args.episodes / n)):
-        parts.append(run_batch(subject, simulator, stream_seed(seed, batch, 0), sparse=sparse)[0])
+        parts.append(run_batch(subject, simulator, vecsim.stream_seed(seed, batch, 0), sparse=sparse)[0])
     cell = {what: np.concatenate([part[what] for part in parts])[: args.episodes] for what in parts[0]}
     success = cell["survived"].copy()
     if contract.least_speed is not None:
@@ -710,7 +694,7 @@ def trace_worst(subjects: list[Subject], episodes: pd.DataFrame, args: Args) -> 
         for row in choose_worst(own, args.worst).to_dict("records"):
             name, simulator = row["perturbation"], open_simulator(subject, row["perturbation"], args)
             batch, place = divmod(row["episode"], min(args.num_envs, args.episodes))
-            seed = stream_seed(row["seed"], batch, 0)
+            seed = vecsim.stream_seed(row["seed"], batch, 0)
             replay, traces = run_batch(subject, simulator, seed, (place,), PERTURBATIONS[name].sparse)
             length = int(replay["length"][place])
             trace = {what: x[:length, 0] for what, x in traces.items()}

@@ -40,31 +40,20 @@ moments, Chan et al. 1983.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import importlib.util
-import io
 import json
 import math
-import os
-import re
-import signal
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium
-import numpy as np
 import torch
-import tyro
-from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.profiler import record_function
-from tqdm import tqdm
 
 import vecsim_torch as vecsim
 from vecsim_torch import InputError
@@ -221,38 +210,8 @@ def task_defaults(env_id: str) -> Args:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play.
-
-    Raises InputError with the parser's message on one line."""
-
-    def parse(words: list[str], default: Args) -> Args:
-        complaint = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(complaint):
-                return tyro.cli(Args, args=words, default=default, description=__doc__)
-        except SystemExit as stop:
-            if not stop.code:
-                raise  # --help
-            printable = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())
-            raise InputError(" ".join(printable.split())) from None
-
-    given = parse([word for word in argv if word not in ("-h", "--help")], Args())
-    for name in "run_dir resume play export".split():
-        if getattr(given, name) == "":
-            raise InputError(f"{name} is empty; give a path or omit --{name.replace('_', '-')}")
-    if given.resume and given.play:
-        raise InputError("--resume continues training and --play plays; give one of them")
-    path = given.resume or given.play
-    default = task_defaults(given.env_id)
-    if path:
-        of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
-        default = Args(**load_checkpoint(path)["args"] | of_one_command)
-    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # from a filled dict, tyro makes one flag a key
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise InputError("track needs Weights & Biases; run `pip install wandb` or omit --track")
-    if (args.export or args.capture_video) and not args.play:
-        raise InputError("--export and --capture-video need a checkpoint; give it with --play")
-    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+    """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play."""
+    return vecsim.parse_args(argv, "distill", Args(), lambda given: task_defaults(given.env_id), __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,10 +237,7 @@ def check_ranges(args: Args) -> None:
         ("log_std_init log_std_min finetune_log_std", math.isfinite, "finite"),
         ("actor_hidden critic_hidden student_hidden", lambda x: all(size >= 1 for size in x), "sizes >= 1"),
     )
-    for names, legal, rule in rules:
-        for name in names.split():
-            if not legal(getattr(args, name)):
-                raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
+    vecsim.check_rules(args, rules)
 
 
 class Plan(NamedTuple):
@@ -751,7 +707,7 @@ def update(
         for start in range(0, batch.weight.shape[1], sizes.minibatch):
             part = Batch(*(x[:, start : start + sizes.minibatch] for x in batch))
             terms = accumulate_gradients(agent, part, old_log_std, sizes.microbatch, loss_function, args)
-            average_over_processes([*(p.grad for p in agent.parameters()), terms])
+            vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
             moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
             if moved and not policy_frozen:
                 kl = LossTerms(*terms).kl
@@ -810,7 +766,7 @@ def imitate(
                 loss, terms, memory = loss_function(agent, obs, started, memory.detach(), target, weight)
                 agent.zero_grad(set_to_none=False)
                 loss.backward()
-                average_over_processes([*(p.grad for p in agent.parameters()), terms])
+                vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
                 nn.utils.clip_grad_norm_(agent.policy_parameters(), args.max_grad_norm)
                 optimizer.step()
                 total += terms
@@ -820,18 +776,6 @@ def imitate(
 # ----------------------------------------------------------------------------------------------------------------------
 # Compilation
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
-    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
-    on_gpu = learning_rate.device.type == "cuda"
-    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # with zero gradients this creates the moments and moves nothing
-    for moments in optimizer.state.values():
-        moments["step"].zero_()
-    return optimizer
 
 
 def compiled(function: Callable, args: Args) -> Callable:
@@ -860,118 +804,13 @@ def build_imitation(agent: Agent, rollout: Rollout, sizes: Sizes, args: Args) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes and signals
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started (0 and 1 without it)."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world_size
-
-
-def average_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, with one all-reduce of one flat vector."""
-    if not distributed.is_initialized():
-        return
-    flat = torch.cat([x.flatten() for x in tensors])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        x.copy_(mean.view_as(x))
-
-
-def gather_from_processes(state: dict) -> list[dict]:
-    """The states of all processes in the order of their ranks, with tensors on the CPU."""
-    if not distributed.is_initialized():
-        return [state]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    states = [b""] * distributed.get_world_size()
-    distributed.all_gather_object(states, buffer.getvalue())
-    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in states]
-
-
-def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
-    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
-
-    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
-    because `timeout` signals a process and then its group."""
-
-    def __init__(self):
-        self.number, self.time = 0, -math.inf  # of the last signal
-        self.training = False
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, _) -> None:
-        if time.monotonic() - self.time < 1.0:
-            return
-        first = self.number == 0
-        self.number, self.time = number, time.monotonic()
-        if not (first and self.training):
-            raise KeyboardInterrupt
-
-    def requested(self) -> bool:
-        """Whether any process was signalled. All processes get the same answer."""
-        number = torch.tensor(self.number)  # on the host, so that no process waits for its GPU
-        if distributed.is_initialized():
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        self.number = int(number)
-        return self.number > 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write beside `path`, then rename: a failed write leaves the old file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())  # without another copy
-
-
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint of this script onto the CPU. InputError if it is damaged or not of this script."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not read the checksums
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} in it is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
-        raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
-    flags = {field.name for field in dataclasses.fields(Args)}
-    if (
-        not isinstance(checkpoint, dict)
-        or checkpoint.get("algorithm") != "distill"
-        or checkpoint["args"].keys() - flags
-    ):
-        raise InputError(f"checkpoint {path} was not written by this version of {Path(__file__).name}")
-    return checkpoint
+    return vecsim.load_checkpoint(path, "distill", Args)
 
 
 def describe_agent(stage: str, env: Any, args: Args) -> dict:
@@ -1032,96 +871,6 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def pick_run_dir(args: Args, stages: list[str], resumed: str | None) -> Path:
-    """The folder of this run. It must not contain the stages that will run, except the one that is resumed in it."""
-    own = Path(args.resume).parent.parent if args.resume else None
-    task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
-    name = f"{task}__distill__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir) if args.run_dir else own or Path(f"runs/{name}")
-    for stage in stages:
-        continues = stage == resumed and run_dir.resolve() == own.resolve()
-        if (run_dir / stage / "metrics.jsonl").exists() and not continues:
-            raise InputError(f"run_dir = {run_dir} contains a {stage}; choose another, or --resume its checkpoint.pt")
-    return run_dir
-
-
-class RunLog:
-    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
-
-    def __init__(self, run_dir: Path, args: Args, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help does not need
-
-        config = dataclasses.asdict(args)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-        self.metrics = run_dir / "metrics.jsonl"
-        if self.metrics.exists():  # drop what will be logged again, and the half line that a killed run may leave
-            lines = self.metrics.read_text().split("\n")[:-1]
-            kept = [f"{line}\n" for line in lines if json.loads(line)["env_steps"] <= first_step]
-            write_file(self.metrics, "".join(kept).encode())
-        if args.track:
-            import wandb
-
-            wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
-        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
-
-    def write(self, record: dict) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, record["env_steps"])
-        episode_return = record["episode_return"]
-        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(record["env_steps"] - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-
-
-def plot_curve(run_dir: Path, title: str) -> None:
-    """curve.png: returns of training episodes and scores in Gymnasium, over steps and over time."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    clocks = (("env_steps", "million environment steps", 1e6), ("wall_seconds", "minutes of training", 60.0))
-    for axis, (clock, unit, scale) in zip(axes, clocks, strict=True):
-        for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
-            shown = [record for record in records if record.get(metric) is not None]
-            axis.plot([r[clock] / scale for r in shown], [r[metric] for r in shown], style, label=metric)
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(title)
-    figure.savefig(run_dir / "curve.png", dpi=120)
-
-
-def start_profiler(run_dir: Path) -> torch.profiler.profile:
-    """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
-
-    def report(profiler: torch.profiler.profile) -> None:
-        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
-        profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
-
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-    profiler.start()
-    return profiler
-
-
-def crossed(every: float | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
-    return every is not None and after // every > before // every
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1149,7 +898,7 @@ class Shared(NamedTuple):
     device: torch.device
     rank: int  # of this process; only process 0 writes
     run_dir: Path
-    stop: StopSignals
+    stop: vecsim.StopSignals
 
 
 class Moment(NamedTuple):
@@ -1174,9 +923,9 @@ class StageRun:
         args, env, device, envs = shared.args, shared.env, shared.device, shared.sizes.envs
         stream, seed = 3 * get_args(Stage).index(stage), args.seed
         if checkpoint and checkpoint["device"] != device.type:
-            seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2)
-        torch.manual_seed(stream_seed(args.seed, 0, stream))  # the initial weights, the same in every process
-        self.generator = torch.Generator(device).manual_seed(stream_seed(seed, shared.rank, stream + 1))
+            seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2)
+        torch.manual_seed(vecsim.stream_seed(args.seed, 0, stream))  # the initial weights, the same in every process
+        self.generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, shared.rank, stream + 1))
         self.agent, self.teacher = make_agent(stage, env, args).to(device), None
         self.observes = "critic_obs" if stage == "teacher" and env.single_critic_space is not None else "obs"
         self.learning_rate = torch.tensor(args.learning_rate, device=device)  # the optimizer reads it
@@ -1189,10 +938,10 @@ class StageRun:
         elif stage == "finetune" and not checkpoint:
             self.agent.load_state_dict(starts["student"])
             self.agent.log_std.data.fill_(args.finetune_log_std)
-        self.optimizer = make_optimizer(self.agent, self.learning_rate)
+        self.optimizer = vecsim.make_optimizer(self.agent, self.learning_rate)
         self.rollout = allocate_rollout(self.plan.num_steps, envs, self.agent, device)
         env.random_initial_ages = True  # so that the robots do not reach the time limit together
-        obs, info = env.reset(seed=stream_seed(seed, shared.rank, stream + 2))
+        obs, info = env.reset(seed=vecsim.stream_seed(seed, shared.rank, stream + 2))
         started = torch.ones(envs, dtype=torch.bool, device=device)
         self.moment = Moment(obs, critic_observation(obs, info), self.agent.empty_memory(envs), started)
         if checkpoint:
@@ -1252,8 +1001,8 @@ class StageRun:
                 f"samples, {plan.gradient_steps} gradient steps, {plan.iterations:,} times"
             )
             budget = plan.iterations * plan.steps_per_iteration
-            self.log = RunLog(self.folder, dataclasses.replace(args, total_timesteps=budget), self.logged_step)
-            self.profiler = start_profiler(self.folder) if args.profile else None
+            self.log = vecsim.RunLog(self.folder, dataclasses.replace(args, total_timesteps=budget), self.logged_step)
+            self.profiler = vecsim.start_profiler(self.folder) if args.profile else None
         self.clock, self.shared.stop.training = time.perf_counter(), True
 
     def end_iteration(self, terms: Tensor) -> None:
@@ -1267,8 +1016,8 @@ class StageRun:
         sizes, env_steps = self.shared.sizes, self.iteration * self.plan.steps_per_iteration
         before, stopping = env_steps - self.plan.steps_per_iteration, self.shared.stop.requested()
         last = stopping or self.iteration == self.plan.iterations
-        save_now = last or crossed(sizes.checkpoint_every, before, env_steps)
-        if not (save_now or crossed(sizes.log_every, before, env_steps)):
+        save_now = last or vecsim.crossed(sizes.checkpoint_every, before, env_steps)
+        if not (save_now or vecsim.crossed(sizes.log_every, before, env_steps)):
             return
         self.write_record(env_steps)
         if save_now:
@@ -1315,7 +1064,7 @@ class StageRun:
         """Write the checkpoint, at the last record. All processes take part, each with its environments."""
         args, device = self.shared.args, self.shared.device
         mine = dict(env=self.shared.env.state_dict(), generator=self.generator.get_state(), moment=list(self.moment))
-        processes = gather_from_processes(mine)
+        processes = vecsim.gather_from_processes(mine)
         if self.log:
             state = dict(algorithm="distill", stage=self.stage, env_id=args.env_id, args=dataclasses.asdict(args))
             state |= dict(observes=self.observes, description=describe_agent(self.stage, self.shared.env, args))
@@ -1323,12 +1072,12 @@ class StageRun:
             state |= dict(env_steps=self.logged_step, train_seconds=self.train_seconds, processes=processes)
             state |= dict(agent=self.agent.state_dict(), moments=list(self.optimizer.state.values()))
             state |= dict(learning_rate=self.learning_rate, teacher=self.teacher and self.teacher.state_dict())
-            save_checkpoint(self.folder / "checkpoint.pt", state)
+            vecsim.save_checkpoint(self.folder / "checkpoint.pt", state)
 
     def evaluate(self) -> dict:
         """Plot the curve, score the deterministic policy in vecsim and in Gymnasium, write eval.json."""
         args, env = self.shared.args, self.shared.env
-        plot_curve(self.folder, f"{args.env_id}, {self.stage}, seed {args.seed}")
+        vecsim.plot_curve(self.folder, f"{args.env_id}, {self.stage}, seed {args.seed}")
         evaluation = dict(env_id=args.env_id, algorithm="distill", stage=self.stage, seed=args.seed)
         evaluation |= dict(env_steps=self.logged_step, train_seconds=self.train_seconds)
         evaluation |= dict(compile_seconds=self.compile_seconds, vecsim=None, gymnasium=None)
@@ -1339,7 +1088,7 @@ class StageRun:
             evaluation["gymnasium"] = vecsim.evaluate_in_gymnasium(
                 args.env_id, cpu_act, args.eval_episodes, args.seed, args.env_kwargs, self.observes
             )
-        write_file(self.folder / "eval.json", json.dumps(evaluation, indent=2).encode())
+        vecsim.write_file(self.folder / "eval.json", json.dumps(evaluation, indent=2).encode())
         reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
         for name in ("vecsim", "gymnasium"):
             score = vecsim.describe(evaluation[name]) if evaluation[name] else reason
@@ -1389,14 +1138,14 @@ def train_by_imitation(run: StageRun) -> None:
         run.end_iteration(terms)
 
 
-def train(args: Args, make_env: Callable | None = None, stop: StopSignals | None = None) -> dict:
+def train(args: Args, make_env: Callable | None = None, stop: vecsim.StopSignals | None = None) -> dict:
     """Run the stages and write their folders; return the last log record of each together with its evaluation.
 
     make_env: see the top of this file. After a signal, the iteration is finished and saved; then KeyboardInterrupt."""
     # Check everything before anything is trained.
-    stop = stop or StopSignals()
+    stop = stop or vecsim.StopSignals()
     device = vecsim.pick_device(args.device)
-    rank, world_size = start_processes(device)
+    rank, world_size = vecsim.start_processes(device)
     check_ranges(args)
     sizes = derive_sizes(args, world_size, device)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
@@ -1406,11 +1155,11 @@ def train(args: Args, make_env: Callable | None = None, stop: StopSignals | None
     resumed = checkpoint["stage"] if checkpoint and checkpoint["stage"] in stages else None
     if make_env is None:
         vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir = pick_run_dir(args, stages, resumed)
+    run_dir = vecsim.pick_run_dir(args, "distill", stages)
     if rank == 0:
         print(f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}: {', '.join(stages)}")
         if resumed and checkpoint["device"] != device.type:
-            print(f"the checkpoint is from {checkpoint['device']}: the random numbers on {device.type} are others")
+            print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
             print("compiling, one to three minutes the first time", flush=True)
     if device.type == "cpu" and not args.compile:
@@ -1505,7 +1254,7 @@ def export(path: str, checkpoint: dict) -> None:
     if agent.memory_size:
         inputs["memory_in"], outputs = agent.empty_memory(2), ["action", "memory_out"]
         facts["memory"] = "memory_in is zero where an episode begins, then the memory_out of the step before"
-    write_file(Path(path), vecsim.to_onnx(ExportedPolicy(agent), inputs, outputs, checkpoint, **facts))
+    vecsim.write_file(Path(path), vecsim.to_onnx(ExportedPolicy(agent), inputs, outputs, checkpoint, **facts))
     print(f"ONNX: {path}")
 
 
@@ -1540,24 +1289,7 @@ def play(args: Args, make_env: Callable | None = None) -> dict | None:
 
 
 def main() -> int:
-    stop = StopSignals()
-    stop.install()
-    try:
-        args = parse_args(sys.argv[1:])
-        if args.play:
-            play(args)
-        else:
-            train(args, stop=stop)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
-    return 0
+    return vecsim.run_command(parse_args, train, play)
 
 
 if __name__ == "__main__":

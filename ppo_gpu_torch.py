@@ -34,30 +34,19 @@ environments, Rudin et al. 2022 (arXiv:2109.11978); running moments, Chan et al.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import importlib.util
-import io
 import json
 import math
-import os
-import re
-import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
-import numpy as np
 import torch
-import tyro
-from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.profiler import record_function
-from tqdm import tqdm
 
 import vecsim_torch as vecsim
 from vecsim_torch import InputError
@@ -202,38 +191,8 @@ def task_defaults(env_id: str) -> Args:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play.
-
-    Raises InputError with the parser's message on one line."""
-
-    def parse(words: list[str], default: Args) -> Args:
-        complaint = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(complaint):
-                return tyro.cli(Args, args=words, default=default, description=__doc__)
-        except SystemExit as stop:
-            if not stop.code:
-                raise  # --help
-            printable = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())
-            raise InputError(" ".join(printable.split())) from None
-
-    given = parse([word for word in argv if word not in ("-h", "--help")], Args())
-    for name in "run_dir resume play export".split():
-        if getattr(given, name) == "":
-            raise InputError(f"{name} is empty; give a path or omit --{name.replace('_', '-')}")
-    if given.resume and given.play:
-        raise InputError("--resume continues training and --play plays; give one of them")
-    path = given.resume or given.play
-    default = task_defaults(given.env_id)
-    if path:
-        of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
-        default = Args(**load_checkpoint(path)["args"] | of_one_command)
-    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # from a filled dict, tyro makes one flag a key
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise InputError("track needs Weights & Biases; run `pip install wandb` or omit --track")
-    if (args.export or args.capture_video) and not args.play:
-        raise InputError("--export and --capture-video need a checkpoint; give it with --play")
-    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+    """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play."""
+    return vecsim.parse_args(argv, "ppo", Args(), lambda given: task_defaults(given.env_id), __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,10 +217,7 @@ def check_ranges(args: Args) -> None:
         ("log_std_init log_std_min", math.isfinite, "finite"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "sizes >= 1"),
     )
-    for names, legal, rule in rules:
-        for name in names.split():
-            if not legal(getattr(args, name)):
-                raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
+    vecsim.check_rules(args, rules)
 
 
 class Sizes(NamedTuple):
@@ -632,7 +588,7 @@ def update(
     for epoch in range(args.update_epochs):
         for start in range(0, len(batch.weight), minibatch):
             terms = accumulate(old_log_std, *(x[start : start + minibatch] for x in batch))
-            average_over_processes([*(p.grad for p in agent.parameters()), terms])
+            vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
             moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
             if args.learning_rate_schedule == "adaptive" and moved:
                 kl = LossTerms(*terms).kl
@@ -645,43 +601,6 @@ def update(
 # ----------------------------------------------------------------------------------------------------------------------
 # Compilation and CUDA graphs
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
-    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
-    on_gpu = learning_rate.device.type == "cuda"
-    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # with zero gradients this creates the moments and moves nothing
-    for moments in optimizer.state.values():
-        moments["step"].zero_()
-    return optimizer
-
-
-def capture(function, inputs: tuple[Tensor, ...]):
-    """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
-
-    The function must not copy from the device to the host. It runs three times as a warm-up before the capture; the
-    caller restores what these calls change."""
-    static_inputs = tuple(x.clone() for x in inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function(*static_inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*static_inputs)
-
-    def replay(*inputs: Tensor):
-        for static, x in zip(static_inputs, inputs, strict=True):
-            static.copy_(x)
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args):
@@ -711,10 +630,10 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     if args.cuda_graphs and obs.device.type == "cuda":
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
         before = [x.clone() for x in state]
-        policy, targets = capture(policy, (obs, torch.zeros_like(action))), capture(targets, ())
-        accumulate = capture(accumulate, example)
+        policy, targets = vecsim.capture(policy, (obs, torch.zeros_like(action))), vecsim.capture(targets, ())
+        accumulate = vecsim.capture(accumulate, example)
         accumulate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
-        apply = capture(apply, ())
+        apply = vecsim.capture(apply, ())
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)
     else:  # compile now, before the clock of the training starts
@@ -724,125 +643,13 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes and signals
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started (0 and 1 without it)."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world_size
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The first process of each machine compiles alone. The others then find its results in the compiler's cache."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if distributed.is_initialized() and not first:
-        distributed.barrier()
-    yield
-    if distributed.is_initialized() and first:
-        distributed.barrier()
-
-
-def average_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, with one all-reduce of one flat vector."""
-    if not distributed.is_initialized():
-        return
-    flat = torch.cat([x.flatten() for x in tensors])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        x.copy_(mean.view_as(x))
-
-
-def gather_from_processes(state: dict) -> list[dict]:
-    """The states of all processes in the order of their ranks, with tensors on the CPU."""
-    if not distributed.is_initialized():
-        return [state]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    states = [b""] * distributed.get_world_size()
-    distributed.all_gather_object(states, buffer.getvalue())
-    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in states]
-
-
-def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
-    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
-
-    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
-    because `timeout` signals a process and then its group."""
-
-    def __init__(self):
-        self.number, self.time = 0, -math.inf  # of the last signal
-        self.training = False
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, _) -> None:
-        if time.monotonic() - self.time < 1.0:
-            return
-        first = self.number == 0
-        self.number, self.time = number, time.monotonic()
-        if not (first and self.training):
-            raise KeyboardInterrupt
-
-    def requested(self) -> bool:
-        """Whether any process was signalled. All processes get the same answer."""
-        number = torch.tensor(self.number)  # on the host, so that no process waits for its GPU
-        if distributed.is_initialized():
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        self.number = int(number)
-        return self.number > 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write beside `path`, then rename: a failed write leaves the old file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())  # without another copy
-
-
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint of this script onto the CPU. InputError if it is damaged or not of this script."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not read the checksums
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} in it is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
-        raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
-    flags = {field.name for field in dataclasses.fields(Args)}
-    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != "ppo" or checkpoint["args"].keys() - flags:
-        raise InputError(f"checkpoint {path} was not written by this version of {Path(__file__).name}")
-    return checkpoint
+    return vecsim.load_checkpoint(path, "ppo", Args)
 
 
 def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
@@ -860,7 +667,7 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log
+# Training
 #
 # What a line of metrics.jsonl holds; TensorBoard has the same names. null: no value.
 #   env_steps                      environment steps of all environments and processes; the clock of every flag
@@ -879,91 +686,6 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pick_run_dir(args: Args) -> Path:
-    """The folder of this run. InputError if it contains a run, unless this run resumes that one."""
-    if args.resume and not args.run_dir:
-        return Path(args.resume).parent
-    task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
-    name = f"{task}__ppo__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    own = args.resume and Path(args.resume).resolve().parent == run_dir.resolve()
-    if (run_dir / "metrics.jsonl").exists() and not own:
-        raise InputError(f"run_dir = {run_dir} contains a run; choose another, or --resume its checkpoint.pt")
-    return run_dir
-
-
-class RunLog:
-    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
-
-    def __init__(self, run_dir: Path, args: Args, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help does not need
-
-        config = dataclasses.asdict(args)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-        self.metrics = run_dir / "metrics.jsonl"
-        if self.metrics.exists():  # drop what will be logged again, and the half line that a killed run may leave
-            lines = self.metrics.read_text().split("\n")[:-1]
-            kept = [f"{line}\n" for line in lines if json.loads(line)["env_steps"] <= first_step]
-            write_file(self.metrics, "".join(kept).encode())
-        if args.track:
-            import wandb
-
-            wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
-        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
-
-    def write(self, record: dict) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, record["env_steps"])
-        episode_return = record["episode_return"]
-        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(record["env_steps"] - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-
-
-def plot_curve(run_dir: Path, title: str) -> None:
-    """curve.png: returns of training episodes and scores in Gymnasium, over steps and over time."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    clocks = (("env_steps", "million environment steps", 1e6), ("wall_seconds", "minutes of training", 60.0))
-    for axis, (clock, unit, scale) in zip(axes, clocks, strict=True):
-        for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
-            shown = [record for record in records if record.get(metric) is not None]
-            axis.plot([r[clock] / scale for r in shown], [r[metric] for r in shown], style, label=metric)
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(title)
-    figure.savefig(run_dir / "curve.png", dpi=120)
-
-
-def start_profiler(run_dir: Path) -> torch.profiler.profile:
-    """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
-
-    def report(profiler: torch.profiler.profile) -> None:
-        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
-        profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
-
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-    profiler.start()
-    return profiler
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def make_environment(args: Args, make_env, num_envs: int, device: torch.device, seed: int):
     """vecsim's environment, or the user's own if make_env is not None."""
     options = dict(num_envs=num_envs, device=str(device), seed=seed) | args.env_kwargs
@@ -979,25 +701,20 @@ def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
     return vecsim.evaluate_in_gymnasium(args.env_id, policy.act, args.eval_episodes, args.seed, args.env_kwargs)
 
 
-def crossed(every: float | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
-    return every is not None and after // every > before // every
-
-
-def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
+def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> dict:
     """Train, write the run folder and evaluate; return the last log record together with the evaluation.
 
     make_env: see the top of this file. After a signal, training finishes the iteration and saves a checkpoint; then it
     raises KeyboardInterrupt."""
     # Check the flags before anything is allocated.
-    stop = stop or StopSignals()
+    stop = stop or vecsim.StopSignals()
     device = vecsim.pick_device(args.device)
-    rank, world_size = start_processes(device)
+    rank, world_size = vecsim.start_processes(device)
     check_ranges(args)
     sizes = derive_sizes(args, world_size, device)
     if make_env is None:
         vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir = pick_run_dir(args)
+    run_dir = vecsim.pick_run_dir(args, "ppo")
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, world_size)
@@ -1021,16 +738,16 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
-    generator = torch.Generator(device).manual_seed(stream_seed(seed, rank, stream=0))
-    env_seed = stream_seed(seed, rank, stream=1)
+    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
+    generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, rank, stream=0))
+    env_seed = vecsim.stream_seed(seed, rank, stream=1)
     env = make_environment(args, make_env, sizes.envs, device, env_seed)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     privileged = env.single_critic_space is not None
     critic_obs_size = env.single_critic_space.shape[0] if privileged else None
     agent = Agent(obs_size, critic_obs_size, env.single_action_space, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    optimizer = make_optimizer(agent, learning_rate)
+    optimizer = vecsim.make_optimizer(agent, learning_rate)
     rollout = allocate_rollout(args.num_steps, sizes.envs, obs_size, critic_obs_size, action_size, device)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -1040,8 +757,8 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         if args.learning_rate == checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
             learning_rate.copy_(checkpoint["learning_rate"])
     logged_step = first_iteration * sizes.steps_per_iteration
-    log = RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
-    with first_process_first():
+    log = vecsim.RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
+    with vecsim.first_process_first():
         policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
@@ -1058,7 +775,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     compile_seconds = time.perf_counter() - started
 
     terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
-    profiler = start_profiler(run_dir) if args.profile and log else None
+    profiler = vecsim.start_profiler(run_dir) if args.profile and log else None
     logged_seconds, clock = train_seconds, time.perf_counter()
     stop.training = True
     for iteration in range(first_iteration, sizes.iterations):
@@ -1101,9 +818,9 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         before = env_steps - sizes.steps_per_iteration
         stopping = stop.requested()
         last = stopping or iteration + 1 == sizes.iterations
-        evaluate_now = crossed(args.eval_every, before, env_steps)
-        save_now = last or crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
-        log_now = crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
+        evaluate_now = vecsim.crossed(args.eval_every, before, env_steps)
+        save_now = last or vecsim.crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
+        log_now = vecsim.crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
         if not (evaluate_now or save_now or log_now):
             continue
         steps = env_steps - logged_step  # since the last record
@@ -1126,13 +843,13 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
             log.write(record)
         if save_now:
             mine = dict(env=env.state_dict(), generator=generator.get_state(), obs=obs, critic_obs=critic_obs)
-            processes = gather_from_processes(mine)
+            processes = vecsim.gather_from_processes(mine)
             if log:
                 state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), device=device.type)
                 state |= dict(iteration=iteration + 1, env_steps=env_steps, train_seconds=train_seconds)
                 state |= dict(agent=agent.state_dict(), moments=list(optimizer.state.values()))
                 state |= dict(learning_rate=learning_rate, processes=processes, versions=vecsim.versions())
-                save_checkpoint(run_dir / "checkpoint.pt", state)
+                vecsim.save_checkpoint(run_dir / "checkpoint.pt", state)
         terms.zero_()
         logged_step, logged_seconds, clock = env_steps, train_seconds, time.perf_counter()
         if stopping:
@@ -1149,7 +866,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         env.close()
         return record
     log.close()
-    plot_curve(run_dir, f"{args.env_id}, PPO, seed {args.seed}")
+    vecsim.plot_curve(run_dir, f"{args.env_id}, PPO, seed {args.seed}")
     evaluation = dict(env_id=args.env_id, algorithm="ppo", seed=args.seed, env_steps=logged_step)
     evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
     if args.eval_episodes:
@@ -1157,7 +874,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         evaluation["vecsim"] = vecsim.evaluate(env, agent.act, args.seed)
         evaluation["gymnasium"] = score if evaluate_now else score_in_gymnasium(agent, args)
     env.close()
-    write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
+    vecsim.write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
     reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
     for name in ("vecsim", "gymnasium"):
         print(f"{name}: {vecsim.describe(evaluation[name]) if evaluation[name] else reason}")
@@ -1189,7 +906,7 @@ def export(path: str, checkpoint: dict) -> None:
     agent = load_agent(checkpoint)
     agent.bf16, agent.forward = False, agent.act
     inputs = dict(obs=torch.zeros(2, len(agent.obs_statistics.mean)))
-    write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
+    vecsim.write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
     print(f"ONNX: {path}")
 
 
@@ -1222,24 +939,7 @@ def play(args: Args, make_env=None) -> dict | None:
 
 
 def main() -> int:
-    stop = StopSignals()
-    stop.install()
-    try:
-        args = parse_args(sys.argv[1:])
-        if args.play:
-            play(args)
-        else:
-            train(args, stop=stop)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
-    return 0
+    return vecsim.run_command(parse_args, train, play)
 
 
 if __name__ == "__main__":

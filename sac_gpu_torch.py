@@ -42,32 +42,21 @@ Chan et al. 1983.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import importlib.util
-import io
 import json
 import math
-import os
-import re
-import signal
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
-import numpy as np
 import torch
-import tyro
-from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.profiler import record_function
-from tqdm import tqdm
 
 import vecsim_torch as vecsim
 from vecsim_torch import InputError
@@ -225,38 +214,8 @@ def task_defaults(env_id: str, preset: str = "best") -> Args:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Read the flags. Omitted ones are those of the task and preset, or of the checkpoint with --resume and --play.
-
-    InputError with the parser's message on one line."""
-
-    def parse(words: list[str], default: Args) -> Args:
-        complaint = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(complaint):
-                return tyro.cli(Args, args=words, default=default, description=__doc__)
-        except SystemExit as stop:
-            if not stop.code:
-                raise  # --help
-            printable = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())
-            raise InputError(" ".join(printable.split())) from None
-
-    given = parse([word for word in argv if word not in ("-h", "--help")], Args())
-    for name in "run_dir resume play export".split():
-        if getattr(given, name) == "":
-            raise InputError(f"{name} is empty; give a path or omit --{name.replace('_', '-')}")
-    if given.resume and given.play:
-        raise InputError("--resume continues training and --play plays; give one of them")
-    path = given.resume or given.play
-    default = task_defaults(given.env_id, given.preset)
-    if path:
-        of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
-        default = Args(**load_checkpoint(path)["args"] | of_one_command)
-    args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise InputError("track needs Weights & Biases; run `pip install wandb` or omit --track")
-    if (args.export or args.capture_video) and not args.play:
-        raise InputError("--export and --capture-video need a checkpoint; give it with --play")
-    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+    """Read the flags. Omitted ones have the values of task and preset, or the checkpoint's with --resume and --play."""
+    return vecsim.parse_args(argv, "sac", Args(), lambda given: task_defaults(given.env_id, given.preset), __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,10 +245,7 @@ def check_ranges(args: Args) -> None:
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "sizes >= 1"),
         ("actor_hidden critic_hidden", lambda x: args.network != "flash" or len(set(x)) == 1, widths),
     )
-    for names, legal, rule in rules:
-        for name in names.split():
-            if not legal(getattr(args, name)):
-                raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
+    vecsim.check_rules(args, rules)
 
 
 class Sizes(NamedTuple):
@@ -879,14 +835,14 @@ def update(
     for k, rows in enumerate(zip(*(x.chunk(args.updates_per_step) for x in batch), strict=True)):
         terms = functions.critic_gradients(noise[k, 0], *rows)
         buffers = *agent.critics.buffers(), *agent.target_critics.buffers()
-        average_over_processes([*(p.grad for p in agent.critics.parameters()), *buffers, terms])
+        vecsim.average_over_processes([*(p.grad for p in agent.critics.parameters()), *buffers, terms])
         functions.critic_step()
         critic_terms += terms
         done = first_update + k
-        if crossed(args.policy_frequency, done, done + 1):
+        if vecsim.crossed(args.policy_frequency, done, done + 1):
             terms = functions.policy_gradients(noise[k, 1], *rows)
             gradients = [p.grad for p in (*agent.actor.parameters(), *agent.temperature.parameters())]
-            average_over_processes([*gradients, *agent.actor.buffers(), terms])
+            vecsim.average_over_processes([*gradients, *agent.actor.buffers(), terms])
             functions.actor_step()
             policy_terms += terms
             policy_updates += 1
@@ -898,52 +854,15 @@ def update(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(module: nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
-    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
-    on_gpu = learning_rate.device.type == "cuda"
-    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # with zero gradients this creates the moments and moves nothing
-    for moments in optimizer.state.values():
-        moments["step"].zero_()
-    return optimizer
-
-
 def make_optimizers(
     agent: Agent, learning_rate: Tensor, temperature_learning_rate: float
 ) -> dict[str, torch.optim.Optimizer]:
     """One each for policy, critics and temperature, because they step at different times and rates."""
     return dict(
-        actor=make_optimizer(agent.actor, learning_rate),
-        critics=make_optimizer(agent.critics, learning_rate),
-        temperature=make_optimizer(agent.temperature, torch.full_like(learning_rate, temperature_learning_rate)),
+        actor=vecsim.make_optimizer(agent.actor, learning_rate),
+        critics=vecsim.make_optimizer(agent.critics, learning_rate),
+        temperature=vecsim.make_optimizer(agent.temperature, torch.full_like(learning_rate, temperature_learning_rate)),
     )
-
-
-def capture(function, inputs: tuple[Tensor, ...]):
-    """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
-
-    The function must not copy from the device to the host. It runs three times as a warm-up before the capture; the
-    caller restores what these calls change."""
-    static_inputs = tuple(x.clone() for x in inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function(*static_inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*static_inputs)
-
-    def replay(*inputs: Tensor):
-        for static, x in zip(static_inputs, inputs, strict=True):
-            static.copy_(x)
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 def build_functions(
@@ -991,7 +910,7 @@ def build_functions(
     before = [x.clone() for x in state]
     if args.cuda_graphs and row.device.type == "cuda":
         inputs = acting, example, (), example, ()
-        functions = Functions(*(capture(f, x) for f, x in zip(functions, inputs, strict=True)))
+        functions = Functions(*(vecsim.capture(f, x) for f, x in zip(functions, inputs, strict=True)))
     else:  # compile now, before the clock of the training starts
         functions.policy(*acting)
         functions.critic_gradients(*example)
@@ -1002,125 +921,13 @@ def build_functions(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes and signals
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started (0 and 1 without it)."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world_size
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The first process of each machine compiles alone. The others then find its results in the compiler's cache."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if distributed.is_initialized() and not first:
-        distributed.barrier()
-    yield
-    if distributed.is_initialized() and first:
-        distributed.barrier()
-
-
-def average_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, with one all-reduce of one flat vector."""
-    if not distributed.is_initialized():
-        return
-    flat = torch.cat([x.flatten() for x in tensors])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        x.copy_(mean.view_as(x))
-
-
-def gather_from_processes(state: dict) -> list[dict]:
-    """The states of all processes in the order of their ranks, with tensors on the CPU."""
-    if not distributed.is_initialized():
-        return [state]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    states = [b""] * distributed.get_world_size()
-    distributed.all_gather_object(states, buffer.getvalue())
-    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in states]
-
-
-def stream_seed(seed: int, rank: int, stream: int) -> int:
-    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
-    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
-
-    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
-    because `timeout` signals a process and then its group."""
-
-    def __init__(self):
-        self.number, self.time = 0, -math.inf  # of the last signal
-        self.training = False
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, _) -> None:
-        if time.monotonic() - self.time < 1.0:
-            return
-        first = self.number == 0
-        self.number, self.time = number, time.monotonic()
-        if not (first and self.training):
-            raise KeyboardInterrupt
-
-    def requested(self) -> bool:
-        """Whether any process was signalled. All processes get the same answer."""
-        number = torch.tensor(self.number)  # on the host, so that no process waits for its GPU
-        if distributed.is_initialized():
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        self.number = int(number)
-        return self.number > 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write beside `path`, then rename: a failed write leaves the old file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())  # without another copy
-
-
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint of this script onto the CPU. InputError if it is damaged or not of this script."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not read the checksums
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} in it is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
-        raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
-    flags = {field.name for field in dataclasses.fields(Args)}
-    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != "sac" or checkpoint["args"].keys() - flags:
-        raise InputError(f"checkpoint {path} was not written by this version of {Path(__file__).name}")
-    return checkpoint
+    return vecsim.load_checkpoint(path, "sac", Args)
 
 
 def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
@@ -1155,7 +962,7 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log
+# Training
 #
 # What a line of metrics.jsonl holds; TensorBoard has the same names. null: no value.
 #   env_steps                      environment steps of all environments and processes; the clock of every flag
@@ -1170,91 +977,6 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 #   entropy, temperature           entropy of the squashed policy in nats, in half ranges; its weight
 #   reward_divisor                 what rewards are divided by
 # Losses, value and entropy are means over the gradient steps since the last line.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def pick_run_dir(args: Args) -> Path:
-    """The folder of this run. InputError if it contains a run, unless this run resumes that one."""
-    if args.resume and not args.run_dir:
-        return Path(args.resume).parent
-    task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
-    name = f"{task}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    own = args.resume and Path(args.resume).resolve().parent == run_dir.resolve()
-    if (run_dir / "metrics.jsonl").exists() and not own:
-        raise InputError(f"run_dir = {run_dir} contains a run; choose another, or --resume its checkpoint.pt")
-    return run_dir
-
-
-class RunLog:
-    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
-
-    def __init__(self, run_dir: Path, args: Args, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help does not need
-
-        config = dataclasses.asdict(args)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-        self.metrics = run_dir / "metrics.jsonl"
-        if self.metrics.exists():  # drop what will be logged again, and the half line that a killed run may leave
-            lines = self.metrics.read_text().split("\n")[:-1]
-            kept = [f"{line}\n" for line in lines if json.loads(line)["env_steps"] <= first_step]
-            write_file(self.metrics, "".join(kept).encode())
-        if args.track:
-            import wandb
-
-            wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
-        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
-
-    def write(self, record: dict) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, record["env_steps"])
-        episode_return = record["episode_return"]
-        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(record["env_steps"] - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-
-
-def plot_curve(run_dir: Path, title: str) -> None:
-    """curve.png: returns of training episodes and scores in Gymnasium, over steps and over time."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    clocks = (("env_steps", "million environment steps", 1e6), ("wall_seconds", "minutes of training", 60.0))
-    for axis, (clock, unit, scale) in zip(axes, clocks, strict=True):
-        for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
-            shown = [record for record in records if record.get(metric) is not None]
-            axis.plot([r[clock] / scale for r in shown], [r[metric] for r in shown], style, label=metric)
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(title)
-    figure.savefig(run_dir / "curve.png", dpi=120)
-
-
-def start_profiler(run_dir: Path) -> torch.profiler.profile:
-    """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
-
-    def report(profiler: torch.profiler.profile) -> None:
-        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
-        profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
-
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-    profiler.start()
-    return profiler
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1273,24 +995,19 @@ def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
     return vecsim.evaluate_in_gymnasium(args.env_id, policy.act, args.eval_episodes, args.seed, args.env_kwargs)
 
 
-def crossed(every: float | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
-    return every is not None and after // every > before // every
-
-
-def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
+def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> dict:
     """Train, write the run folder and evaluate; return the last log record together with the evaluation.
 
     make_env: see the top of this file. After a signal, the iteration is finished and saved; then KeyboardInterrupt."""
     # Check the flags before anything is allocated.
-    stop = stop or StopSignals()
+    stop = stop or vecsim.StopSignals()
     device = vecsim.pick_device(args.device)
-    rank, world_size = start_processes(device)
+    rank, world_size = vecsim.start_processes(device)
     check_ranges(args)
     sizes = derive_sizes(args, world_size)
     if make_env is None:
         vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir = pick_run_dir(args)
+    run_dir = vecsim.pick_run_dir(args, "sac")
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
         check_resumable(checkpoint, args, world_size)
@@ -1313,9 +1030,9 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    seed = stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
-    generator = torch.Generator(device).manual_seed(stream_seed(seed, rank, stream=0))
-    env_seed = stream_seed(seed, rank, stream=1)
+    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
+    generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, rank, stream=0))
+    env_seed = vecsim.stream_seed(seed, rank, stream=1)
     env = make_environment(args, make_env, sizes.envs, device, env_seed)
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     privileged = env.single_critic_space is not None
@@ -1334,8 +1051,8 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
                 for key, moment in moments.items():
                     moment.copy_(saved[key])
     logged_step = first_iteration * args.num_envs
-    log = RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
-    with first_process_first():
+    log = vecsim.RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
+    with vecsim.first_process_first():
         functions = build_functions(agent, optimizers, replay, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
@@ -1364,7 +1081,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
     critic_terms = torch.zeros(len(CriticTerms._fields), device=device)
     policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
     logged_updates, policy_updates, record, score = updates, 0, {}, None
-    profiler = start_profiler(run_dir) if args.profile and log else None
+    profiler = vecsim.start_profiler(run_dir) if args.profile and log else None
     logged_seconds, clock = train_seconds, time.perf_counter()
     stop.training = True
     for iteration in range(first_iteration, sizes.iterations):
@@ -1417,9 +1134,9 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         before = env_steps - args.num_envs
         stopping = stop.requested()
         last = stopping or iteration + 1 == sizes.iterations
-        evaluate_now = crossed(args.eval_every, before, env_steps)
-        save_now = last or crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
-        log_now = crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
+        evaluate_now = vecsim.crossed(args.eval_every, before, env_steps)
+        save_now = last or vecsim.crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
+        log_now = vecsim.crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
         if not (evaluate_now or save_now or log_now):
             continue
         means = CriticTerms(*(critic_terms / max(1, updates - logged_updates)))._asdict()
@@ -1449,9 +1166,9 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
             state |= dict(iteration=iteration + 1, env_steps=env_steps, train_seconds=train_seconds, updates=updates)
             state |= dict(agent=agent.state_dict(), versions=vecsim.versions())
             state |= dict(moments={name: list(optimizer.state.values()) for name, optimizer in optimizers.items()})
-            state |= dict(processes=gather_from_processes(mine))
+            state |= dict(processes=vecsim.gather_from_processes(mine))
             if log:
-                save_checkpoint(run_dir / "checkpoint.pt", state)
+                vecsim.save_checkpoint(run_dir / "checkpoint.pt", state)
             del state, mine  # frees the copy of the replay
         critic_terms.zero_()
         policy_terms.zero_()
@@ -1471,7 +1188,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         env.close()
         return record
     log.close()
-    plot_curve(run_dir, f"{args.env_id}, SAC, seed {args.seed}")
+    vecsim.plot_curve(run_dir, f"{args.env_id}, SAC, seed {args.seed}")
     evaluation = dict(env_id=args.env_id, algorithm="sac", seed=args.seed, env_steps=logged_step)
     evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
     if args.eval_episodes:
@@ -1479,7 +1196,7 @@ def train(args: Args, make_env=None, stop: StopSignals | None = None) -> dict:
         evaluation["vecsim"] = vecsim.evaluate(env, agent.act, args.seed)
         evaluation["gymnasium"] = score if evaluate_now else score_in_gymnasium(agent, args)
     env.close()
-    write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
+    vecsim.write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
     reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
     for name in ("vecsim", "gymnasium"):
         print(f"{name}: {vecsim.describe(evaluation[name]) if evaluation[name] else reason}")
@@ -1519,7 +1236,7 @@ def export(path: str, checkpoint: dict) -> None:
     agent.bf16, agent.forward = False, agent.act
     torch.onnx.register_custom_op_symbolic("aten::rms_norm", rms_norm_in_onnx, opset_version=17)
     inputs = dict(obs=torch.zeros(2, len(agent.obs_statistics.mean)))
-    write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
+    vecsim.write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
     print(f"ONNX: {path}")
 
 
@@ -1552,24 +1269,7 @@ def play(args: Args, make_env=None) -> dict | None:
 
 
 def main() -> int:
-    stop = StopSignals()
-    stop.install()
-    try:
-        args = parse_args(sys.argv[1:])
-        if args.play:
-            play(args)
-        else:
-            train(args, stop=stop)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
-    return 0
+    return vecsim.run_command(parse_args, train, play)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ the speed of MuJoCo C's physics alone, those of Humanoid at 0.42 times (results/
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
 constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step, vector
-environment, evaluation, benchmark. To follow a contact force, read `VecSim.step`, `_step_chunks`, `environment_step`,
-`step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need for each contact.
+environment, evaluation, what the trainers share, benchmark. To follow a contact force, read `VecSim.step`,
+`_step_chunks`, `environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up
+what these need for each contact.
 
 Your own task. Write a file my_task.py and give a PyTorch trainer `--env-id my_task.py:SwingUp`:
 
@@ -89,10 +90,12 @@ Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -101,11 +104,13 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 import types
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -3333,6 +3338,339 @@ for _name in TASKS:
         max_episode_steps=1000,
         disable_env_checker=True,
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Around a training: command line, processes, run folder, log, checkpoint, CUDA graphs
+#
+# The trainers share these functions. `args` is the dataclass of a trainer's flags. The simulator alone does not need
+# tyro, tqdm, TensorBoard and matplotlib, so each is imported where it is used.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_flags(words: list[str], default: Any, description: str | None) -> Any:
+    """`default`, a dataclass of flags, changed by a command line. InputError with the parser's message on one line."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(type(default), args=words, default=default, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        printable = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())
+        raise InputError(" ".join(printable.split())) from None
+
+
+def parse_args(
+    argv: list[str], algorithm: str, default: Any, of_task: Callable[[Any], Any], description: str | None
+) -> Any:
+    """The flags of a trainer. Omitted flags have the task's values, or the checkpoint's with --resume and --play.
+
+    default: the flags without a command line. of_task: the defaults of the task that the given flags name.
+    """
+    given = parse_flags([word for word in argv if word not in ("-h", "--help")], default, description)
+    for name in "run_dir resume play export".split():
+        if getattr(given, name) == "":
+            raise InputError(f"{name} is empty; give a path or omit --{name.replace('_', '-')}")
+    if given.resume and given.play:
+        raise InputError("--resume continues training and --play plays; give one of them")
+    path, flags = given.resume or given.play, type(default)
+    default = of_task(given)
+    if path:
+        of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
+        default = flags(**load_checkpoint(path, algorithm, flags)["args"] | of_one_command)
+    # The dict is empty here, because tyro would make each of its keys a flag.
+    args = parse_flags(argv, dataclasses.replace(default, env_kwargs={}), description)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise InputError("track needs Weights & Biases; run `pip install wandb` or omit --track")
+    if (args.export or args.capture_video) and not args.play:
+        raise InputError("--export and --capture-video need a checkpoint; give it with --play")
+    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+
+
+def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
+    """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words)."""
+    for names, legal, rule in rules:
+        for name in names.split():
+            if not legal(getattr(args, name)):
+                raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
+
+
+def run_command(parse_args: Callable, train: Callable, play: Callable) -> int:
+    """The command of a trainer: train, or play with --play. Return the exit status; a user's mistake is one line."""
+    from tqdm import tqdm
+
+    stop, rank = StopSignals(), int(os.environ.get("RANK", 0))
+    stop.install()
+    try:
+        args = parse_args(sys.argv[1:])
+        if args.play:
+            play(args)
+        else:
+            train(args, stop=stop)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
+        if rank > 0:
+            time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
+    return 0
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM. During training the first one is only noted: the loop saves a checkpoint, then stops.
+
+    A second one, or one outside of training, raises KeyboardInterrupt. One that follows within a second is ignored,
+    because `timeout` signals a process and then its group.
+    """
+
+    def __init__(self):
+        self.number, self.time = 0, -math.inf  # of the last signal
+        self.training = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, _) -> None:
+        if time.monotonic() - self.time < 1.0:
+            return
+        first = self.number == 0
+        self.number, self.time = number, time.monotonic()
+        if not (first and self.training):
+            raise KeyboardInterrupt
+
+    def requested(self) -> bool:
+        """Whether any process was signalled. All processes get the same answer."""
+        number = torch.tensor(self.number)  # on the host, so that no process waits for its GPU
+        if distributed.is_initialized():
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        self.number = int(number)
+        return self.number > 0
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started (0 and 1 without it)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world_size
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process of each machine compiles alone. The others then find its results in the compiler's cache."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if distributed.is_initialized() and not first:
+        distributed.barrier()
+    yield
+    if distributed.is_initialized() and first:
+        distributed.barrier()
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, with one all-reduce of one flat vector."""
+    if not distributed.is_initialized():
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
+
+
+def gather_from_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all processes in the order of their ranks, with tensors on the CPU."""
+    if not distributed.is_initialized():
+        return [state]
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    states = [b""] * distributed.get_world_size()
+    distributed.all_gather_object(states, buffer.getvalue())
+    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in states]
+
+
+def stream_seed(seed: int, rank: int, stream: int) -> int:
+    """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
+    return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write beside `path`, then rename: a failed write leaves the old file as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_file(path, buffer.getbuffer())  # without another copy
+
+
+def load_checkpoint(path: str, algorithm: str, flags: type) -> dict[str, Any]:
+    """Read a checkpoint of a trainer onto the CPU. InputError if it is damaged, or not of this trainer.
+
+    flags: the trainer's dataclass of flags, which must know all flags of the checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not read the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types
+        raise InputError(f"checkpoint {path} cannot be read: {str(error)[:100]}") from None
+    known = {field.name for field in dataclasses.fields(flags)}
+    ours = isinstance(checkpoint, dict) and checkpoint.get("algorithm") == algorithm
+    if not ours or checkpoint["args"].keys() - known:
+        script = Path(inspect.getfile(flags)).name
+        raise InputError(f"checkpoint {path} was not written by this version of {script}")
+    return checkpoint
+
+
+def pick_run_dir(args: Any, algorithm: str, stages: Sequence[str] = ()) -> Path:
+    """The folder of this run; each of its stages has a folder inside.
+
+    InputError if a folder that this run will write contains a run, unless this run resumes that one.
+    """
+    task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
+    run_dir = Path(f"runs/{task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    resumed = Path(args.resume).parent if args.resume else None
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+    elif resumed:
+        run_dir = resumed.parent if stages else resumed
+    for folder in [run_dir / stage for stage in stages] or [run_dir]:
+        own = resumed and folder.resolve() == resumed.resolve()
+        if (folder / "metrics.jsonl").exists() and not own:
+            raise InputError(f"{folder} contains a run; choose another --run-dir, or --resume its checkpoint.pt")
+    return run_dir
+
+
+class RunLog:
+    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
+
+    def __init__(self, run_dir: Path, args: Any, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        config = dataclasses.asdict(args)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+        self.metrics = run_dir / "metrics.jsonl"
+        if self.metrics.exists():  # drop what will be logged again, and the half line that a killed run may leave
+            lines = self.metrics.read_text().split("\n")[:-1]
+            kept = [f"{line}\n" for line in lines if json.loads(line)["env_steps"] <= first_step]
+            write_file(self.metrics, "".join(kept).encode())
+        if args.track:
+            import wandb
+
+            wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, record["env_steps"])
+        episode_return = record["episode_return"]
+        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(record["env_steps"] - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+
+
+def plot_curve(run_dir: Path, title: str) -> None:
+    """curve.png: returns of training episodes and scores in Gymnasium, over steps and over time."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    clocks = (("env_steps", "million environment steps", 1e6), ("wall_seconds", "minutes of training", 60.0))
+    for axis, (clock, unit, scale) in zip(axes, clocks, strict=True):
+        for metric, style in (("episode_return", "-"), ("gymnasium_return", "o")):
+            shown = [record for record in records if record.get(metric) is not None]
+            axis.plot([r[clock] / scale for r in shown], [r[metric] for r in shown], style, label=metric)
+        axis.set_xlabel(unit)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(run_dir / "curve.png", dpi=120)
+
+
+def start_profiler(run_dir: Path) -> torch.profiler.profile:
+    """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
+    from tqdm import tqdm
+
+    def report(profiler: torch.profiler.profile) -> None:
+        tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
+        profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
+
+    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
+    profiler.start()
+    return profiler
+
+
+def crossed(every: float | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
+    return every is not None and after // every > before // every
+
+
+def make_optimizer(module: torch.nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
+    """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
+    on_gpu = learning_rate.device.type == "cuda"
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # with zero gradients this creates the moments and changes no weight
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
+    return optimizer
+
+
+def capture(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
+    """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
+
+    The function must not copy from the device to the host. It runs three times as a warm-up before the capture; the
+    caller restores what these calls change.
+    """
+    static_inputs = tuple(x.clone() for x in inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(*static_inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(*static_inputs)
+
+    def replay(*inputs: Tensor) -> Any:
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 # ----------------------------------------------------------------------------------------------------------------------

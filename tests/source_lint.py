@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
+
+import vecsim_torch as vecsim
 
 METHODS = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "synchronize"}
 METHODS |= {"unique", "unique_consecutive"}
@@ -26,6 +29,14 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
 
     visit(ast.parse(source), "")
     return found
+
+
+def flags_read(source: str) -> set[str]:
+    """The flags that a trainer's source reads as args.NAME, and those that the functions it shares read."""
+    sources = [source, *(inspect.getsource(x) for x in (vecsim.parse_args, vecsim.pick_run_dir, vecsim.RunLog))]
+    nodes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    nodes = [node for node in nodes if isinstance(node.ctx, ast.Load)]
+    return {node.attr for node in nodes if ast.unparse(node.value).split(".")[-1] == "args"}
 
 
 def is_mask(index: ast.AST) -> bool:

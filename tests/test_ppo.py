@@ -256,17 +256,17 @@ def agent_on_a_gpu():
 @needs_cuda
 def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(monkeypatch):
     """A capture runs nothing: without a replay the gradients would be arbitrary memory."""
-    order, capture = [], ppo.capture
+    order, capture = [], vecsim.capture
 
     def recording(function, inputs):
         order.append(f"capture {function.__name__}")
         replay = capture(function, inputs)
         return lambda *given: order.append(f"replay {function.__name__}") or replay(*given)
 
-    monkeypatch.setattr(ppo, "capture", recording)
+    monkeypatch.setattr(vecsim, "capture", recording)
     args, agent, sizes = agent_on_a_gpu()
     rollout = ppo.allocate_rollout(8, 64, 3, None, 1, torch.device("cuda"))
-    ppo.build_functions(agent, ppo.make_optimizer(agent, torch.tensor(1e-3, device="cuda")), rollout, sizes, args)
+    ppo.build_functions(agent, vecsim.make_optimizer(agent, torch.tensor(1e-3, device="cuda")), rollout, sizes, args)
     assert order[-2:] == ["replay accumulate", "capture apply"]
 
 
@@ -274,7 +274,7 @@ def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(monkeypa
 def test_captured_policy_sees_fresh_noise_and_new_weights():
     _, agent, _ = agent_on_a_gpu()
     obs, noise = torch.randn(4, 3, device="cuda"), torch.randn(2, 4, 1, device="cuda")
-    policy = ppo.capture(lambda *inputs: ppo.policy_step(agent, *inputs), (obs, noise[0]))
+    policy = vecsim.capture(lambda *inputs: ppo.policy_step(agent, *inputs), (obs, noise[0]))
     first, second = (policy(obs, x)[1].clone() for x in noise)
     assert not torch.equal(first, second)
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_update_on_a_gpu_never_waits_for_the_host():
     """The work of one iteration, graphs included, under sync debug mode "error"."""
     args, agent, sizes = agent_on_a_gpu()
     learning_rate = torch.tensor(1e-3, device="cuda")
-    optimizer = ppo.make_optimizer(agent, learning_rate)
+    optimizer = vecsim.make_optimizer(agent, learning_rate)
     floats = [torch.randn(8, 64, k, device="cuda") for k in (3, 3, 1, 1)]
     flags = [torch.zeros(8, 64, dtype=torch.bool, device="cuda") for _ in range(3)]
     rollout = ppo.Rollout(floats[0], floats[0], *floats[1:], torch.randn(8, 64, device="cuda"), *flags)
@@ -398,7 +398,7 @@ def test_every_flag_of_the_environment_reaches_it(own, tmp_path, monkeypatch):
     monkeypatch.setattr(vecsim, "make", recording)
     flags = dict(integrator="rk4", solver_iterations=7, env_kwargs={"option": 3}, seed=5)
     ppo.train(short_args(tmp_path, eval_episodes=1, **flags), recording if own else None)
-    options = dict(option=3, num_envs=64, device="cpu", seed=ppo.stream_seed(5, rank=0, stream=1))
+    options = dict(option=3, num_envs=64, device="cpu", seed=vecsim.stream_seed(5, rank=0, stream=1))
     of_vecsim = (None, None, None, None) if own else (True, False, "rk4", 7)
     assert given == [("action", *of_vecsim, options)]  # once: the final evaluation compiles no second simulator
 
@@ -546,7 +546,7 @@ def test_a_checkpoint_of_another_device_continues_with_other_random_numbers_and_
         ends.append(state_of(tmp_path / name))
     assert_same(*ends)
     assert ends[0]["agent"]["obs_statistics.count"] == 2 * before["agent"]["obs_statistics.count"]  # it continued
-    start = torch.Generator().manual_seed(ppo.stream_seed(1, rank=0, stream=0)).get_state()
+    start = torch.Generator().manual_seed(vecsim.stream_seed(1, rank=0, stream=0)).get_state()
     assert not torch.equal(ends[0]["processes"][0]["generator"], start)
     fresh = ppo.train(probe_args(tmp_path / "fresh", **small, total_timesteps=4 * 128)) and state_of(tmp_path / "fresh")
     assert not torch.equal(fresh["processes"][0]["generator"], ends[0]["processes"][0]["generator"])  # no numbers twice
@@ -611,7 +611,7 @@ def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_pa
 def test_a_run_never_writes_over_another(finished_run, monkeypatch, capsys):
     before = (finished_run / "metrics.jsonl").read_bytes()
     status, err = run_main(monkeypatch, capsys, "--device", "cpu", "--run-dir", finished_run)
-    assert status == 2 and "contains a run; choose another, or --resume its checkpoint.pt" in err
+    assert status == 2 and "contains a run; choose another --run-dir, or --resume its checkpoint.pt" in err
     assert messages(err) == [err.strip()] and (finished_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -665,7 +665,7 @@ def write_checkpoint(folder, env_id, **flags):
     agent = ppo.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
     randomize(agent)
     state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
-    ppo.save_checkpoint(folder / "checkpoint.pt", state | dict(agent=agent.state_dict(), versions=vecsim.versions()))
+    vecsim.save_checkpoint(folder / "checkpoint.pt", state | dict(agent=agent.state_dict(), versions=vecsim.versions()))
     return agent, folder / "checkpoint.pt"
 
 

@@ -14,6 +14,7 @@ import source_lint
 import torch
 
 import ppo_gpu_torch as ppo
+import vecsim_torch as vecsim
 
 CPU = torch.device("cpu")
 
@@ -312,7 +313,7 @@ def test_gradient_step_moves_the_parameters_and_keeps_the_floor():
         return [parameter.detach().clone() for parameter in agent.parameters()]
 
     before = copies()
-    optimizer = ppo.make_optimizer(agent, learning_rate)
+    optimizer = vecsim.make_optimizer(agent, learning_rate)
     assert all(torch.equal(p, old) for p, old in zip(agent.parameters(), before, strict=True))  # the moments are there
     for parameter in agent.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
@@ -414,9 +415,9 @@ def test_help_shows_the_defaults_of_the_task(capsys):
 
 
 def test_crossed_fires_once_for_each_multiple():
-    assert [k for k in range(10) if ppo.crossed(3, k, k + 1)] == [2, 5, 8]
-    assert ppo.crossed(100, 90, 350) and not ppo.crossed(100, 100, 199) and ppo.crossed(100, 199, 200)
-    assert not ppo.crossed(None, 0, 10**9)
+    assert [k for k in range(10) if vecsim.crossed(3, k, k + 1)] == [2, 5, 8]
+    assert vecsim.crossed(100, 90, 350) and not vecsim.crossed(100, 100, 199) and vecsim.crossed(100, 199, 200)
+    assert not vecsim.crossed(None, 0, 10**9)
 
 
 # The lint of host reads that test_trainers.py uses --------------------------------------------------------------------

@@ -317,7 +317,7 @@ def agent_on_a_gpu(**changes):
 def test_captured_policy_sees_fresh_noise_and_new_weights():
     _, agent = agent_on_a_gpu()
     obs, noise = torch.randn(4, 3, device="cuda"), torch.randn(2, 4, 1, device="cuda")
-    policy = sac.capture(lambda *inputs: sac.policy_step(agent, *inputs), (obs, noise[0]))
+    policy = vecsim.capture(lambda *inputs: sac.policy_step(agent, *inputs), (obs, noise[0]))
     first, second = (policy(obs, x)[0].clone() for x in noise)
     assert not torch.equal(first, second)
     with torch.no_grad():
@@ -416,7 +416,7 @@ def test_exported_policy_acts_like_the_trained_one(network, tmp_path, monkeypatc
     randomize(agent)
     state = dict(algorithm="sac", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
     state |= dict(agent=agent.state_dict(), versions=vecsim.versions())
-    sac.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    vecsim.save_checkpoint(tmp_path / "checkpoint.pt", state)
     flags = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
     assert run_main(monkeypatch, capsys, *flags, trainer=sac) == (0, "")
     policy = OnnxPolicy(tmp_path / "policy.onnx")

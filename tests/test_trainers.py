@@ -237,7 +237,7 @@ def test_resume_keeps_the_checkpoints_flags_and_play_prints_the_score(name, fini
     module, checkpoint = TRAINERS[name].module, str(finished_runs[name] / "checkpoint.pt")
     args = module.parse_args(["--resume", checkpoint, "--total-timesteps", "20480"])
     assert (args.env_id, args.actor_hidden, args.gamma, args.total_timesteps) == ("action", (32,), 0.9, 20_480)
-    assert args.run_dir is None and module.pick_run_dir(args) == finished_runs[name]
+    assert args.run_dir is None and vecsim.pick_run_dir(args, name) == finished_runs[name]
     score = module.play(module.parse_args(["--play", checkpoint, "--eval-episodes", "5"]), ProbeEnv)
     assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
@@ -265,10 +265,8 @@ def test_every_flag_has_one_help_line_and_is_read(trainer):
     for flag, text in zip(body[1::2], body[2::2], strict=True):
         assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr), ast.unparse(flag)
         assert "\n" not in text.value.value, flag.target.id
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    read = {node.attr for node in names if isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args"}
     flags = {field.name for field in dataclasses.fields(trainer.module.Args)}
-    assert flags <= read | {"preset"}  # parse_args reads the preset
+    assert flags <= source_lint.flags_read(inspect.getsource(trainer.module)) | {"preset"}  # parse_args reads it
 
 
 def test_only_the_defaults_read_a_module_variable(trainer):
@@ -279,7 +277,7 @@ def test_only_the_defaults_read_a_module_variable(trainer):
 
 ON_DEVICE = """
 policy_step gaussian_log_prob update weighted_moments RunningStatistics.update RunningStatistics.normalize
-Agent.act sum_over_processes average_over_processes train
+Agent.act sum_over_processes train
 """
 OF_PPO = """
 gaussian_kl advantages_gae values_and_advantages explained_variance make_batch ppo_loss accumulate_gradients

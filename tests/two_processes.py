@@ -25,7 +25,7 @@ def updates_on_fixed_data(rank: int, world_size: int) -> dict:
     torch.manual_seed(0)
     agent = ppo.Agent(3, None, gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), args)
     learning_rate = torch.tensor(args.learning_rate)
-    optimizer = ppo.make_optimizer(agent, learning_rate)
+    optimizer = vecsim.make_optimizer(agent, learning_rate)
     mine = slice(rank * sizes.envs, (rank + 1) * sizes.envs)
     for _ in range(3):
         shapes = (3,), (3,), (2,), (), (), (), ()
@@ -59,7 +59,7 @@ class Stopped(ProbeEnv):
 
 def stop_and_resume(folder: Path) -> None:
     args = probe_args(folder / "stopped", total_timesteps=20_480, log_every=2_560)
-    stop = ppo.StopSignals()
+    stop = vecsim.StopSignals()
     stop.install()
     try:
         ppo.train(args, Stopped, stop=stop)
@@ -74,7 +74,7 @@ def stop_and_resume(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    rank, world_size = ppo.start_processes(torch.device("cpu"))
+    rank, world_size = vecsim.start_processes(torch.device("cpu"))
     torch.save(updates_on_fixed_data(rank, world_size), folder / f"update-{rank}.pt")
     runs = ("whole", 20_480, None), ("parts", 10_240, None), ("parts", 20_480, "parts/checkpoint.pt")
     for name, steps, resume in runs:
@@ -82,7 +82,7 @@ def main(folder: Path) -> None:
         ppo.train(dataclasses.replace(args, resume=resume and str(folder / resume)), ProbeEnv)
         torch.distributed.barrier()  # the checkpoint is written
     stop_and_resume(folder)
-    with ppo.first_process_first():
+    with vecsim.first_process_first():
         time.sleep(0.2 if rank == 0 else 0.0)
         torch.save(time.monotonic(), folder / f"compiled-{rank}.pt")
     torch.distributed.destroy_process_group()

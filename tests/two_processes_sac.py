@@ -13,6 +13,7 @@ import torch
 from probe_envs import ProbeEnv
 
 import sac_gpu_torch as sac
+import vecsim_torch as vecsim
 
 
 def probe_args(run_dir, env_id="action", preset="best", **changes):
@@ -49,7 +50,7 @@ def updates_on_fixed_data(rank: int, world_size: int, network: str = "layer_norm
 
 
 def main(folder: Path) -> None:
-    rank, world_size = sac.start_processes(torch.device("cpu"))
+    rank, world_size = vecsim.start_processes(torch.device("cpu"))
     for network in ("layer_norm", "flash"):
         torch.save(updates_on_fixed_data(rank, world_size, network), folder / f"{network}-{rank}.pt")
     runs = ("whole", 12_800, None), ("parts", 6_400, None), ("parts", 12_800, "parts/checkpoint.pt")

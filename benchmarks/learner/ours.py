@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 import ppo_gpu_torch as ppo
+import vecsim_torch as vecsim
 from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
 from benchmarks.meter import device, meter, variant
 
@@ -17,7 +18,7 @@ sizes = ppo.derive_sizes(args, world_size=1, device=target)
 actions = gymnasium.spaces.Box(-np.ones(action_size, np.float32), np.ones(action_size, np.float32))
 agent = ppo.Agent(obs_size, None, actions, args).to(target)
 learning_rate = torch.tensor(args.learning_rate, device=target)
-optimizer = ppo.make_optimizer(agent, learning_rate)
+optimizer = vecsim.make_optimizer(agent, learning_rate)
 rollout = ppo.allocate_rollout(num_steps, num_envs, obs_size, None, action_size, target)
 policy, targets, accumulate, apply = ppo.build_functions(agent, optimizer, rollout, sizes, args)
 for tensor in (rollout.obs, rollout.final_critic_obs, rollout.reward):
