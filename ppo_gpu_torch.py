@@ -627,7 +627,7 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     obs, action, scalars = rollout.obs[0], rollout.action[0], torch.zeros(sizes.minibatch, device=rollout.obs.device)
     features = [scalars.new_zeros(sizes.minibatch, x.shape[-1]) for x in (obs, rollout.critic_obs, action, action)]
     example = (torch.zeros_like(agent.log_std), *features, *[scalars] * 4)
-    if args.cuda_graphs and obs.device.type == "cuda":
+    if args.cuda_graphs and vecsim.has_cuda_graphs(obs.device):
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
         before = [x.clone() for x in state]
         policy, targets = vecsim.capture(policy, (obs, torch.zeros_like(action))), vecsim.capture(targets, ())

@@ -908,7 +908,7 @@ def build_functions(
     state = [*agent.state_dict().values()]
     state += [x for optimizer in optimizers.values() for moments in optimizer.state.values() for x in moments.values()]
     before = [x.clone() for x in state]
-    if args.cuda_graphs and row.device.type == "cuda":
+    if args.cuda_graphs and vecsim.has_cuda_graphs(row.device):
         inputs = acting, example, (), example, ()
         functions = Functions(*(vecsim.capture(f, x) for f, x in zip(functions, inputs, strict=True)))
     else:  # compile now, before the clock of the training starts

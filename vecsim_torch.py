@@ -2580,6 +2580,11 @@ def pick_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+def has_cuda_graphs(device: torch.device) -> bool:
+    """Whether functions on this device can be captured in CUDA graphs. Tests replace it by an emulation."""
+    return device.type == "cuda"
+
+
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.row_jacobian` that compile in minutes: their solver is unrolled
@@ -2858,7 +2863,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             info = to_numpy(info)
             return *map(to_numpy, answer), with_masks(info, info["_final_obs"])
         actions = actions.to(self.device, self.dtype)
-        if self.device.type == "cuda" and self.compiled:
+        if self.compiled and has_cuda_graphs(self.device):
             with torch.cuda.device(self.device):
                 t = self._replay(actions)
         else:

@@ -1,0 +1,276 @@
+"""What a machine without a GPU can show of the code for GPUs.
+
+- Captured in emulated CUDA graphs, learner and simulator compute the same numbers as without graphs.
+- On fake CUDA tensors, which have a shape and a device but no memory, training mixes no devices and the host reads
+  nothing.
+- JAX translates the training for CUDA, without float64 and without unknown calls.
+
+Each check is tried on faults too. A fault replaces a piece of the source.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import subprocess
+import sys
+
+import emulated_graphs
+import fake_cuda
+import jax
+import numpy as np
+import pytest
+import torch
+from faults import broken
+from test_ppo import CLOCKS, assert_same, log_of, state_of
+
+import ppo_gpu_torch as ppo
+import ppo_mjx_jax as ppo_jax
+import sac_gpu_torch as sac
+import vecsim_torch as vecsim
+
+needs_tested_torch = pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="relies on private names of PyTorch 2.13"
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Emulated CUDA graphs
+# ----------------------------------------------------------------------------------------------------------------------
+
+SAC = dict(total_timesteps=16 * 12, learning_starts=64, batch_size=32, updates_per_step=4, replay_capacity=512)
+RUNS = {  # trainer, number of graphs, arguments
+    "ppo": (ppo, 5, dict(num_steps=8, num_minibatches=4, total_timesteps=16 * 8 * 3)),
+    "sac": (sac, 6, SAC | dict(n_step=3, normalize_rewards=True)),
+    "sac-flash": (sac, 6, SAC | dict(network="flash", half_precision_replay=True)),
+}
+
+
+def train(name: str, folder, **changes) -> dict:
+    """Checkpoint and log of a run in the simulator, without the clocks."""
+    module, _, args = RUNS[name]
+    common = dict(env_id="InvertedPendulum-v5", num_envs=16, solver_iterations=1, device="cpu", eval_episodes=0)
+    common |= dict(seed=3, run_dir=str(folder))
+    module.train(module.Args(**common | args | changes))
+    log = [{name: x for name, x in record.items() if name not in CLOCKS} for record in log_of(folder)]
+    return dict(checkpoint=state_of(folder), log=log)
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory):
+    """The runs without graphs."""
+    return {name: train(name, tmp_path_factory.mktemp(name), compile=False) for name in RUNS}
+
+
+@contextlib.contextmanager
+def captured(monkeypatch, captures: bool = True, compile=lambda function, **_: function):
+    """Capture on the CPU what a GPU captures, in emulated graphs; nothing is compiled. Yields the list of graphs."""
+    graphs = []
+
+    def new_graph() -> emulated_graphs.Graph:
+        graphs.append(emulated_graphs.Graph())
+        return graphs[-1]
+
+    with emulated_graphs.emulated_graphs(), monkeypatch.context() as patch:
+        patch.setattr(vecsim, "has_cuda_graphs", lambda device: captures)
+        patch.setattr(torch, "compile", compile)
+        patch.setattr(torch.cuda, "CUDAGraph", new_graph)
+        yield graphs
+
+
+@needs_tested_torch
+@pytest.mark.parametrize("name", RUNS)
+def test_a_captured_run_is_the_plain_run_bit_for_bit(name, plain_runs, monkeypatch, tmp_path):
+    """Learner and simulator are captured. Warm-up and capture leave no trace."""
+    with captured(monkeypatch) as graphs:
+        assert_same(train(name, tmp_path), plain_runs[name])
+    assert len(graphs) == RUNS[name][1] and all(graph.replays > 0 for graph in graphs)
+
+
+WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its name, a piece of its source, a fault
+    "the learner's inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
+    "PPO's state is not restored": ("ppo", ppo, "build_functions", "x.copy_(saved)", "pass"),
+    "SAC's state is not restored": ("sac", sac, "build_functions", "x.copy_(saved)", "pass"),
+    "observation statistics move to another address": (
+        "ppo", ppo.RunningStatistics, "update", "self.mean += shift", "self.mean = self.mean + shift"),
+    "the action is not copied": ("ppo", vecsim.VecSim, "_replay", "self._action.copy_(actions.T)", "pass"),
+    "the simulator's state moves to another address": (
+        "ppo", vecsim.VecSim, "_set_carry", "if not self._carries:", "if True:"),
+}  # fmt: skip
+REFUSALS = {  # the same, and what the capture says
+    "the host reads during the capture": (
+        "not permitted when stream is capturing",
+        "ppo", ppo, "apply_gradients", "optimizer.step()", "optimizer.step(), agent.log_std[0].item()"),
+    "a generator is not registered": (
+        "this generator is not registered",
+        "ppo", vecsim.VecSim, "_replay", "graph.register_generator_state(generator)", "pass"),
+}  # fmt: skip
+OF_REPLAY = {  # a piece of the source of VecSim._replay, and a fault
+    "the warm-up leaves its state": ("self._set_carry(carry)", "pass"),
+    "the warm-up leaves its statistics": ("self._statistics.copy_(statistics)", "pass"),
+    "the warm-up leaves its random generators": ("generator.set_state(old)", "pass"),
+    "the next step overwrites results": ("map_tensors(torch.clone, self._transition)", "self._transition"),
+}
+
+
+@needs_tested_torch
+@pytest.mark.parametrize("fault", WRONG_NUMBERS)
+def test_a_captured_run_shows_wrong_numbers(fault, plain_runs, monkeypatch, tmp_path):
+    name, *replacement = WRONG_NUMBERS[fault]  # replacement: owner, function, right, wrong
+    monkeypatch.setattr(*replacement[:2], broken(*replacement))
+    with captured(monkeypatch):
+        result = train(name, tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same(result, plain_runs[name])
+
+
+@needs_tested_torch
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_a_capture_refuses_the_fault(fault, monkeypatch, tmp_path):
+    message, name, *replacement = REFUSALS[fault]
+    monkeypatch.setattr(*replacement[:2], broken(*replacement))
+    with pytest.raises(RuntimeError, match=message), captured(monkeypatch):
+        train(name, tmp_path)
+
+
+def steps_of(env: vecsim.VecSim, count: int) -> list:
+    """Results of some steps with growing actions, and the statistics."""
+    actions = torch.linspace(-1, 1, env.num_envs)[:, None]
+    results = []
+    for k in range(count):
+        *answer, info = env.step(k * actions)
+        results += [*answer, info["final_obs"], info["invalid"], env.state().qpos]
+    return [*results, env._statistics]
+
+
+def make_env() -> vecsim.VecSim:
+    """With both random generators, automatic resets and delayed actions."""
+    options = dict(
+        integrator="euler",
+        iterations=1,
+        randomize={"mass": 0.2},
+        max_episode_steps=3,
+        observation_noise=0.1,
+        action_delay_ms=40.0,
+    )
+    env = vecsim.make("InvertedPendulum-v5", 6, compile=True, seed=2, **options)
+    env.reset()
+    return env
+
+
+@pytest.fixture(scope="module")
+def right_steps():
+    """Three steps without graphs and compilation."""
+    with captured(pytest.MonkeyPatch(), captures=False):
+        return steps_of(make_env(), 3)
+
+
+@needs_tested_torch
+def test_a_captured_simulator_steps_resets_and_loads_like_the_plain_one(monkeypatch):
+    def story(captures: bool) -> list:
+        with captured(monkeypatch, captures) as graphs:
+            env = make_env()
+            results = steps_of(env, 4)
+            saved = env.state_dict()
+            results += [env.reset(seed=9)[0], *steps_of(env, 4)]
+            env.load_state_dict(saved)
+            results += steps_of(env, 4)
+            assert [graph.replays for graph in graphs] == [12] * captures
+        return results
+
+    assert_same(story(True), story(False))
+
+
+@needs_tested_torch
+@pytest.mark.parametrize("fault", OF_REPLAY)
+def test_a_captured_step_shows_the_fault(fault, right_steps, monkeypatch):
+    with captured(monkeypatch):
+        monkeypatch.setattr(vecsim.VecSim, "_replay", broken(vecsim.VecSim, "_replay", *OF_REPLAY[fault]))
+        wrong = steps_of(make_env(), 3)
+    with pytest.raises(AssertionError):
+        assert_same(wrong, right_steps)
+
+
+@needs_tested_torch
+def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
+    """The failed capture leaves no empty graph."""
+    with captured(monkeypatch):
+        env = make_env()
+        with monkeypatch.context() as patch:
+            read = broken(vecsim.VecSim, "_step_chunks", "return t", "return t.obs[0, 0].item()")
+            patch.setattr(vecsim.VecSim, "_step_chunks", read)
+            with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+                env.step(torch.zeros(6, 1))
+        assert_same(steps_of(env, 3), right_steps)
+
+
+@needs_tested_torch
+@pytest.mark.parametrize("name", ["ppo", "sac"])
+def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_path):
+    """It shows before any graph, in its own words."""
+
+    def fails(*inputs):
+        raise RuntimeError("no compiler here")
+
+    with captured(monkeypatch, compile=lambda function, **_: fails) as graphs:
+        with pytest.raises(RuntimeError, match="^no compiler here$"):
+            train(name, tmp_path)
+    assert not graphs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fake CUDA tensors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    """A library that lets a build of PyTorch for CPUs believe in CUDA."""
+    if torch.version.cuda:
+        pytest.skip("fake CUDA tensors need a build of PyTorch for CPUs")
+    return fake_cuda.build_guard(tmp_path_factory.mktemp("guard"))
+
+
+def run_on_fake_cuda(guard, name: str, *faults: str) -> subprocess.CompletedProcess:
+    """In a process of its own, because functions of PyTorch are replaced for good."""
+    command = [sys.executable, fake_cuda.__file__, guard, name, *faults]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@needs_tested_torch
+@pytest.mark.parametrize(
+    "name", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.slow) for name in fake_cuda.RUNS]
+)
+def test_training_stays_on_the_gpu(name, guard):
+    """No operator gets tensors of two devices, and the host reads nothing."""
+    done = run_on_fake_cuda(guard, name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "operators in training" in done.stdout
+
+
+@needs_tested_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", fake_cuda.FAULTS)
+def test_fake_tensors_show_the_fault(fault, guard):
+    done = run_on_fake_cuda(guard, fake_cuda.FAULTS[fault][0], fault)
+    expected = r"^\S*Error: .*(CPU and CUDA are mixed|the host reads a tensor|found at least two devices)"
+    assert re.search(expected, done.stderr, re.MULTILINE), done.stderr[-3000:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JAX
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", pytest.param("Ant-v5", marks=pytest.mark.slow)])
+def test_jax_translates_the_training_for_cuda(env_id, tmp_path):
+    """The iterations of a training run, as `train` compiles them. Nothing computes in float64."""
+    sizes = dict(num_envs=64, num_steps=4, num_minibatches=2, total_timesteps=1024)
+    args = dataclasses.replace(ppo_jax.task_defaults(env_id), run_dir=str(tmp_path), **sizes)
+    ppo_jax.configure(args)
+    setup = ppo_jax.make_setup(ppo_jax.make_environment(ppo_jax.make_task(args)), args, jax.devices("cpu"))
+    hyper, seeds = ppo_jax.hyperparameters(args)
+    state = jax.eval_shape(jax.vmap(functools.partial(ppo_jax.initialise, setup)), hyper, seeds)
+    run = jax.jit(jax.vmap(functools.partial(ppo_jax.advance, setup), in_axes=(0, 0, None)))
+    text = run.trace(hyper, state, np.int32(1)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" in text and "f64" not in text
+    assert set(re.findall(r"custom_call @(\w+)", text)) <= {"cusolver_potrf_ffi"}
