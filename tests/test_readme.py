@@ -133,6 +133,11 @@ def claims():
         minutes[task] = f"{statistics.median(run['train_seconds'] for run in runs) / 60:.0f}"
     yield f"Ant scores {scores['Ant-v5']} after {minutes['Ant-v5']} minutes on one core"
     yield f"HalfCheetah {scores['HalfCheetah-v5']} after {minutes['HalfCheetah-v5']}"
+    peers = []
+    for name in ("ours-ppo", "sb3-ppo"):
+        curves = [result(f"peers/HalfCheetah-v5/{name}-seed{seed}.json")["curve"] for seed in (1, 2, 3)]
+        peers.append(f"{statistics.median(curve[-1][2] for curve in curves):,.0f}")
+    yield f"HalfCheetah scores {peers[0]} with our PPO and {peers[1]} with SB3's"
     for algorithm, steps in (("sac", "SAC scores {} on HalfCheetah after {:,} steps"), ("ppo", "PPO {} after {:,}")):
         suffix = "" if algorithm == "sac" else "-ppo"
         runs = [result(f"sac/HalfCheetah-v5{suffix}-seed{seed}.json") for seed in (1, 2, 3)]
