@@ -556,7 +556,7 @@ def skew(v: np.ndarray) -> np.ndarray:
 def group_rows(group_of_row: Any, count: int) -> Groups:
     """The rows that belong to each of `count` groups."""
     rows = [np.flatnonzero(np.equal(group_of_row, g)) for g in range(count)]
-    padded = np.array(list(itertools.zip_longest(*rows, fillvalue=-1)), dtype=int).reshape(-1, count).T
+    padded = np.array([*zip(*itertools.zip_longest(*rows, fillvalue=-1))], dtype=int).reshape(count, -1)
     return Groups(np.maximum(padded, 0), padded >= 0)
 
 
