@@ -69,7 +69,7 @@ Glossary
     nl              links. A link is one joint and the mass that moves with it. Bodies without joints are welded into
                     their parent; a body with three joints becomes a chain of three links, the first two massless
     nc              contacts that can occur between a moving geom and a geom fixed to the world
-    P, K            pairs of moving geoms that can touch; slots for pairs: each step solves the K deepest of the P pairs
+    P, S            pairs of moving geoms that can touch; slots for pairs: only the S deepest of the P pairs are solved
     qpos            (nq, N) m or rad. Quaternions are (w, x, y, z). A free joint has its position, then its quaternion,
                     both in world axes
     qvel            (nv, N) m/s or rad/s. A free joint has its linear velocity in world axes, then its angular velocity
@@ -232,41 +232,41 @@ def apply(matrix: Tensor, vector: Tensor) -> Tensor:
 def apply_symmetric(matrix: Tensor, motion: Tensor) -> Tensor:
     """Symmetric 6x6 matrices (..., 21, N) times motions (..., 6, N).
 
-    The matrix is [[B, C], [C^T, K]] with 3x3 blocks. Its 21 numbers are the upper triangle of B (xx, xy, xz, yy, yz,
-    zz), then C row by row, then the upper triangle of K. Rigid-body inertia and contact stiffness both have this form,
-    so they can be added.
+    The matrix is [[A, C], [C^T, L]] with 3x3 blocks: A for angular, L for linear motion. Its 21 numbers are the upper
+    triangle of A (xx, xy, xz, yy, yz, zz), then C row by row, then the upper triangle of L. The inertia of a link and
+    the Hessian of a contact both have this form, so they can be added.
     """
-    bxx, bxy, bxz, byy, byz, bzz, c00, c01, c02, c10, c11, c12, c20, c21, c22, kxx, kxy, kxz, kyy, kyz, kzz = (
+    axx, axy, axz, ayy, ayz, azz, c00, c01, c02, c10, c11, c12, c20, c21, c22, lxx, lxy, lxz, lyy, lyz, lzz = (
         matrix.unbind(-2)
     )
     p, q, r, x, y, z = motion.unbind(-2)
     return torch.stack(
         (
-            bxx * p + bxy * q + bxz * r + c00 * x + c01 * y + c02 * z,
-            bxy * p + byy * q + byz * r + c10 * x + c11 * y + c12 * z,
-            bxz * p + byz * q + bzz * r + c20 * x + c21 * y + c22 * z,
-            c00 * p + c10 * q + c20 * r + kxx * x + kxy * y + kxz * z,
-            c01 * p + c11 * q + c21 * r + kxy * x + kyy * y + kyz * z,
-            c02 * p + c12 * q + c22 * r + kxz * x + kyz * y + kzz * z,
+            axx * p + axy * q + axz * r + c00 * x + c01 * y + c02 * z,
+            axy * p + ayy * q + ayz * r + c10 * x + c11 * y + c12 * z,
+            axz * p + ayz * q + azz * r + c20 * x + c21 * y + c22 * z,
+            c00 * p + c10 * q + c20 * r + lxx * x + lxy * y + lxz * z,
+            c01 * p + c11 * q + c21 * r + lxy * x + lyy * y + lyz * z,
+            c02 * p + c12 * q + c22 * r + lxz * x + lyz * y + lzz * z,
         ),
         -2,
     )
 
 
-def shift_to_origin(point: Tensor, k: tuple[Tensor, ...]) -> Tensor:
-    """A 3x3 stiffness (or mass) acting at `point` (..., 3, N), as a 6x6 matrix (..., 21, N) about the origin.
+def shift_to_origin(point: Tensor, linear: tuple[Tensor, ...]) -> Tensor:
+    """A 3x3 matrix for the linear motion of `point` (..., 3, N), as a 6x6 matrix (..., 21, N) about the origin.
 
-    k: upper triangle (xx, xy, xz, yy, yz, zz) of the 3x3 matrix K. The other blocks, named in `apply_symmetric`, are
-    C = [p]x K and B = [p]x K [p]x^T, where [p]x y is the cross product of `point` and y.
+    linear: upper triangle (xx, xy, xz, yy, yz, zz) of the 3x3 matrix L, for example of a mass. The other blocks of
+    `apply_symmetric` are C = [p]x L and A = [p]x L [p]x^T, where [p]x y is the cross product of `point` and y.
     """
-    kxx, kxy, kxz, kyy, kyz, kzz = k
+    lxx, lxy, lxz, lyy, lyz, lzz = linear
     x, y, z = point.unbind(-2)
-    c00, c01, c02 = y * kxz - z * kxy, y * kyz - z * kyy, y * kzz - z * kyz
-    c10, c11, c12 = z * kxx - x * kxz, z * kxy - x * kyz, z * kxz - x * kzz
-    c20, c21, c22 = x * kxy - y * kxx, x * kyy - y * kxy, x * kyz - y * kxz
+    c00, c01, c02 = y * lxz - z * lxy, y * lyz - z * lyy, y * lzz - z * lyz
+    c10, c11, c12 = z * lxx - x * lxz, z * lxy - x * lyz, z * lxz - x * lzz
+    c20, c21, c22 = x * lxy - y * lxx, x * lyy - y * lxy, x * lyz - y * lxz
     upper = (y * c02 - z * c01, z * c00 - x * c02, x * c01 - y * c00, z * c10 - x * c12, x * c11 - y * c10)
     bottom = x * c21 - y * c20
-    return torch.stack((*upper, bottom, c00, c01, c02, c10, c11, c12, c20, c21, c22, *k), -2)
+    return torch.stack((*upper, bottom, c00, c01, c02, c10, c11, c12, c20, c21, c22, *linear), -2)
 
 
 def force_at(point: Tensor, force: Tensor) -> Tensor:
@@ -296,8 +296,8 @@ class Softness(NamedTuple):
     Source: MuJoCo documentation, Computation, Constraint model, Parameters.
     """
 
-    stiffness: Tensor  # 1/s^2, MuJoCo's K
-    damping: Tensor  # 1/s, MuJoCo's B
+    stiffness: Tensor  # 1/s^2, k in aref = -b J qvel - k d (distance - margin); see `impedance` for d
+    damping: Tensor  # 1/s, b in the same formula
     impedance_min: Tensor
     impedance_max: Tensor
     width: Tensor  # m or rad
@@ -388,10 +388,10 @@ class Model:
     mass: Tensor  # (nl, 1) kg
     com: Tensor  # (nl, 3, 1) m, in the link's frame
     inertia: Tensor  # (nl, 3, 3, 1) kg m^2 about the centre of mass, link axes
-    armature: Tensor  # (nv, 1) kg m^2 or kg
-    stiffness: Tensor  # (nv, 1) N m/rad or N/m
-    spring_reference: Tensor  # (nv, 1) rad or m
-    damping: Tensor  # (nv, 1) N m s/rad or N s/m
+    dof_armature: Tensor  # (nv, 1) kg m^2 or kg
+    dof_stiffness: Tensor  # (nv, 1) N m/rad or N/m, of springs
+    dof_spring: Tensor  # (nv, 1) rad or m, where the spring exerts no force
+    dof_damping: Tensor  # (nv, 1) N m s/rad or N s/m
     damped: bool  # True if any joint has damping; then Euler needs a second solve
     gravity: Tensor  # (3, 1) m/s^2
     # actuators: force = gain * ctrl + bias[0] + bias[1] * length + bias[2] * velocity
@@ -439,7 +439,7 @@ class Model:
     obstacle_segments: Segments  # the obstacle and the geom that moves, in MuJoCo's order
     obstacle_sign: Tensor  # (Q, 1, 1) +1 where the second geom is the one that moves
     # contacts between moving geoms, spheres and capsules
-    pair_slots: int  # K, how many of the P pairs are solved, the deepest first
+    pair_slots: int  # S, how many of the P pairs are solved, the deepest first
     pair_geoms: tuple[tuple[int, int], ...]  # (P) mjModel's numbers
     pair_segments: Segments
     pair_sign: Tensor  # (P, nv, 1) +1 where a dof moves only the second geom, -1 where only the first, else 0
@@ -723,10 +723,10 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         mass=mass,
         com=com,
         inertia=inertia,
-        armature=m.dof_armature,
-        stiffness=m.jnt_stiffness[m.dof_jntid],
-        spring_reference=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
-        damping=m.dof_damping,
+        dof_armature=m.dof_armature,
+        dof_stiffness=m.jnt_stiffness[m.dof_jntid],
+        dof_spring=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
+        dof_damping=m.dof_damping,
         damped=bool(m.dof_damping.any()),
         nbody=m.nbody,
         body_link_index=tree.body_link,
@@ -984,7 +984,15 @@ class Contacts(NamedTuple):
     point: Tensor  # (n, 3, N) m, from the origin
     normal: Tensor  # (n, 3, N) world axes; (n, 3, 1) where all touch planes
     distance: Tensor  # (n, N) m, negative in penetration
-    tangent: Tensor  # (2, n, 3, N) unit vectors; in `Constraints` they are multiplied by mu
+    tangent: Tensor  # (2, n, 3, N) unit vectors
+
+
+class Pyramids(NamedTuple):
+    """Friction pyramids of n contacts. The edges are n + s1, n - s1, n + s2 and n - s2, with normal n and sides s."""
+
+    point: Tensor  # (n, 3, N) m, from the origin
+    normal: Tensor  # (n, 3, N)
+    side: Tensor  # (2, n, 3, N) unit tangents times the friction coefficient
 
 
 class Constraints(NamedTuple):
@@ -992,23 +1000,22 @@ class Constraints(NamedTuple):
 
     A row whose J x is below aref pushes with the force D (aref - J x). Its weight D is 0 where the distance to the
     other geom, or to the joint's limit, is above the margin. A contact has four rows, one for each edge of its friction
-    pyramid: n + mu t1, n - mu t1, n + mu t2 and n - mu t2, with normal n, tangents t1 and t2 and friction coefficient
-    mu.
+    pyramid.
 
     Only the rows of pairs, between two moving geoms, store their J. All other rows act on one link or one dof, so J x
     follows from its motion. MuJoCo calls 1/D the regularizer R.
     """
 
-    contacts: Contacts  # nc, with what is fixed to the world
+    contacts: Pyramids  # nc, with what is fixed to the world
     contact_weight: Tensor  # (nc, N) D, the same for the four rows
     contact_reference: Tensor  # (nc, 4, N) aref, m/s^2
     limit_weight: Tensor  # (2 nlim, N)
     limit_reference: Tensor  # (2 nlim, N)
-    row_jacobian: Tensor  # (nr, nv, N) J of pairs of moving geoms; nr = 4 K, or K if no pair has friction
-    row_weight: Tensor  # (nr, N)
-    row_reference: Tensor  # (nr, N)
-    pairs: Contacts | None  # K slots; None for a robot that cannot touch itself
-    pair_index: Tensor  # (K, N) which pair is in each slot
+    pair_jacobian: Tensor  # (nr, nv, N) J of pairs of moving geoms; nr = 4 S, or S if no pair has friction
+    pair_weight: Tensor  # (nr, N)
+    pair_reference: Tensor  # (nr, N)
+    pairs: Pyramids | None  # S slots; None for a robot that cannot touch itself
+    pair_index: Tensor  # (S, N) which pair is in each slot
     dropped: Tensor  # (N) how many touching pairs of moving geoms found no slot
 
 
@@ -1039,7 +1046,7 @@ class Iterate(NamedTuple):
     motion: Tensor  # (nl, 6, N) the part of the links' accelerations that x causes
     contact: Tensor  # (nc, 4, N) J x - aref
     limit: Tensor  # (2 nlim, N) J x - aref
-    row: Tensor  # (nr, N) J x - aref
+    pair: Tensor  # (nr, N) J x - aref
 
     def plus(self, scale: Tensor, other: Iterate) -> Iterate:
         return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
@@ -1166,8 +1173,8 @@ def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, co
     """Packed (nnz, N) matrix sum J^T A J + diag over 6x6 matrices A of links (nl, 21, N) and of contacts (nc, 21, N).
 
     With the links' inertias alone, this is the mass matrix M by the composite-rigid-body algorithm (mj_crb;
-    Featherstone 2008, section 6.2). With the stiffness of contacts added, the same pass gives M + J^T D J, the Hessian
-    of the constraint problem.
+    Featherstone 2008, section 6.2). With `contact_hessian` added, the same pass gives M + J^T D J, the Hessian of the
+    constraint problem.
     """
     force = apply_symmetric(subtree_sum(model, matrices, contacts)[model.dof_link_index], cdof)
     packed = dot(force[model.entry_row_index], cdof[model.entry_column_index])
@@ -1201,8 +1208,8 @@ def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tu
 
 def passive_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
     """qfrc_passive (nv, N): joint springs and dampers."""
-    spring = -model.stiffness * (qpos[model.dof_qpos_index] - model.spring_reference)
-    return spring - model.damping * qvel
+    spring = -model.dof_stiffness * (qpos[model.dof_qpos_index] - model.dof_spring)
+    return spring - model.dof_damping * qvel
 
 
 def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
@@ -1264,7 +1271,7 @@ def impedance(softness: Softness, violation: Tensor) -> Tensor:
 
 
 def row_terms(softness: Softness, invweight: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight D and the position part of aref, -K d (distance - margin), (rows, N) each. K is softness.stiffness."""
+    """Weight D, and the part of aref that depends on the distance, -k d (distance - margin): (rows, N) each."""
     violation = distance - softness.margin
     d = impedance(softness, violation)
     regularization = ((1 - d) / d * invweight).clamp(min=MINVAL)
@@ -1391,12 +1398,12 @@ def fixed_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> 
 
 
 def choose_pairs(parameter: Tensor, index: Tensor) -> Tensor:
-    """Gather `parameter` (P, 1 or N) for the pair in each slot, `index` (K, N); returns (K, N)."""
+    """Gather `parameter` (P, 1 or N) for the pair in each slot, `index` (S, N); returns (S, N)."""
     return torch.gather(parameter.expand(-1, index.shape[-1]), 0, index)
 
 
 def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Contacts, Tensor]:
-    """The K deepest of the P candidate pairs: their index (K, N), their contacts, and how many others touch (N)."""
+    """The S deepest of the P candidate pairs: their index (S, N), their contacts, and how many others touch (N)."""
     point, normal, distance = nearest_points(model.pair_segments, xpos, xmat, origin)
     if model.pair_slots < len(model.pair_geoms):
         margin = model.pair_softness.margin
@@ -1411,46 +1418,56 @@ def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> t
     return index, Contacts(point, normal, distance, tangents_of(normal)), dropped
 
 
-def pair_rows(model: Model, qvel: Tensor, cdof: Tensor, index: Tensor, c: Contacts) -> tuple[Tensor, Tensor, Tensor]:
+def pyramids(c: Contacts, friction: Tensor) -> Pyramids:
+    """Friction pyramids of contacts with these coefficients (n, 1) or (n, N)."""
+    return Pyramids(c.point, c.normal, c.tangent * friction.unsqueeze(1))
+
+
+def pair_rows(
+    model: Model, qvel: Tensor, cdof: Tensor, index: Tensor, distance: Tensor, c: Pyramids
+) -> tuple[Tensor, Tensor, Tensor]:
     """Explicit Jacobian rows (nr, nv, N), weights and references (nr, N) of the pairs in the slots."""
     softness = model.pair_softness
     softness = Softness(*(choose_pairs(x, index) for x in softness[:-1]), softness.quadratic)
-    first, second = c.tangent
+    first, second = c.side
     if model.pair_edges == 1:
         edges, invweight = c.normal.unsqueeze(1), softness.invweight
     else:
         edges = torch.stack((c.normal + first, c.normal - first, c.normal + second, c.normal - second), 1)
         invweight = pyramid_invweight(model, choose_pairs(model.pair_friction, index), softness.invweight)
-    weight, position = row_terms(softness, invweight, c.distance)
+    weight, position = row_terms(softness, invweight, distance)
     wrench = force_at(c.point.unsqueeze(1).expand_as(edges), edges)
-    sign = model.pair_sign.squeeze(-1)[index].transpose(1, 2)  # (K, nv, N)
-    rows = dot(cdof, wrench.unsqueeze(2)) * sign.unsqueeze(1)  # (K, edges, nv, N)
+    sign = model.pair_sign.squeeze(-1)[index].transpose(1, 2)  # (S, nv, N)
+    rows = dot(cdof, wrench.unsqueeze(2)) * sign.unsqueeze(1)  # (S, edges, nv, N)
     velocity = (rows * qvel).sum(2)
     reference = position.unsqueeze(1) - softness.damping.unsqueeze(1) * velocity
     return rows.flatten(0, 1), weight.unsqueeze(1).expand_as(velocity).flatten(0, 1), reference.flatten(0, 1)
 
 
-def contact_velocity(model: Model, c: Contacts, motion: Tensor) -> Tensor:
+def contact_velocity(model: Model, c: Pyramids, motion: Tensor) -> Tensor:
     """J x (nc, 4, N) of contacts with fixed geoms: speed of each contact point along the four edges of its pyramid.
 
     motion: (nl, 6, N) velocities of the links. From their accelerations, which the solver passes, J x follows likewise.
     """
     carrier = motion[model.contact_link_index]
     at = carrier[:, 3:] + cross(carrier[:, :3], c.point)
-    along, first, second = dot(at, c.normal), dot(at, c.tangent[0]), dot(at, c.tangent[1])
+    along, first, second = dot(at, c.normal), dot(at, c.side[0]), dot(at, c.side[1])
     return torch.stack((along + first, along - first, along + second, along - second), 1)
 
 
-def contact_force(c: Contacts, edge_force: Tensor) -> Tensor:
+def contact_force(c: Pyramids, edge_force: Tensor) -> Tensor:
     """Contact force (n, 3, N) in world axes, from the forces (n, 4, N) along the four edges of its pyramid."""
     a, b, d, e = edge_force.unsqueeze(2).unbind(1)
-    return c.normal * (a + b + d + e) + c.tangent[0] * (a - b) + c.tangent[1] * (d - e)
+    return c.normal * (a + b + d + e) + c.side[0] * (a - b) + c.side[1] * (d - e)
 
 
-def contact_stiffness(c: Contacts, weight: Tensor) -> Tensor:
-    """6x6 stiffness (n, 21, N) of each contact: the sum of weight * e e^T over its edges e. weight: (n, 4, N)."""
+def contact_hessian(c: Pyramids, weight: Tensor) -> Tensor:
+    """What each contact adds to the Hessian, (n, 21, N): the sum of weight * e e^T over its edges e, about the origin.
+
+    weight: (n, 4, N).
+    """
     a, b, d, e = weight.unbind(1)
-    n, (p, q) = c.normal.unbind(1), (c.tangent[0].unbind(1), c.tangent[1].unbind(1))
+    n, (p, q) = c.normal.unbind(1), (c.side[0].unbind(1), c.side[1].unbind(1))
     normal, first, second, along_first, along_second = a + b + d + e, a + b, d + e, a - b, d - e
 
     def entry(i: int, j: int) -> Tensor:
@@ -1466,15 +1483,15 @@ def contact_stiffness(c: Contacts, weight: Tensor) -> Tensor:
 
 
 def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -> Constraints:
-    """All rows of the constraint problem at this state. aref = -B J qvel - K d (distance - margin)."""
+    """All rows of the constraint problem at this state. aref = -b J qvel - k d (distance - margin), see `Softness`."""
     n = qpos.shape[-1]
     place = smooth.xpos, smooth.xmat, smooth.origin
     contacts = fixed_contacts(model, *place)
-    contacts = contacts._replace(tangent=contacts.tangent * model.friction.unsqueeze(1))
+    contact_pyramids = pyramids(contacts, model.friction)
     softness = model.contact_softness
     invweight = pyramid_invweight(model, model.friction, softness.invweight)
     contact_weight, position = row_terms(softness, invweight, contacts.distance)
-    velocity = contact_velocity(model, contacts, smooth.cvel)
+    velocity = contact_velocity(model, contact_pyramids, smooth.cvel)
     contact_reference = position.unsqueeze(1) - softness.damping.unsqueeze(1) * velocity
 
     softness = model.limit_softness
@@ -1484,15 +1501,15 @@ def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -
 
     pairs, index = None, torch.zeros((0, n), dtype=torch.long, device=qpos.device)
     dropped = torch.zeros(n, dtype=torch.long, device=qpos.device)
-    jacobian, row_weight = qpos.new_zeros((0, model.nv, n)), qpos.new_zeros((0, n))
-    row_reference = row_weight
+    jacobian, pair_weight = qpos.new_zeros((0, model.nv, n)), qpos.new_zeros((0, n))
+    pair_reference = pair_weight
     if model.pair_slots:
-        index, pairs, dropped = pair_contacts(model, *place)
-        pairs = pairs._replace(tangent=pairs.tangent * choose_pairs(model.pair_friction, index).unsqueeze(1))
-        jacobian, row_weight, row_reference = pair_rows(model, qvel, smooth.cdof, index, pairs)
+        index, touching, dropped = pair_contacts(model, *place)
+        pairs = pyramids(touching, choose_pairs(model.pair_friction, index))
+        jacobian, pair_weight, pair_reference = pair_rows(model, qvel, smooth.cdof, index, touching.distance, pairs)
     return Constraints(
-        contacts, contact_weight, contact_reference, limit_weight, limit_reference,
-        jacobian, row_weight, row_reference, pairs, index, dropped,
+        contact_pyramids, contact_weight, contact_reference, limit_weight, limit_reference,
+        jacobian, pair_weight, pair_reference, pairs, index, dropped,
     )  # fmt: skip
 
 
@@ -1511,7 +1528,7 @@ def linear_terms(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
         motion,
         contact_velocity(model, c.contacts, motion),
         model.limit_sign * x[model.limit_dof_index],
-        (c.row_jacobian * x).sum(1),
+        (c.pair_jacobian * x).sum(1),
     )
 
 
@@ -1519,7 +1536,7 @@ def candidate(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
     """The `Iterate` at acceleration x (nv, N)."""
     c, it = smooth.constraints, linear_terms(model, smooth, x)
     return it._replace(
-        contact=it.contact - c.contact_reference, limit=it.limit - c.limit_reference, row=it.row - c.row_reference
+        contact=it.contact - c.contact_reference, limit=it.limit - c.limit_reference, pair=it.pair - c.pair_reference
     )
 
 
@@ -1528,21 +1545,21 @@ def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]
     return (
         torch.where(it.contact < 0, c.contact_weight.unsqueeze(1), 0.0),
         torch.where(it.limit < 0, c.limit_weight, 0.0),
-        torch.where(it.row < 0, c.row_weight, 0.0),
+        torch.where(it.pair < 0, c.pair_weight, 0.0),
     )
 
 
 def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
     """a^T M b (N), summed over the links, as for kinetic energy."""
-    return dot(a.motion, apply_symmetric(inertia, b.motion)).sum(0) + (model.armature * a.qacc * b.qacc).sum(0)
+    return dot(a.motion, apply_symmetric(inertia, b.motion)).sum(0) + (model.dof_armature * a.qacc * b.qacc).sum(0)
 
 
 def cost(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     """The objective (N), up to the constant 1/2 a0^T M a0."""
     total = 0.5 * inner(model, smooth.inertia, it, it) - (it.qacc * smooth.qfrc_smooth).sum(0)
-    contact, limit, row = active_weights(smooth.constraints, it)
+    contact, limit, pair = active_weights(smooth.constraints, it)
     total = total + 0.5 * (contact * it.contact * it.contact).sum((0, 1))
-    return total + 0.5 * ((limit * it.limit * it.limit).sum(0) + (row * it.row * it.row).sum(0))
+    return total + 0.5 * ((limit * it.limit * it.limit).sum(0) + (pair * it.pair * it.pair).sum(0))
 
 
 def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor) -> Iterate:
@@ -1559,16 +1576,16 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     out. Each of them adds a right-hand side sqrt(D) J^T, from which `newton_direction` computes a correction.
     """
     c = smooth.constraints
-    contact, limit, row = active_weights(c, it)
+    contact, limit, pair = active_weights(c, it)
     force = contact_force(c.contacts, contact * it.contact)  # minus the force on the link: it adds to the gradient
-    diagonal = model.armature + add_up(model.dof_limits, limit)
-    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_stiffness(c.contacts, contact))
+    diagonal = model.dof_armature + add_up(model.dof_limits, limit)
+    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_hessian(c.contacts, contact))
     wrench = apply_symmetric(smooth.inertia, it.motion)
     gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.contacts.point, force))
-    gradient = gradient + model.armature * it.qacc - smooth.qfrc_smooth
+    gradient = gradient + model.dof_armature * it.qacc - smooth.qfrc_smooth
     gradient = gradient + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
-    gradient = gradient + (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
-    scaled = (c.row_jacobian * torch.sqrt(row).unsqueeze(1)).transpose(0, 1)
+    gradient = gradient + (c.pair_jacobian * (pair * it.pair).unsqueeze(1)).sum(0)
+    scaled = (c.pair_jacobian * torch.sqrt(pair).unsqueeze(1)).transpose(0, 1)
     return hessian, torch.cat((-gradient.unsqueeze(1), scaled), 1)
 
 
@@ -1581,7 +1598,7 @@ def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) 
     c, qacc, y = smooth.constraints, solved[:, 0], solved[:, 1:]
     count = y.shape[1]
     if count:
-        scaled = c.row_jacobian * torch.sqrt(active_weights(c, it)[2]).unsqueeze(1)
+        scaled = c.pair_jacobian * torch.sqrt(active_weights(c, it)[2]).unsqueeze(1)
         gram = (scaled.unsqueeze(2) * y).sum(1)  # (nr, nr, N)
         entry = {(i, j): gram[i, j] + (i == j) for i in range(count) for j in range(i + 1)}
         correction = torch.stack(eliminate(entry, list((scaled * qacc).sum(1).unbind(0))))
@@ -1593,12 +1610,12 @@ def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> It
     """Move along the Newton direction. The step length is 1, corrected by one Newton step on the cost along it."""
     c, direction = smooth.constraints, newton_direction(model, smooth, it, solved)
     full = it.plus(1.0, direction)
-    contact, limit, row = active_weights(c, full)
+    contact, limit, pair = active_weights(c, full)
     slope = inner(model, smooth.inertia, direction, full) - (direction.qacc * smooth.qfrc_smooth).sum(0)
     slope = slope + (contact * full.contact * direction.contact).sum((0, 1))
-    slope = slope + (limit * full.limit * direction.limit).sum(0) + (row * full.row * direction.row).sum(0)
+    slope = slope + (limit * full.limit * direction.limit).sum(0) + (pair * full.pair * direction.pair).sum(0)
     curvature = inner(model, smooth.inertia, direction, direction) + (contact * direction.contact**2).sum((0, 1))
-    curvature = curvature + (limit * direction.limit**2).sum(0) + (row * direction.row**2).sum(0)
+    curvature = curvature + (limit * direction.limit**2).sum(0) + (pair * direction.pair**2).sum(0)
     return it.plus(1 - slope / curvature.clamp(min=torch.finfo(slope.dtype).tiny), direction)
 
 
@@ -1614,7 +1631,7 @@ def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> S
     cdof = motion_subspace(model, xpos, xmat, origin)
     cvel = link_motion(model, cdof, qvel)
     inertia = spatial_inertia(model, xpos, xmat, origin)
-    mass_matrix = composite(model, cdof, inertia, model.armature)
+    mass_matrix = composite(model, cdof, inertia, model.dof_armature)
     qfrc_bias = bias_force(model, cdof, cvel, inertia, qvel)
     qfrc_actuator, actuator_damping = actuator_force(model, qpos, qvel, ctrl)
     qfrc_smooth = qfrc_actuator + passive_force(model, qpos, qvel) - qfrc_bias
@@ -1638,7 +1655,7 @@ def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
 
 def implicit_system(model: Model, smooth: Smooth, qacc: Tensor, implicitfast: bool) -> tuple[Tensor, Tensor]:
     """Packed M + h B and right-hand side h B qacc, with timestep h and damping B; see `step`."""
-    damping = model.timestep * (model.damping + (smooth.actuator_damping if implicitfast else 0.0))
+    damping = model.timestep * (model.dof_damping + (smooth.actuator_damping if implicitfast else 0.0))
     damping = damping.expand_as(qacc)
     matrix = smooth.mass_matrix + damping[model.entry_row_index] * model.entry_diagonal
     return matrix, (damping * qacc).unsqueeze(1)
@@ -1783,15 +1800,15 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
     """cfrc_ext (nbody - 1, 6, N): torque about `com` (3, N) and force of all contacts on each body, world axes."""
     smooth, it = dynamics
     c = smooth.constraints
-    contact, _, row = active_weights(c, it)
+    contact, _, pair = active_weights(c, it)
     arm = smooth.origin - com
     force = -contact_force(c.contacts, contact * it.contact)
     total = (model.body_contacts * force_at(c.contacts.point + arm, force)).sum(1)
     if c.pairs is not None:
-        edge_force = (-row * it.row).unflatten(0, (model.pair_slots, -1))
+        edge_force = (-pair * it.pair).unflatten(0, (model.pair_slots, -1))
         force = contact_force(c.pairs, edge_force) if model.pair_edges == 4 else c.pairs.normal * edge_force
         wrench = force_at(c.pairs.point + arm, force)
-        sign = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (K, nbody, N)
+        sign = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (S, nbody, N)
         total = total + (sign[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
     return total
 
@@ -1802,7 +1819,7 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
 
 
 Range = tuple[float, float]
-Rows = dict[str, Tensor]  # named tensors, (rows, N) or (N,)
+Tensors = dict[str, Tensor]  # named tensors, (rows, N) or (N,)
 
 
 def scaled(uniform: Tensor, bounds: Range) -> Tensor:
@@ -1825,7 +1842,7 @@ class Measured(NamedTuple):
     qpos: Tensor  # (nq, N)
     qvel: Tensor  # (nv, N)
     dynamics: Dynamics | None
-    memory: Rows  # what the task remembers from step to step
+    memory: Tensors  # what the task remembers from step to step
     push: Tensor  # (2, N) m/s along the world's x and y: the push of this step, zero for most robots
     invalid: Tensor | None = None  # (N,) bool: the simulation diverged in this step; known only in `begin`
 
@@ -1861,23 +1878,23 @@ class Task:
         """Hook to modify the loaded model, for example to set the home pose or attach a terrain."""
         return model
 
-    def sense(self, model: Model, p: Measured) -> Rows:
+    def sense(self, model: Model, p: Measured) -> Tensors:
         """Measurements. "position" (k, N) m is required: its change over a step is the velocity in `reward`."""
         return {"position": p.qpos[:1]}
 
-    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
         """The groups of the observation by name, in order."""
         raise NotImplementedError
 
-    def reward(self, model: Model, p: Measured, sensed: Rows, action: Tensor, velocity: Tensor) -> Rows:
+    def reward(self, model: Model, p: Measured, sensed: Tensors, action: Tensor, velocity: Tensor) -> Tensors:
         """Reward terms, under Gymnasium's names in `info`. `total` sums those that start with "reward_"."""
         raise NotImplementedError
 
-    def total(self, terms: Rows) -> Tensor:
+    def total(self, terms: Tensors) -> Tensor:
         """The reward, from the terms."""
         return sum(value for name, value in terms.items() if name.startswith("reward_"))
 
-    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
+    def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
         """(N,) bool: False ends the episode, unless the task has terminate_when_unhealthy = False."""
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
 
@@ -1895,18 +1912,18 @@ class Task:
 
     def begin(
         self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
-    ) -> tuple[Tensor, Rows]:
+    ) -> tuple[Tensor, Tensors]:
         """qpos of fresh episodes, and what the task remembers: (rows, N) each, by name.
 
         noise: (random_rows, N) in [0, 1). ended, limit: see `begin_episode`.
         """
         return qpos, {}
 
-    def remember(self, model: Model, p: Measured, sensed: Rows, action: Tensor, noise: Tensor) -> Rows:
+    def remember(self, model: Model, p: Measured, sensed: Tensors, action: Tensor, noise: Tensor) -> Tensors:
         """The memory after a step; p.memory is that before it. It has the names and shapes that `begin` returned."""
         return {}
 
-    def privileged(self, model: Model, p: Measured, sensed: Rows) -> Rows:
+    def privileged(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
         """Groups of what only a critic or a teacher sees, by name."""
         return {}
 
@@ -1923,13 +1940,13 @@ class InvertedPendulum(Task):
     frame_skip: int = 2
     reset_noise_scale: float = 0.01
 
-    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
         return {"qpos": p.qpos, "qvel": p.qvel}
 
-    def reward(self, model, p, sensed, action, velocity) -> Rows:
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
         return {"reward_survive": self.healthy(p, sensed).to(p.qpos.dtype)}
 
-    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
+    def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
         return p.qpos[1].abs() <= 0.2
 
 
@@ -1949,11 +1966,11 @@ class Hopper(Task):
     healthy_angle_range: Range = (-0.2, 0.2)
     exclude_current_positions_from_observation: bool = True
 
-    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
         skip = int(self.exclude_current_positions_from_observation)
         return {"qpos": p.qpos[skip:], "qvel": p.qvel.clamp(-10, 10)}
 
-    def reward(self, model, p, sensed, action, velocity) -> Rows:
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
@@ -1961,7 +1978,7 @@ class Hopper(Task):
             "x_velocity": velocity[0],
         }
 
-    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
+    def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
         return (
             inside(torch.cat((p.qpos[2:], p.qvel)), self.healthy_state_range).all(0)
             & inside(p.qpos[1], self.healthy_z_range)
@@ -1991,10 +2008,10 @@ class HalfCheetah(Task):
     exclude_current_positions_from_observation: bool = True
     normal_velocity_noise = True
 
-    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
         return {"qpos": p.qpos[int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
 
-    def reward(self, model, p, sensed, action, velocity) -> Rows:
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
             "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
@@ -2021,21 +2038,21 @@ class Ant(Task):
     include_cfrc_ext_in_observation: bool = True
     normal_velocity_noise = True
 
-    def sense(self, model: Model, p: Measured) -> Rows:
+    def sense(self, model: Model, p: Measured) -> Tensors:
         if p.dynamics is None:
             return {"position": p.qpos[:2], "cfrc_ext": p.qpos.new_zeros(6 * (model.nbody - 1), p.qpos.shape[1])}
         xpos, xmat = p.dynamics.smooth[:2]
         wrenches = contact_wrenches(model, p.dynamics, centre_of_mass(model, xpos, xmat)).flatten(0, 1)
         return {"position": xpos[0, :2], "cfrc_ext": wrenches.clamp(*self.contact_force_range)}
 
-    def observe(self, model: Model, p: Measured, sensed: Rows) -> Rows:
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
         groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
         for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"):
             if getattr(self, f"include_{name}_in_observation", False):
                 groups[name] = sensed[name]
         return groups
 
-    def reward(self, model, p, sensed, action, velocity) -> Rows:
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
         contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
         return {
             "reward_forward": self.forward_reward_weight * velocity[0],
@@ -2046,7 +2063,7 @@ class Ant(Task):
             "y_velocity": velocity[1],
         }
 
-    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
+    def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
         low, high = self.healthy_z_range
         return (low <= p.qpos[2]) & (p.qpos[2] <= high)
 
@@ -2069,7 +2086,7 @@ class Humanoid(Ant):
     include_qfrc_actuator_in_observation: bool = True
     normal_velocity_noise = False
 
-    def sense(self, model: Model, p: Measured) -> Rows:
+    def sense(self, model: Model, p: Measured) -> Tensors:
         if p.dynamics is None:
             xpos, xmat = kinematics(model, p.qpos)
             cvel = link_motion(model, motion_subspace(model, xpos, xmat, xpos[0]), p.qvel)
@@ -2089,11 +2106,11 @@ class Humanoid(Ant):
             "cfrc_ext": cfrc_ext.flatten(0, 1),
         }
 
-    def reward(self, model, p, sensed, action, velocity) -> Rows:
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
         terms = super().reward(model, p, sensed, action, velocity)
         return {"reward_survive": terms.pop("reward_survive")} | terms  # the first term of Gymnasium's sum
 
-    def healthy(self, p: Measured, sensed: Rows) -> Tensor:
+    def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
         return inside(p.qpos[2], self.healthy_z_range)
 
 
@@ -2179,8 +2196,8 @@ def parameter_rows(model: Model) -> dict[str, int]:
         "mass": (model.nl, model.mass),  # factor of each link's mass and inertia
         "centre_of_mass": (3, model.mass),  # m, offset along each axis of the first link that has mass
         "friction": (1, torch.cat((model.friction, model.pair_friction))),  # factor of all contacts of a robot
-        "damping": (model.nv, model.damping),  # factor
-        "armature": (model.nv, model.armature),  # factor
+        "damping": (model.nv, model.dof_damping),  # factor
+        "armature": (model.nv, model.dof_armature),  # factor
         "motor_strength": (model.nu, model.actuator_gain),  # factor of an actuator's force and force limits
         "position_gain": (model.nu, model.actuator_bias[1]),  # factor, of a position servo
         "velocity_gain": (model.nu, model.actuator_bias[2] * has_servos),  # factor, of a position servo
@@ -2234,12 +2251,12 @@ def as_range(name: str, value: Any) -> Range:
     return float(value[0]), float(value[1])
 
 
-def randomized_fields(model: Model, values: Rows) -> dict[str, Tensor]:
+def randomized_fields(model: Model, values: Tensors) -> dict[str, Tensor]:
     """The fields of `Model` that differ between robots, (..., N), from the `values` (rows, N) of the parameters."""
     fields: dict[str, Tensor] = {}
-    for name in ("damping", "armature", "gravity"):
+    for name, field in (("damping", "dof_damping"), ("armature", "dof_armature"), ("gravity", "gravity")):
         if name in values:
-            fields[name] = getattr(model, name) * values[name]
+            fields[field] = getattr(model, field) * values[name]
     if "friction" in values:
         fields["friction"] = model.friction * values["friction"]
         fields["pair_friction"] = model.pair_friction * values["friction"]
@@ -2299,7 +2316,7 @@ class Noise(NamedTuple):
     qpos: Tensor  # (nq, N) in [0, 1)
     qvel: Tensor  # (nv, N) in [0, 1), or normal for a task with `normal_velocity_noise`
     task: Tensor  # (random_rows, N) in [0, 1), for the task's `begin` and `remember`
-    parameters: Rows  # values in the ranges of `Settings`
+    parameters: Tensors  # values in the ranges of `Settings`
     observation: Tensor  # (obs, N) in [0, 1); no rows without observation noise
 
 
@@ -2313,11 +2330,11 @@ class Carry(NamedTuple):
     age: Tensor  # (N,) steps counted towards the time limit; larger than episode_length after a late start
     episode_length: Tensor  # (N,) steps since the reset
     episode_return: Tensor  # (N,)
-    parameters: Rows  # the randomised parameters of this episode's robots
+    parameters: Tensors  # the randomised parameters of this episode's robots
     push_countdown: Tensor  # (N,) s until the next push
     push: Tensor  # (2, N) m/s along the world's x and y: the push of the last step
     delayed: Tensor  # (k, nu, N) past actions that have not taken full effect, the newest first
-    memory: Rows  # what the task remembers
+    memory: Tensors  # what the task remembers
 
 
 class Transition(NamedTuple):
@@ -2335,7 +2352,7 @@ class Transition(NamedTuple):
     episode_return: Tensor  # (N,) including this step
     episode_length: Tensor  # (N,)
     started_late: Tensor  # (N,) bool: the episode began at a random age, so the time limit cuts it short
-    terms: Rows  # (N,) each: reward terms and other measurements of the task
+    terms: Tensors  # (N,) each: reward terms and other measurements of the task
     dropped: Tensor | None = None  # (N,) contacts that found no pair slot, over all physics steps
 
 
@@ -2361,7 +2378,7 @@ def reset_state(task: Task, model: Model, qpos_noise: Tensor, qvel_noise: Tensor
 
 def begin_episode(
     settings: Settings, model: Model, noise: Noise, ended: Measured | None, limit: Tensor | int
-) -> tuple[Carry, Measured, Rows]:
+) -> tuple[Carry, Measured, Tensors]:
     """Fresh episodes of the robots `model`: the state they begin with, what the task sees and what it senses.
 
     ended: the final state of the previous episodes, or None before the first. limit: (N,) the largest number of steps
@@ -2398,7 +2415,7 @@ def begin_episode(
 
 
 def observations(
-    settings: Settings, model: Model, measured: Measured, sensed: Rows, noise: Noise
+    settings: Settings, model: Model, measured: Measured, sensed: Tensors, noise: Noise
 ) -> tuple[Tensor, Tensor]:
     """obs (obs, N), what the policy sees, with noise; critic_obs (critic obs, N), what only a critic sees."""
     task = settings.task
@@ -2587,7 +2604,7 @@ def has_cuda_graphs(device: torch.device) -> bool:
 
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
-COMPILED_ROWS = 32  # the most rows of `Constraints.row_jacobian` that compile in minutes: their solver is unrolled
+COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 
 
@@ -2816,7 +2833,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             raise ValueError("this environment has no state yet; call reset() first")
         return map_tensors(lambda *parts: torch.cat(parts, -1), *self._carries)
 
-    def _robots(self, parameters: Rows) -> Model:
+    def _robots(self, parameters: Tensors) -> Model:
         """The model with these randomised parameters."""
         if not parameters:
             return self.model
@@ -2946,7 +2963,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             sums[name] = sums[name] / steps if steps else math.nan
         return sums
 
-    def parameters(self) -> Rows:
+    def parameters(self) -> Tensors:
         """The randomised parameters of the robots as they are now, (rows, N) each; see `parameter_rows`."""
         return self._get_carry().parameters
 
@@ -3023,7 +3040,7 @@ def with_masks(info: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
     return masked
 
 
-def spaces_of(groups: Rows) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
+def spaces_of(groups: Tensors) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
     """The rows of each group in an observation, and the space of one observation; None without groups."""
     bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
     slices = {name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)}

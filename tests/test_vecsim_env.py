@@ -440,7 +440,7 @@ def test_compiled_equals_eager(env_id):
         ("HalfCheetah-v5", ("contact", "limit")),
         ("Ant-v5", ("contact", "limit")),
         ("Quadruped-Rough", ("contact", "limit")),
-        ("Humanoid-v5", ("contact", "limit", "row")),  # the only one of them that can touch itself
+        ("Humanoid-v5", ("contact", "limit", "pair")),  # the only one of them that can touch itself
     ],
 )
 def test_compiled_equals_eager_in_contact(env_id, active):
@@ -454,7 +454,7 @@ def test_compiled_equals_eager_in_contact(env_id, active):
     states = visit(converged(copy.deepcopy(eager.mj_model)), 200, stride=20, episode=1000, touching=True)
     qpos, qvel = last_axis(states.qpos), last_axis(states.qvel)
     touching = torch.arange(200) % 13  # any, spread over the episodes, where there are no pairs
-    assert bool(model.pair_geoms) == ("row" in active)
+    assert bool(model.pair_geoms) == ("pair" in active)
     if model.pair_geoms:
         xpos, xmat = vecsim.kinematics(model, qpos)
         touching = (vecsim.nearest_points(model.pair_segments, xpos, xmat, xpos[0])[2] < 0).sum(0)
@@ -469,7 +469,7 @@ def test_compiled_equals_eager_in_contact(env_id, active):
     with torch.no_grad():
         dynamics = vecsim.forward(model, eager.state(), eager.task.control(model, action.T), 4)
         it, c = dynamics.solution, dynamics.smooth.constraints
-    for name, weight in zip(("contact", "limit", "row"), vecsim.active_weights(c, it), strict=True):
+    for name, weight in zip(("contact", "limit", "pair"), vecsim.active_weights(c, it), strict=True):
         pushes = (weight > 0).flatten(0, -2).any(0) if len(weight) else torch.zeros(n, dtype=torch.bool)
         assert (pushes.sum() >= 4) == (name in active), name
     compiled.load_state_dict(eager.state_dict())

@@ -230,11 +230,11 @@ def test_contact_geometry(visited):
 def constraint_force(model, smooth, it):
     """qfrc_constraint (nv, N) = J^T f with f = -D min(J x - aref, 0)."""
     c = smooth.constraints
-    contact, limit, row = vecsim.active_weights(c, it)
+    contact, limit, pair = vecsim.active_weights(c, it)
     force = vecsim.force_at(c.contacts.point, vecsim.contact_force(c.contacts, contact * it.contact))
     total = vecsim.generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force)
     total = total + vecsim.add_up(model.dof_limits, model.limit_sign * limit * it.limit)
-    return -total - (c.row_jacobian * (row * it.row).unsqueeze(1)).sum(0)
+    return -total - (c.pair_jacobian * (pair * it.pair).unsqueeze(1)).sum(0)
 
 
 def test_constraint_force(visited):
@@ -720,11 +720,11 @@ SCALED = {
     ),
     "damping": (
         lambda m, old, s: np.copyto(m.dof_damping, old.dof_damping * s),
-        lambda model, s: {"damping": model.damping * s},
+        lambda model, s: {"dof_damping": model.dof_damping * s},
     ),
     "armature": (
         lambda m, old, s: np.copyto(m.dof_armature, old.dof_armature * s),
-        lambda model, s: {"armature": model.armature * s},
+        lambda model, s: {"dof_armature": model.dof_armature * s},
     ),
     "gear": (
         lambda m, old, s: np.copyto(m.actuator_gear[:, 0], old.actuator_gear[:, 0] * s),
