@@ -112,7 +112,7 @@ class Args:
     track: bool = False
     """log to Weights & Biases too, as one run per stage (needs `pip install wandb`)"""
     profile: bool = False
-    """profile iterations 4 to 6 of each stage: print a table of their parts and write trace.json.gz"""
+    """profile iterations 4 to 6 of each stage, or its last: print a table of their parts and write trace.json.gz"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
@@ -708,8 +708,8 @@ def update(
             part = Batch(*(x[:, start : start + sizes.minibatch] for x in batch))
             terms = accumulate_gradients(agent, part, old_log_std, sizes.microbatch, loss_function, args)
             vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
-            moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
-            if moved and not policy_frozen:
+            policy_moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
+            if policy_moved and not policy_frozen:
                 kl = LossTerms(*terms).kl
                 rate = adapted_learning_rate(learning_rate, kl, args.desired_kl, 1e-5, args.learning_rate_max)
                 learning_rate.copy_(rate)
@@ -1002,8 +1002,9 @@ class StageRun:
             )
             budget = plan.iterations * plan.steps_per_iteration
             self.log = vecsim.RunLog(self.folder, dataclasses.replace(args, total_timesteps=budget), self.logged_step)
-            self.profiler = vecsim.start_profiler(self.folder) if args.profile else None
-        self.clock, self.shared.stop.training = time.perf_counter(), True
+            iterations = plan.iterations - self.iteration
+            self.profiler = vecsim.start_profiler(self.folder, iterations) if args.profile else None
+        self.clock, self.shared.stop.phase = time.perf_counter(), "during training"
 
     def end_iteration(self, terms: Tensor) -> None:
         """Count the iteration; log and save if a multiple of their intervals was crossed.
@@ -1025,7 +1026,7 @@ class StageRun:
         self.clock = time.perf_counter()
         if not last:
             return
-        self.shared.stop.training = False
+        self.shared.stop.phase = f"after training the {self.stage}"
         if self.profiler:
             self.profiler.stop()
         if self.log:
@@ -1035,10 +1036,8 @@ class StageRun:
 
                 wandb.finish()  # the next stage is another run
         if stopping:
-            if self.log:
-                path = self.folder / "checkpoint.pt"
-                print(f"{self.stage} stopped after {env_steps:,} steps; continue with --resume {path}")
-            raise KeyboardInterrupt
+            path = self.folder / "checkpoint.pt"
+            raise KeyboardInterrupt(f"{self.stage} stopped after {env_steps:,} steps; continue with --resume {path}")
 
     def write_record(self, env_steps: int) -> None:
         """Log the means since the last record. FloatingPointError if a term is not finite."""
@@ -1099,7 +1098,8 @@ class StageRun:
 def train_by_ppo(run: StageRun) -> None:
     """The stages teacher, finetune and baseline. In finetune the policy is frozen for critic_warmup_iterations."""
     args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
-    policy, loss_function = build_ppo(agent, rollout, sizes, args)
+    with vecsim.first_process_first():
+        policy, loss_function = build_ppo(agent, rollout, sizes, args)
     run.start_clock(LossTerms._fields)
     for iteration in range(run.iteration, run.plan.iterations):
         order = run.collect(policy)
@@ -1125,7 +1125,8 @@ def train_by_ppo(run: StageRun) -> None:
 def train_by_imitation(run: StageRun) -> None:
     """The stage student: the student acts with noise, and learns the teacher's mean action in each state it visits."""
     args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
-    policy, loss_function = build_imitation(agent, rollout, sizes, args)
+    with vecsim.first_process_first():
+        policy, loss_function = build_imitation(agent, rollout, sizes, args)
     run.start_clock(ImitationTerms._fields)
     for iteration in range(run.iteration, run.plan.iterations):
         order = run.collect(policy)
@@ -1172,8 +1173,9 @@ def train(args: Args, make_env: Callable | None = None, stop: vecsim.StopSignals
             starts[needed] = load_start(needed, env, args)
 
     # The stages share one simulator.
-    env.reset()
-    env.step(torch.zeros(sizes.envs, env.single_action_space.shape[0], device=device))  # compiles the physics
+    with vecsim.first_process_first():
+        env.reset()
+        env.step(torch.zeros(sizes.envs, env.single_action_space.shape[0], device=device))  # compiles the physics
     shared, results = Shared(args, sizes, env, device, rank, run_dir, stop), {}
     for stage in stages:
         run = StageRun(stage, shared, starts, checkpoint if stage == resumed else None)

@@ -99,7 +99,7 @@ class Args:
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     profile: bool = False
-    """profile iterations 4 to 6: print a table of the stages and write trace.json.gz"""
+    """profile iterations 4 to 6, or the last of a shorter run: print a table of the stages and write trace.json.gz"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
@@ -209,6 +209,7 @@ def check_ranges(args: Args) -> None:
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
         ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
+        ("eval_every", lambda x: not x or vecsim.gymnasium_id(args.env_id), f"omitted: Gymnasium has no {args.env_id}"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("entropy_coef bounds_coef", lambda x: 0 <= x < math.inf, ">= 0 and finite"),
         ("reward_scale learning_rate learning_rate_max", lambda x: 0 < x < math.inf, "> 0 and finite"),
@@ -576,24 +577,30 @@ def adapted_learning_rate(
 
 
 def update(
-    agent: Agent, batch: Batch, accumulate, apply, learning_rate: Tensor, desired_kl: float, minibatch: int, args: Args
+    agent: Agent,
+    batch: Batch,
+    accumulate,
+    take_step,
+    learning_rate: Tensor,
+    desired_kl: float,
+    minibatch: int,
+    args: Args,
 ) -> Tensor:
     """All gradient steps of an iteration; returns the sum of their LossTerms, stacked.
 
     Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, and takes a step.
-    accumulate and apply compute gradients and take a step: accumulate_gradients and apply_gradients, as build_functions
-    returns them."""
+    accumulate and take_step are accumulate_gradients and apply_gradients, as build_functions returns them."""
     old_log_std = agent.log_std.detach().clone()
     total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
     for epoch in range(args.update_epochs):
         for start in range(0, len(batch.weight), minibatch):
             terms = accumulate(old_log_std, *(x[start : start + minibatch] for x in batch))
             vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
-            moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
-            if args.learning_rate_schedule == "adaptive" and moved:
+            policy_moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
+            if args.learning_rate_schedule == "adaptive" and policy_moved:
                 kl = LossTerms(*terms).kl
                 learning_rate.copy_(adapted_learning_rate(learning_rate, kl, desired_kl, 1e-5, args.learning_rate_max))
-            apply()
+            take_step()
             total += terms
     return total
 
@@ -606,8 +613,8 @@ def update(
 def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args):
     """Make four functions of tensors, eager or compiled, and captured on a GPU:
 
-    policy(obs, noise) is policy_step, targets() is values_and_advantages, accumulate(old_log_std, *batch) is
-    accumulate_gradients and apply() is apply_gradients. Agent and optimizer have the same values afterwards."""
+    policy(obs, noise) is policy_step, estimate() is values_and_advantages, accumulate(old_log_std, *batch) is
+    accumulate_gradients and take_step() is apply_gradients. Agent and optimizer have the same values afterwards."""
     step_function, loss_function = policy_step, ppo_loss
     if args.compile:
         step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
@@ -615,13 +622,13 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     def policy(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return step_function(agent, obs, noise)
 
-    def targets() -> tuple[Tensor, Tensor]:
+    def estimate() -> tuple[Tensor, Tensor]:
         return values_and_advantages(agent, rollout, sizes.microbatch, args.gamma, args.gae_lambda)
 
     def accumulate(old_log_std: Tensor, *batch: Tensor) -> Tensor:
         return accumulate_gradients(agent, Batch(*batch), old_log_std, sizes.microbatch, loss_function, args)
 
-    def apply() -> None:
+    def take_step() -> None:
         apply_gradients(agent, optimizer, args.max_grad_norm, args.log_std_min)
 
     obs, action, scalars = rollout.obs[0], rollout.action[0], torch.zeros(sizes.minibatch, device=rollout.obs.device)
@@ -630,16 +637,16 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     if args.cuda_graphs and vecsim.has_cuda_graphs(obs.device):
         state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
         before = [x.clone() for x in state]
-        policy, targets = vecsim.capture(policy, (obs, torch.zeros_like(action))), vecsim.capture(targets, ())
+        policy, estimate = vecsim.capture(policy, (obs, torch.zeros_like(action))), vecsim.capture(estimate, ())
         accumulate = vecsim.capture(accumulate, example)
         accumulate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
-        apply = vecsim.capture(apply, ())
+        take_step = vecsim.capture(take_step, ())
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)
     else:  # compile now, before the clock of the training starts
         policy(obs, torch.zeros_like(action))
         accumulate(*example)
-    return policy, targets, accumulate, apply
+    return policy, estimate, accumulate, take_step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -719,7 +726,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     if checkpoint:
         check_resumable(checkpoint, args, world_size)
     first_iteration = checkpoint["iteration"] if checkpoint else 0
-    moved = checkpoint is not None and checkpoint["device"] != device.type
+    other_device = checkpoint is not None and checkpoint["device"] != device.type
     if rank == 0:
         print(
             f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}\n"
@@ -727,7 +734,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
             f"{sizes.minibatch:,} in parts of {sizes.microbatch:,}"
         )
-        if moved:
+        if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
             print("compiling, one to three minutes the first time", flush=True)
@@ -738,7 +745,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
+    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if other_device else args.seed
     generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, rank, stream=0))
     env_seed = vecsim.stream_seed(seed, rank, stream=1)
     env = make_environment(args, make_env, sizes.envs, device, env_seed)
@@ -759,7 +766,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     logged_step = first_iteration * sizes.steps_per_iteration
     log = vecsim.RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
     with vecsim.first_process_first():
-        policy, targets, accumulate, apply = build_functions(agent, optimizer, rollout, sizes, args)
+        policy, estimate, accumulate, take_step = build_functions(agent, optimizer, rollout, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, info = env.reset(seed=env_seed)
@@ -770,14 +777,14 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if mine["env"]:  # the user's own environment may have no state_dict; it then begins new episodes
             env.load_state_dict(mine["env"])
             obs, critic_obs = mine["obs"].to(device), mine["critic_obs"].to(device)
-        if not moved:
+        if not other_device:
             generator.set_state(mine["generator"])
     compile_seconds = time.perf_counter() - started
 
     terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
-    profiler = vecsim.start_profiler(run_dir) if args.profile and log else None
+    profiler = vecsim.start_profiler(run_dir, sizes.iterations - first_iteration) if args.profile and log else None
     logged_seconds, clock = train_seconds, time.perf_counter()
-    stop.training = True
+    stop.phase = "during training"
     for iteration in range(first_iteration, sizes.iterations):
         # Rollout. It copies the simulator's tensors, which the next step may overwrite.
         noise = torch.randn(args.num_steps, sizes.envs, action_size, generator=generator, device=device)
@@ -796,7 +803,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
 
         # Targets: values and advantages, with the observation statistics of the rollout.
         with record_function("targets"):
-            value, advantage = targets()
+            value, advantage = estimate()
             order = torch.randperm(sizes.batch, generator=generator, device=device)
             batch = make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
 
@@ -806,7 +813,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if args.learning_rate_schedule == "linear":
             learning_rate.fill_(args.learning_rate * (1.0 - progress))
         with record_function("update"):
-            terms += update(agent, batch, accumulate, apply, learning_rate, desired_kl, sizes.minibatch, args)
+            terms += update(agent, batch, accumulate, take_step, learning_rate, desired_kl, sizes.minibatch, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         if privileged:
             agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
@@ -855,11 +862,11 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if stopping:
             if log:
                 log.close()
-                print(f"stopped after {env_steps:,} steps; continue with --resume {run_dir / 'checkpoint.pt'}")
-            raise KeyboardInterrupt
+            path = run_dir / "checkpoint.pt"
+            raise KeyboardInterrupt(f"stopped after {env_steps:,} steps; continue with --resume {path}")
 
     # Final evaluation, only in the first process, which writes.
-    stop.training = False
+    stop.phase = "after training"
     if profiler:
         profiler.stop()
     if not log:

@@ -113,7 +113,7 @@ class Args:
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     profile: bool = False
-    """profile iterations 4 to 6 of learning: print a table of the stages and write trace.json.gz"""
+    """profile iterations 4 to 6 of learning, or its last: print a table of the stages and write trace.json.gz"""
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
@@ -235,6 +235,7 @@ def check_ranges(args: Args) -> None:
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
         ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
+        ("eval_every", lambda x: not x or vecsim.gymnasium_id(args.env_id), f"omitted: Gymnasium has no {args.env_id}"),
         (f"{rates} reward_scale value_limit temperature_init", lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("num_atoms", lambda x: x >= 2, ">= 2"),
         ("gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -722,10 +723,10 @@ def gather_batch(agent: Agent, replay: Transitions, slot: Tensor, env: Tensor, a
 def project_categorical(probability: Tensor, reward: Tensor, discount: Tensor, atoms: Tensor) -> Tensor:
     """Distribution (B, K) of reward + discount * Z on the K atoms, where Z has this probability (B, K) on them.
 
-    A moved atom shares its probability between its two neighbours, which keeps the mean, but not beyond the edges."""
+    A shifted atom shares its probability between its two neighbours, which keeps the mean, but not beyond the edges."""
     low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)  # more exact than a difference of neighbours
-    moved = (reward[:, None] + discount[:, None] * atoms).clamp(atoms[0], atoms[-1])
-    position = ((moved - low) / spacing).clamp(0.0, len(atoms) - 1.0)  # in atoms; rounding may leave the range
+    shifted = (reward[:, None] + discount[:, None] * atoms).clamp(atoms[0], atoms[-1])
+    position = ((shifted - low) / spacing).clamp(0.0, len(atoms) - 1.0)  # in atoms; rounding may leave the range
     below = position.floor()
     share_above = position - below
     below = below.long()
@@ -1012,14 +1013,14 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     if checkpoint:
         check_resumable(checkpoint, args, world_size)
     first_iteration = checkpoint["iteration"] if checkpoint else 0
-    moved = checkpoint is not None and checkpoint["device"] != device.type
+    other_device = checkpoint is not None and checkpoint["device"] != device.type
     if rank == 0:
         print(
             f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}\n"
             f"{args.num_envs:,} environments, {sizes.iterations:,} steps of each; {args.updates_per_step} updates "
             f"after each step, on batches of {args.batch_size:,}; one of {args.policy_frequency} updates the policy too"
         )
-        if moved:
+        if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
             print("compiling, one to three minutes the first time", flush=True)
@@ -1030,7 +1031,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if moved else args.seed
+    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if other_device else args.seed
     generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, rank, stream=0))
     env_seed = vecsim.stream_seed(seed, rank, stream=1)
     env = make_environment(args, make_env, sizes.envs, device, env_seed)
@@ -1068,7 +1069,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if mine["env"]:  # the user's own environment may have no state_dict; it then begins new episodes
             env.load_state_dict(mine["env"])
             obs, critic_obs = mine["obs"].to(device), mine["critic_obs"].to(device)
-        if not moved:
+        if not other_device:
             generator.set_state(mine["generator"])
         held, remaining, returns = (mine[name].to(device) for name in ("held", "remaining", "returns"))
         if mine["replay"]:
@@ -1081,9 +1082,10 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     critic_terms = torch.zeros(len(CriticTerms._fields), device=device)
     policy_terms = torch.zeros(len(PolicyTerms._fields), device=device)
     logged_updates, policy_updates, record, score = updates, 0, {}, None
-    profiler = vecsim.start_profiler(run_dir) if args.profile and log else None
+    learning = sizes.iterations - first_iteration - max(0, sizes.first_slots - 1 - written)  # iterations with updates
+    profiler = vecsim.start_profiler(run_dir, learning) if args.profile and log else None
     logged_seconds, clock = train_seconds, time.perf_counter()
-    stop.training = True
+    stop.phase = "during training"
     for iteration in range(first_iteration, sizes.iterations):
         # Act: at first uniformly at random, later with the policy and its exploration noise.
         fresh = torch.randn(sizes.envs, action_size, generator=generator, device=device)
@@ -1177,11 +1179,11 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if stopping:
             if log:
                 log.close()
-                print(f"stopped after {env_steps:,} steps; continue with --resume {run_dir / 'checkpoint.pt'}")
-            raise KeyboardInterrupt
+            path = run_dir / "checkpoint.pt"
+            raise KeyboardInterrupt(f"stopped after {env_steps:,} steps; continue with --resume {path}")
 
     # Final evaluation, only in the first process, which writes.
-    stop.training = False
+    stop.phase = "after training"
     if profiler:
         profiler.stop()
     if not log:

@@ -3421,7 +3421,10 @@ def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str
 
 
 def run_command(parse_args: Callable, train: Callable, play: Callable) -> int:
-    """The command of a trainer: train, or play with --play. Return the exit status; a user's mistake is one line."""
+    """The command of a trainer: train, or play with --play. Return the exit status; a user's mistake is one line.
+
+    After a signal, `train` raises KeyboardInterrupt with what it has to say.
+    """
     from tqdm import tqdm
 
     stop, rank = StopSignals(), int(os.environ.get("RANK", 0))
@@ -3429,6 +3432,7 @@ def run_command(parse_args: Callable, train: Callable, play: Callable) -> int:
     try:
         args = parse_args(sys.argv[1:])
         if args.play:
+            stop.phase = "during play"
             play(args)
         else:
             train(args, stop=stop)
@@ -3436,10 +3440,13 @@ def run_command(parse_args: Callable, train: Callable, play: Callable) -> int:
             distributed.destroy_process_group()
     except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
         if rank > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if rank == 0:
+            print(str(interrupt) or f"stopped {stop.phase}")
         return 128 + (stop.number or signal.SIGINT)  # as shells report a process that a signal ended
     return 0
 
@@ -3453,7 +3460,7 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.time = 0, -math.inf  # of the last signal
-        self.training = False
+        self.phase = "before training"  # then "during training", then "after training"
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -3464,7 +3471,7 @@ class StopSignals:
             return
         first = self.number == 0
         self.number, self.time = number, time.monotonic()
-        if not (first and self.training):
+        if not (first and self.phase == "during training"):
             raise KeyboardInterrupt
 
     def requested(self) -> bool:
@@ -3638,15 +3645,21 @@ def plot_curve(run_dir: Path, title: str) -> None:
     figure.savefig(run_dir / "curve.png", dpi=120)
 
 
-def start_profiler(run_dir: Path) -> torch.profiler.profile:
-    """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz."""
+def start_profiler(run_dir: Path, iterations: int) -> torch.profiler.profile:
+    """Profile iterations 4 to 6; then print a table of the stages and write trace.json.gz.
+
+    A run of fewer iterations is profiled from the fourth on, or only in its last one.
+    """
     from tqdm import tqdm
 
     def report(profiler: torch.profiler.profile) -> None:
         tqdm.write(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=80, max_name_column_width=40))
         profiler.export_chrome_trace(str(run_dir / "trace.json.gz"))
 
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    before = min(3, max(0, iterations - 1))
+    active = min(3, max(1, iterations - before))
+    warmup = min(1, before)
+    schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
     profiler.start()
     return profiler

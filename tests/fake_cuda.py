@@ -228,12 +228,13 @@ def train(name: str, folder: str) -> None:
         """Tells the watch when training begins and ends."""
 
         @property
-        def training(self) -> bool:
-            return watch.training
+        def phase(self) -> str:
+            return self.now
 
-        @training.setter
-        def training(self, value: bool) -> None:
-            watch.training, self.left = value, iterations
+        @phase.setter
+        def phase(self, value: str) -> None:
+            self.now, self.left = value, iterations
+            watch.training = value == "during training"
 
         def requested(self) -> bool:
             self.left -= 1

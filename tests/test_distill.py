@@ -751,8 +751,6 @@ def run_main(monkeypatch, capsys, *arguments):
     [
         (["--stages", "pupil"], "pupil"),
         (["--gamma", "2"], "gamma = 2.0 must be between 0 and 1"),
-        (["--resume", "nowhere.pt"], "checkpoint nowhere.pt cannot be read"),
-        (["--capture-video"], "--capture-video need a checkpoint; give it with --play"),
         (["--stages", "student", "--teacher", "nowhere.pt", "--num-envs", "4"], "nowhere.pt cannot be read"),
         (["--env-kwargs", "iterations", "8"], "which this script sets itself; use --solver-iterations"),
         (["--env-id", "Nothing-v0"], "unknown task 'Nothing-v0'"),

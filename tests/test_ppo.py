@@ -6,18 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import time
-import types
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -210,27 +206,6 @@ def test_interrupted_run_resumes_on_its_schedule(schedule, tmp_path):
     assert_same(log_of(tmp_path / "whole"), log_of(tmp_path / "killed"), but=CLOCKS)
 
 
-def test_resume_drops_a_half_written_last_line_and_what_tensorboard_saw_after_the_checkpoint(tmp_path, monkeypatch):
-    from torch.utils import tensorboard
-
-    purge_steps = []
-
-    class Recorder(tensorboard.SummaryWriter):
-        def __init__(self, *arguments, purge_step=None, **options):
-            purge_steps.append(purge_step)
-            super().__init__(*arguments, purge_step=purge_step, **options)
-
-    monkeypatch.setattr(tensorboard, "SummaryWriter", Recorder)
-    common = dict(log_every=512, eval_episodes=0)
-    ppo.train(probe_args(tmp_path, total_timesteps=4 * 512, **common), ProbeEnv)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"env_steps": 25')
-    resume = str(tmp_path / "checkpoint.pt")
-    ppo.train(probe_args(tmp_path, total_timesteps=6 * 512, resume=resume, **common), ProbeEnv)
-    assert logged(tmp_path, "env_steps") == [512 * k for k in range(1, 7)]
-    assert purge_steps == [None, 4 * 512 + 1]
-
-
 def test_a_learning_rate_given_with_resume_wins_over_the_adapted_one(tmp_path):
     """Each run has one gradient step, before which the adaptive schedule changes nothing."""
     single = dict(num_minibatches=1, update_epochs=1, eval_episodes=0)
@@ -267,7 +242,7 @@ def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(monkeypa
     args, agent, sizes = agent_on_a_gpu()
     rollout = ppo.allocate_rollout(8, 64, 3, None, 1, torch.device("cuda"))
     ppo.build_functions(agent, vecsim.make_optimizer(agent, torch.tensor(1e-3, device="cuda")), rollout, sizes, args)
-    assert order[-2:] == ["replay accumulate", "capture apply"]
+    assert order[-2:] == ["replay accumulate", "capture take_step"]
 
 
 @needs_cuda
@@ -291,15 +266,15 @@ def test_update_on_a_gpu_never_waits_for_the_host():
     floats = [torch.randn(8, 64, k, device="cuda") for k in (3, 3, 1, 1)]
     flags = [torch.zeros(8, 64, dtype=torch.bool, device="cuda") for _ in range(3)]
     rollout = ppo.Rollout(floats[0], floats[0], *floats[1:], torch.randn(8, 64, device="cuda"), *flags)
-    policy, targets, accumulate, apply = ppo.build_functions(agent, optimizer, rollout, sizes, args)
+    policy, estimate, accumulate, take_step = ppo.build_functions(agent, optimizer, rollout, sizes, args)
     generator = torch.Generator("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         policy(rollout.obs[0], torch.randn(64, 1, generator=generator, device="cuda"))
-        value, advantage = targets()
+        value, advantage = estimate()
         order = torch.randperm(sizes.batch, generator=generator, device="cuda")
         batch = ppo.make_batch(agent, rollout, value, advantage, True, order)
-        ppo.update(agent, batch, accumulate, apply, learning_rate, 0.01, sizes.minibatch, args)
+        ppo.update(agent, batch, accumulate, take_step, learning_rate, 0.01, sizes.minibatch, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -378,9 +353,9 @@ def test_linear_learning_rate_by_value(tmp_path):
 def test_desired_kl_moves_over_the_run(tmp_path, monkeypatch):
     given, update = [], ppo.update
 
-    def recording(agent, batch, accumulate, apply, learning_rate, desired_kl, *rest):
+    def recording(agent, batch, accumulate, take_step, learning_rate, desired_kl, *rest):
         given.append(desired_kl)
-        return update(agent, batch, accumulate, apply, learning_rate, desired_kl, *rest)
+        return update(agent, batch, accumulate, take_step, learning_rate, desired_kl, *rest)
 
     monkeypatch.setattr(ppo, "update", recording)
     ppo.train(short_args(tmp_path, desired_kl=(0.02, 0.01)), ProbeEnv)
@@ -422,21 +397,7 @@ def test_a_reward_that_is_no_number_stops_the_run(tmp_path):
         ppo.train(short_args(tmp_path), Broken)
 
 
-def test_weights_and_biases_mirrors_tensorboard(tmp_path, monkeypatch):
-    options = {}
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=options.update))
-    ppo.train(short_args(tmp_path, track=True), ProbeEnv)
-    assert options["sync_tensorboard"] and options["name"] == tmp_path.name and options["config"]["num_envs"] == 64
-
-
 # Run folder and command line ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("run")
-    ppo.train(probe_args(run_dir, total_timesteps=10_240, log_every=1_024, num_minibatches=4), ProbeEnv)
-    return run_dir
 
 
 def run_main(monkeypatch, capsys, *arguments, trainer=ppo):
@@ -493,35 +454,6 @@ def signalled(**attributes):
     return type("Signalled", (Signalled,), attributes)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(number, status, tmp_path, monkeypatch, capsys):
-    """It comes in the middle of an iteration, twice at once, as `timeout` sends it."""
-    args = probe_args(tmp_path / "stopped", total_timesteps=20 * 512)
-    env = signalled(signals=(number, number), step_number=1 + 5 * 8 + 3)
-    monkeypatch.setattr(ppo, "train", lambda _, stop, train=ppo.train: train(args, env, stop=stop))
-    monkeypatch.setattr(sys, "argv", ["ppo_gpu_torch.py"])
-    assert ppo.main() == status
-    monkeypatch.undo()
-    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
-    assert f"stopped after 3,072 steps; continue with --resume {checkpoint}" in capsys.readouterr().out
-    assert state_of(tmp_path / "stopped")["env_steps"] == 3_072 and logged(tmp_path / "stopped", "env_steps") == [3_072]
-    assert not (tmp_path / "stopped" / "eval.json").exists()
-    ppo.train(dataclasses.replace(args, resume=str(checkpoint)), ProbeEnv)
-    ppo.train(probe_args(tmp_path / "whole", total_timesteps=20 * 512), ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
-
-
-@pytest.mark.parametrize("moment", ["preparing", "training", "evaluating"])
-def test_a_second_signal_and_one_outside_of_training_end_a_run_at_once(moment, tmp_path, monkeypatch, capsys):
-    sent = dict(preparing=dict(step_number=1), training=dict(step_number=3), evaluating=dict(step_number=1 + 2 * 8 + 1))
-    signals = dict(signals=[signal.SIGTERM] * 2, pause=1.1) if moment == "training" else dict(signals=[signal.SIGTERM])
-    env = signalled(**sent[moment], **signals)
-    status, err = run_main_with(monkeypatch, capsys, probe_args(tmp_path, total_timesteps=2 * 512), env)
-    assert status == 143 and messages(err) == []
-    assert (tmp_path / "checkpoint.pt").exists() == (moment == "evaluating")
-    assert not (tmp_path / "eval.json").exists()
-
-
 def written_on_a_gpu(path):
     """Change a checkpoint as if a GPU had written it: the states of its random generators have another size."""
     checkpoint = torch.load(path, weights_only=True)
@@ -563,85 +495,11 @@ def full_disk(room):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("room, name", [(20_000, "checkpoint.pt"), (100, "config.json")])
-def test_a_full_disk_is_one_line_and_loses_nothing(room, name, tmp_path, monkeypatch, capsys):
-    ppo.train(probe_args(tmp_path, total_timesteps=1_024, log_every=512, eval_episodes=0), ProbeEnv)
-    kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name in ("checkpoint.pt", "config.json")}
-    args = probe_args(tmp_path, total_timesteps=2_048, resume=str(tmp_path / "checkpoint.pt"), eval_episodes=0)
-    with full_disk(room):
-        status, err = run_main_with(monkeypatch, capsys, args, ProbeEnv)
-    assert status == 2 and messages(err) == [f"error: {tmp_path / name} cannot be written: File too large"]
-    assert not list(tmp_path.glob("*.tmp"))
-    kept = {path: old for path, old in kept.items() if path.name in ("checkpoint.pt", name)}
-    assert all(path.read_bytes() == old for path, old in kept.items())
-
-
-def flip_a_bit(whole):
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        largest = max((x for x in archive.infolist() if "/data/" in x.filename), key=lambda x: x.file_size)
-        start = whole.index(archive.read(largest))
-    flipped = bytearray(whole)
-    flipped[start + largest.file_size // 2] ^= 64
-    torch.load(io.BytesIO(flipped), weights_only=True)  # torch alone reads it without an error
-    return bytes(flipped)
-
-
-def pickled(tree):
-    buffer = io.BytesIO()
-    torch.save(tree, buffer)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("flag", ["--resume", "--play"])
-def test_damaged_and_foreign_checkpoints_are_one_line(flag, finished_run, tmp_path, monkeypatch, capsys):
-    whole = (finished_run / "checkpoint.pt").read_bytes()
-    older = read_checkpoint(finished_run)
-    older["args"]["iterations"] = 4
-    for content, message in (
-        (whole[: len(whole) // 2], "cannot be read: File is not a zip file"),
-        (flip_a_bit(whole), "cannot be read: the checksum of "),
-        (pickled({"weights": torch.zeros(1)}), "was not written by this version of ppo_gpu_torch.py"),
-        (pickled(older), "was not written by this version of ppo_gpu_torch.py"),
-    ):
-        (tmp_path / "bad.pt").write_bytes(content)
-        status, err = run_main(monkeypatch, capsys, flag, tmp_path / "bad.pt")
-        assert status == 2 and message in err and messages(err) == [err.strip()], err
-
-
-def test_a_run_never_writes_over_another(finished_run, monkeypatch, capsys):
-    before = (finished_run / "metrics.jsonl").read_bytes()
-    status, err = run_main(monkeypatch, capsys, "--device", "cpu", "--run-dir", finished_run)
-    assert status == 2 and "contains a run; choose another --run-dir, or --resume its checkpoint.pt" in err
-    assert messages(err) == [err.strip()] and (finished_run / "metrics.jsonl").read_bytes() == before
-
-
-def test_resume_refuses_another_number_of_processes(finished_run, tmp_path):
-    checkpoint = read_checkpoint(finished_run)
+def test_resume_refuses_another_number_of_processes():
+    args = probe_args(None)
+    checkpoint = dict(args=dataclasses.asdict(args), env_steps=0, processes=[{}])
     with pytest.raises(ppo.InputError, match="was written by 1 processes, not 2"):
-        ppo.check_resumable(checkpoint, ppo.Args(**checkpoint["args"] | dict(total_timesteps=20_480)), world_size=2)
-
-
-def test_errors_of_an_environment(tmp_path, monkeypatch, capsys):
-    """InputError and too little memory are one line. Any other error is a defect and keeps its traceback."""
-
-    class Refusing(ProbeEnv):
-        def __init__(self, *arguments, **options):
-            raise ppo.InputError("unknown task")
-
-    class TooLarge(ProbeEnv):
-        def step(self, action):
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
-
-    class Defective(ProbeEnv):
-        def step(self, action):
-            raise ValueError("shapes differ")
-
-    status, err = run_main_with(monkeypatch, capsys, probe_args(tmp_path / "refused"), Refusing)
-    assert status == 2 and messages(err) == ["error: unknown task"]
-    status, err = run_main_with(monkeypatch, capsys, probe_args(tmp_path / "large"), TooLarge)
-    assert status == 2 and messages(err) == ["error: CUDA out of memory. Tried to allocate 2 GiB."]
-    with pytest.raises(ValueError, match="shapes differ"):
-        run_main_with(monkeypatch, capsys, probe_args(tmp_path / "defect"), Defective)
+        ppo.check_resumable(checkpoint, args, world_size=2)
 
 
 # With the simulator ---------------------------------------------------------------------------------------------------
@@ -702,6 +560,14 @@ def test_exported_policy_of_a_bf16_run_is_float32_and_its_options_are_in_the_fil
     assert observed[15:22] == [f"qvel/root/{x}" for x in "vx vy vz wx wy wz".split()] + ["qvel/hip_1"]
     assert actions == "hip_4 ankle_4 hip_1 ankle_1 hip_2 ankle_2 hip_3 ankle_3".split()
     assert json.loads(policy.metadata["env_kwargs"]) == options
+
+
+def test_an_export_without_onnx_is_one_line(tmp_path, monkeypatch, capsys):
+    _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
+    flags = ["--play", checkpoint, "--eval-episodes", "0", "--export", tmp_path / "policy.onnx"]
+    assert run_main(monkeypatch, capsys, *flags) == (2, "error: an export needs ONNX; run `pip install onnx`\n")
+    assert not (tmp_path / "policy.onnx").exists()
 
 
 def test_a_failed_export_is_one_line_and_keeps_the_earlier_file(tmp_path, monkeypatch, capsys):

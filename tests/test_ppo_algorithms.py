@@ -368,6 +368,10 @@ def test_learning_rate_follows_the_kl_divergence_within_its_band():
         (dict(actor_hidden=(16, 0)), "actor_hidden = (16, 0) must be sizes >= 1"),
         (dict(eval_every=0), "eval_every = 0 must be >= 1"),
         (dict(eval_every=10, eval_episodes=0), "eval_episodes = 0 must be >= 1 with eval_every"),
+        (
+            dict(eval_every=10, env_id="robot.py:Mine"),
+            "eval_every = 10 must be omitted: Gymnasium has no robot.py:Mine",
+        ),
     ],
 )
 def test_illegal_flags_name_the_rule_and_legal_values(changes, message):
@@ -412,12 +416,6 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     with pytest.raises(SystemExit):
         ppo.parse_args(["--env-id", "Hopper-v5", "--help"])
     assert "0.995" in capsys.readouterr().out  # its gamma
-
-
-def test_crossed_fires_once_for_each_multiple():
-    assert [k for k in range(10) if vecsim.crossed(3, k, k + 1)] == [2, 5, 8]
-    assert vecsim.crossed(100, 90, 350) and not vecsim.crossed(100, 100, 199) and vecsim.crossed(100, 199, 200)
-    assert not vecsim.crossed(None, 0, 10**9)
 
 
 # The lint of host reads that test_trainers.py uses --------------------------------------------------------------------

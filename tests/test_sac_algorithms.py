@@ -615,6 +615,10 @@ def test_gradient_steps_move_everything_and_the_targets_follow_by_tau(kind):
         (dict(network="flash", actor_hidden=()), "one or more blocks of one width"),
         (dict(eval_every=0), "eval_every = 0 must be >= 1"),
         (dict(eval_every=10, eval_episodes=0), "eval_episodes = 0 must be >= 1 with eval_every"),
+        (
+            dict(eval_every=10, env_id="robot.py:Mine"),
+            "eval_every = 10 must be omitted: Gymnasium has no robot.py:Mine",
+        ),
     ],
 )
 def test_illegal_flags_name_the_rule_and_legal_values(changes, message):

@@ -314,6 +314,7 @@ def test_benchmark(env_id, tmp_path):
     result = json.loads((tmp_path / "figures/result.json").read_text())
     assert result["env_id"] == env_id and result["threads"] == 1 and result["command"].endswith("figures/result.json")
     assert result["physics_steps_per_second"] > 0 and result["mujoco_c_physics_steps_per_second"] > 0
+    assert result["invalid"] == 0 and 0 <= result["dropped_contacts"] < 1  # per robot and physics step
     assert all(f'"{name}": ' in answer.stdout for name in result)
     if env_id == "InvertedPendulum-v5":
         errors = result["qacc_error_p99_by_iterations"]
