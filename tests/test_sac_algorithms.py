@@ -68,7 +68,7 @@ def definitions(module):
 def test_helpers_that_both_trainers_define_are_the_same_word_for_word():
     ours, theirs = definitions(sac), definitions(ppo)
     shared = ours.keys() & theirs.keys()
-    assert shared >= MEANT_TO_DIFFER and len(shared - MEANT_TO_DIFFER) >= 20
+    assert shared >= MEANT_TO_DIFFER and len(shared - MEANT_TO_DIFFER) >= 10
     for name in shared - MEANT_TO_DIFFER:
         expected = inspect.getsource(theirs[name]).replace('"ppo"', '"sac"').replace("__ppo__", "__sac__")
         assert inspect.getsource(ours[name]) == expected, name
