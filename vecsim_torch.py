@@ -75,8 +75,10 @@ Glossary
     qvel            (nv, N) m/s or rad/s. A free joint has its linear velocity in world axes, then its angular velocity
                     in body axes
     world           z up, SI units
-    motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin`. `origin` is
-                    where the first link is now. It counts as a fixed point (Featherstone 2008, chapter 2)
+    step            a physics step is one timestep (`step`, MuJoCo's mj_step). An environment step, or control step, is
+                    frame_skip physics steps under one action (`VecSim.step`)
+    motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin` (Featherstone
+                    2008, chapter 2). `origin` is the point of the world where the first link is now; it does not move
     wrench          a spatial force
     cdof            (nv, 6, N) motion of a link and all links below it when one degree of freedom has velocity 1
     inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`; `apply_symmetric` gives the order of the entries
@@ -304,7 +306,7 @@ class Softness(NamedTuple):
     midpoint: Tensor
     power: Tensor
     margin: Tensor  # m or rad
-    # MuJoCo's estimate of the diagonal of J M^-1 J^T, not the inverse of the weight D; `row_terms` makes D from it
+    # MuJoCo's estimate of the diagonal of J M^-1 J^T, from which `row_terms` computes the weight D. It is not 1/D.
     invweight: Tensor  # 1/kg or 1/(kg m^2)
     quadratic: bool  # True if all powers are 2, MuJoCo's default; a product then replaces `pow`
 
@@ -352,12 +354,12 @@ class Model:
     # tree
     parent: tuple[int, ...]  # (nl) parent link, -1 for the world
     dofs: tuple[tuple[int, ...], ...]  # (nl) degrees of freedom of each link
-    # per tree depth: places of its links in the order (hinges and slides, balls, frees); places of their parents in
-    # the level above
+    # For each depth of the tree: the rows of its links in a list of all links sorted by joint type (hinges and slides,
+    # balls, frees), and the rows of their parents in the level above.
     link_levels: tuple[tuple[Tensor, Tensor], ...]
-    link_order_index: Tensor  # (nl) where each link is in the order level by level
+    link_order_index: Tensor  # (nl) the row of each link in a list of all links sorted by depth
     dof_link_index: Tensor  # (nv)
-    dof_order_index: Tensor  # (nv) where each dof is in the order (hinges and slides, balls, frees)
+    dof_order_index: Tensor  # (nv) the row of each dof in a list sorted by joint type, as above
     turns: Tensor  # (nv, 1, 1) 0 for the translations of a free joint, whose axes do not turn; else 1
     qpos_dof_index: Tensor  # (nq) the dof whose velocity integrates into each entry; 0 for quaternions
     dof_qpos_index: Tensor  # (nv) the first qpos entry of each dof's joint
@@ -366,9 +368,9 @@ class Model:
     entry_row_index: Tensor  # (nnz)
     entry_column_index: Tensor  # (nnz)
     entry_diagonal: Tensor  # (nnz, 1) 1 on the diagonal
-    unpack_index: Tensor  # (nv, nv) the number of each place's entry; nnz where there is none
-    # hinge and slide joints. With R = scalar_rotation and q the coordinate, a link's rotation in its parent's frame is
-    # R[0] + sin(q) R[1] + (1 - cos(q)) R[2]. The position has the same form, plus a term in q for slides
+    unpack_index: Tensor  # (nv, nv) which entry is at each place of the full matrix; nnz where it is zero
+    # Hinge and slide joints. With R = scalar_rotation and q the coordinate, a link's rotation in its parent's frame is
+    # R[0] + sin(q) R[1] + (1 - cos(q)) R[2]. The position has the same form, plus a term in q for slides.
     scalar_qpos_index: Tensor  # (ns)
     scalar_link_index: Tensor  # (ns)
     scalar_reference: Tensor  # (ns, 1) rad or m, the coordinate in the pose of the MJCF: q = qpos - reference
@@ -1170,7 +1172,9 @@ def spatial_inertia(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
 
 
 def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, contacts: Tensor | None = None) -> Tensor:
-    """Packed (nnz, N) matrix sum J^T A J + diag over 6x6 matrices A of links (nl, 21, N) and of contacts (nc, 21, N).
+    """Packed (nnz, N) matrix: the sum of J^T X J over 6x6 matrices X, plus a diagonal matrix.
+
+    X: `matrices` of the links (nl, 21, N) and `contacts` (nc, 21, N). J is the Jacobian of the link's motion.
 
     With the links' inertias alone, this is the mass matrix M by the composite-rigid-body algorithm (mj_crb;
     Featherstone 2008, section 6.2). With `contact_hessian` added, the same pass gives M + J^T D J, the Hessian of the
@@ -1282,7 +1286,7 @@ def row_terms(softness: Softness, invweight: Tensor, distance: Tensor) -> tuple[
 def pyramid_invweight(model: Model, friction: Tensor, invweight: Tensor) -> Tensor:
     """Inverse weight that the four rows of a contact share (mj_diagApprox, mj_makeImpedance).
 
-    A frictionless contact is a pyramid of zero width. Together its four rows are as stiff as MuJoCo's single row.
+    A frictionless contact is a pyramid of zero width. Its four rows together push as hard as MuJoCo's single row.
     """
     square = friction * friction
     return torch.where(friction > 0, 2 * square / model.impratio * (1 + square) * invweight, 4 * invweight)
@@ -1445,9 +1449,9 @@ def pair_rows(
 
 
 def contact_velocity(model: Model, c: Pyramids, motion: Tensor) -> Tensor:
-    """J x (nc, 4, N) of contacts with fixed geoms: speed of each contact point along the four edges of its pyramid.
+    """Speed (nc, 4, N) of the points of contacts with fixed geoms, along the four edges of their pyramids.
 
-    motion: (nl, 6, N) velocities of the links. From their accelerations, which the solver passes, J x follows likewise.
+    motion: (nl, 6, N) velocities of the links. The solver passes accelerations, and so gets accelerations, J x.
     """
     carrier = motion[model.contact_link_index]
     at = carrier[:, 3:] + cross(carrier[:, :3], c.point)
@@ -1590,9 +1594,9 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
 
 
 def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """The Newton step, from `solved` (nv, 1 + nr, N): H^-1 times the right-hand sides of `newton_system`.
+    """The Newton direction, from `solved` (nv, 1 + nr, N): H^-1 times the right-hand sides of `newton_system`.
 
-    The full Hessian is H + W^T W, where W = sqrt(D) J are the rows of pairs. By the Woodbury identity the step is
+    The full Hessian is H + W^T W, where W = sqrt(D) J are the rows of pairs. By the Woodbury identity the direction is
     a - Y (1 + W Y)^-1 W a, where a = H^-1 (minus the gradient) and Y = H^-1 W^T.
     """
     c, qacc, y = smooth.constraints, solved[:, 0], solved[:, 1:]
@@ -1607,7 +1611,7 @@ def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) 
 
 
 def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """Move along the Newton direction. The step length is 1, corrected by one Newton step on the cost along it."""
+    """Move along the Newton direction. How far: 1, corrected once by Newton's method on the cost along it."""
     c, direction = smooth.constraints, newton_direction(model, smooth, it, solved)
     full = it.plus(1.0, direction)
     contact, limit, pair = active_weights(c, full)
