@@ -9,7 +9,9 @@ A cell is one checkpoint under one perturbation and one seed. The policy acts de
 counts with its first episode. Episode k of a seed begins in the same state in every cell, a quadruped's with the same
 command and heading, so that every difference is taken episode by episode. (Later commands of a quadruped may differ
 under `timestep` and in `mujoco_c`.) The simulator is vecsim with the integrator of the MJCF, without the checkpoint's
-own randomisation. `mujoco_c` is Gymnasium's environment; `mjx` is the task of ppo_mjx_jax.py.
+own randomisation. `mujoco_c` is Gymnasium's environment; `mjx` is the task of ppo_mjx_jax.py, which has no RK4 and
+takes Euler instead. A task of your own (my_task.py:Class) is judged in vecsim: an episode that lasts to the time limit
+is a success.
 
 The folder can be read without running anything:
 
@@ -96,7 +98,7 @@ PERTURBATIONS = {
     "timestep": Perturbation("25% longer control steps, of as many physics steps", dict(timestep_scale=1.25)),
     "sparse_reward": Perturbation("the return is paid at the end: checks the bookkeeping", sparse=True),
     "mujoco_c": Perturbation("Gymnasium's own environment, MuJoCo C in float64", simulator="mujoco_c"),
-    "mjx": Perturbation("MuJoCo MJX in float32, with Euler in place of RK4", simulator="mjx"),
+    "mjx": Perturbation("MuJoCo MJX in float32", simulator="mjx"),
 }
 
 
@@ -176,7 +178,7 @@ class Contract(NamedTuple):
     """What the panel needs to judge a task. Success also requires that the episode lasts to the time limit."""
 
     task: str  # what the policy observes; how it acts; what it earns; what ends an episode early
-    safety: SafetyLimit
+    safety: SafetyLimit | None
     traced: tuple[int, str]  # row of qpos that tells most at a glance, and its name
     least_speed: float | None = None  # m/s, mean over an episode
     largest_tracking: float | None = None  # m/s, mean error of the velocity
@@ -231,6 +233,12 @@ CONTRACTS = {
         options=dict(curriculum=False),  # every level of difficulty alike
     ),
 }  # fmt: skip
+
+
+def contract_of(env_id: str) -> Contract:
+    """A row of CONTRACTS, or what the panel asks of a user's own task. InputError if there is no such task."""
+    vecsim.find_task(env_id)
+    return CONTRACTS.get(env_id) or Contract("see its file", None, (0, "first coordinate"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,10 +306,8 @@ def load_subjects(args: Args) -> list[Subject]:
     subjects = []
     for k, (path, (checkpoint, act)) in enumerate(zip(args.checkpoints, loaded, strict=True)):
         env_id = checkpoint["env_id"]
-        if env_id not in CONTRACTS:
-            raise InputError(f"checkpoint {path} was trained on {env_id!r}; the panel judges {', '.join(CONTRACTS)}")
         label = f"{names[k]}-{names[: k + 1].count(names[k])}" if names.count(names[k]) > 1 else names[k]
-        options = vecsim.gymnasium_options(checkpoint["args"]["env_kwargs"]) | CONTRACTS[env_id].options
+        options = vecsim.gymnasium_options(checkpoint["args"]["env_kwargs"]) | contract_of(env_id).options
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         observes = checkpoint.get("observes", "obs")
         subject = Subject(
@@ -338,7 +344,7 @@ class Vecsim:
     """vecsim under a perturbation."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
-        noise = CONTRACTS[subject.env_id].observation_noise
+        noise = contract_of(subject.env_id).observation_noise
         changes = dict(perturbation.options)
         if noise is not None and "observation_noise" in changes:
             changes["observation_noise"] = noise
@@ -442,8 +448,13 @@ class MujocoC(Vecsim):
         return Step(seen, reward, terminated, truncated, torch.zeros_like(terminated), speed, tracking)
 
 
+def integrator_of(simulator: str, env: vecsim.VecSim) -> str:
+    """The integrator beside that of vecsim's environment: ppo_mjx_jax.py has no RK4, and Euler takes its place."""
+    return "euler" if (simulator, env.settings.integrator) == ("mjx", "rk4") else env.settings.integrator
+
+
 class Mjx(Vecsim):
-    """MuJoCo MJX, from vecsim's initial states. It has no RK4: Euler takes its place."""
+    """MuJoCo MJX, from vecsim's initial states."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory
@@ -453,7 +464,7 @@ class Mjx(Vecsim):
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
         settings = trainer.Args(
             env_id=subject.env_id, env_kwargs=subject.options, self_collision=True, ls_iterations=8,
-            integrator="implicitfast" if args.integrator == "implicitfast" else "euler",
+            integrator=integrator_of("mjx", self.env),
             solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
         )  # fmt: skip
         trainer.configure(settings)
@@ -462,7 +473,7 @@ class Mjx(Vecsim):
         self.limit = task.max_episode_steps
         self.begin = trainer.jax.jit(trainer.jax.vmap(functools.partial(trainer.state_at, task)))
         self.advance = trainer.jax.jit(trainer.jax.vmap(functools.partial(trainer.task_step, task)))
-        self.has_speed = CONTRACTS[subject.env_id].least_speed is not None
+        self.has_speed = contract_of(subject.env_id).least_speed is not None
 
     def to_torch(self, x) -> Tensor:
         return torch.as_tensor(np.array(x)).to(self.env.device)
@@ -509,7 +520,7 @@ def run_batch(
 
     Episodes: (N,) each, and `start` (N, rows). Traces: (T, watched, ...), of which the first `length` rows count.
     """
-    safety, seen = CONTRACTS[subject.env_id].safety, simulator.reset(seed)
+    safety, seen = contract_of(subject.env_id).safety, simulator.reset(seed)
     start, running = simulator.start(), torch.ones(len(seen), dtype=torch.bool, device=seen.device)
     started, zero = running, torch.zeros(len(seen), dtype=torch.float64, device=seen.device)
     sums = dict.fromkeys(("return", "length", "speed", "tracking", "unsafe", "saturation"), zero)
@@ -520,13 +531,15 @@ def run_batch(
         action = subject.act(seen, started)
         step = simulator.step(action)
         over = step.terminated | step.truncated | step.invalid
-        limited = dict(qpos=qpos, qvel=qvel)[safety.group][safety.rows]
         reward = step.reward.double()
         if sparse:  # hold every reward back until the end
             held = held + torch.where(step.invalid, 0.0, reward)
             reward = torch.where(over, held, 0.0)
         amounts = {"return": reward, "length": torch.ones_like(zero), "speed": step.speed, "tracking": step.tracking}
-        amounts["unsafe"] = (limited.abs() > safety.limit).any(0).double()
+        amounts["unsafe"] = torch.full_like(zero, math.nan)
+        if safety:
+            limited = dict(qpos=qpos, qvel=qvel)[safety.group][safety.rows]
+            amounts["unsafe"] = (limited.abs() > safety.limit).any(0).double()
         amounts["saturation"] = (simulator.unit_action(action).abs() >= 0.99).double().mean(1)
         counted = running & ~step.invalid
         for name, amount in amounts.items():
@@ -546,7 +559,7 @@ def run_batch(
 
 def run_cell(subject: Subject, simulator: Vecsim, name: str, seed: int, args: Args) -> dict[str, np.ndarray]:
     """args.episodes episodes of one seed, in as many batches as needed; their success and a digest of their starts."""
-    contract, n, sparse = CONTRACTS[subject.env_id], min(args.num_envs, args.episodes), PERTURBATIONS[name].sparse
+    contract, n, sparse = contract_of(subject.env_id), min(args.num_envs, args.episodes), PERTURBATIONS[name].sparse
     parts = []
     for batch in range(math.ceil(args.episodes / n)):
         parts.append(run_batch(subject, simulator, vecsim.stream_seed(seed, batch, 0), sparse=sparse)[0])
@@ -860,8 +873,8 @@ def sentences(summary: pd.DataFrame) -> list[str]:
 def score_table(summary: pd.DataFrame) -> pd.DataFrame:
     """The scores with their intervals, as texts."""
     columns = {"return": ("return", 1, ""), "success": ("success", 100, "%"), "unsafe steps": ("unsafe", 100, "%")}
-    if summary["tracking"].notna().any():
-        columns["velocity error"] = ("tracking", 1, " m/s")
+    columns["velocity error"] = ("tracking", 1, " m/s")
+    columns = {words: column for words, column in columns.items() if summary[column[0]].notna().any()}
     rows = []
     for _, row in summary.iterrows():
         shown = verdict(row, "return_change_from_none")
@@ -912,7 +925,8 @@ def write_page(path: Path, record: dict, summary: pd.DataFrame, episodes: pd.Dat
         "- A change is the middle of the differences between episodes that began alike.\n"
         "- Intervals are 95%, over initial states and disturbances. Another training run gives another policy.\n"
         "- If no episode of n failed, or all did, the interval has no width, but the true rate may be 3/n off.\n"
-        "- Of many intervals, one in twenty excludes 0 by chance.",
+        "- Of many intervals, one in twenty excludes 0 by chance.\n"
+        f"- Integrators: {', '.join(f'{name} {integrator}' for name, integrator in record['integrators'].items())}.",
         "\n".join(left_out),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -920,8 +934,11 @@ def write_page(path: Path, record: dict, summary: pd.DataFrame, episodes: pd.Dat
 
 def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], cells: Cells) -> dict:
     """record.json, except the film and the time taken."""
-    first, contract = subjects[0], CONTRACTS[subjects[0].env_id]
-    env = vecsim.make(first.env_id, 1, **first.options)
+    first, contract = subjects[0], contract_of(subjects[0].env_id)
+    simulators = dict.fromkeys(PERTURBATIONS[name].simulator for _, name, _ in cells)
+    env = vecsim.make(
+        first.env_id, 1, integrator=None if args.integrator == "mjcf" else args.integrator, **first.options
+    )
     limit, jax = env.settings.max_episode_steps, {}
     for name in ("jax", "jaxlib", "mujoco-mjx"):  # from the packages' metadata: importing jax would take GPU memory
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -932,7 +949,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
         task=dict(
             observes_acts_earns_ends=contract.task,
             success=contract.success(),
-            safety_constraint=contract.safety.words,
+            safety_constraint=contract.safety.words if contract.safety else "none",
             time_limit=f"{limit:,} steps, {limit * env.control_step:g} s",
             control_step=f"{env.control_step:g} s, {env.task.frame_skip} physics steps",
             options=first.options,
@@ -940,6 +957,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         configuration=dataclasses.asdict(args),
         perturbations={name: PERTURBATIONS[name]._asdict() for name in args.perturbations},
+        integrators={simulator: integrator_of(simulator, env) for simulator in simulators},
         left_out=left_out,
         checkpoints=[{name: x for name, x in subject._asdict().items() if name != "act"} for subject in subjects],
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},
@@ -959,7 +977,8 @@ def evaluate(args: Args) -> Path:
     """Run the panel and write its folder, whose path is returned."""
     began = time.perf_counter()
     subjects = load_subjects(args)
-    out = Path(args.out or f"runs/panel__{subjects[0].env_id}__{time.strftime('%Y%m%d-%H%M%S')}")
+    task = re.sub(r"[^\w.-]+", "-", subjects[0].env_id)  # it may be a file: path/to/robot.py:Task
+    out = Path(args.out or f"runs/panel__{task}__{time.strftime('%Y%m%d-%H%M%S')}")
     if (out / "postmortem.md").exists() or out.is_file():
         raise InputError(f"out = {out} holds a finished panel or is a file; choose another folder")
     args = dataclasses.replace(args, out=str(out))
@@ -978,7 +997,7 @@ def evaluate(args: Args) -> Path:
     title = f"{subjects[0].env_id}, {' against '.join(subject.label for subject in subjects)}"
     plot_scores(out / "scores.png", summary, title)
     plot_failures(out / "failures.png", episodes, title)
-    plot_worst(out / "worst.png", traced, CONTRACTS[subjects[0].env_id])
+    plot_worst(out / "worst.png", traced, contract_of(subjects[0].env_id))
     record = make_record(subjects, args, left_out, cells) | dict(film="not asked for")
     if args.video:
         try:

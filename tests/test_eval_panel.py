@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+import textwrap
 from statistics import NormalDist
 
 import numpy as np
@@ -391,7 +392,7 @@ def test_a_task_that_a_simulator_lacks_is_left_out():
 
 
 def test_contracts_are_of_every_task_and_success_is_what_they_say(monkeypatch):
-    assert set(panel.CONTRACTS) == set(vecsim_torch.TASKS) | {"Quadruped-Flat", "Quadruped-Rough"}
+    assert set(panel.CONTRACTS) == set(vecsim_torch.TASKS)
     assert panel.CONTRACTS["Hopper-v5"].success().endswith("at a mean forward speed of at least 1 m/s")
     assert "0.3 m/s" in panel.CONTRACTS["Quadruped-Flat"].success()
 
@@ -430,6 +431,29 @@ def test_contracts_are_of_every_task_and_success_is_what_they_say(monkeypatch):
         np.testing.assert_array_equal(cell["unsafe"], [0, 0, 0.25])
         np.testing.assert_array_equal(cell["saturation"], [1, 1, 1])
         np.testing.assert_array_equal(cell["seconds"], [2, 1, 2])
+
+
+@pytest.mark.parametrize("integrator, expected", [(None, "euler"), ("implicitfast", "implicitfast")])
+def test_mjx_takes_euler_in_place_of_rk4_and_the_record_says_so(integrator, expected):
+    env = vecsim_torch.make("Hopper-v5", 1, integrator=integrator)
+    assert panel.integrator_of("mjx", env) == expected
+    assert panel.integrator_of("mujoco_c", env) == env.settings.integrator == (integrator or "rk4")
+
+
+def test_a_task_of_a_users_own_file_is_judged_in_vecsim(tmp_path):
+    example = re.search(r"    from dataclasses.*?effort\}\n", vecsim_torch.__doc__, re.DOTALL)[0]
+    (tmp_path / "swing.py").write_text(textwrap.dedent(example))
+    env_id = f"{tmp_path / 'swing.py'}:SwingUp"
+    save(tmp_path / "checkpoint.pt", ppo, "ppo", env_id=env_id)
+    words = [str(tmp_path / "checkpoint.pt"), *SMALL, "--perturbations", "mass", "friction", "mujoco_c", "mjx"]
+    out = panel.evaluate(panel.parse_args([*words, "--no-video", "--out", str(tmp_path / "out")]))
+    table, page = pd.read_csv(out / "episodes.csv"), (out / "postmortem.md").read_text()
+    assert set(table["perturbation"]) == {"none", "mass"} and (table["success"] == 1).all() and len(table) == 2 * 6
+    assert table["return"].abs().min() > 0.1 and table["unsafe"].isna().all() and "unsafe steps |" not in page
+    record = json.loads((out / "record.json").read_text())
+    assert record["integrators"] == {"vecsim": "euler"} and "Integrators: vecsim euler." in page
+    assert {f"{name}, ppo" for name in ("friction", "mujoco_c", "mjx")} <= record["left_out"].keys()
+    assert record["task"]["safety_constraint"] == "none"
 
 
 # Nothing lost
@@ -539,7 +563,7 @@ def bad(checkpoints, tmp_path_factory):
     (["{bad}/other.npz"], "is not a checkpoint of this script"),
     (["{bad}/list.pt"], "cannot be read"),
     (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, sac, distill, ppo_mjx"),
-    (["{bad}/gone.pt"], "'Swimmer-v5'; the panel judges InvertedPendulum-v5"),
+    (["{bad}/gone.pt"], "unknown task 'Swimmer-v5'; choose one of InvertedPendulum-v5"),
     (["{bad}/hollow.pt"], "hollow.pt: "),
     (["{bad}/strange.pt"], "gravity_on_mars"),
     (["{good}", "{bad}/hopper.pt"], "one panel, one task"),
