@@ -74,7 +74,10 @@ PEERS = """## Minutes to a score, beside other libraries
 Each run trains for the same minutes on the same core. Our trainers have the defaults of the task, SB3 has the tuned
 settings of RL Baselines3 Zoo (for SAC on the pendulum SB3's defaults), and CleanRL-style PPO has CleanRL's published
 settings on one environment. The clock excludes imports, evaluations and compilation: add the last column for a first
-start. Other work ran on the other core. Our SAC on HalfCheetah ended before its time: its 160 thousand steps were done.
+start. A score is that of the last evaluation within the minutes, or at most a fiftieth later, because a library
+finishes its rollout first. Our trainers evaluate at fixed numbers of steps, so their last evaluation may be more than
+half a minute old. Other work ran on the other core. Our SAC on HalfCheetah ended before its time: its 160 thousand
+steps were done.
 """
 
 SETTINGS = """## Settings on the same budget

@@ -201,6 +201,11 @@ def scores(name: str, runs: list[dict]) -> str:
     return table(f"scores in Gymnasium's own environments, {name}", header, rows)
 
 
+def in_time(run: dict) -> list:
+    """The evaluations (steps, s, score) within the minutes of a run, or a fiftieth later: a peer ends its rollout."""
+    return [point for point in run["curve"] if point[1] <= 1.02 * 60 * run["minutes"]]
+
+
 def peers(env_id: str, runs: list[dict]) -> str:
     """Scores after the same minutes of training on the same core, and seconds to a score."""
     rows, goal = [], PEERS_GOALS[env_id]
@@ -208,10 +213,11 @@ def peers(env_id: str, runs: list[dict]) -> str:
         members = [run for run in runs if run["contender"] == contender]
         if not members:
             continue
-        reached = [next((t for _, t, score in run["curve"] if score >= goal), None) for run in members]
+        curves = [in_time(run) for run in members]
+        reached = [next((t for _, t, score in curve if score >= goal), None) for curve in curves]
         compiled = [run["compile_seconds"] for run in members]
-        steps = statistics.median_low(run["curve"][-1][0] for run in members)
-        row = [title, str(len(members)), f"{steps:,}", each([run["curve"][-1][2] for run in members])]
+        steps = statistics.median_low(curve[-1][0] for curve in curves)
+        row = [title, str(len(members)), f"{steps:,}", each([curve[-1][2] for curve in curves])]
         rows.append([*row, each(reached), each(compiled) if any(compiled) else "0"])
     header = ["", "seeds", "environment steps", "score of each seed (10 episodes)"]
     header += [f"{goal:,} reached after, s", "compilation, s"]

@@ -723,3 +723,12 @@ def test_a_command_that_a_trainer_refuses_is_found(name, change, tmp_path):
     trainer = importlib.import_module(words[1].removesuffix(".py"))
     with pytest.raises(trainer.InputError):
         accept([*words, *change])
+
+
+def test_a_score_after_the_minutes_does_not_count():
+    runs = [
+        dict(contender="ours-ppo", minutes=3, compile_seconds=90.0, curve=[[5, 100.0, 20.0], [9, 205.0, 4000.0]]),
+        dict(contender="sb3-ppo", minutes=3, compile_seconds=0.0, curve=[[4, 90.0, 10.0], [8, 182.0, 3100.0]]),
+    ]
+    text = tables.peers("HalfCheetah-v5", runs)
+    assert "| ours, PPO | 1 | 5 | 20 | - | 90 |" in text and "| SB3, PPO | 1 | 8 | 3,100 | 182 | 0 |" in text

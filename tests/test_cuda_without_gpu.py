@@ -231,7 +231,7 @@ def guard(tmp_path_factory):
 
 
 def run_on_fake_cuda(guard, name: str, *faults: str) -> subprocess.CompletedProcess:
-    """In a process of its own, because functions of PyTorch are replaced for good."""
+    """Run in a new process, because the test replaces functions of PyTorch and cannot restore them."""
     command = [sys.executable, fake_cuda.__file__, guard, name, *faults]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 

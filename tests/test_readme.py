@@ -136,8 +136,9 @@ def claims():
     peers = []
     for name in ("ours-ppo", "sb3-ppo"):
         curves = [result(f"peers/HalfCheetah-v5/{name}-seed{seed}.json")["curve"] for seed in (1, 2, 3)]
-        peers.append(f"{statistics.median(curve[-1][2] for curve in curves):,.0f}")
-    yield f"HalfCheetah scores {peers[0]} with our PPO and {peers[1]} with SB3's"
+        last = [[score for _, seconds, score in curve if seconds <= 183.6][-1] for curve in curves]
+        peers.append(f"{statistics.median(last):,.0f}")
+    yield f"minutes after compilation, HalfCheetah scores {peers[0]} with our PPO and {peers[1]} with SB3's"
     for algorithm, steps in (("sac", "SAC scores {} on HalfCheetah after {:,} steps"), ("ppo", "PPO {} after {:,}")):
         suffix = "" if algorithm == "sac" else "-ppo"
         runs = [result(f"sac/HalfCheetah-v5{suffix}-seed{seed}.json") for seed in (1, 2, 3)]

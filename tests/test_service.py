@@ -1,6 +1,6 @@
 """What the PyTorch trainers share in vecsim_torch.py: signals, errors, checkpoint, run folder, log, profile.
 
-PPO stands for all three. Where the trainers do more themselves, their own tests check that too."""
+The tests run PPO, because all three trainers call the same functions. Tests of a trainer check what only it does."""
 
 from __future__ import annotations
 
