@@ -2610,6 +2610,12 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
+CUDA_CHUNK = 16_384  # on a GPU: the kernel that factorises Humanoid's matrix spills its registers from 32,768 on
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A copy (N, k) of x (k, N), or the other way round."""
+    return torch.clone(x.T, memory_format=torch.contiguous_format)
 
 
 def normal_tensors(method: Callable) -> Callable:
@@ -2655,7 +2661,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     max_episode_steps   the time limit
     random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
     compile             compile the step; on CUDA also capture it as one graph
-    chunk               environments stepped together; default all on a GPU, and what fits the cache on a CPU
+    chunk               environments stepped together; default at most 16,384 on a GPU, and what fits the cache on a CPU
     randomize           True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
                         Single fields may be given as "randomize.friction", on top of those
     observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none
@@ -2715,6 +2721,8 @@ class VecSim(gymnasium.vector.VectorEnv):
                 f"take too long to compile, at most {COMPILED_ROWS}; use fewer pair_slots, condim 1, "
                 "self_collision=False or compile=False"
             )
+        if has_cuda_graphs(self.device) and not compile:
+            print("compile=False on a GPU launches tens of thousands of kernels a step: very slow", file=sys.stderr)
         self.settings = Settings(
             task=self.task,
             integrator=integrator or self.model.integrator,
@@ -2737,7 +2745,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._prepare_chunks(chunk)
         sums = len(STATISTICS) + len(self.task.averaged)
         self._statistics = torch.zeros(sums, dtype=torch.float64, device=self.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: Callable[[Tensor], Transition] | None = None
 
     # -- random numbers ------------------------------------------------------------------------------------------------
 
@@ -2813,7 +2821,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         if chunk is None:
             share = math.ceil(self.num_envs / cores / 64) * 64  # one chunk for each core, in whole vectors
-            chunk = self.num_envs if self.device.type == "cuda" else min(CPU_CHUNK, share)
+            chunk = min(CUDA_CHUNK if self.device.type == "cuda" else CPU_CHUNK, share)
         starts = range(0, self.num_envs, chunk)
         self._slices = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
         self._carries: list[Carry] = []
@@ -2886,16 +2894,16 @@ class VecSim(gymnasium.vector.VectorEnv):
         actions = actions.to(self.device, self.dtype)
         if self.compiled and has_cuda_graphs(self.device):
             with torch.cuda.device(self.device):
-                t = self._replay(actions)
+                t, copy = self._replay(actions.T), torch.clone  # the next replay overwrites its results
         else:
-            t = self._step_chunks(torch.clone(actions.T, memory_format=torch.contiguous_format))
-        terms = {"invalid": t.invalid, **t.terms}
-        info = {"final_obs": t.final_obs.T.contiguous(), "_final_obs": t.ended} | terms
-        info |= {"final_info": terms, "_final_info": t.ended}
+            t, copy = self._step_chunks(transposed(actions)), lambda x: x
+        terms, ended = map_tensors(copy, {"invalid": t.invalid, **t.terms}), copy(t.ended)
+        info = {"final_obs": transposed(t.final_obs), "_final_obs": ended} | terms
+        info |= {"final_info": terms, "_final_info": ended}
         if self.single_critic_space:
             critic_obs = {"critic_obs": t.critic_obs, "final_critic_obs": t.final_critic_obs}
-            info |= {name: rows.T.contiguous() for name, rows in critic_obs.items()}
-        return t.obs.T.contiguous(), t.reward, t.terminated, t.truncated, info
+            info |= map_tensors(transposed, critic_obs)
+        return transposed(t.obs), copy(t.reward), copy(t.terminated), copy(t.truncated), info
 
     def _step_chunks(self, action: Tensor) -> Transition:
         """`environment_step` of every chunk, from action (nu, N). Updates states and statistics in place."""
@@ -2918,30 +2926,19 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._statistics += torch.stack(sums).sum(1, dtype=torch.float64)
         return t
 
-    def _replay(self, actions: Tensor) -> Transition:
+    def _replay(self, action: Tensor) -> Transition:
         """`_step_chunks` as one CUDA graph: captured in the first call, then one launch with fresh random numbers."""
-        if self._graph is None:
-            self._action = torch.clone(actions.T, memory_format=torch.contiguous_format)  # never the caller's memory
+        if self._captured is None:
             carry, statistics = self._get_carry(), self._statistics.clone()
             generator_states = [generator.get_state() for generator in self._generators]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # compile and warm up off the capture stream
-                    self._step_chunks(self._action)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._set_carry(carry)
-            self._statistics.copy_(statistics)
-            graph = torch.cuda.CUDAGraph()
-            for generator, old in zip(self._generators, generator_states, strict=True):
-                generator.set_state(old)
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):
-                self._transition = self._step_chunks(self._action)
-            self._graph = graph  # only now: a capture that failed leaves nothing to replay
-        self._action.copy_(actions.T)
-        self._graph.replay()
-        return map_tensors(torch.clone, self._transition)
+            try:
+                self._captured = capture(self._step_chunks, (action,), self._generators)
+            finally:  # the warm-up leaves no trace
+                self._set_carry(carry)
+                self._statistics.copy_(statistics)
+                for generator, state in zip(self._generators, generator_states, strict=True):
+                    generator.set_state(state)
+        return self._captured(action)
 
     # -- statistics and state ------------------------------------------------------------------------------------------
 
@@ -3686,13 +3683,13 @@ def make_optimizer(module: torch.nn.Module, learning_rate: Tensor) -> torch.opti
     return optimizer
 
 
-def capture(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
+def capture(function: Callable, inputs: tuple[Tensor, ...], generators: Sequence[torch.Generator] = ()) -> Callable:
     """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
 
-    The function must not copy from the device to the host. It runs three times as a warm-up before the capture; the
-    caller restores what these calls change.
+    The function must not copy from the device to the host, and draws random numbers only from `generators`. It runs
+    three times as a warm-up before the capture, which compiles it; the caller restores what these calls change.
     """
-    static_inputs = tuple(x.clone() for x in inputs)
+    static_inputs = tuple(torch.clone(x, memory_format=torch.contiguous_format) for x in inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -3700,6 +3697,8 @@ def capture(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
             function(*static_inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         outputs = function(*static_inputs)
 

@@ -87,12 +87,11 @@ def test_a_captured_run_is_the_plain_run_bit_for_bit(name, plain_runs, monkeypat
 
 
 WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its name, a piece of its source, a fault
-    "the learner's inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
+    "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
     "PPO's state is not restored": ("ppo", ppo, "build_functions", "x.copy_(saved)", "pass"),
     "SAC's state is not restored": ("sac", sac, "build_functions", "x.copy_(saved)", "pass"),
     "observation statistics move to another address": (
         "ppo", ppo.RunningStatistics, "update", "self.mean += shift", "self.mean = self.mean + shift"),
-    "the action is not copied": ("ppo", vecsim.VecSim, "_replay", "self._action.copy_(actions.T)", "pass"),
     "the simulator's state moves to another address": (
         "ppo", vecsim.VecSim, "_set_carry", "if not self._carries:", "if True:"),
 }  # fmt: skip
@@ -102,14 +101,14 @@ REFUSALS = {  # the same, and what the capture says
         "ppo", ppo, "apply_gradients", "optimizer.step()", "optimizer.step(), agent.log_std[0].item()"),
     "a generator is not registered": (
         "this generator is not registered",
-        "ppo", vecsim.VecSim, "_replay", "graph.register_generator_state(generator)", "pass"),
+        "ppo", vecsim, "capture", "graph.register_generator_state(generator)", "pass"),
 }  # fmt: skip
-OF_REPLAY = {  # a piece of the source of VecSim._replay, and a fault
-    "the warm-up leaves its state": ("self._set_carry(carry)", "pass"),
-    "the warm-up leaves its statistics": ("self._statistics.copy_(statistics)", "pass"),
-    "the warm-up leaves its random generators": ("generator.set_state(old)", "pass"),
-    "the next step overwrites results": ("map_tensors(torch.clone, self._transition)", "self._transition"),
-}
+OF_A_STEP = {  # a method of VecSim, a piece of its source, and a fault
+    "the warm-up leaves its state": ("_replay", "self._set_carry(carry)", "pass"),
+    "the warm-up leaves its statistics": ("_replay", "self._statistics.copy_(statistics)", "pass"),
+    "the warm-up leaves its random generators": ("_replay", "generator.set_state(state)", "pass"),
+    "the next step overwrites results": ("step", "(actions.T), torch.clone", "(actions.T), lambda x: x"),
+}  # fmt: skip
 
 
 @needs_tested_torch
@@ -143,15 +142,9 @@ def steps_of(env: vecsim.VecSim, count: int) -> list:
 
 
 def make_env() -> vecsim.VecSim:
-    """With both random generators, automatic resets and delayed actions."""
-    options = dict(
-        integrator="euler",
-        iterations=1,
-        randomize={"mass": 0.2},
-        max_episode_steps=3,
-        observation_noise=0.1,
-        action_delay_ms=40.0,
-    )
+    """Two chunks, with both random generators, automatic resets and delayed actions."""
+    options = dict(integrator="euler", iterations=1, chunk=4, max_episode_steps=3, random_initial_ages=True)
+    options |= dict(randomize={"mass": 0.2}, observation_noise=0.1, action_delay_ms=40.0)
     env = vecsim.make("InvertedPendulum-v5", 6, compile=True, seed=2, **options)
     env.reset()
     return env
@@ -181,13 +174,23 @@ def test_a_captured_simulator_steps_resets_and_loads_like_the_plain_one(monkeypa
 
 
 @needs_tested_torch
-@pytest.mark.parametrize("fault", OF_REPLAY)
+@pytest.mark.parametrize("fault", OF_A_STEP)
 def test_a_captured_step_shows_the_fault(fault, right_steps, monkeypatch):
     with captured(monkeypatch):
-        monkeypatch.setattr(vecsim.VecSim, "_replay", broken(vecsim.VecSim, "_replay", *OF_REPLAY[fault]))
+        replacement = OF_A_STEP[fault]
+        monkeypatch.setattr(vecsim.VecSim, replacement[0], broken(vecsim.VecSim, *replacement))
         wrong = steps_of(make_env(), 3)
     with pytest.raises(AssertionError):
         assert_same(wrong, right_steps)
+
+
+@needs_tested_torch
+def test_a_replay_leaves_the_callers_actions_alone(monkeypatch):
+    """With one actuator the transposed actions are no copy by themselves."""
+    with captured(monkeypatch):
+        env, first = make_env(), torch.ones(6, 1)
+        env.step(first), env.step(-first)
+    assert torch.equal(first, torch.ones(6, 1))
 
 
 @needs_tested_torch
@@ -215,6 +218,21 @@ def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_pat
         with pytest.raises(RuntimeError, match="^no compiler here$"):
             train(name, tmp_path)
     assert not graphs
+
+
+def test_chunks_on_a_gpu_are_smaller_than_what_spills_registers():
+    """The device is only a name here: nothing runs on it."""
+    env = vecsim.make("InvertedPendulum-v5", 40_000)
+    env.device = torch.device("cuda")
+    env._prepare_chunks(None)
+    assert [part.stop - part.start for part in env._slices] == [16_384, 16_384, 7_232]
+
+
+def test_a_gpu_without_compilation_is_told_to_be_slow(monkeypatch, capsys):
+    monkeypatch.setattr(vecsim, "has_cuda_graphs", lambda device: True)
+    vecsim.make("InvertedPendulum-v5", 2, compile=False)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "very slow" in said
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,11 @@ tolerance: Gymnasium, and compiled against eager.
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
 import inspect
 import math
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import mujoco
@@ -829,47 +827,6 @@ def test_cuda_graph(env_id):
     copies = [x.clone() for x in kept[:4]]
     graph.step(action)
     assert same(list(kept[:4]), copies)
-
-
-class FakeCUDA:
-    """What `_replay` uses of torch.cuda, on a CPU: the capture runs, a replay does nothing."""
-
-    def __init__(self, monkeypatch):
-        self.fails = False
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        graph = SimpleNamespace(register_generator_state=lambda generator: None, replay=lambda: None)
-        fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": lambda: graph}
-        fakes |= {"stream": lambda x: contextlib.nullcontext(), "graph": self.capture}
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-
-    @contextlib.contextmanager
-    def capture(self, graph):
-        if self.fails:
-            raise RuntimeError("capture failed")
-        yield
-
-
-@pytest.mark.parametrize("env_id, n", [("InvertedPendulum-v5", 4), ("Hopper-v5", 1)])
-def test_a_replay_leaves_the_callers_actions_alone(env_id, n, monkeypatch):
-    """One actuator or one robot: there the transposed actions are contiguous, and no copy by themselves."""
-    FakeCUDA(monkeypatch)
-    env = vecsim.make(env_id, n, **FAST)
-    env.reset(seed=0)
-    first, kept = random_actions(env, 1), random_actions(env, 1)
-    with torch.no_grad():
-        env._replay(first), env._replay(random_actions(env, 2))
-    assert torch.equal(first, kept)
-
-
-def test_a_failed_capture_is_not_replayed(monkeypatch):
-    cuda = FakeCUDA(monkeypatch)
-    env = vecsim.make("InvertedPendulum-v5", 4, **FAST)
-    env.reset(seed=0)
-    cuda.fails = True
-    with torch.no_grad(), pytest.raises(RuntimeError, match="capture failed"):
-        env._replay(random_actions(env))
-    assert env._graph is None
 
 
 def test_inference_mode_leaves_an_ordinary_environment():
