@@ -207,6 +207,26 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
 
 
 @needs_tested_torch
+@pytest.mark.parametrize("replayed", [True, False])
+def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(replayed, monkeypatch, tmp_path):
+    """A capture computes nothing: without a replay the warm-up of the step would see arbitrary memory."""
+    seen, apply_gradients = [], ppo.apply_gradients
+
+    def watching(agent, *others):
+        seen.append(torch.stack([x.grad.isfinite().all() for x in agent.parameters()]).all())
+        apply_gradients(agent, *others)
+
+    monkeypatch.setattr(ppo, "apply_gradients", watching)
+    if not replayed:
+        monkeypatch.setattr(
+            ppo, "build_functions", broken(ppo, "build_functions", "accumulate(*example)  #", "pass  #")
+        )
+    with captured(monkeypatch):
+        train("ppo", tmp_path)
+    assert all(seen) == replayed
+
+
+@needs_tested_torch
 @pytest.mark.parametrize("name", ["ppo", "sac"])
 def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_path):
     """It shows before any graph, in its own words."""
