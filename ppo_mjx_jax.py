@@ -220,6 +220,8 @@ class Args:
     """adaptive schedule: highest learning rate (> 0); the lowest is 1e-5"""
 
 
+# Options of Humanoid that this script does not have.
+UNSUPPORTED = ("include_cinert_in_observation", "include_cvel_in_observation", "include_qfrc_actuator_in_observation")
 TASKS = {  # what is different for a task
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)
@@ -233,12 +235,7 @@ TASKS = {  # what is different for a task
     ),
     "Humanoid-v5": dict(
         total_timesteps=4_500_000,
-        env_kwargs={
-            "include_cinert_in_observation": False,
-            "include_cvel_in_observation": False,
-            "include_qfrc_actuator_in_observation": False,
-            "include_cfrc_ext_in_observation": False,
-        },
+        env_kwargs=dict.fromkeys((*UNSUPPORTED, "include_cfrc_ext_in_observation"), False),
     ),
 }  # fmt: skip
 
@@ -300,11 +297,9 @@ class Hyperparameters(NamedTuple):
 
 def check_flags(args: Args):
     """InputError names the rule that a flag breaks and, if it can, the nearest legal values."""
-    counts = (
-        "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches solver_iterations ls_iterations"
-    )
+    counts = "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches"
     rules = (  # flags, whether a value is legal, and the rule in words
-        (counts, lambda x: x >= 1, ">= 1"),
+        (f"{counts} solver_iterations ls_iterations", lambda x: x >= 1, ">= 1"),
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed", lambda x: 0 <= x <= 2_000_000_000, "between 0 and 2,000,000,000"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
@@ -374,9 +369,6 @@ class Task(NamedTuple):
     frame_skip: int  # physics steps per environment step
     max_episode_steps: int
     observation_size: int
-
-
-UNSUPPORTED = ("include_cinert_in_observation", "include_cvel_in_observation", "include_qfrc_actuator_in_observation")
 
 
 def make_task(args: Args) -> Task:
@@ -516,12 +508,10 @@ def reward_of(task: Task, data: mjx.Data, action: jax.Array, x_velocity: jax.Arr
     reward -= options["ctrl_cost_weight"] * jnp.square(action).sum()
     if not options.get("contact_cost_weight"):
         return reward
-    force = data._impl.cfrc_ext
+    force, weight = data._impl.cfrc_ext, options["contact_cost_weight"]
     if task.env_id == "Ant-v5":
-        return (
-            reward - options["contact_cost_weight"] * jnp.square(jnp.clip(force, *options["contact_force_range"])).sum()
-        )
-    return reward - jnp.clip(options["contact_cost_weight"] * jnp.square(force).sum(), *options["contact_cost_range"])
+        return reward - weight * jnp.square(jnp.clip(force, *options["contact_force_range"])).sum()
+    return reward - jnp.clip(weight * jnp.square(force).sum(), *options["contact_cost_range"])
 
 
 def with_contact_wrenches(task: Task, data: mjx.Data) -> mjx.Data:
@@ -758,9 +748,8 @@ def policy_mean(setup: Setup, parameters: dict, statistics: Statistics, obs: jax
 
 def values_of(setup: Setup, state: AgentState, obs: jax.Array) -> jax.Array:
     """V: (..., observation) -> (...), in scaled reward units."""
-    value = setup.critic.apply(
-        state.parameters["critic"]["network"], network_input(setup.args, state.obs_statistics, obs)
-    )
+    seen = network_input(setup.args, state.obs_statistics, obs)
+    value = setup.critic.apply(state.parameters["critic"]["network"], seen)
     return state.return_statistics.denormalize(value[..., 0])
 
 
@@ -1275,62 +1264,46 @@ def plot_curve(run_dir: Path, title: str):
 EVALUATION_SEED = 1_000_000  # added to an agent's seed, so that evaluation starts in states that training has not drawn
 
 
-class Score(NamedTuple):
-    """The episodes of one agent, (eval_episodes,) each."""
+def evaluate_in_mjx(setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array) -> list[jax.Array]:
+    """One agent in the training physics: return, length and whether it was quarantined (eval_episodes,) of each."""
+    episodes, step = setup.args.eval_episodes, jax.vmap(functools.partial(autoreset_step, setup.env))
 
-    episode_return: jax.Array
-    length: jax.Array
-    failed: jax.Array  # bool: quarantined, so the episode does not count
-
-
-def evaluate_in_mjx(setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array) -> Score:
-    """One agent in the training physics, each episode until its first end."""
-    episodes = setup.args.eval_episodes
-    step = jax.vmap(functools.partial(autoreset_step, setup.env))
-
-    def body(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
-        slots, running, score = carry
+    def body(slots: Slot, key: jax.Array) -> tuple[Slot, tuple]:
         mean = policy_mean(setup, parameters, statistics, slots.obs)
-        slots, transition = step(slots, mean, mean, jax.random.split(key, episodes))
-        episode_return = score.episode_return + running * transition.reward
-        score = Score(episode_return, score.length + running, score.failed | (running & transition.invalid))
-        return (slots, running & ~(transition.terminated | transition.truncated | transition.invalid), score), None
+        slots, now = step(slots, mean, mean, jax.random.split(key, episodes))
+        return slots, (now.terminated | now.truncated | now.invalid, now.episode_return, now.length, now.invalid)
 
     key, key_slots = jax.random.split(key)
     slots = jax.vmap(functools.partial(first_slot, setup.env, False))(jax.random.split(key_slots, episodes))
-    running = jnp.ones(episodes, bool)
-    score = Score(jnp.zeros_like(slots.episode_return), jnp.zeros_like(slots.length), ~running)
-    (_, _, score), _ = jax.lax.scan(body, (slots, running, score), jax.random.split(key, setup.env.max_episode_steps))
-    return score
+    _, (ended, *rows) = jax.lax.scan(body, slots, jax.random.split(key, setup.env.max_episode_steps))
+    first = ended.argmax(0)[None]  # the time limit ends every episode by the last step
+    return [jnp.take_along_axis(x, first, 0)[0] for x in rows]
 
 
-def evaluate_in_gymnasium(args: Args, act: Callable, seed: int) -> Score:
+def evaluate_in_gymnasium(args: Args, act: Callable, seed: int) -> list[np.ndarray]:
     """The same in gymnasium.make(env_id): MuJoCo C with the MJCF's own integrator and solver."""
     envs = [gymnasium.make(args.env_id, **args.env_kwargs) for _ in range(args.eval_episodes)]
     obs = np.stack([one.reset(seed=seed + i)[0] for i, one in enumerate(envs)])
-    score = Score(np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool))
-    running = ~score.failed
+    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
     while running.any():
         action = np.asarray(act(obs))
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
-            score.episode_return[i] += reward
-            score.length[i] += 1
+            returns[i] += reward
+            lengths[i] += 1
             running[i] = not (terminated or truncated)
     for one in envs:
         one.close()
-    return score
+    return [returns, lengths, running]  # all False: none is quarantined
 
 
-def summary(score: Score) -> dict | None:
+def summary(returns: np.ndarray, lengths: np.ndarray, failed: np.ndarray) -> dict | None:
     """Over the episodes that were not quarantined; None where none is left."""
-    returns, lengths = (np.asarray(x)[~np.asarray(score.failed)] for x in (score.episode_return, score.length))
+    returns, lengths = (np.asarray(x)[~np.asarray(failed)] for x in (returns, lengths))
     if not len(returns):
         return None
-    return dict(
-        mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()), episodes=len(returns),
-        mean_length=float(lengths.mean()),
-    )  # fmt: skip
+    moments = dict(mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()))
+    return moments | dict(episodes=len(returns), mean_length=float(lengths.mean()))
 
 
 def score_in_gymnasium(setup: Setup, state: AgentState, seeds: np.ndarray) -> list[dict | None]:
@@ -1342,34 +1315,29 @@ def score_in_gymnasium(setup: Setup, state: AgentState, seeds: np.ndarray) -> li
         return to_env(env.action_low, env.action_high, policy_mean(setup, parameters, statistics, obs))
 
     for i, seed in enumerate(seeds):
-        policy = jax.tree.map(lambda x, i=i: x[i], policies)
-        finite, first_seed = all(np.isfinite(x).all() for x in jax.tree.leaves(policy)), int(seed) + EVALUATION_SEED
-        score = evaluate_in_gymnasium(setup.args, functools.partial(act, *policy), first_seed) if finite else None
-        scores.append(score and summary(score))
+        policy, score = jax.tree.map(lambda x, i=i: x[i], policies), None
+        if all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
+            act_of_agent = functools.partial(act, *policy)
+            score = summary(*evaluate_in_gymnasium(setup.args, act_of_agent, int(seed) + EVALUATION_SEED))
+        scores.append(score)
     return scores
 
 
 def evaluate(setup: Setup, state: AgentState, own_env: bool) -> list[dict]:
     """Score every agent in MJX and, unless the environment is the caller's own, in Gymnasium."""
-    _, seeds = hyperparameters(setup.args)
-    _, values = parse_sweep(setup.args.sweep)
-    policies = jax.device_get((state.parameters, state.obs_statistics))
+    (_, seeds), (_, values) = hyperparameters(setup.args), parse_sweep(setup.args.sweep)
     keys = jax.vmap(jax.random.PRNGKey)(seeds + EVALUATION_SEED)
-    in_mjx = jax.device_get(jax.jit(jax.vmap(functools.partial(evaluate_in_mjx, setup)))(*policies, keys))
+    in_mjx = jax.jit(jax.vmap(functools.partial(evaluate_in_mjx, setup)))
+    in_mjx = jax.device_get(in_mjx(*jax.device_get((state.parameters, state.obs_statistics)), keys))
     in_gymnasium = [None] * len(seeds) if own_env else score_in_gymnasium(setup, state, seeds)
     agents = []
     for i, seed in enumerate(seeds):
-        agent = dict(seed=int(seed), mjx=summary(jax.tree.map(lambda x, i=i: x[i], in_mjx)), gymnasium=in_gymnasium[i])
-        if setup.args.sweep:
-            agent["value"] = values[i // setup.args.num_seeds]
+        agent = dict(seed=int(seed), mjx=summary(*(x[i] for x in in_mjx)), gymnasium=in_gymnasium[i])
+        known = {name: agent[name] for name in ("mjx", "gymnasium") if agent[name]}
         decisive = agent["mjx" if own_env else "gymnasium"]
-        agent["score"] = decisive and decisive["mean"]
-        agents.append(agent)
-        scores = [
-            f"{name} {agent[name]['mean']:.1f} +- {agent[name]['std']:.1f} (worst {agent[name]['min']:.1f})"
-            for name in ("mjx", "gymnasium")
-            if agent[name]
-        ]
+        agent |= {"value": values[i // setup.args.num_seeds]} if setup.args.sweep else {}
+        agents.append(agent | dict(score=decisive and decisive["mean"]))
+        scores = ["{} {mean:.1f} +- {std:.1f} (worst {min:.1f})".format(name, **x) for name, x in known.items()]
         value = f", value {agent['value']:g}" if setup.args.sweep else ""
         print(f"seed {seed}{value}: {', '.join(scores) or 'no score, because it diverged'}")
     return agents
