@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -41,27 +43,19 @@ def short(value: float, _: int | None = None) -> str:
     return f"{value:.3g}"
 
 
-def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels in a grid."""
-    columns = min(columns, count)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * lines + 0.5), layout="constrained")
+def panels(
+    path: Path, items: list, columns: int, size: tuple, title: str = "", runs: list[dict] = ()
+) -> Iterator[tuple]:
+    """Each item with its panel of a grid, which is saved at the end: a title above, these runs' hardware below."""
+    if not items:
+        return
+    columns = min(columns, len(items))
+    lines = -(-len(items) // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines + 0.5), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes[count:]:
+    for axis in axes[len(items) :]:
         axis.set_visible(False)
-    return figure, axes[:count]
-
-
-def label_axes(axis: Axes, title: str, words: str) -> None:
-    axis.set_title(title)
-    axis.set_xlabel(words)
-    axis.yaxis.set_major_formatter(FuncFormatter(short))
-    axis.grid(axis="y", color=GRID)
-    axis.set_axisbelow(True)
-
-
-def save(figure: Figure, path: Path, title: str = "", runs: list[dict] = ()) -> None:
-    """Write the picture, with a title above and the hardware of these runs below."""
+    yield from zip(axes, items)
     if title:
         figure.suptitle(title, x=0.01, ha="left", size=11)
     if runs:
@@ -69,6 +63,15 @@ def save(figure: Figure, path: Path, title: str = "", runs: list[dict] = ()) -> 
         figure.supxlabel("; ".join(hardware), size=8, color=FAINT)
     figure.savefig(path, dpi=150, facecolor="white")
     print(path)
+
+
+def label_axes(axis: Axes, title: str, words: str) -> None:
+    axis.set_title(title)
+    axis.set_xlabel(words)
+    for line in (axis.xaxis, axis.yaxis):
+        line.set_major_formatter(FuncFormatter(short))
+    axis.grid(axis="y", color=GRID)
+    axis.set_axisbelow(True)
 
 
 def with_curves(results: Path, pattern: str) -> list[dict]:
@@ -104,10 +107,7 @@ def plot_curves(results: Path) -> None:
     runs = [run for run in with_curves(results, "*/*-seed*.json") if run["folder"] in ("ppo", "sac")]
     runs = [run for run in runs if not run["name"].endswith("-ppo") and not run.get("cores_shared")]
     tasks = list(dict.fromkeys(run["env_id"] for run in runs))
-    if not tasks:
-        return
-    figure, axes = panels(len(tasks), 3, 4.2, 3.1)
-    for axis, env_id in zip(axes, tasks):
+    for axis, env_id in panels(results / "curves.png", tasks, 3, (4.2, 3.1), SCORE, runs):
         members = [run for run in runs if run["env_id"] == env_id]
         longest = max(run["curve"][-1][1] for run in members)
         scale, unit = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
@@ -115,35 +115,24 @@ def plot_curves(results: Path) -> None:
         label_axes(axis, env_id, f"{unit} of training")
         axis.set_xlim(left=0)
         axis.set_ylim(min(0.0, 1.1 * min(point[2] for run in members for point in run["curve"])), None)
-    save(figure, results / "curves.png", SCORE, runs)
 
 
 def plot_twins(results: Path) -> None:
     """ppo_mjx_jax.py beside ppo_gpu_torch.py on the same task and batch, over environment steps and over time."""
     runs = with_curves(results, "mjx/*-seed*.json")
     tasks = sorted({run["env_id"] for run in runs}, reverse=True)
-    if not tasks:
-        return
-    figure, axes = panels(2 * len(tasks), 2, 4.5, 3.1)
-    for k, env_id in enumerate(tasks):
-        members = [run for run in runs if run["env_id"] == env_id]
-        for over, words in enumerate(("environment steps", "seconds of training, compilation apart")):
-            axis = axes[2 * k + over]
-            learning_curves(axis, members, over)
-            label_axes(axis, env_id, words)
-            axis.set_xlim(left=0)
-            axis.xaxis.set_major_formatter(FuncFormatter(short))
-    save(figure, results / "mjx/curves.png", f"{SCORE}; same task, batch and flags", runs)
+    items, title = list(itertools.product(tasks, (0, 1))), f"{SCORE}; same task, batch and flags"
+    for axis, (env_id, over) in panels(results / "mjx/curves.png", items, 2, (4.5, 3.1), title, runs):
+        learning_curves(axis, [run for run in runs if run["env_id"] == env_id], over)
+        label_axes(axis, env_id, ("environment steps", "seconds of training, compilation apart")[over])
+        axis.set_xlim(left=0)
 
 
 def plot_off_policy(results: Path) -> None:
     """SAC beside PPO over environment steps; PPO's curve is cut where both have reached the threshold."""
     runs = with_curves(results, "sac/*-seed*.json")
     tasks = sorted({run["env_id"] for run in runs if run["algorithm"] == "sac"})
-    if not tasks:
-        return
-    figure, axes = panels(len(tasks), 3, 4.6, 3.1)
-    for axis, env_id in zip(axes, tasks):
+    for axis, env_id in panels(results / "sac/curves.png", tasks, 3, (4.6, 3.1), SCORE):
         members = [run for run in runs if run["env_id"] == env_id]
         if all(run["algorithm"] == "sac" for run in members):  # PPO was not trained for this comparison: its usual run
             members += with_curves(results, f"ppo/{env_id}-seed*.json")
@@ -154,19 +143,16 @@ def plot_off_policy(results: Path) -> None:
         axis.set_xscale("log")  # PPO takes ten to twenty times as many steps as SAC
         axis.set_xlim(0.8 * min(run["curve"][0][0] for run in members), 1.05 * max(ends))
         label_axes(axis, env_id, "environment steps")
-        axis.xaxis.set_major_formatter(FuncFormatter(short))
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: short(x) if f"{x:.0e}"[0] in "25" else ""))
-    save(figure, results / "sac/curves.png", SCORE)
 
 
 def plot_peers(results: Path) -> None:
     """Scores over minutes of training beside other libraries: thin lines are seeds, a thick one is the median seed."""
     runs = tables.load(results, "peers/*/*-seed*.json")
     tasks = [task for task in tables.PEERS_GOALS if any(run["env_id"] == task for run in runs)]
-    if not tasks:
-        return
-    figure, axes = panels(len(tasks), 3, 4.4, 3.3)
-    for axis, env_id in zip(axes, tasks):
+    between = "; " if len(tasks) > 1 else ";\n"  # a single panel is narrow
+    title = f"Score in gymnasium.make(task) on one CPU core{between}thick: the median seed"
+    for axis, env_id in panels(results / "peers.png", tasks, 3, (4.4, 3.3), title, runs):
         for contender, colour in PEER_COLOURS.items():
             seeds = [run for run in runs if (run["env_id"], run["contender"]) == (env_id, contender)]
             seeds.sort(key=lambda run: run["curve"][-1][2])
@@ -178,10 +164,8 @@ def plot_peers(results: Path) -> None:
                 axis.plot(x, scores, ".-", color=colour, ms=4, **style)
         label_axes(axis, env_id, "minutes of training, compilation apart")
         axis.set_xlim(0, max(run["minutes"] for run in runs if run["env_id"] == env_id) * 1.05)
-    axes[-1].legend(frameon=False, fontsize=8)
-    between = "; " if len(tasks) > 1 else ";\n"  # a single panel is narrow
-    title = f"Score in gymnasium.make(task) on one CPU core{between}thick: the median seed"
-    save(figure, results / "peers.png", title, runs)
+        if env_id == tasks[-1]:
+            axis.legend(frameon=False, fontsize=8)
 
 
 def plot_stages(results: Path) -> None:
@@ -193,19 +177,16 @@ def plot_stages(results: Path) -> None:
         column = {name: k for k, name in enumerate(record["curve_columns"])}
         rows = [row for stage in record["curves"].values() for row in stage]
         shown = [name for name in titles if any(row[column[name]] is not None for row in rows)]
-        figure, axes = panels(len(shown), 3, 4.4, 2.9)
-        for axis, name in zip(axes, shown):
+        title = f"{record['env_id']}: training, with exploration noise and randomised robots"
+        for axis, name in panels(path.with_name("curves.png"), shown, 3, (4.4, 2.9), title):
             for stage, lines in record["curves"].items():
                 points = [(row[column["env_steps"]], row[column[name]]) for row in lines]
                 points = [point for point in points if point[1] is not None]
                 if points:
                     axis.plot(*zip(*points), color=STAGE_COLOURS[stage], lw=1.6, label=stage)
             label_axes(axis, titles[name], "environment steps of the stage")
-            axis.xaxis.set_major_formatter(FuncFormatter(short))
             axis.set_ylim(bottom=0)
             axis.legend(frameon=False, fontsize=8)
-        title = f"{record['env_id']}: training, with exploration noise and randomised robots"
-        save(figure, path.with_name("curves.png"), title)
 
 
 def plot_speed(results: Path) -> None:
@@ -213,12 +194,10 @@ def plot_speed(results: Path) -> None:
     titles = {"sim": "Simulator", "learner": "PPO update alone", "train": "Whole training"}
     records = [record for record in tables.load(results, "benchmark/*.json") if record["mode"] in titles]
     records = [record for record in records if not record["case"].endswith("-quick")] or records
-    if not records:
-        return
     records.sort(key=lambda record: list(titles).index(record["mode"]))
-    tallest = max(len(record["rows"]) for record in records)
-    figure, axes = panels(len(records), 2, 6.6, 0.36 * tallest + 1.0)
-    for axis, record in zip(axes, records):
+    size = 6.6, 0.36 * max((len(record["rows"]) for record in records), default=0) + 1.0
+    title = "Medians, with the lowest and highest window; 0.5×: half as fast as the first"
+    for axis, record in panels(results / "speed.png", records, 2, size, title, records):
         rows, (_, reference) = record["rows"], tables.reference(record)
         colours = [OURS if row["contender"].startswith(("ours", "vecsim")) else THEIRS for row in rows]
         names = [textwrap.fill(row["contender"], 28) for row in rows]
@@ -233,28 +212,19 @@ def plot_speed(results: Path) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(short))
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.spines["left"].set_visible(False)
-        title = "SAC without its simulator" if "sac" in record["case"] else titles[record["mode"]]
+        name = "SAC without its simulator" if "sac" in record["case"] else titles[record["mode"]]
         details = [record["settings"].get(name, "") for name in ("env_id", "integrator")]
-        axis.set_title(", ".join([title, *filter(None, details)]))
+        axis.set_title(", ".join([name, *filter(None, details)]))
         cores = f"{rows[0]['cores']} core{'s' if rows[0]['cores'] > 1 else ''}"
         first_look = "; a first look (--quick)" if record["case"].endswith("-quick") else ""
         axis.set_xlabel(f"{record['unit']}, {cores}{first_look}")
-    save(
-        figure,
-        results / "speed.png",
-        "Medians, with the lowest and highest window; 0.5×: half as fast as the first",
-        records,
-    )
 
 
 def plot_scaling(results: Path) -> None:
     """Physics steps/s over the number of environments."""
     records = [record for record in tables.load(results, "benchmark/scaling-*.json") if "-envs" in record["case"]]
     cases = sorted({tables.family(record) for record in records})
-    if not cases:
-        return
-    figure, axes = panels(len(cases), 3, 5.2, 3.1)
-    for axis, case in zip(axes, cases):
+    for axis, case in panels(results / "scaling.png", cases, 3, (5.2, 3.1), runs=records):
         members = [record for record in records if tables.family(record) == case]
         members.sort(key=lambda record: record["settings"]["num_envs"])
         counts, rows = [record["settings"]["num_envs"] for record in members], [record["rows"][0] for record in members]
@@ -270,7 +240,6 @@ def plot_scaling(results: Path) -> None:
         axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45 if len(counts) > 6 else 0)
         axis.minorticks_off()
         axis.set_ylabel(rows[0]["unit"])
-    save(figure, results / "scaling.png", runs=records)
 
 
 def draw(results: Path) -> None:
