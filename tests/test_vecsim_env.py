@@ -408,7 +408,9 @@ RANDOMIZED = {"randomize": True, "randomize.push": 1.0, "randomize.push_interval
               "observation_noise": 0.1}  # fmt: skip
 
 
-@pytest.mark.parametrize("env_id, options", [("Hopper-v5", RANDOMIZED), ("Ant-v5", {}), ("Humanoid-v5", {})])
+@pytest.mark.parametrize("env_id, options", [
+    ("Hopper-v5", RANDOMIZED), ("Ant-v5", {}), ("Humanoid-v5", {}), ("Quadruped-Rough", {"randomize": True}),
+])  # fmt: skip
 def test_chunks_change_nothing(env_id, options):
     """Sizes that are multiples of 64: torch sums what is left over in another order."""
     options = {"max_episode_steps": 4, **options, **FAST}

@@ -313,25 +313,6 @@ def test_privileged_observation():
     assert flags.single_observation_space.shape == (48 + 187,) and list(flags.observation_slices)[0] == "velocity"
 
 
-@BOTH
-def test_resume(env_id, tmp_path):
-    options = {"max_episode_steps": 5, "random_initial_ages": True, "randomize": True, "action_delay_ms": 25}
-    env, other = make(env_id, 8, **options), make(env_id, 8, **options)
-    rollout(env, 3)
-    torch.save(env.state_dict(), tmp_path / "state.pt")
-    expected, statistics = rollout(env, 6, seed=50), env.pop_statistics()
-    other.reset(seed=99)
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert same(rollout(other, 6, seed=50), expected)
-    assert other.pop_statistics() == statistics and statistics["episodes"] >= 8
-
-
-def test_chunks_change_nothing():
-    whole, parts = (make("Quadruped-Rough", 128, chunk=c, max_episode_steps=3, randomize=True) for c in (128, 64))
-    assert torch.equal(whole.reset(seed=1)[0], parts.reset(seed=1)[0])
-    assert same(rollout(whole, 4), rollout(parts, 4))
-
-
 def test_statistics_average_the_terms():
     env = make("Quadruped-Rough", 16)
     infos = [env.step(random_actions(env, t))[4] for t in range(3)]
