@@ -245,7 +245,7 @@ def test_chunks_on_a_gpu_are_smaller_than_what_spills_registers():
     env = vecsim.make("InvertedPendulum-v5", 40_000)
     env.device = torch.device("cuda")
     env._prepare_chunks(None)
-    assert [part.stop - part.start for part in env._slices] == [16_384, 16_384, 7_232]
+    assert [part.stop - part.start for part in env._parts] == [16_384, 16_384, 7_232]
 
 
 def test_a_gpu_without_compilation_is_told_to_be_slow(monkeypatch, capsys):

@@ -420,6 +420,36 @@ def test_chunks_change_nothing(env_id, options):
     assert whole.pop_statistics() == pytest.approx(parts.pop_statistics())
 
 
+def chunk_sizes(env):
+    return [chunk.shape[1] for chunk in env._split(torch.zeros(1, env.num_envs))]
+
+
+def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
+    for cores, itemsize in ((1, 4), (2, 4), (3, 4), (16, 4), (1, 8), (2, 8)):
+        for num_envs in (*range(1, 300), *range(448, 20_000, 64)):
+            size = vecsim.cpu_chunk(num_envs, cores, itemsize)
+            rounds = math.ceil(num_envs / size / cores)
+            assert size <= vecsim.CPU_CHUNK + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
+            assert rounds <= math.ceil(num_envs / cores / vecsim.CPU_CHUNK)
+            assert rounds * size - num_envs / cores <= rounds * 33  # hardly more than its share
+    compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 256, 1024)}
+    assert compiled == {5: [16], 128: [128], 256: [272], 1024: [1040]}
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 2050, compile=True)) == [688, 688, 688]
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 2050)) == [688, 688, 674]
+
+
+@pytest.mark.slow
+def test_compiled_chunks_and_threads_change_nothing(monkeypatch):
+    """The second chunk of 32 is one of 16 with 16 copies, which count nowhere."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    options = {"compile": True, "max_episode_steps": 3, "random_initial_ages": True, **FAST}
+    whole, parts = (vecsim.make("InvertedPendulum-v5", 48, chunk=chunk, **options) for chunk in (48, 32))
+    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
+    assert same(rollout(whole, 5), rollout(parts, 5)) and chunk_sizes(parts) == [32, 32]
+    assert parts._threads and not whole._threads
+    assert whole.pop_statistics() == pytest.approx(parts.pop_statistics(), nan_ok=True)
+
+
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", pytest.param("Hopper-v5", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(env_id):
     # float32 rounds to 1e-7; the contact problem and the four stages amplify it by some tens
