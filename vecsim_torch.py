@@ -1703,25 +1703,40 @@ def combine_stages(model: Model, state: State, rates: list[Tensor], qaccs: list[
     return State(qpos, state.qvel + model.timestep * qacc, qaccs[0].clone())
 
 
-# Each of these functions is compiled separately. An object of type `Regions` has them as attributes: all compiled, or
-# all eager. The eager ones are the reference.
-REGIONS = (
-    smooth_dynamics, solve_packed, solver_start, newton_system, line_search,
-    implicit_system, semi_implicit, stage, chart_rate, combine_stages,
-)  # fmt: skip
+# The functions of a step by name: all eager, which is the reference, or compiled by `compile_regions`. EAGER is filled
+# where the last of them is defined.
 Regions = types.SimpleNamespace
-EAGER = Regions(**{function.__name__: function for function in REGIONS})
+EAGER = Regions()
+
+
+def begin_dynamics(model: Model, state: State, ctrl: Tensor, run: Regions = EAGER) -> Dynamics:
+    """What `forward` computes before the first Newton iteration."""
+    smooth = run.smooth_dynamics(model, state.qpos, state.qvel, ctrl)
+    unconstrained = run.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
+    return Dynamics(smooth, run.solver_start(model, smooth, state.warmstart, unconstrained))
+
+
+def newton_iteration(model: Model, smooth: Smooth, it: Iterate, run: Regions = EAGER) -> Iterate:
+    """One Newton iteration, with its line search."""
+    matrix, right = run.newton_system(model, smooth, it)
+    return run.line_search(model, smooth, it, run.solve_packed(model, matrix, right))
 
 
 def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions = EAGER) -> Dynamics:
     """Acceleration of `state` under ctrl (nu, N), after a fixed number of Newton iterations."""
-    smooth = run.smooth_dynamics(model, state.qpos, state.qvel, ctrl)
-    unconstrained = run.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
-    it = run.solver_start(model, smooth, state.warmstart, unconstrained)
+    smooth, it = run.begin_dynamics(model, state, ctrl)
     for _ in range(iterations):
-        matrix, right = run.newton_system(model, smooth, it)
-        it = run.line_search(model, smooth, it, run.solve_packed(model, matrix, right))
+        it = run.newton_iteration(model, smooth, it)
     return Dynamics(smooth, it)
+
+
+def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool, run: Regions = EAGER) -> State:
+    """The state after a timestep of mj_Euler or mj_implicit, see `step`."""
+    qacc = dynamics.solution.qacc
+    slowing = torch.zeros_like(qacc).unsqueeze(1)
+    if model.damped or (implicitfast and model.actuator_velocity_bias):
+        slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))
+    return run.semi_implicit(model, state, qacc, slowing)
 
 
 def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions) -> tuple[State, Dynamics]:
@@ -1746,7 +1761,7 @@ def step(
 
     integrator: euler (mj_Euler: implicit in the joints' damping), implicitfast (mj_implicit: also in the actuators'
     damping) or rk4; default the MJCF's own. iterations: of Newton's method, at least 1. run: the compiled or eager
-    `REGIONS`.
+    functions.
 
     For euler and implicitfast, MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint with timestep h and damping B.
     Once Newton's method has converged, the right side is M qacc, and so a = qacc - (M + h B)^-1 h B qacc. This file
@@ -1758,11 +1773,7 @@ def step(
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     dynamics = forward(model, state, ctrl, iterations, run)
-    qacc, implicitfast = dynamics.solution.qacc, integrator == "implicitfast"
-    slowing = torch.zeros_like(qacc).unsqueeze(1)
-    if model.damped or (implicitfast and model.actuator_velocity_bias):
-        slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))
-    return run.semi_implicit(model, state, qacc, slowing), dynamics
+    return run.advance(model, state, dynamics, integrator == "implicitfast"), dynamics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2525,9 +2536,10 @@ def end_step(
     )
 
 
-# All functions that are compiled: those of the physics, and the rest of an environment step.
-ENVIRONMENT_REGIONS = (*REGIONS, randomized_fields, begin_step, end_step)
-EAGER_ENVIRONMENT = Regions(**{function.__name__: function for function in ENVIRONMENT_REGIONS})
+PARTS = smooth_dynamics, solve_packed, solver_start, newton_system, line_search, implicit_system, semi_implicit
+WHOLE = begin_dynamics, newton_iteration, advance  # made of PARTS
+OTHERS = stage, chart_rate, combine_stages, randomized_fields, begin_step, end_step
+vars(EAGER).update((function.__name__, function) for function in (*PARTS, *WHOLE, *OTHERS))
 
 
 @torch.no_grad()
@@ -2550,28 +2562,46 @@ def environment_step(
     return carry, transition._replace(dropped=dropped)
 
 
+def changing_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a compiled function stay on: all except those on constants of the model, the task and globals.
+
+    These constants never change for one `VecSim`, and there are hundreds. The guards on tensors are needed, because a
+    function gets several shapes, and the first Runge-Kutta stage gets the same tensor twice.
+    """
+    needed = "TENSOR_MATCH", "DUPLICATE_INPUT"
+    return [
+        guard.guard_type in needed or not (guard.is_global or re.match(r"(model|robots|settings)\b", guard.name))
+        for guard in guards
+    ]
+
+
 def compile_regions(device: torch.device) -> Regions:
-    """Compiled regions for one model.
+    """Compiled functions for one model, one task and its settings.
+
+    On a CPU, where Python needs some 50 us for a call, WHOLE is compiled: six calls a physics step with Euler. On a
+    GPU, where a graph saves the calls and a larger kernel needs more registers, the PARTS are compiled.
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
-    of the code object. All guards stay on, because a region is called with several shapes (`solve_packed` with 1 and
-    with 1 + nr right-hand sides). On a CPU the generated wrapper is C++ that releases Python's lock, so that threads
-    can step chunks side by side.
+    of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
+    chunks side by side.
     """
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
     options |= {"cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
+        options |= {"guard_filter_fn": changing_guards}
 
     def private(function: Callable) -> Callable:
-        return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        code, defaults = function.__code__.replace(), function.__defaults__
+        return types.FunctionType(code, function.__globals__, function.__name__, defaults)
 
-    return Regions(
-        **{
-            function.__name__: torch.compile(private(function), fullgraph=True, dynamic=False, options=options)
-            for function in ENVIRONMENT_REGIONS
-        }
-    )
+    run = Regions()
+    for function in (*(WHOLE if device.type == "cpu" else PARTS), *OTHERS):
+        compiled = torch.compile(private(function), fullgraph=True, dynamic=False, options=dict(options))
+        setattr(run, function.__name__, compiled)
+    if device.type != "cpu":
+        vars(run).update((function.__name__, functools.partial(function, run=run)) for function in WHOLE)
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2840,7 +2870,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if on_cpu and self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
             self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk) % self.num_envs
         self._carries: list[Carry] = []
-        self._run = compile_regions(self.device) if self.compiled else EAGER_ENVIRONMENT
+        self._run = compile_regions(self.device) if self.compiled else EAGER
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
         self._warm = False  # the first step compiles, without threads
 

@@ -509,17 +509,33 @@ def test_compiled_equals_eager_in_contact(env_id, active):
         assert wrong.max() <= 1e-7  # rounding, 1e-16, times the condition of the contact problem over 20 evaluations
 
 
-def test_compiled_regions_keep_their_guards(monkeypatch):
-    """`solve_packed` gets several numbers of right-hand sides: without guards, one runs the others' kernels."""
-    compile, options = torch.compile, []
+@pytest.mark.parametrize("device, functions", [("cpu", vecsim.WHOLE), ("cuda", vecsim.PARTS)])
+def test_a_gpu_compiles_the_parts_of_what_a_cpu_compiles_whole(device, functions, monkeypatch):
+    """The device is only a name here, and nothing is compiled."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compiled.append(function.__name__) or function)
+    run = vecsim.compile_regions(torch.device(device))
+    assert compiled == [function.__name__ for function in (*functions, *vecsim.OTHERS)]
+    env = vecsim.make("Ant-v5", 4, **FAST)
+    env.reset(seed=0)
+    inputs = env.model, env.state(), random_actions(env).T, "euler", 2
+    assert all(map(torch.equal, vecsim.step(*inputs, run)[0], vecsim.step(*inputs)[0]))
 
-    def spy(function, **given):
-        options.append(dict(given["options"]))
-        return compile(function, **given)
 
-    monkeypatch.setattr(torch, "compile", spy)
+def test_a_compiled_function_knows_its_shapes_and_which_tensors_are_the_same():
+    """The guards on constants are left out, not these. The first Runge-Kutta stage gets the velocity as rate too."""
     env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"))
-    assert len(options) == 13 and not any("guard_filter_fn" in each for each in options)
+    for n in (8, 5, 8):
+        qpos, qvel, other, qacc = (torch.rand(2, n, generator=torch.Generator().manual_seed(k)) for k in range(4))
+        for rate in (qvel, other):
+            inputs = env.model, vecsim.State(qpos, qvel, qacc), env.model.stage_times[0], rate, qacc
+            for ours, exact in zip(run.stage(*inputs), vecsim.stage(*inputs), strict=True):
+                assert ours.shape == exact.shape and (ours - exact).abs().max() <= 1e-6
+
+
+def test_the_compiled_solver_takes_any_number_of_right_hand_sides():
+    """Without guards, one number runs the others' kernels."""
+    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cuda"))  # only a name here
     packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
     for count in (1, 3, 1):
         right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
@@ -531,11 +547,11 @@ def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
     env, seen = vecsim.make("InvertedPendulum-v5", 24, chunk=16), []
     env.reset(seed=0)
 
-    def spy(model, smooth, it, solved):
+    def spy(model, smooth, it):
         seen.append(it.qacc.shape[1])
-        return vecsim.line_search(model, smooth, it, solved)
+        return vecsim.newton_iteration(model, smooth, it)
 
-    monkeypatch.setattr(env, "_run", vecsim.Regions(**vars(vecsim.EAGER_ENVIRONMENT) | {"line_search": spy}))
+    monkeypatch.setattr(env, "_run", vecsim.Regions(**vars(vecsim.EAGER) | {"newton_iteration": spy}))
     errors = vecsim.acceleration_errors(env, random_actions(env), 4)
     assert seen == [16] * 4 and errors.shape == (16,) and errors.max() <= 1e-4
 
