@@ -54,7 +54,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium
 import mujoco
 import numpy as np
 import pandas as pd
@@ -248,6 +247,7 @@ def contract_of(env_id: str) -> Contract:
 
 TRAINERS = {
     "ppo": "ppo_gpu_torch",
+    "ppo_recurrent": "ppo_recurrent_gpu_torch",
     "sac": "sac_gpu_torch",
     "distill": "ppo_distill_teacher_student",
     "ppo_mjx": "ppo_mjx_jax",
@@ -405,7 +405,7 @@ class MujocoC(Vecsim):
         if not name:
             raise ValueError(f"Gymnasium has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
-        make = functools.partial(gymnasium.make, name, disable_env_checker=True, **subject.options)
+        make = vecsim.gymnasium_maker(subject.env_id, subject.options, disable_env_checker=True)
         self.robots = [make() for _ in range(num_envs)]
         if args.integrator != "mjcf":
             for robot in self.robots:
@@ -463,8 +463,9 @@ class Mjx(Vecsim):
         if subject.env_id not in trainer.TASKS:
             raise ValueError(f"ppo_mjx_jax.py has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
+        options, self.columns = vecsim.split_hidden(subject.env_id, subject.options)
         settings = trainer.Args(
-            env_id=subject.env_id, env_kwargs=subject.options, self_collision=True, ls_iterations=8,
+            env_id=subject.env_id, env_kwargs=options, self_collision=True, ls_iterations=8,
             integrator=integrator_of("mjx", self.env),
             solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
         )  # fmt: skip
@@ -483,7 +484,7 @@ class Mjx(Vecsim):
         super().reset(seed)
         self.robots, obs = self.begin(*(x.T.cpu().numpy() for x in super().state()))
         self.age = 0
-        return self.to_torch(obs)
+        return self.to_torch(obs)[:, self.columns]
 
     def state(self) -> tuple[Tensor, Tensor]:
         return self.to_torch(self.robots.qpos).T, self.to_torch(self.robots.qvel).T
@@ -496,7 +497,8 @@ class Mjx(Vecsim):
         speed = self.to_torch((self.robots.x_position - before) / self.seconds) if self.has_speed else missing
         invalid = ~(torch.isfinite(obs).all(1) & torch.isfinite(reward) & (obs.abs().amax(1) < vecsim.RUNAWAY))
         truncated = torch.full_like(terminated, self.age >= self.limit) & ~terminated
-        return Step(obs, reward, terminated & ~invalid, truncated | invalid, invalid, speed, missing)
+        seen = obs[:, self.columns]
+        return Step(seen, reward, terminated & ~invalid, truncated | invalid, invalid, speed, missing)
 
 
 def open_simulator(subject: Subject, name: str, args: Args) -> Vecsim:

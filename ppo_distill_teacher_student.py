@@ -1082,7 +1082,7 @@ class StageRun:
         evaluation |= dict(compile_seconds=self.compile_seconds, vecsim=None, gymnasium=None)
         if args.eval_episodes:
             env.random_initial_ages = False  # whole episodes
-            act, cpu_act = deterministic_policy(self.agent), deterministic_policy(copy.deepcopy(self.agent).cpu())
+            act, cpu_act = vecsim.remembering(self.agent), vecsim.remembering(copy.deepcopy(self.agent).cpu())
             evaluation["vecsim"] = vecsim.evaluate(env, act, args.seed, self.observes)
             evaluation["gymnasium"] = vecsim.evaluate_in_gymnasium(
                 args.env_id, cpu_act, args.eval_episodes, args.seed, args.env_kwargs, self.observes
@@ -1205,26 +1205,11 @@ def load_agent(checkpoint: dict) -> Agent:
     return agent
 
 
-def deterministic_policy(agent: Agent) -> Callable:
-    """act(obs (N, obs), started (N,) bool) -> action (N, actions). It keeps the memory of the N robots between calls.
-
-    started is True where an episode begins; the memory is empty there."""
-    memory = None
-
-    def act(obs: Tensor, started: Tensor) -> Tensor:
-        nonlocal memory
-        memory = agent.empty_memory(len(obs)) if started.all() else memory  # host sync
-        action, memory = agent.act(obs, memory, started)
-        return action
-
-    return act
-
-
 def load_policy(checkpoint: dict) -> Callable:
     """The deterministic policy: act(obs (N, obs), started (N,) bool) -> action (N, actions), on the CPU.
 
     obs is the observation that checkpoint["observes"] names: "critic_obs" for a teacher, else "obs"."""
-    return deterministic_policy(load_agent(checkpoint))
+    return vecsim.remembering(load_agent(checkpoint))
 
 
 class ExportedPolicy(nn.Module):

@@ -1,28 +1,25 @@
-"""PPO for policies with memory: robots that cannot see everything, on one device, without a host in the loop.
+"""PPO for robots that cannot see everything: policy and value function have a memory, a GRU, an LSTM or a minGRU.
 
     python ppo_recurrent_gpu_torch.py --env-id HalfCheetah-v5 --env-kwargs hidden_observations qvel
-    python ppo_recurrent_gpu_torch.py --env-id HalfCheetah-v5 --memory mingru --memory-width 128
+    python ppo_recurrent_gpu_torch.py --env-id HalfCheetah-v5 --memory mingru --memory-width 64 --memory-layers 2
     python ppo_recurrent_gpu_torch.py --env-id Quadruped-Flat --env-kwargs velocity_in_observation False randomize True
-    python ppo_recurrent_gpu_torch.py --env-id Ant-v5 --num-steps 64 --sequence-length 16 --help
-    python ppo_recurrent_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 40000000
-    python ppo_recurrent_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video --export policy.onnx
-    torchrun --nproc-per-node=2 ppo_recurrent_gpu_torch.py --env-id Ant-v5
+    python ppo_recurrent_gpu_torch.py --env-id Ant-v5 --num-steps 64 --sequence-length 16
+    python ppo_recurrent_gpu_torch.py --play runs/NAME/checkpoint.pt --export policy.onnx
 
-It is ppo_gpu_torch.py with a memory, in the same order: a diff shows what memory changes. Policy and value function
-each have a GRU, an LSTM or a minGRU. A value function with privileged observations has none.
+It reads as ppo_gpu_torch.py does, section by section, so that a diff shows what memory changes:
 
-What a memory must not do is forget to forget. Here
-- it is set to 0 where an episode begins, inside a rollout too, and after a quarantined step;
-- V(final_obs) of an episode that the time limit cuts uses the memory of that episode;
-- gradients flow through whole sequences, which begin with the memory that the policy had there;
-- a minibatch is made of whole environments.
+- The memory is set to 0 where an episode begins, inside a rollout too, and after a quarantined step.
+- V(final_obs) of an episode that the time limit cuts has the memory of that episode, not of the next one.
+- Gradients flow through sequences, which begin with the memory that the policy had there.
+- A minibatch is made of whole sequences of whole environments.
+- A value function with privileged observations has no memory.
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
-Your own robot or simulator: as the top of ppo_gpu_torch.py and the docstring of `vecsim_torch.CompletedEnv` say.
+Your own robot or simulator: as the top of vecsim_torch.py and the docstring of `vecsim_torch.CompletedEnv` say.
 
-Sources: those of ppo_gpu_torch.py; GRU, Cho et al. 2014 (arXiv:1406.1078), in the form of cuDNN; LSTM, Hochreiter and
-Schmidhuber 1997, Gers et al. 2000; minGRU, Feng et al. 2024 (arXiv:2410.01201), section 3.1; biases of the gates,
-Tallec and Ollivier 2018 (arXiv:1804.11188).
+Sources: those of ppo_gpu_torch.py; GRU, Cho et al. 2014 (arXiv:1406.1078), in the form of cuDNN; LSTM, Gers et al.
+2000; minGRU, Feng et al. 2024 (arXiv:2410.01201), section 3.1; gate biases, Tallec and Ollivier 2018
+(arXiv:1804.11188).
 """
 
 from __future__ import annotations
@@ -72,7 +69,7 @@ class Args:
     bf16: bool = False
     """run the networks in bfloat16; the physics and the weights stay in float32"""
     run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__ppo_recurrent__<seed>__<time>; resumed: its old folder)"""
+    """output folder without a run (default: runs/<env_id>__ppo_recurrent__<seed>__<time>; resumed: its old folder)"""
     resume: str | None = None
     """checkpoint to continue; omitted flags keep its values, also an adapted learning rate"""
     checkpoint_every: int | None = None
@@ -339,12 +336,11 @@ def gru_step(from_input: Tensor, state: Tensor, from_state: nn.Linear) -> Tensor
     """The state (B, k) after a step. from_input: (B, 3k), the input's part of keep gate, reset gate and candidate."""
     inputs, states = from_input.chunk(3, -1), from_state(state).float().chunk(3, -1)
     keep, reset = (torch.sigmoid(inputs[i] + states[i]) for i in (0, 1))
-    candidate = torch.tanh(inputs[2] + reset * states[2])
-    return keep * state + (1.0 - keep) * candidate
+    return keep * state + (1.0 - keep) * torch.tanh(inputs[2] + reset * states[2])
 
 
 def lstm_step(from_input: Tensor, state: Tensor, from_state: nn.Linear) -> Tensor:
-    """The state (B, 2k) after a step: output and cell. from_input: (B, 4k), the input's part of the four gates."""
+    """The state (B, 2k) after a step: output and cell. from_input: (B, 4k), the input's part of gates and candidate."""
     output, cell = state.chunk(2, -1)
     keep, enter, leave, candidate = (from_input + from_state(output).float()).chunk(4, -1)
     cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
@@ -354,25 +350,22 @@ def lstm_step(from_input: Tensor, state: Tensor, from_state: nn.Linear) -> Tenso
 class Memory(nn.Module):
     """Recurrent layers, one upon the other. They keep nothing between calls: the state comes in and goes out.
 
-    The gates of a minGRU see the input alone: h_t = z_t h_(t-1) + (1 - z_t) (W x_t + b), z_t = sigmoid(V x_t + c).
-    horizon: the initial biases let the units remember for 2 steps, ..., horizon + 1 steps."""
+    The gate of a minGRU sees the input alone: h_t = z_t h_(t-1) + (1 - z_t) (W x_t + b), z_t = sigmoid(V x_t + c)."""
 
-    def __init__(self, kind: str, size: int, width: int, layers: int, horizon: int):
+    def __init__(self, size: int, args: Args):
         super().__init__()
-        self.kind, self.width, self.layers = kind, width, layers
-        gates = dict(gru=3, lstm=4, mingru=2)[kind]
-        self.state_size = layers * width * (2 if kind == "lstm" else 1)
-        self.from_input = nn.ModuleList(nn.Linear(n, gates * width) for n in [size, *[width] * (layers - 1)])
-        recurrent = 0 if kind == "mingru" else layers
-        self.from_state = nn.ModuleList(nn.Linear(width, gates * width) for _ in range(recurrent))
+        self.kind, self.width, self.layers = args.memory, args.memory_width, args.memory_layers
+        gates = dict(gru=3, lstm=4, mingru=2)[self.kind] * self.width
+        self.state_size = self.layers * self.width * (2 if self.kind == "lstm" else 1)
+        self.from_input = nn.ModuleList(nn.Linear(n, gates) for n in [size, *[self.width] * (self.layers - 1)])
+        recurrent = 0 if self.kind == "mingru" else self.layers
+        self.from_state = nn.ModuleList(nn.Linear(self.width, gates) for _ in range(recurrent))
         for linear in [*self.from_input, *self.from_state]:
+            nn.init.orthogonal_(linear.weight)
             nn.init.zeros_(linear.bias)
-            for weight in linear.weight.chunk(gates):
-                nn.init.orthogonal_(weight)
+        horizon = args.sequence_length or args.num_steps  # units begin with memories of 2 to horizon + 1 steps
         for linear in self.from_input:
-            linear.bias.data[:width] = torch.linspace(1.0, horizon, width).log()  # the keep gate comes first
-            if kind == "lstm":
-                linear.bias.data[width : 2 * width] = -linear.bias.data[:width]  # what is kept long enters slowly
+            linear.bias.data[: self.width] = torch.linspace(1.0, horizon, self.width).log()  # of the keep gate
 
     def forward(self, x: Tensor, state: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs (T, B, width) and the states after each step (T, B, state_size) of T steps in order.
@@ -381,15 +374,14 @@ class Memory(nn.Module):
         begins: there the state is set to 0 first."""
         states, begins = [], started[..., None]
         for layer, before in enumerate(state.chunk(self.layers, -1)):
-            from_input = self.from_input[layer](x).float()
+            from_input, after = self.from_input[layer](x).float(), []
             if self.kind == "mingru":
                 keep, candidate = from_input.chunk(2, -1)
                 keep = torch.sigmoid(keep)
                 value, keep = (1.0 - keep) * candidate, torch.where(begins, 0.0, keep)
-                value = torch.cat([value[:1] + keep[:1] * before, value[1:]])
-                after = parallel_scan(keep, value)
+                after = parallel_scan(keep, torch.cat([value[:1] + keep[:1] * before, value[1:]]))
             else:
-                step, after = dict(gru=gru_step, lstm=lstm_step)[self.kind], []
+                step = gru_step if self.kind == "gru" else lstm_step
                 for inputs, begin in zip(from_input.unbind(), begins.unbind(), strict=True):
                     before = step(inputs, torch.where(begin, 0.0, before), self.from_state[layer])
                     after.append(before)
@@ -400,17 +392,14 @@ class Memory(nn.Module):
 
 
 class Network(nn.Module):
-    """An MLP with a memory before or after its hidden layers, or without one. What follows sees the memory's input too.
-
-    Without a memory the state has no columns."""
+    """An MLP with a memory before or after its hidden layers, or none. What follows sees the memory's input too."""
 
     def __init__(self, size: int, hidden: tuple[int, ...], outputs: int, last_gain: float, remembers: bool, args: Args):
         super().__init__()
         early = hidden if args.memory_position == "after" else ()
         self.early = nn.Sequential(mlp([size, *early], math.sqrt(2.0)), nn.ELU()) if early else nn.Identity()
-        features, horizon = [size, *early][-1], args.sequence_length or args.num_steps
-        kind = args.memory, features, args.memory_width, args.memory_layers, horizon
-        self.memory = Memory(*kind) if remembers else None
+        features = [size, *early][-1]
+        self.memory = Memory(features, args) if remembers else None
         self.state_size = self.memory.state_size if remembers else 0
         features += args.memory_width if remembers else 0
         self.late = mlp([features, *hidden[len(early) :], outputs], last_gain)
@@ -419,7 +408,7 @@ class Network(nn.Module):
         """The outputs (T, B, outputs) and the states after each step; the inputs are those of Memory.forward."""
         x = self.early(x)
         if self.memory is None:
-            return self.late(x).float(), state.expand(len(x), -1, -1)
+            return self.late(x).float(), state.expand(len(x), -1, -1)  # states without columns
         remembered, states = self.memory(x, state, started)
         return self.late(torch.cat([x, remembered], -1)).float(), states
 
@@ -502,27 +491,18 @@ class Rollout(NamedTuple):
     invalid: Tensor  # (T, N) bool: quarantined, because the simulation diverged; masked in everything that learns
 
 
-def allocate_rollout(agent: Agent, steps: int, sequence: int, envs: int, privileged: bool) -> Rollout:
+def allocate_rollout(agent: Agent, sizes: Sizes, steps: int) -> Rollout:
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=agent.log_std.device)
 
-    obs, critic_obs, actions = agent.obs_statistics.mean, agent.critic_obs_statistics.mean, agent.log_std
-    seen = zeros(steps, envs, len(obs))
-    critic_seen = zeros(steps, envs, len(critic_obs)) if privileged else seen
-    started, *flags = [zeros(steps, envs, dtype=torch.bool) for _ in range(4)]
-    memory, critic_memory = zeros(steps // sequence, envs, agent.actor.state_size), zeros(envs, agent.critic.state_size)
-    acted = [zeros(steps, envs, len(actions)) for _ in range(2)]
-    return Rollout(
-        seen,
-        started,
-        memory,
-        critic_memory,
-        critic_seen,
-        torch.zeros_like(critic_seen),
-        *acted,
-        zeros(steps, envs),
-        *flags,
-    )
+    statistics = agent.obs_statistics, agent.critic_obs_statistics
+    seen, privileged = (zeros(steps, sizes.envs, len(x.mean)) for x in statistics)
+    privileged = seen if statistics[0] is statistics[1] else privileged
+    memory = zeros(steps // sizes.sequence, sizes.envs, agent.actor.state_size)
+    memories = memory, zeros(sizes.envs, agent.critic.state_size)
+    action, mean = (zeros(steps, sizes.envs, len(agent.log_std)) for _ in range(2))
+    reward, (started, *flags) = zeros(steps, sizes.envs), (zeros(steps, sizes.envs, dtype=torch.bool) for _ in range(4))
+    return Rollout(seen, started, *memories, privileged, torch.zeros_like(privileged), action, mean, reward, *flags)
 
 
 class Batch(NamedTuple):
@@ -626,7 +606,7 @@ def explained_variance(value: Tensor, advantage: Tensor, invalid: Tensor) -> Ten
 
 
 def to_sequences(x: Tensor, envs: Tensor, length: int) -> Tensor:
-    """The sequences (length, B, ...) of some environments, each environment's next to each other, from x (T, N, ...)."""
+    """x (T, N, ...) of some environments as sequences (length, B, ...); those of an environment are side by side."""
     return x[:, envs].unflatten(0, (-1, length)).movedim(0, 2).flatten(1, 2)
 
 
@@ -822,7 +802,7 @@ def make_environment(args: Args, make_env, num_envs: int, device: torch.device, 
 
 def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
     """The score in Gymnasium's own environment, which is on the CPU; None if Gymnasium has no such task."""
-    act = deterministic_policy(copy.deepcopy(agent).cpu())
+    act = vecsim.remembering(copy.deepcopy(agent).cpu())
     return vecsim.evaluate_in_gymnasium(args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs)
 
 
@@ -858,7 +838,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             print("compiling, one to three minutes the first time", flush=True)
 
     # Make the random generators, the environment and the networks; then load the checkpoint into the networks.
-    started = time.perf_counter()
+    began = time.perf_counter()
     if device.type == "cpu" and not args.compile:
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.manual_seed(args.seed)  # the initial weights, the same in every process
@@ -873,7 +853,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     agent = Agent(obs_size, critic_obs_size, env.single_action_space, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = vecsim.make_optimizer(agent, learning_rate)
-    rollout = allocate_rollout(agent, args.num_steps, sizes.sequence, sizes.envs, privileged)
+    rollout = allocate_rollout(agent, sizes, args.num_steps)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         for moments, saved in zip(optimizer.state.values(), checkpoint["moments"], strict=True):
@@ -899,7 +879,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             rollout.critic_memory.copy_(critic_memory)
         if not other_device:
             generator.set_state(mine["generator"])
-    compile_seconds = time.perf_counter() - started
+    compile_seconds = time.perf_counter() - began
 
     terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
     profiler = vecsim.start_profiler(run_dir, sizes.iterations - first_iteration) if args.profile and log else None
@@ -1005,7 +985,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
     if args.eval_episodes:
         env.random_initial_ages = False  # whole episodes
-        evaluation["vecsim"] = vecsim.evaluate(env, deterministic_policy(agent), args.seed)
+        evaluation["vecsim"] = vecsim.evaluate(env, vecsim.remembering(agent), args.seed)
         evaluation["gymnasium"] = score if evaluate_now else score_in_gymnasium(agent, args)
     env.close()
     vecsim.write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
@@ -1030,24 +1010,9 @@ def load_agent(checkpoint: dict) -> Agent:
     return agent
 
 
-def deterministic_policy(agent: Agent):
-    """act(obs (N, obs), started (N,) bool) -> action (N, actions). It keeps the memory of the N robots between calls.
-
-    started is True where an episode begins; the memory is empty there."""
-    memory = None
-
-    def act(obs: Tensor, started: Tensor) -> Tensor:
-        nonlocal memory
-        known = memory is not None and len(memory) == len(obs)
-        action, memory = agent.act(obs, memory if known else agent.empty_memory(len(obs)), started)
-        return action
-
-    return act
-
-
-def load_policy(checkpoint: dict):
-    """The deterministic policy of a checkpoint, on the CPU: see deterministic_policy."""
-    return deterministic_policy(load_agent(checkpoint))
+def load_policy(checkpoint: dict) -> vecsim.Act:
+    """The deterministic policy: act(obs (N, obs), started (N,) bool) -> action (N, actions), on the CPU."""
+    return vecsim.remembering(load_agent(checkpoint))
 
 
 def export(path: str, checkpoint: dict) -> None:
@@ -1070,7 +1035,7 @@ def play(args: Args, make_env=None) -> dict | None:
     check_ranges(args)
     checkpoint, score = load_checkpoint(args.play), None
     agent = load_agent(checkpoint)
-    act = deterministic_policy(agent)
+    act = vecsim.remembering(agent)
     if args.export:
         export(args.export, checkpoint)
     if args.eval_episodes:

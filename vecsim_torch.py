@@ -2312,6 +2312,7 @@ class Settings:
     ranges: dict[str, Range]  # of `choose_ranges`
     observation_noise: float
     delay: int  # physics steps from an action to its effect
+    hidden_observations: tuple[str, ...] | None  # groups of the observation that are left out
 
 
 class Noise(NamedTuple):
@@ -2418,12 +2419,18 @@ def begin_episode(
     return carry, measured, sensed
 
 
+def observed(settings: Settings, model: Model, measured: Measured, sensed: Tensors) -> Tensors:
+    """The groups of the observation, without the hidden ones."""
+    groups, hidden = settings.task.observe(model, measured, sensed), settings.hidden_observations or ()
+    return {name: rows for name, rows in groups.items() if name not in hidden}
+
+
 def observations(
     settings: Settings, model: Model, measured: Measured, sensed: Tensors, noise: Noise
 ) -> tuple[Tensor, Tensor]:
     """obs (obs, N), what the policy sees, with noise; critic_obs (critic obs, N), what only a critic sees."""
     task = settings.task
-    groups = task.observe(model, measured, sensed)
+    groups = observed(settings, model, measured, sensed)
     obs = torch.cat(list(groups.values()))
     if settings.observation_noise:
         scale = torch.cat([task.noise_scale.get(name, 1.0) * torch.ones_like(rows) for name, rows in groups.items()])
@@ -2665,6 +2672,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     randomize           True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
                         Single fields may be given as "randomize.friction", on top of those
     observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none
+    hidden_observations groups that obs leaves out, for example "qvel" or "qvel,cvel"; critic_obs keeps them
     action_delay_ms     actions reach the robot this much later, rounded to physics steps
     timestep_scale      factor of the physics timestep; a control step keeps its number of physics steps
     numpy               `reset` answers in numpy arrays
@@ -2693,6 +2701,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         chunk: int | None = None,
         randomize: bool | dict[str, Any] | None = None,
         observation_noise: float = 0.0,
+        hidden_observations: str | None = None,
         action_delay_ms: float = 0.0,
         timestep_scale: float = 1.0,
         numpy: bool = False,
@@ -2731,6 +2740,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             ranges=choose_ranges(randomize, single, self.task, self.model),
             observation_noise=observation_noise,
             delay=round(action_delay_ms / 1000 / self.model.timestep),
+            hidden_observations=tuple(hidden_observations.split(",")) if hidden_observations else None,
         )
         self.control_step = self.task.frame_skip * self.model.timestep  # s
         self.metadata = {
@@ -2783,7 +2793,11 @@ class VecSim(gymnasium.vector.VectorEnv):
         noise = self._draw_noise()
         model = self._robots(noise.parameters)
         _, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
-        groups = self.task.observe(model, measured, sensed), self.task.privileged(model, measured, sensed)
+        all_groups = self.task.observe(model, measured, sensed)
+        unknown = set(self.settings.hidden_observations or ()) - all_groups.keys()
+        groups = observed(self.settings, model, measured, sensed), self.task.privileged(model, measured, sensed)
+        if unknown or not groups[0]:
+            raise InputError(f"hidden_observations must leave some of {', '.join(all_groups)} and hide nothing else")
         self.observation_slices, self.single_observation_space = spaces_of(groups[0])
         self.critic_slices, self.single_critic_space = spaces_of(groups[1])
         if self.settings.observation_noise:
@@ -2986,7 +3000,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         sensed = self.task.sense(model, measured)
         warmstart = torch.zeros_like(qvel)
         self._set_carry(carry._replace(qpos=qpos, qvel=qvel, warmstart=warmstart, position=sensed["position"]))
-        return torch.cat(list(self.task.observe(model, measured, sensed).values())).T.contiguous()
+        return torch.cat(list(observed(self.settings, model, measured, sensed).values())).T.contiguous()
 
     def _configuration(self) -> dict[str, Any]:
         """The options that a loaded state must have been made with."""
@@ -3101,6 +3115,23 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
 Act = Callable[[Tensor, Tensor], Tensor]
 
 
+def remembering(agent: Any) -> Act:
+    """The policy of an agent with memory, which keeps the memory of the N robots between its calls.
+
+    agent: has empty_memory(N) and act(obs, memory, started) -> action, next memory; it clears what `started` names.
+    """
+    memory = None
+
+    def act(obs: Tensor, started: Tensor) -> Tensor:
+        nonlocal memory
+        if memory is None or len(memory) != len(obs):
+            memory = agent.empty_memory(len(obs))
+        action, memory = agent.act(obs, memory, started)
+        return action
+
+    return act
+
+
 @torch.no_grad()
 def evaluate(env: gymnasium.vector.VectorEnv, act: Act, seed: int, observes: str = "obs") -> dict[str, float]:
     """Score the first episode of each environment: mean, std and min of the returns, episodes, mean_length.
@@ -3149,9 +3180,31 @@ def gymnasium_id(env_id: str) -> str | None:
     return next((name for name in names if gymnasium.registry[name].entry_point), None)
 
 
+def split_hidden(env_id: str, options: dict[str, Any]) -> tuple[dict[str, Any], slice | list[int]]:
+    """`options` without hidden_observations, and the columns that it leaves of the whole observation."""
+    plain = {name: value for name, value in options.items() if name != "hidden_observations"}
+    if plain == options:
+        return plain, slice(None)
+    whole, part = (make(env_id, 1, **x).observation_slices for x in (plain, options))
+    return plain, [column for name in part for column in range(whole[name].start, whole[name].stop)]
+
+
+def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Callable[[], gymnasium.Env]:
+    """A function that makes one of Gymnasium's own environments, in MuJoCo C, and hides what `env_kwargs` hides.
+
+    env_kwargs: options of `make`; those that only vecsim has are left out. more: of gymnasium.make.
+    """
+    options, columns = split_hidden(env_id, gymnasium_options(env_kwargs))
+    make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **options, **more)
+    if columns == slice(None):
+        return make_one
+    space = gymnasium.spaces.Box(-np.inf, np.inf, (len(columns),))
+    return lambda: gymnasium.wrappers.TransformObservation(make_one(), lambda obs: obs[columns], space)
+
+
 def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: Any) -> gymnasium.vector.VectorEnv:
-    """A vector of Gymnasium's own environments, in MuJoCo C. env_kwargs: of `make`; more: of gymnasium.make."""
-    make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **gymnasium_options(env_kwargs), **more)
+    """A vector of the environments of `gymnasium_maker`."""
+    make_one = gymnasium_maker(env_id, env_kwargs, **more)
     mujoco.set_mju_user_warning(lambda text: None)  # a warning about half_cheetah.xml goes into MUJOCO_LOG.TXT else
     try:
         mode = gymnasium.vector.AutoresetMode.SAME_STEP
@@ -3185,8 +3238,7 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
         # Without a screen MuJoCo draws through EGL. Where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
     # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
-    options = {"camera_name": "track"} | env_kwargs
-    envs, frames = gymnasium_envs(env_id, 1, options, render_mode="rgb_array"), []
+    envs, frames = gymnasium_envs(env_id, 1, env_kwargs, render_mode="rgb_array", camera_name="track"), []
 
     def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
         frames.append(envs.render()[0])

@@ -348,7 +348,7 @@ def test_the_teacher_labels_without_noise_and_with_frozen_statistics():
     teacher.obs_statistics.update(torch.randn(50, 2), torch.ones(50, dtype=torch.bool))
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     obs = torch.randn(3, 4, 2)
-    label, act = distill.teacher_actions(teacher, obs), distill.deterministic_policy(teacher)
+    label, act = distill.teacher_actions(teacher, obs), vecsim.remembering(teacher)
     for t in range(3):
         torch.testing.assert_close(teacher.to_env(label[t]), act(obs[t], torch.ones(4, dtype=torch.bool)))
     assert torch.equal(distill.teacher_actions(teacher, obs), label) and not label.requires_grad
@@ -848,7 +848,7 @@ def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tm
     assert "gravity[2]" in observed and ("mass[0]" in observed) == (stage == "teacher")
     home = torch.tensor([0.0, 0.9, -1.8] * 4)  # rad; an action is an offset in units of 0.5 rad, and joints have ranges
     low, high = (torch.tensor(ends * 4) for ends in ([-0.863, -0.686, -2.818], [0.863, 4.501, -0.888]))
-    limits, act = ((low - home) / 0.5, (high - home) / 0.5), distill.deterministic_policy(agent)
+    limits, act = ((low - home) / 0.5, (high - home) / 0.5), vecsim.remembering(agent)
     if not memory_size:
         assert "memory" not in policy.metadata
         started = torch.ones(1000, dtype=torch.bool)
@@ -896,7 +896,7 @@ ON_DEVICE = (
     "policy_step stack_history unroll_gru gaussian_log_prob gaussian_kl advantages_gae values_and_advantages "
     "make_batch ppo_loss accumulate_gradients apply_gradients update imitation_loss imitate teacher_actions "
     "adapted_learning_rate weighted_moments critic_observation train_by_ppo train_by_imitation Agent.policy_mean "
-    "Agent.normalized_value Agent.act StageRun.collect StageRun.write_record deterministic_policy.act"
+    "Agent.normalized_value Agent.act StageRun.collect StageRun.write_record"
 )
 
 
