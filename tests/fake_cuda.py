@@ -66,9 +66,11 @@ from torch.utils._pytree import tree_leaves
 
 import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
+RECURRENT = dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256)
 SAC = dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64, replay_capacity=1024)
 DISTILL = dict(
     num_envs=16, stages=("teacher", "student", "finetune"), num_steps=2, distill_steps=2, gradient_length=1,
@@ -77,6 +79,7 @@ DISTILL = dict(
 )  # fmt: skip
 RUNS = {  # trainer, iterations (of each stage), arguments
     "ppo": (ppo, 2, dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256, bf16=True)),
+    "ppo-lstm": (recurrent, 2, RECURRENT | dict(memory="lstm", bf16=True)),
     "sac": (sac, 7, SAC | dict(n_step=3, normalize_rewards=True)),
     "sac-flash": (sac, 7, SAC | dict(network="flash", half_precision_replay=True, noise_repeat_max=1)),
     "distill": (distill, 2, DISTILL | dict(env_id="Quadruped-Flat")),

@@ -26,6 +26,7 @@ from test_ppo import CLOCKS, assert_same, log_of, state_of
 
 import ppo_gpu_torch as ppo
 import ppo_mjx_jax as ppo_jax
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
@@ -38,8 +39,11 @@ needs_tested_torch = pytest.mark.skipif(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SAC = dict(total_timesteps=16 * 12, learning_starts=64, batch_size=32, updates_per_step=4, replay_capacity=512)
+RECURRENT = dict(num_steps=8, num_minibatches=4, memory_width=8, total_timesteps=16 * 8 * 3)
 RUNS = {  # trainer, number of graphs, arguments
     "ppo": (ppo, 5, dict(num_steps=8, num_minibatches=4, total_timesteps=16 * 8 * 3)),
+    "ppo-gru": (recurrent, 5, RECURRENT | dict(memory="gru", sequence_length=4)),
+    "ppo-mingru": (recurrent, 5, RECURRENT | dict(memory="mingru", memory_layers=2)),
     "sac": (sac, 6, SAC | dict(n_step=3, normalize_rewards=True)),
     "sac-flash": (sac, 6, SAC | dict(network="flash", half_precision_replay=True)),
 }

@@ -1,4 +1,4 @@
-"""What PPO and SAC do alike: reproducibility, resume, compilation, processes, run folder, command line and profile."""
+"""What PPO with and without memory and SAC do alike: reproducibility, resume, compilation, run folder, command line."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, run
 from two_processes_sac import probe_args as sac_args
 
 import ppo_gpu_torch as ppo
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
@@ -44,6 +45,15 @@ PPO = types.SimpleNamespace(
         ("--num-envs 1000 --num-minibatches 3 --num-steps 32", "does not split into 3 minibatches; use 2"),
     ],
 )
+RECURRENT = types.SimpleNamespace(**vars(PPO))
+RECURRENT.module, RECURRENT.make_args = recurrent, functools.partial(ppo_args, flags=recurrent.Args, memory_width=32)
+RECURRENT.refusals = [*PPO.refusals, ("--memory lstm", "was trained with memory = gru, not lstm")]
+RECURRENT.bad_input = [
+    (
+        "--num-envs 1000 --num-minibatches 3",
+        "num_envs per process = 1,000 does not split into 3 num_minibatches; use 2",
+    ),
+]
 SAC = types.SimpleNamespace(
     module=sac,
     make_args=functools.partial(sac_args, checkpoint_replay=True),
@@ -63,7 +73,7 @@ SAC = types.SimpleNamespace(
         ("--preset newest", "vanilla"),
     ],
 )
-TRAINERS = dict(ppo=PPO, sac=SAC)
+TRAINERS = dict(ppo=PPO, ppo_recurrent=RECURRENT, sac=SAC)
 
 
 def cases(name):
@@ -116,16 +126,18 @@ def test_resume_with_the_simulator_is_bit_for_bit(trainer, tmp_path):
     [
         (PPO, "delayed", {}, ("obs", "return")),
         (PPO, "privileged", {}, ("obs", "critic_obs", "return")),
+        (RECURRENT, "privileged", {}, ("obs", "critic_obs", "return")),
         (SAC, "delayed", dict(network="flash"), ("obs", "return")),
     ],
-    ids=["ppo", "privileged", "sac"],
+    ids=["ppo", "privileged", "ppo_recurrent", "sac"],
 )
 def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(trainer, env_id, changes, names, tmp_path):
     train(trainer, tmp_path, env_id, total_timesteps=3_584, **changes)
     agent = trainer.module.load_agent(read_checkpoint(tmp_path))
     before = {key: value.clone() for key, value in agent.state_dict().items()}
     assert all(before[f"{name}_statistics.count"] == 3_584 for name in names)
-    vecsim.evaluate(ProbeEnv(env_id), agent.act, seed=3)
+    act = vecsim.remembering(agent) if trainer is RECURRENT else agent.act
+    vecsim.evaluate(ProbeEnv(env_id), act, seed=3)
     assert_same(before, dict(agent.state_dict()))
 
 
@@ -149,15 +161,18 @@ def assert_two_runs_agree(trainer, run_dir, flag, atol, **changes):
     "trainer, backend, changes",
     [
         (PPO, "inductor", {}),
+        pytest.param(RECURRENT, "inductor", dict(memory="gru", num_steps=4), marks=pytest.mark.slow),
+        pytest.param(RECURRENT, "inductor", dict(memory="lstm", num_steps=4), marks=pytest.mark.slow),
+        pytest.param(RECURRENT, "inductor", dict(memory="mingru", num_steps=4), marks=pytest.mark.slow),
         (SAC, "inductor", dict(n_step=2)),
         (SAC, "aot_eager", dict(n_step=2, network="flash", critic_reduction="min")),
     ],
-    ids=["ppo", "sac", "flash"],
+    ids=["ppo", "gru", "lstm", "mingru", "sac", "flash"],
 )
 def test_compiled_and_eager_runs_agree(trainer, backend, changes, tmp_path, monkeypatch):
     """flash adds moments that the graph must write. Tracing shows that, without two minutes of Inductor's kernels."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    assert_two_runs_agree(trainer, tmp_path, "compile", 1e-4 if trainer is PPO else 2e-4, **changes)
+    assert_two_runs_agree(trainer, tmp_path, "compile", 2e-4 if trainer is SAC else 1e-4, **changes)
 
 
 def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
@@ -167,9 +182,9 @@ def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-@pytest.mark.parametrize("trainer, changes", [(PPO, {}), (SAC, {}), (SAC, dict(network="flash"))])
+@pytest.mark.parametrize("trainer, changes", [(PPO, {}), (RECURRENT, {}), (SAC, {}), (SAC, dict(network="flash"))])
 def test_captured_graphs_agree_with_eager(trainer, changes, tmp_path):
-    atol = 1e-4 if trainer is PPO else 1e-3
+    atol = 1e-3 if trainer is SAC else 1e-4
     assert_two_runs_agree(trainer, tmp_path, "cuda_graphs", atol, device="cuda", **changes)
 
 
@@ -220,7 +235,7 @@ def test_resume_keeps_the_checkpoints_flags_and_play_prints_the_score(name, fini
 
 
 def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys):
-    steps = 7 * 512 if trainer is PPO else 20 * 64
+    steps = 20 * 64 if trainer is SAC else 7 * 512
     plain, profiled = (
         train(trainer, tmp_path / str(profile), total_timesteps=steps, eval_episodes=0, profile=profile)
         for profile in (False, True)
@@ -234,7 +249,7 @@ def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys)
 
 
 def test_a_profile_of_a_short_run_is_of_its_last_iteration(trainer, tmp_path):
-    steps = 2 * 512 if trainer is PPO else 12 * 64
+    steps = 12 * 64 if trainer is SAC else 2 * 512
     train(trainer, tmp_path, total_timesteps=steps, eval_episodes=0, profile=True)
     with gzip.open(tmp_path / "trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
@@ -268,6 +283,11 @@ OF_PPO = """
 gaussian_kl advantages_gae values_and_advantages explained_variance make_batch ppo_loss accumulate_gradients
 apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean Agent.normalized_value
 """
+OF_RECURRENT = """
+gaussian_kl advantages_gae values_and_advantages explained_variance to_sequences make_batches ppo_loss
+compute_gradients apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean
+Agent.normalized_value parallel_scan gru_step lstm_step Memory.forward Network.forward
+"""
 OF_SAC = """
 store draw_transitions hold_noise follow_returns n_step_returns gather_batch squashed_gaussian Agent.policy
 Agent.value Agent.combined_value Agent.reward_divisor project_categorical critic_target critic_loss
@@ -276,11 +296,11 @@ ResidualBlock.forward FlashNetwork.forward TwinCritics.forward Temperature.forwa
 """
 
 
-@pytest.mark.parametrize("module, names", [(ppo, ON_DEVICE + OF_PPO), (sac, ON_DEVICE + OF_SAC)], ids=TRAINERS)
-def test_no_host_read_without_its_comment(module, names):
-    source = inspect.getsource(module)
+@pytest.mark.parametrize("trainer, names", zip(TRAINERS.values(), [OF_PPO, OF_RECURRENT, OF_SAC]), ids=TRAINERS)
+def test_no_host_read_without_its_comment(trainer, names):
+    source = inspect.getsource(trainer.module)
     functions = source_lint.functions(source)
-    for name in names.split():
+    for name in (ON_DEVICE + names).split():
         assert not source_lint.unmarked_host_reads(functions[name], source), name
 
 
