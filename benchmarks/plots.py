@@ -168,6 +168,22 @@ def plot_peers(results: Path) -> None:
             axis.legend(frameon=False, fontsize=8)
 
 
+def plot_memory(results: Path) -> None:
+    """Scores without velocities over environment steps, without and with a memory."""
+    runs = with_curves(results, "memory/*/*-seed*.json")
+    tasks = list(dict.fromkeys(run["env_id"] for run in runs))
+    for axis, env_id in panels(results / "memory/curves.png", tasks, 3, (5.4, 3.6), SCORE, runs):
+        of_task = [run for run in runs if run["env_id"] == env_id]
+        for colour, members in zip(PEER_COLOURS.values(), tables.grouped(of_task, "name")):
+            for k, run in enumerate(members):
+                label = None if k else run["name"].replace("-", " ")
+                x, scores = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
+                axis.plot(x, scores, ".-", color=colour, lw=1.6, alpha=0.8, ms=4, label=label)
+        label_axes(axis, env_id, "environment steps")
+        axis.set_xlim(left=0)
+        axis.legend(frameon=False, fontsize=8)
+
+
 def plot_stages(results: Path) -> None:
     """Of each quadruped: errors, and terrain level where there is terrain, over the steps of each stage."""
     titles = dict(velocity_error="velocity error, m/s", terrain_level="mean terrain level")
@@ -245,5 +261,14 @@ def plot_scaling(results: Path) -> None:
 def draw(results: Path) -> None:
     """Every picture that has files."""
     rcParams.update(STYLE)
-    for plot in (plot_curves, plot_twins, plot_off_policy, plot_peers, plot_stages, plot_speed, plot_scaling):
+    for plot in (
+        plot_curves,
+        plot_twins,
+        plot_off_policy,
+        plot_peers,
+        plot_memory,
+        plot_stages,
+        plot_speed,
+        plot_scaling,
+    ):
         plot(results)

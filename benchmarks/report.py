@@ -96,6 +96,12 @@ update takes half of an iteration and grows with the networks. On a GPU, start w
 until steps per second stop growing.
 """
 
+MEMORY = """## Memory
+
+PPO on HalfCheetah without velocities: `--env-kwargs hidden_observations qvel` leaves positions and angles alone, in
+training and in Gymnasium. The environment steps, the batch and the learning rate are the same for all.
+"""
+
 QUADRUPED = """## Quadruped: teacher, students, two simulators
 
 `walk` trains on flat ground, 12,005,376 environment steps in 728 s on one core, and judges the policy in this simulator
@@ -185,6 +191,11 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield tables.ablation(members)
     for members in tables.grouped(load("ppo/sizes/*/*-seed*.json"), "folder"):
         yield tables.sizes(members)
+    if found := load("memory/*/*-seed*.json"):
+        yield MEMORY
+        yield from picture("memory/curves.png", "score over environment steps, with and without memory")
+        for members in tables.grouped(found, "folder"):
+            yield tables.memories(members)
     yield QUADRUPED
     yield from map(tables.walk, load("quadruped/*.json"))
     for record in load("distill/*/evidence.json"):

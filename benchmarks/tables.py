@@ -271,6 +271,21 @@ def ablation(runs: list[dict]) -> str:
     return table(title, header, rows, note)
 
 
+def memories(runs: list[dict]) -> str:
+    """PPO without and with a memory on the same budget, where it sees no velocities; the best first."""
+    rows, first = [], runs[0]
+    for members in grouped(runs, "name"):
+        scores = " / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members)
+        middle = statistics.median(run["gymnasium"]["mean"] for run in members)
+        times = [each([run[key] for run in members]) for key in ("train_seconds", "compile_seconds")]
+        reached = each([run["steps_to_threshold"] for run in members]).replace("-", "not reached")
+        rows.append((-middle, [members[0]["name"].replace("-", " "), scores, reached, *times]))
+    header = ["", "score of each seed (20 episodes)", f"{first['threshold']:,} reached after, environment steps"]
+    title = f"memory, {first['env_id']} without velocities, {first['env_steps']:,} environment steps of each"
+    note = f"{first['hardware']}. " + made_by(first, "./benchmark.sh runs memory")
+    return table(title, [*header, "training, s", "compiled in, s"], [cells for _, cells in sorted(rows)], note)
+
+
 def sizes(runs: list[dict]) -> str:
     """PPO with other sizes on the same budget, from few environments to many."""
     rows, first = [], runs[0]

@@ -594,7 +594,14 @@ def measure(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setattr(machine, "commit", lambda: "abc")
     monkeypatch.setattr(environments, "CACHE", tmp_path / "cache")
-    for name in ("ppo_gpu_torch", "sac_gpu_torch", "ppo_mjx_jax", "ppo_distill_teacher_student", "eval_panel"):
+    for name in (
+        "ppo_gpu_torch",
+        "ppo_recurrent_gpu_torch",
+        "sac_gpu_torch",
+        "ppo_mjx_jax",
+        "ppo_distill_teacher_student",
+        "eval_panel",
+    ):
         (tmp_path / f"{name}.py").write_text(PANEL if name == "eval_panel" else TRAINER)
 
     def run_set(*words):
@@ -640,6 +647,16 @@ def test_ablate_gives_every_variant_the_same_budget(measure, tmp_path):
     assert len(two) == 2 * len(found) and {run["file"].split("/")[2] for run in two} == {"Ant-v5", "Hopper-v5"}
     rung = found["sac/ablation/HalfCheetah-v5/layer-norm-seed1"]["command"]
     assert "--preset vanilla --learning-rate 1e-3" in rung and "--normalize-observations --network" in rung
+
+
+def test_memory_hides_the_same_from_all_but_one(measure, tmp_path):
+    found = measure("memory", "--env-id", "Hopper-v5")
+    hidden = {Path(file).name: run["flags"].get("--env-kwargs") for file, run in found.items()}
+    assert hidden.pop("everything-observed-seed1") is None and len(hidden) == 4
+    assert set(hidden.values()) == {"hidden_observations qvel"}
+    plots.draw(tmp_path / "results")
+    made = report.page(tmp_path / "results")
+    assert made.count("| 1,000 ± 0 | not reached | 11 | 7 |") == 5 and made.count("(memory/curves.png)") == 1
 
 
 def test_seeds_compares_eight_agents_with_one(measure):
