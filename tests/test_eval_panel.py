@@ -34,7 +34,7 @@ def save(path, trainer, algorithm, env_id="InvertedPendulum-v5", bias=None, **fl
     torch.manual_seed(1)
     flags = dict(actor_hidden=(8, 8), critic_hidden=(8,), env_kwargs={"max_episode_steps": STEPS}) | flags
     args = trainer.Args(env_id=env_id, **flags)
-    env = vecsim_torch.make(env_id, 1)
+    env = vecsim_torch.make(env_id, 1, **args.env_kwargs)
     agent = trainer.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
     agent.obs_statistics.mean.normal_()
     agent.obs_statistics.variance.uniform_(0.5, 2.0)
@@ -289,11 +289,13 @@ def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(pl
 
 
 @pytest.mark.parametrize("name", ["mujoco_c", "mjx"])
-def test_simulators_agree_step_by_step(tmp_path, name):
+@pytest.mark.parametrize("hidden", [{}, {"hidden_observations": "qpos"}], ids=["everything", "hidden"])
+def test_simulators_agree_step_by_step(tmp_path, name, hidden):
     """The pendulum under a policy that tilts it: what is left is float32. MJX has Euler alone."""
     if name == "mjx":
         pytest.importorskip("ppo_mjx_jax").jax.config.update("jax_default_matmul_precision", None)
-    save(tmp_path / "checkpoint.pt", ppo, "ppo", actor_hidden=(4,))
+    options = {"max_episode_steps": STEPS} | hidden
+    save(tmp_path / "checkpoint.pt", ppo, "ppo", actor_hidden=(4,), env_kwargs=options)
     subject = load(tmp_path / "checkpoint.pt")
     integrator = "euler" if name == "mjx" else "mjcf"
     args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu", integrator=integrator))
@@ -305,6 +307,7 @@ def test_simulators_agree_step_by_step(tmp_path, name):
         assert pytest.importorskip("jax").config.jax_default_matmul_precision == "highest"
     (mine, trace), (theirs, other) = results
     np.testing.assert_array_equal(mine["start"], theirs["start"])
+    assert trace["obs"].shape[-1] == (2 if hidden else 4)
     for key in ("return", "length", "survived", "terminated"):
         np.testing.assert_array_equal(mine[key], theirs[key])
     for key in ("qpos", "qvel", "obs", "action"):
