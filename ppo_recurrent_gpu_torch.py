@@ -15,7 +15,8 @@ It reads as ppo_gpu_torch.py does, section by section, so that a diff shows what
 - A value function with privileged observations has no memory.
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
-Your own robot or simulator: as the top of vecsim_torch.py and the docstring of `vecsim_torch.CompletedEnv` say.
+Your own robot in vecsim: --env-id my_task.py:MyTask. Your own simulator: call
+`train(Args(env_id="my-robot"), make_env=make_env)`; the docstring of `vecsim_torch.CompletedEnv` has the details.
 
 Sources: those of ppo_gpu_torch.py; GRU, Cho et al. 2014 (arXiv:1406.1078), in the form of cuDNN; LSTM, Gers et al.
 2000; minGRU, Feng et al. 2024 (arXiv:2410.01201), section 3.1; gate biases, Tallec and Ollivier 2018
@@ -555,7 +556,14 @@ def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Te
 
 
 def advantages_gae(
-    reward, value, next_value, terminated, truncated, invalid, gamma: float, gae_lambda: float
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    invalid: Tensor,
+    gamma: float,
+    gae_lambda: float,
 ) -> Tensor:
     """Generalised advantage estimation over (T, N) tensors.
 

@@ -306,12 +306,11 @@ def test_every_row_of_defaults_is_legal_and_is_that_of_ppo():
 
 # Whole trainings ------------------------------------------------------------------------------------------------------
 
-RECALL = dict(num_envs=256, memory_width=32, gamma=0.99, num_minibatches=4)
 SOLVED = {  # a probe that only a memory solves: its flags, and the score that shows it; without memory -1/4 and 0
-    "recall-1": (dict(num_steps=8, total_timesteps=40_000), -0.02),
-    "recall-8": (dict(num_steps=18, total_timesteps=200_000), -0.02),
-    "recall-32": (dict(num_steps=33, total_timesteps=600_000), -0.05),
-    "t-maze": (dict(num_steps=18, total_timesteps=300_000), 0.9),
+    "recall-1": (dict(num_steps=8, total_timesteps=30_000), -0.02),
+    "recall-8": (dict(num_steps=18, total_timesteps=120_000), -0.02),
+    "recall-32": (dict(num_steps=33, total_timesteps=300_000), -0.02),
+    "t-maze": (dict(num_steps=18, total_timesteps=200_000), 0.9),
 }
 
 
@@ -319,7 +318,7 @@ SOLVED = {  # a probe that only a memory solves: its flags, and the score that s
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_memory_solves_what_needs_one(env_id, kind, tmp_path):
     flags, score = SOLVED[env_id]
-    result = recurrent.train(make_args(tmp_path, env_id, memory=kind, **RECALL | flags), ProbeEnv)
+    result = recurrent.train(make_args(tmp_path, env_id, memory=kind, **flags), ProbeEnv)
     assert result["vecsim"]["mean"] > score and result["train_seconds"] < 60
 
 
