@@ -239,14 +239,14 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
         nearest = math.ceil(args.num_envs / world_size) * world_size
         raise InputError(f"num_envs = {args.num_envs:,} does not split over {world_size} processes; use {nearest}")
     envs, sequence = args.num_envs // world_size, args.sequence_length or args.num_steps
-    splits = {  # what, how many, into how many parts
-        "num_envs per process": (envs, args.num_minibatches, "num_minibatches"),
-        "num_steps": (args.num_steps, sequence, "steps of sequence_length"),
-    }
-    for name, (whole, part, words) in splits.items():
+    splits = (
+        (envs, args.num_minibatches, f"num_envs = {envs:,} per process does not split into %d minibatches"),
+        (args.num_steps, sequence, f"num_steps = {args.num_steps} does not split into sequences of %d steps"),
+    )
+    for whole, part, rule in splits:
         if whole % part:
             nearest = next(n for n in range(min(whole, part), 0, -1) if whole % n == 0)
-            raise InputError(f"{name} = {whole:,} does not split into {part} {words}; use {nearest}")
+            raise InputError(f"{rule % part}; use {nearest}")
     steps_per_iteration = args.num_envs * args.num_steps
     iterations = math.ceil(args.total_timesteps / steps_per_iteration)
     return Sizes(envs, envs // args.num_minibatches, sequence, steps_per_iteration, iterations)
@@ -379,12 +379,12 @@ class Memory(nn.Module):
             if self.kind == "mingru":
                 keep, candidate = from_input.chunk(2, -1)
                 keep = torch.sigmoid(keep)
-                value, keep = (1.0 - keep) * candidate, torch.where(begins, 0.0, keep)
+                value, keep = (1.0 - keep) * candidate, keep.masked_fill(begins, 0.0)
                 after = parallel_scan(keep, torch.cat([value[:1] + keep[:1] * before, value[1:]]))
             else:
                 step = gru_step if self.kind == "gru" else lstm_step
                 for inputs, begin in zip(from_input.unbind(), begins.unbind(), strict=True):
-                    before = step(inputs, torch.where(begin, 0.0, before), self.from_state[layer])
+                    before = step(inputs, before.masked_fill(begin, 0.0), self.from_state[layer])
                     after.append(before)
                 after = torch.stack(after)
             x = after[..., : self.width]

@@ -282,9 +282,9 @@ def test_the_update_sees_the_policy_that_acted(kind, sequence_length, tmp_path, 
     [
         (
             dict(num_envs=10, num_minibatches=4),
-            "num_envs per process = 10 does not split into 4 num_minibatches; use 2",
+            "num_envs = 10 per process does not split into 4 minibatches; use 2",
         ),
-        (dict(num_steps=12, sequence_length=5), "num_steps = 12 does not split into 5 steps of sequence_length; use 4"),
+        (dict(num_steps=12, sequence_length=5), "num_steps = 12 does not split into sequences of 5 steps; use 4"),
         (dict(memory_width=0), "memory_width = 0 must be >= 1"),
         (dict(sequence_length=0), "sequence_length = 0 must be >= 1"),
     ],

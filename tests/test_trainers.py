@@ -51,7 +51,7 @@ RECURRENT.refusals = [*PPO.refusals, ("--memory lstm", "was trained with memory 
 RECURRENT.bad_input = [
     (
         "--num-envs 1000 --num-minibatches 3",
-        "num_envs per process = 1,000 does not split into 3 num_minibatches; use 2",
+        "num_envs = 1,000 per process does not split into 3 minibatches; use 2",
     ),
 ]
 SAC = types.SimpleNamespace(
