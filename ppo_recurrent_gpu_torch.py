@@ -1012,6 +1012,8 @@ def load_agent(checkpoint: dict) -> Agent:
     """The agent of a checkpoint, on the CPU. The saved tensors tell its sizes."""
     saved = checkpoint["agent"]
     obs_size, critic_obs_size = (len(saved[f"{name}_statistics.mean"]) for name in ("obs", "critic_obs"))
+    if "critic.memory.from_input.0.weight" in saved:
+        critic_obs_size = None  # not privileged
     action_space = gymnasium.spaces.Box(-1.0, 1.0, saved["log_std"].shape)  # the saved range replaces this one
     agent = Agent(obs_size, critic_obs_size, action_space, Args(**checkpoint["args"]))
     agent.load_state_dict(saved)

@@ -52,7 +52,7 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         return torch.stack([seen, self.age, self.first_action], 1)
 
     def at_end(self):
-        return self.cell == CELLS.get(self.env_id)
+        return self.cell == CELLS.get(self.env_id, -1)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:

@@ -297,7 +297,7 @@ def test_hidden_observations_are_missing_everywhere_and_change_nothing_else():
                 rows += [obs, info["final_obs"]]
             rows += [env.set_state(*env.state()[:2])]
         noise = seen[whole][0][:, columns] - seen[part][0]
-        assert 0 < noise.abs().max() < 0.3 + 1e-6  # of other random numbers, because there are fewer
+        assert noise.abs().max() < 0.3  # perhaps of other random numbers, because there are fewer
         assert torch.equal(seen[whole][-1][:, columns], seen[part][-1])
         assert all(x.shape == (2, len(columns)) for x in seen[part])
         assert whole.single_critic_space == part.single_critic_space
