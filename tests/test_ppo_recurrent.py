@@ -264,7 +264,7 @@ def test_the_update_sees_the_policy_that_acted(kind, sequence_length, tmp_path, 
         batches = make_batches(agent, *others)
         for batch in batches:
             mean, _ = agent.policy_mean(batch.obs, batch.memory[0], batch.started)
-            differences.append(float((mean - batch.mean).abs().max()))
+            differences.append(float((mean - batch.mean).abs().max().detach()))
         return batches
 
     monkeypatch.setattr(recurrent, "make_batches", checking)
@@ -433,7 +433,7 @@ def test_an_export_carries_its_memory_over_an_episode_with_a_reset(kind, tmp_pat
         np.testing.assert_allclose(action, expected[t], rtol=0, atol=1e-5)
 
 
-def test_evaluations_in_both_simulators_see_one_memory_for_each_episode(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_in_gymnasium_has_one_memory_for_each_episode(tmp_path, monkeypatch, capsys):
     """The pendulum falls at different times. Its episodes, one after the other with fresh memories, score alike."""
     flags = dict(env_id="InvertedPendulum-v5", memory="lstm", env_kwargs={"hidden_observations": "qvel"})
     agent, path = write_checkpoint(tmp_path, **flags)
