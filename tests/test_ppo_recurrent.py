@@ -255,22 +255,25 @@ def test_quarantined_transitions_leave_no_trace(kind):
 
 @pytest.mark.parametrize("kind, sequence_length", [("gru", 4), ("lstm", 2), ("mingru", None)])
 def test_the_update_sees_the_policy_that_acted(kind, sequence_length, tmp_path, monkeypatch):
-    """In a training with ends and quarantined robots, every batch gives the means of the rollout again: the ratio is 1.
+    """In a training every batch gives the means of the rollout again, so the probability ratio is 1.
 
-    Episodes of 2 steps in rollouts of 4, and of 9 steps, which go on in the next rollout."""
-    differences, make_batches = [], recurrent.make_batches
+    The episodes have 1 step, where robot 0 is quarantined, and 9 steps, which go on in the next rollouts of 4."""
+    differences, starts, make_batches = [], [], recurrent.make_batches
 
-    def checking(agent, *others):
-        batches = make_batches(agent, *others)
+    def checking(agent, rollout, *others):
+        starts.append(rollout.started.clone())
+        batches = make_batches(agent, rollout, *others)
         for batch in batches:
             mean, _ = agent.policy_mean(batch.obs, batch.memory[0], batch.started)
             differences.append(float((mean - batch.mean).abs().max().detach()))
         return batches
 
     monkeypatch.setattr(recurrent, "make_batches", checking)
-    for env_id in ("broken", "recall-8"):
+    for env_id, length in (("broken", 1), ("recall-8", 9)):
         flags = dict(memory=kind, num_steps=4, sequence_length=sequence_length, total_timesteps=1_024, eval_episodes=0)
         recurrent.train(make_args(tmp_path / env_id, env_id, **flags), ProbeEnv)
+        assert torch.equal(torch.cat(starts), (torch.arange(16) % length == 0)[:, None].expand(16, 64))
+        starts.clear()
     assert len(differences) == 2 * 4 * 2 and max(differences) <= 2e-6
 
 
@@ -433,7 +436,7 @@ def test_an_export_carries_its_memory_over_an_episode_with_a_reset(kind, tmp_pat
         np.testing.assert_allclose(action, expected[t], rtol=0, atol=1e-5)
 
 
-def test_an_evaluation_in_gymnasium_has_one_memory_for_each_episode(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_in_gymnasium_has_one_memory_for_each_episode(tmp_path):
     """The pendulum falls at different times. Its episodes, one after the other with fresh memories, score alike."""
     flags = dict(env_id="InvertedPendulum-v5", memory="lstm", env_kwargs={"hidden_observations": "qvel"})
     agent, path = write_checkpoint(tmp_path, **flags)
