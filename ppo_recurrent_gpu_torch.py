@@ -361,11 +361,13 @@ class Memory(nn.Module):
         self.from_input = nn.ModuleList(nn.Linear(n, gates) for n in [size, *[self.width] * (self.layers - 1)])
         recurrent = 0 if self.kind == "mingru" else self.layers
         self.from_state = nn.ModuleList(nn.Linear(self.width, gates) for _ in range(recurrent))
-        for linear in [*self.from_input, *self.from_state]:
+        for linear in self.from_state:
             nn.init.orthogonal_(linear.weight)
             nn.init.zeros_(linear.bias)
         horizon = args.sequence_length or args.num_steps  # units begin with memories of 2 to horizon + 1 steps
         for linear in self.from_input:
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)  # so the memory is as large as what it sees
+            nn.init.zeros_(linear.bias)
             linear.bias.data[: self.width] = torch.linspace(1.0, horizon, self.width).log()  # of the keep gate
 
     def forward(self, x: Tensor, state: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
