@@ -99,7 +99,10 @@ until steps per second stop growing.
 MEMORY = """## Memory
 
 PPO on HalfCheetah without velocities: `--env-kwargs hidden_observations qvel` leaves positions and angles alone, in
-training and in Gymnasium. The environment steps, the batch and the learning rate are the same for all.
+training and in Gymnasium. The environment steps and all flags of the learner are the same. With a minGRU, a GRU and an
+LSTM the policy scores 1,681, 1,359 and 1,384, without memory 1,181. With velocities it scores 3,937. One seed of each
+cannot rank the memories, and the budget is short: 1,015,808 environment steps. With smaller initial weights of the
+memory, tried on the same seed, the minGRU scored more and the GRU less.
 """
 
 QUADRUPED = """## Quadruped: teacher, students, two simulators

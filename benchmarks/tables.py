@@ -282,7 +282,8 @@ def memories(runs: list[dict]) -> str:
         rows.append((-middle, [members[0]["name"].replace("-", " "), scores, reached, *times]))
     header = ["", "score of each seed (20 episodes)", f"{first['threshold']:,} reached after, environment steps"]
     title = f"memory, {first['env_id']} without velocities, {first['env_steps']:,} environment steps of each"
-    note = f"{first['hardware']}. " + made_by(first, "./benchmark.sh runs memory")
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    note = f"{first['hardware']}. Commits {commits}, `./benchmark.sh runs memory`."
     return table(title, [*header, "training, s", "compiled in, s"], [cells for _, cells in sorted(rows)], note)
 
 

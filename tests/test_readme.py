@@ -162,6 +162,11 @@ def claims():
     yield f"scores {score[0]} in Gymnasium, and the PyTorch policy {score[1]} with the same clipping (100 episodes)"
     yield f"Without clipping it is {score[2]}"
     assert {onnx["episodes"], clipped["episodes"], plain["episodes"]} == {100}
+    kinds = "mingru", "gru", "lstm", "no-memory", "everything-observed"
+    of_memory = [result(f"memory/HalfCheetah-v5/{kind}-seed1.json") for kind in kinds]
+    first, second, third, without, everything = (f"{run['gymnasium']['mean']:,.0f}" for run in of_memory)
+    yield f"scores {first}, {second} and {third}, without memory {without}. With velocities it scores {everything}"
+    yield f"the budget is short: {of_memory[0]['env_steps']:,} environment steps"
     folder = "sac/ablation/HalfCheetah-v5"
     times = [
         result(f"{folder}/all-with-flash-blocks-seed{seed}.json")["train_seconds"]
