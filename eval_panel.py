@@ -249,6 +249,7 @@ def contract_of(env_id: str) -> Contract:
 TRAINERS = {
     "ppo": "ppo_gpu_torch",
     "sac": "sac_gpu_torch",
+    "dqn": "dqn_gpu_torch",
     "distill": "ppo_distill_teacher_student",
     "ppo_mjx": "ppo_mjx_jax",
 }  # the file that can read a checkpoint, by the checkpoint's field `algorithm`
@@ -303,7 +304,7 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
 def load_subjects(args: Args) -> list[Subject]:
     """Every checkpoint's policy and task. InputError for a task or a mixture of tasks that cannot be judged."""
     loaded = [load_checkpoint(path, args) for path in args.checkpoints]
-    names = [checkpoint.get("stage", checkpoint["algorithm"]) for checkpoint, _ in loaded]
+    names = [x.get("stage", x["args"].get("algorithm", x["algorithm"])) for x, _ in loaded]
     subjects = []
     for k, (path, (checkpoint, act)) in enumerate(zip(args.checkpoints, loaded, strict=True)):
         env_id = checkpoint["env_id"]

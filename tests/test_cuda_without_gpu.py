@@ -24,6 +24,7 @@ import torch
 from faults import broken
 from test_ppo import CLOCKS, assert_same, log_of, state_of
 
+import dqn_gpu_torch as dqn
 import ppo_gpu_torch as ppo
 import ppo_mjx_jax as ppo_jax
 import sac_gpu_torch as sac
@@ -38,10 +39,13 @@ needs_tested_torch = pytest.mark.skipif(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SAC = dict(total_timesteps=16 * 12, learning_starts=64, batch_size=32, updates_per_step=4, replay_capacity=512)
+DQN = dict(total_timesteps=16 * 24, learning_starts=64, batch_size=32, replay_capacity=512)
 RUNS = {  # trainer, number of graphs, arguments
     "ppo": (ppo, 5, dict(num_steps=8, num_minibatches=4, total_timesteps=16 * 8 * 3)),
     "sac": (sac, 6, SAC | dict(n_step=3, normalize_rewards=True)),
     "sac-flash": (sac, 6, SAC | dict(network="flash", half_precision_replay=True)),
+    "dqn": (dqn, 5, DQN | dict(algorithm="dqn", updates=4)),
+    "pqn": (dqn, 5, DQN | dict(algorithm="pqn", num_steps=8)),
 }
 
 
@@ -90,6 +94,7 @@ WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its n
     "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
     "PPO's state is not restored": ("ppo", ppo, "build_functions", "x.copy_(saved)", "pass"),
     "SAC's state is not restored": ("sac", sac, "build_functions", "x.copy_(saved)", "pass"),
+    "DQN's state is not restored": ("dqn", dqn, "build_functions", "x.copy_(saved)", "pass"),
     "observation statistics move to another address": (
         "ppo", ppo.RunningStatistics, "update", "self.mean += shift", "self.mean = self.mean + shift"),
     "the simulator's state moves to another address": (

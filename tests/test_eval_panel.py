@@ -562,7 +562,7 @@ def bad(checkpoints, tmp_path_factory):
     (["{bad}/flipped.pt"], "checksum"),
     (["{bad}/other.npz"], "is not a checkpoint of this script"),
     (["{bad}/list.pt"], "cannot be read"),
-    (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, sac, distill, ppo_mjx"),
+    (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, sac, dqn, distill, ppo_mjx"),
     (["{bad}/gone.pt"], "unknown task 'Swimmer-v5'; choose one of InvertedPendulum-v5"),
     (["{bad}/hollow.pt"], "hollow.pt: "),
     (["{bad}/strange.pt"], "gravity_on_mars"),
