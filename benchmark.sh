@@ -7,6 +7,7 @@
 #     ./benchmark.sh train      steps/s of whole trainings: ours, SB3, CleanRL-style, skrl, rsl_rl, rl_games, Brax
 #     ./benchmark.sh runs SET   trainings; benchmarks/runs.toml lists the sets:
 #         ppo sac mjx           time to a score in Gymnasium's own environments (hours)
+#         q-learning            DQN and PQN beside PPO and SAC, at equal time (an hour)
 #         peers                 minutes to a score, beside SB3 and CleanRL-style PPO (two hours)
 #         candidates ablate     sac_gpu_torch.py with other settings; trick upon trick
 #         sizes                 ppo_gpu_torch.py with other sizes on the same budget

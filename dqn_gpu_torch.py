@@ -171,7 +171,7 @@ class Args:
 PQN = dict(num_envs=1024, num_steps=32, learning_starts=0, batch_size=4096)
 TASKS = {
     ("dqn", "InvertedPendulum-v5"): dict(
-        num_envs=32, total_timesteps=32_768, learning_starts=1_000, batch_size=256, updates=8, critic_hidden=(64, 64)),
+        num_envs=32, total_timesteps=65_536, learning_starts=1_000, batch_size=256, updates=8, critic_hidden=(64, 64)),
     ("pqn", "InvertedPendulum-v5"): dict(
         num_envs=128, total_timesteps=250_000, batch_size=512, critic_hidden=(64, 64)),
     ("dqn", "HalfCheetah-v5"): dict(total_timesteps=400_000, updates=8),
@@ -197,8 +197,10 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_ranges(args: Args) -> None:
     """InputError for a flag that is out of its range."""
-    counts = "num_envs total_timesteps num_steps solver_iterations batch_size updates update_epochs n_step"
-    first = args.learning_starts if args.algorithm == "dqn" else 1
+    counts = (
+        "num_envs total_timesteps num_steps solver_iterations replay_capacity batch_size updates update_epochs n_step"
+    )
+    starts = f"learning_starts = {args.learning_starts}"
     rules = (  # flags, whether a value is legal, and the rule in words
         (counts, lambda x: x >= 1, ">= 1"),
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
@@ -212,8 +214,8 @@ def check_ranges(args: Args) -> None:
         ("gamma q_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("tau epsilon_decay", lambda x: 0 < x <= 1, "> 0 and <= 1"),
         ("epsilon", lambda x: 0 < x[0] <= x[1] <= 1, "two numbers > 0 and <= 1, the lower one first"),
-        ("total_timesteps", lambda x: x > args.learning_starts, f"> learning_starts = {args.learning_starts}"),
-        ("replay_capacity", lambda x: x >= first, f">= learning_starts = {first}"),
+        ("total_timesteps", lambda x: x > args.learning_starts, f"> {starts}"),
+        ("replay_capacity", lambda x: x >= args.learning_starts or args.algorithm == "pqn", f">= {starts}"),
         ("critic_hidden", lambda x: all(size >= 1 for size in x), "sizes >= 1"),
     )
     vecsim.check_rules(args, rules)
@@ -593,7 +595,7 @@ class Functions(NamedTuple):
     """What build_functions makes."""
 
     policy: Callable  # (obs, epsilon, uniform, fresh) -> action in numbers of bins, action in the environment's units
-    value: Callable  # normalised obs of one gradient step -> bootstrap_value
+    value: Callable  # normalised obs of all gradient steps of an iteration -> bootstrap_value
     gradients: Callable  # (*batch) -> LossTerms, stacked
     step: Callable
 
@@ -656,7 +658,11 @@ def build_functions(
         functions.gradients(*example)
     for x, saved in zip(state, before, strict=True):
         x.copy_(saved)
-    return functions
+
+    def all_values(normalized_obs: Tensor) -> Tensor:
+        return torch.cat([functions.value(rows).clone() for rows in normalized_obs.split(sizes.batch)])
+
+    return functions._replace(value=all_values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -808,9 +814,6 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         mine["replay"] = None  # frees its memory
     compile_seconds = time.perf_counter() - started
 
-    def value_of(normalized_obs: Tensor) -> Tensor:
-        return torch.cat([functions.value(rows).clone() for rows in normalized_obs.split(sizes.batch)])
-
     terms, logged_updates, record, score = torch.zeros(len(LossTerms._fields), device=device), updates, {}, None
     waiting = max(0, math.ceil((sizes.first_slots - written) / args.num_steps) - 1)  # iterations without updates
     learning = sizes.iterations - first_iteration - waiting
@@ -846,11 +849,11 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
                 if args.algorithm == "dqn":
                     rows = sizes.updates * sizes.batch
                     slot, row_env = draw_transitions(replay, written, args.n_step, rows, generator)
-                    batch = replay_batch(agent, replay, slot, row_env, value_of, args)
+                    batch = replay_batch(agent, replay, slot, row_env, functions.value, args)
                 else:
                     rows = args.num_steps * sizes.envs
                     order = torch.rand(args.update_epochs, rows, generator=generator, device=device).argsort(1)
-                    batch = rollout_batch(agent, replay, order.flatten(), value_of, args)
+                    batch = rollout_batch(agent, replay, order.flatten(), functions.value, args)
             with record_function("update"):
                 terms += update(agent, functions, batch, sizes.updates)
             updates += sizes.updates

@@ -165,7 +165,7 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield tables.profile(found)
     yield SCORES
     yield from picture("curves.png", "score over training time")
-    for name in ("ppo", "sac", "mjx"):
+    for name in ("ppo", "sac", "dqn", "mjx"):
         if found := [run for run in load(f"{name}/*-seed*.json") if run.get("gymnasium")]:
             yield tables.scores(name, found)
             if name != "ppo":

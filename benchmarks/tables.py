@@ -9,10 +9,12 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC"}
+ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC", "dqn": "DQN", "pqn": "PQN"}
 PEERS = {
     "ours-ppo": "ours, PPO",
     "ours-sac": "ours, SAC",
+    "ours-dqn": "ours, DQN",
+    "ours-pqn": "ours, PQN",
     "sb3-ppo": "SB3, PPO",
     "sb3-sac": "SB3, SAC",
     "cleanrl-ppo": "CleanRL-style, PPO",
@@ -204,6 +206,13 @@ def scores(name: str, runs: list[dict]) -> str:
 def in_time(run: dict) -> list:
     """The evaluations (steps, s, score) within the minutes of a run, or a fiftieth later: a peer ends its rollout."""
     return [point for point in run["curve"] if point[1] <= 1.02 * 60 * run["minutes"]]
+
+
+def at_equal_time(env_id: str, runs: list[dict], others: list[dict]) -> str:
+    """Runs of q-learning as contenders of `peers`, beside our PPO and SAC there."""
+    minutes = max(run["minutes"] for run in others)
+    ours = [run | dict(contender=f"ours-{run['algorithm']}", minutes=minutes) for run in runs]
+    return peers(env_id, ours + [run for run in others if run["contender"].startswith("ours")])
 
 
 def peers(env_id: str, runs: list[dict]) -> str:

@@ -43,7 +43,6 @@ def updates_on_fixed_data(rank: int, world_size: int, algorithm: str) -> dict:
     optimizer = vecsim.make_optimizer(agent.network, torch.tensor(args.learning_rate))
     mine, replay = slice(rank * sizes.envs, (rank + 1) * sizes.envs), dqn.allocate_replay(agent, sizes)
     functions = dqn.build_functions(agent, optimizer, replay, sizes, args)
-    value_of = lambda rows: torch.cat([functions.value(part) for part in rows.split(sizes.batch)])  # noqa: E731
     total = torch.zeros(len(dqn.LossTerms._fields))
     for _ in range(3):
         for number in range(8):
@@ -58,9 +57,9 @@ def updates_on_fixed_data(rank: int, world_size: int, algorithm: str) -> dict:
         order = torch.arange(8 * sizes.envs)
         if algorithm == "dqn":
             order = order[: sizes.updates * sizes.batch]
-            batch = dqn.replay_batch(agent, replay, order // sizes.envs, order % sizes.envs, value_of, args)
+            batch = dqn.replay_batch(agent, replay, order // sizes.envs, order % sizes.envs, functions.value, args)
         else:
-            batch = dqn.rollout_batch(agent, replay, order.repeat(args.update_epochs), value_of, args)
+            batch = dqn.rollout_batch(agent, replay, order.repeat(args.update_epochs), functions.value, args)
         total += dqn.update(agent, functions, batch, sizes.updates)
     return dict(agent=dict(agent.state_dict()), terms=total)
 
