@@ -80,6 +80,13 @@ half a minute old. Other work ran on the other core. Our SAC on HalfCheetah ende
 steps were done.
 """
 
+Q_LEARNING = """## Q-learning, beside PPO and SAC for the same minutes
+
+Both algorithms of `dqn_gpu_torch.py` with bang-bang actions: each actuator is at one end of its range or at the other.
+PPO and SAC are those of the tables above, on the same core for the same minutes, with continuous actions. Full effort
+has its price: Gymnasium's reward on HalfCheetah and Hopper has a control cost.
+"""
+
 SETTINGS = """## Settings on the same budget
 
 SAC on HalfCheetah. The ladder trains for 61 thousand steps with one update for every sixteen steps: each rung has all
@@ -178,6 +185,11 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield from picture("peers.png", "score over minutes of training, beside other libraries")
         for members in tables.grouped(found, "env_id"):
             yield tables.peers(members[0]["env_id"], members)
+    if found := load("dqn/*-seed*.json"):
+        yield Q_LEARNING
+        for members in tables.grouped(found, "env_id"):
+            env_id = members[0]["env_id"]
+            yield tables.at_equal_time(env_id, members, load(f"peers/{env_id}/ours-*-seed*.json"))
     yield SETTINGS
     if found := load("sac/candidates/*-seed*.json"):
         yield tables.candidates(found)

@@ -212,10 +212,10 @@ def at_equal_time(env_id: str, runs: list[dict], others: list[dict]) -> str:
     """Runs of q-learning as contenders of `peers`, beside our PPO and SAC there."""
     minutes = max(run["minutes"] for run in others)
     ours = [run | dict(contender=f"ours-{run['algorithm']}", minutes=minutes) for run in runs]
-    return peers(env_id, ours + [run for run in others if run["contender"].startswith("ours")])
+    return peers(env_id, ours + others, episodes="10 episodes, of Q-learning 20")
 
 
-def peers(env_id: str, runs: list[dict]) -> str:
+def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:
     """Scores after the same minutes of training on the same core, and seconds to a score."""
     rows, goal = [], PEERS_GOALS[env_id]
     for contender, title in PEERS.items():
@@ -228,7 +228,7 @@ def peers(env_id: str, runs: list[dict]) -> str:
         steps = statistics.median_low(curve[-1][0] for curve in curves)
         row = [title, str(len(members)), f"{steps:,}", each([curve[-1][2] for curve in curves])]
         rows.append([*row, each(reached), each(compiled) if any(compiled) else "0"])
-    header = ["", "seeds", "environment steps", "score of each seed (10 episodes)"]
+    header = ["", "seeds", "environment steps", f"score of each seed ({episodes})"]
     header += [f"{goal:,} reached after, s", "compilation, s"]
     minutes = max(run["minutes"] for run in runs)
     title = f"{env_id}, {minutes:g} minute{'s' if minutes != 1 else ''} of training on one core"
