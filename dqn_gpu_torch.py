@@ -197,12 +197,10 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_ranges(args: Args) -> None:
     """InputError for a flag that is out of its range."""
-    counts = (
-        "num_envs total_timesteps num_steps solver_iterations replay_capacity batch_size updates update_epochs n_step"
-    )
+    counts = "num_envs total_timesteps solver_iterations num_steps replay_capacity batch_size updates update_epochs"
     starts = f"learning_starts = {args.learning_starts}"
     rules = (  # flags, whether a value is legal, and the rule in words
-        (counts, lambda x: x >= 1, ">= 1"),
+        (f"{counts} n_step", lambda x: x >= 1, ">= 1"),
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes learning_starts", lambda x: x >= 0, ">= 0"),
