@@ -123,13 +123,13 @@ class Args:
     """steps of each environment in an iteration (>= 1); pqn: they are its rollout"""
     replay_capacity: int = 1_000_000
     """dqn: transitions kept, over all processes (>= learning_starts); the start of a run prints their memory"""
-    learning_starts: int = 10_000
+    learning_starts: int = 5_000
     """steps with uniformly random actions before the first update (>= 0); dqn refills an empty replay to as many"""
-    batch_size: int = 512
+    batch_size: int = 256
     """transitions of one gradient step, over all processes (>= 1); pqn: must divide num_envs x num_steps"""
-    updates: int = 4
+    updates: int = 8
     """dqn: gradient steps in an iteration (>= 1)"""
-    update_epochs: int = 2
+    update_epochs: int = 4
     """pqn: passes over the rollout in an iteration, each in a new order (>= 1)"""
 
     # the network
@@ -168,14 +168,17 @@ class Args:
 
 
 # What is different for pqn, and for an algorithm and a task on top of that.
-PQN = dict(num_envs=1024, num_steps=32, learning_starts=0, batch_size=4096)
+PQN = dict(num_envs=512, num_steps=32, learning_starts=0, batch_size=1024, learning_rate_final=1e-4)
 TASKS = {
     ("dqn", "InvertedPendulum-v5"): dict(
-        num_envs=32, total_timesteps=65_536, learning_starts=1_000, batch_size=256, updates=8, critic_hidden=(64, 64)),
+        num_envs=32, total_timesteps=65_536, learning_starts=1_000, critic_hidden=(64, 64)),
     ("pqn", "InvertedPendulum-v5"): dict(
-        num_envs=128, total_timesteps=250_000, batch_size=512, critic_hidden=(64, 64)),
-    ("dqn", "HalfCheetah-v5"): dict(total_timesteps=400_000, updates=8),
-    ("pqn", "HalfCheetah-v5"): dict(total_timesteps=2_000_000),
+        num_envs=128, total_timesteps=250_000, batch_size=512, update_epochs=2, critic_hidden=(64, 64),
+        learning_rate_final=3e-4),
+    ("dqn", "HalfCheetah-v5"): dict(total_timesteps=470_000, gamma=0.98),
+    ("pqn", "HalfCheetah-v5"): dict(total_timesteps=2_000_000, gamma=0.98),
+    ("dqn", "Hopper-v5"): dict(total_timesteps=450_000),
+    ("pqn", "Hopper-v5"): dict(total_timesteps=2_000_000),
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ DQN = types.SimpleNamespace(
         ("--algorithm pqn", "was trained with algorithm = dqn, not pqn"),
     ],
     bad_input=[
-        ("--algorithm pqn --batch-size 1000", "batch_size must divide num_envs x num_steps = 32,768; use 512"),
+        ("--algorithm pqn --batch-size 1000", "batch_size must divide num_envs x num_steps = 16,384; use 512"),
         ("--algorithm ddqn", "pqn"),
     ],
 )
