@@ -72,11 +72,7 @@ DQN = types.SimpleNamespace(
     terms=dqn.LossTerms._fields,
     stages=dict(infer=3, simulate=3, targets=3, update=3),
     of_hopper=dict(num_envs=8, learning_starts=40, replay_capacity=80, batch_size=32, updates=1),
-    refusals=[
-        *NOT_HERE,
-        ("--bins 2", "was trained with bins = 9, not 2"),
-        ("--algorithm pqn", "was trained with algorithm = dqn, not pqn"),
-    ],
+    refusals=[*NOT_HERE, ("--bins 2", "was trained with bins = 9, not 2")],
     bad_input=[
         ("--algorithm pqn --batch-size 1000", "batch_size must divide num_envs x num_steps = 16,384; use 512"),
         ("--algorithm ddqn", "pqn"),
@@ -89,7 +85,10 @@ PQN = types.SimpleNamespace(
     terms=dqn.LossTerms._fields,
     stages=dict(infer=3 * 8, simulate=3 * 8, targets=3, update=3),
     of_hopper=dict(num_envs=16, num_steps=8, batch_size=64),
-    refusals=[("--num-steps 4", "was trained with num_steps = 8, not 4")],
+    refusals=[
+        ("--num-steps 4", "was trained with num_steps = 8, not 4"),
+        ("--algorithm dqn", "was trained with algorithm = pqn, not dqn"),
+    ],
     bad_input=[],
 )
 TRAINERS = dict(ppo=PPO, sac=SAC, dqn=DQN, pqn=PQN)
