@@ -175,10 +175,10 @@ TASKS = {
     ("pqn", "InvertedPendulum-v5"): dict(
         num_envs=128, total_timesteps=250_000, batch_size=512, update_epochs=2, critic_hidden=(64, 64),
         learning_rate_final=3e-4),
-    ("dqn", "HalfCheetah-v5"): dict(total_timesteps=470_000, gamma=0.98),
-    ("pqn", "HalfCheetah-v5"): dict(total_timesteps=2_000_000, gamma=0.98),
-    ("dqn", "Hopper-v5"): dict(total_timesteps=450_000),
-    ("pqn", "Hopper-v5"): dict(total_timesteps=2_000_000),
+    ("dqn", "HalfCheetah-v5"): dict(total_timesteps=320_000, gamma=0.98),
+    ("pqn", "HalfCheetah-v5"): dict(total_timesteps=1_300_000, gamma=0.98),
+    ("dqn", "Hopper-v5"): dict(total_timesteps=320_000),
+    ("pqn", "Hopper-v5"): dict(total_timesteps=1_300_000),
 }  # fmt: skip
 
 

@@ -209,10 +209,10 @@ def in_time(run: dict) -> list:
 
 
 def at_equal_time(env_id: str, runs: list[dict], others: list[dict]) -> str:
-    """Runs of q-learning as contenders of `peers`, beside our PPO and SAC there."""
-    minutes = max(run["minutes"] for run in others)
-    ours = [run | dict(contender=f"ours-{run['algorithm']}", minutes=minutes) for run in runs]
-    return peers(env_id, ours + others, episodes="10 episodes, of Q-learning 20")
+    """Runs of q-learning beside our PPO and SAC of `peers`, all for as long as the longest of these runs."""
+    minutes = max(run["train_seconds"] for run in runs) / 60
+    ours = [run | dict(contender=f"ours-{run['algorithm']}") for run in runs]
+    return peers(env_id, [run | dict(minutes=minutes) for run in ours + others], "10 episodes, of Q-learning 20")
 
 
 def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:
@@ -231,7 +231,7 @@ def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:
     header = ["", "seeds", "environment steps", f"score of each seed ({episodes})"]
     header += [f"{goal:,} reached after, s", "compilation, s"]
     minutes = max(run["minutes"] for run in runs)
-    title = f"{env_id}, {minutes:g} minute{'s' if minutes != 1 else ''} of training on one core"
+    title = f"{env_id}, {minutes:.3g} minute{'s' if minutes != 1 else ''} of training on one core"
     return table(title, header, rows)
 
 

@@ -476,7 +476,11 @@ def test_scores_have_a_row_for_the_seeds_of_a_task():
 
 def test_q_learning_stands_beside_ppo_and_sac_of_the_same_minutes():
     """Its runs count as long as theirs: an evaluation after their minutes does not."""
-    runs = [sample_run(algorithm="dqn", curve=[[7, 90.0, 50.0], [9, 150.0, 3500.0]], compile_seconds=20.0)]
+    runs = [
+        sample_run(
+            algorithm="dqn", train_seconds=180.0, curve=[[7, 90.0, 50.0], [9, 150.0, 3500.0]], compile_seconds=20.0
+        )
+    ]
     runs += [sample_run(algorithm="pqn", curve=[[8, 179.0, 1000.0], [9, 200.0, 9000.0]], compile_seconds=20.0)]
     others = [dict(contender="ours-sac", minutes=3, compile_seconds=90.0, curve=[[5, 100.0, 3000.0]])]
     text = tables.at_equal_time("HalfCheetah-v5", runs, others)
