@@ -19,6 +19,9 @@ action is each head's best bin, and the outputs grow linearly with the actuators
 
 Both explore epsilon-greedily with another rate in each environment.
 
+Scores on one AMD EPYC core, in Gymnasium's own environment: InvertedPendulum-v5 1,000 in every seed, with DQN after 25
+to 41 thousand environment steps and 23 to 38 seconds, with PQN after 164 thousand and about 24 seconds.
+
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 
 Your own environment: call `train(Args(env_id="my-robot"), make_env=make_env)`. The function
