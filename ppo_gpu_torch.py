@@ -2,7 +2,7 @@
 
     python ppo_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is fast enough
     python ppo_gpu_torch.py --env-id HalfCheetah-v5                         # on a GPU if there is one, else on the CPU
-    python ppo_gpu_torch.py --env-id Ant-v5 --num-envs 4096 --bf16
+    python ppo_gpu_torch.py --env-id Ant-v5 --bf16                          # on a GPU with 4,096 environments
     python ppo_gpu_torch.py --env-id Ant-v5 --help                          # all flags, with Ant's defaults
     python ppo_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 40000000
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
@@ -185,14 +185,18 @@ TASKS = {
 }  # fmt: skip
 
 
-def task_defaults(env_id: str) -> Args:
-    """The defaults of a task: its row in TASKS on top of those of Args."""
-    return Args(env_id=env_id, **TASKS.get(env_id, {}))
+def task_defaults(env_id: str, device: str = "auto") -> Args:
+    """The defaults of a task: its row in TASKS on top of those of Args.
+
+    A GPU has four times the environments, 4,096 at most, and as many times the steps. So a run has as many iterations
+    and gradient steps as on a CPU, each on more samples."""
+    args = Args(env_id=env_id, device=device, **TASKS.get(env_id, {}))
+    return vecsim.sizes_for_device(args, "total_timesteps", factor=4, most=4096)
 
 
 def parse_args(argv: list[str]) -> Args:
     """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play."""
-    return vecsim.parse_args(argv, "ppo", Args(), lambda given: task_defaults(given.env_id), __doc__)
+    return vecsim.parse_args(argv, "ppo", Args(), lambda given: task_defaults(given.env_id, given.device), __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -737,7 +741,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
-            print("compiling, one to three minutes the first time", flush=True)
+            print(vecsim.COMPILING, flush=True)
 
     # Make the random generators, the environment and the networks; then load the checkpoint into the networks.
     started = time.perf_counter()

@@ -3384,6 +3384,9 @@ for _name in TASKS:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+COMPILING = "compiling, one to three minutes the first time, 20 seconds once PyTorch's cache has the code"
+
+
 def parse_flags(words: list[str], default: Any, description: str | None) -> Any:
     """`default`, a dataclass of flags, changed by a command line. InputError with the parser's message on one line."""
     import tyro
@@ -3424,6 +3427,20 @@ def parse_args(
     if (args.export or args.capture_video) and not args.play:
         raise InputError("--export and --capture-video need a checkpoint; give it with --play")
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+
+
+def sizes_for_device(args: Any, scaled_flags: str, factor: int, most: int) -> Any:
+    """The defaults of a task for the device of `args`: a CPU leaves them as they are, a GPU needs more robots.
+
+    On a GPU num_envs and the flags in scaled_flags are `factor` times as large, with at most `most` environments. Steps
+    of the run are among them, so iterations and gradient steps keep their number, and each sees more samples.
+    """
+    if pick_device(args.device).type == "cpu":
+        return args
+    factor = max(1, min(factor, most // args.num_envs))
+    return dataclasses.replace(
+        args, **{name: factor * getattr(args, name) for name in ("num_envs", *scaled_flags.split())}
+    )
 
 
 def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
@@ -3847,7 +3864,7 @@ def main() -> None:
     import tyro
 
     args = tyro.cli(BenchmarkArgs)
-    print(f"{args.env_id}, {args.num_envs} environments; compiling takes one to three minutes", flush=True)
+    print(f"{args.env_id}, {args.num_envs} environments; {COMPILING}", flush=True)
     try:
         result = benchmark(args)
         text = json.dumps(result, indent=1)

@@ -24,6 +24,7 @@ import torch
 from faults import broken
 from test_ppo import CLOCKS, assert_same, log_of, state_of
 
+import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
 import ppo_mjx_jax as ppo_jax
 import sac_gpu_torch as sac
@@ -38,10 +39,16 @@ needs_tested_torch = pytest.mark.skipif(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SAC = dict(total_timesteps=16 * 12, learning_starts=64, batch_size=32, updates_per_step=4, replay_capacity=512)
+DISTILL = dict(
+    stages=("teacher", "student", "finetune"), num_steps=4, distill_steps=4, gradient_length=2, distill_minibatches=2,
+    num_minibatches=2, total_timesteps=640, student_timesteps=128, finetune_timesteps=192, critic_warmup_iterations=1,
+)  # fmt: skip
 RUNS = {  # trainer, number of graphs, arguments
     "ppo": (ppo, 5, dict(num_steps=8, num_minibatches=4, total_timesteps=16 * 8 * 3)),
-    "sac": (sac, 6, SAC | dict(n_step=3, normalize_rewards=True)),
-    "sac-flash": (sac, 6, SAC | dict(network="flash", half_precision_replay=True)),
+    "sac": (sac, 7, SAC | dict(n_step=3, normalize_rewards=True)),
+    "sac-flash": (sac, 7, SAC | dict(network="flash", half_precision_replay=True)),
+    "distill": (distill, 1 + 5 + 4 + 5, DISTILL),
+    "distill-gru": (distill, 1 + 5 + 4 + 5, DISTILL | dict(student_network="gru")),
 }
 
 
@@ -51,8 +58,9 @@ def train(name: str, folder, **changes) -> dict:
     common = dict(env_id="InvertedPendulum-v5", num_envs=16, solver_iterations=1, device="cpu", eval_episodes=0)
     common |= dict(seed=3, run_dir=str(folder))
     module.train(module.Args(**common | args | changes))
-    log = [{name: x for name, x in record.items() if name not in CLOCKS} for record in log_of(folder)]
-    return dict(checkpoint=state_of(folder), log=log)
+    runs = [folder / stage for stage in args.get("stages", [""])]
+    log = [{name: x for name, x in record.items() if name not in CLOCKS} for run in runs for record in log_of(run)]
+    return dict(checkpoints=[state_of(run) for run in runs], log=log)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,7 @@ WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its n
     "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
     "PPO's state is not restored": ("ppo", ppo, "build_functions", "x.copy_(saved)", "pass"),
     "SAC's state is not restored": ("sac", sac, "build_functions", "x.copy_(saved)", "pass"),
+    "the distillation's state is not restored": ("distill", distill, "prepare", "x.copy_(saved)", "pass"),
     "observation statistics move to another address": (
         "ppo", ppo.RunningStatistics, "update", "self.mean += shift", "self.mean = self.mean + shift"),
     "the simulator's state moves to another address": (
@@ -208,26 +217,29 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
 
 @needs_tested_torch
 @pytest.mark.parametrize("replayed", [True, False])
-def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(replayed, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["ppo", "distill"])
+def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(name, replayed, monkeypatch, tmp_path):
     """A capture computes nothing: without a replay the warm-up of the step would see arbitrary memory."""
-    seen, apply_gradients = [], ppo.apply_gradients
+    module, builder, call = dict(
+        ppo=(ppo, "build_functions", "accumulate(*example)  #"),
+        distill=(distill, "prepare", "functions[k](*example)  #"),
+    )[name]
+    seen, apply_gradients = [], module.apply_gradients
 
     def watching(agent, *others):
         seen.append(torch.stack([x.grad.isfinite().all() for x in agent.parameters()]).all())
         apply_gradients(agent, *others)
 
-    monkeypatch.setattr(ppo, "apply_gradients", watching)
+    monkeypatch.setattr(module, "apply_gradients", watching)
     if not replayed:
-        monkeypatch.setattr(
-            ppo, "build_functions", broken(ppo, "build_functions", "accumulate(*example)  #", "pass  #")
-        )
+        monkeypatch.setattr(module, builder, broken(module, builder, call, "pass  #"))
     with captured(monkeypatch):
-        train("ppo", tmp_path)
+        train(name, tmp_path)
     assert all(seen) == replayed
 
 
 @needs_tested_torch
-@pytest.mark.parametrize("name", ["ppo", "sac"])
+@pytest.mark.parametrize("name", ["ppo", "sac", "distill"])
 def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_path):
     """It shows before any graph, in its own words."""
 

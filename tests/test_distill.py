@@ -331,7 +331,8 @@ def test_slices_follow_one_another_in_time_with_a_detached_memory():
     optimizer = vecsim.make_optimizer(agent, torch.tensor(1e-3))
     before = {name: x.clone() for name, x in agent.named_parameters()}
     order = torch.tensor([2, 0, 3, 1])
-    distill.imitate(agent, optimizer, rollout, torch.ones(4, 4, 2), order, recording, sizes, args)
+    gradients = lambda *inputs: distill.imitation_gradients(agent, *inputs, recording)
+    distill.imitate(agent, rollout, torch.ones(4, 4, 2), order, gradients, optimizer.step, sizes, args)
     assert len(calls) == 4  # 2 minibatches x 2 slices
     for k, part in enumerate((order[:2], order[2:])):
         (obs_0, _, memory_0, after_0), (obs_1, started_1, memory_1, _) = calls[2 * k], calls[2 * k + 1]
@@ -395,9 +396,9 @@ def test_the_student_acts_with_noise_and_its_memory_restarts_after_a_truncation(
             taken.append(action.clone())
             return super().step(action)
 
-    def watch(agent, optimizer, rollout, *rest):
+    def watch(agent, rollout, *rest):
         rollouts.append(type(rollout)(*(x.clone() for x in rollout)))
-        return imitate(agent, optimizer, rollout, *rest)
+        return imitate(agent, rollout, *rest)
 
     monkeypatch.setattr(distill, "imitate", watch)
     steps = dict(total_timesteps=4_000, student_timesteps=1_536, finetune_timesteps=1)
@@ -895,8 +896,8 @@ def test_no_function_but_task_defaults_reads_a_module_variable():
 ON_DEVICE = (
     "policy_step stack_history unroll_gru gaussian_log_prob gaussian_kl advantages_gae values_and_advantages "
     "make_batch ppo_loss accumulate_gradients apply_gradients update imitation_loss imitate teacher_actions "
-    "adapted_learning_rate weighted_moments critic_observation train_by_ppo train_by_imitation Agent.policy_mean "
-    "Agent.normalized_value Agent.act StageRun.collect StageRun.write_record deterministic_policy.act"
+    "imitation_gradients adapted_learning_rate weighted_moments critic_observation train_by_ppo train_by_imitation "
+    "Agent.policy_mean Agent.normalized_value Agent.act StageRun.collect StageRun.write_record deterministic_policy.act"
 )
 
 
