@@ -13,6 +13,9 @@
 #         seeds                 ppo_mjx_jax.py: eight agents in one program beside one
 #         walk distill          a quadruped in two simulators; teacher, students and baseline (hours)
 #         profile               where an iteration's time goes
+#     ./benchmark.sh gpu        the first hour on a GPU, in blocks of at most 9 minutes: --dry-run lists them, and
+#                               --device cpu --quick rehearses them
+#     ./benchmark.sh gpu-kernels   predicts that speed from the code that PyTorch writes for a GPU; needs triton, no GPU
 #     ./benchmark.sh report     writes results/README.md and draws its pictures, from the files in results/
 #
 # `./benchmark.sh MODE --help` lists the options of a mode. For a first look: sim --quick, train --quick.

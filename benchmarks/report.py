@@ -44,6 +44,19 @@ ships every task except HalfCheetah, and about four times the work. The first st
 second finds what the first left.
 """
 
+GPU = """## GPU
+
+No GPU has run this project. Launches, traffic and registers are counted in the code that PyTorch writes for an H100.
+Rates are predicted from them by a model in which a launch takes 1.5 to 2.5 us or the time of its traffic, and more than
+16,384 environments are stepped in chunks of that many. The model is an upper bound: it knows no uncoalesced access and
+no spilled registers. A stack that is not 0 is a spill.
+"""
+
+MEASURED = """## GPU, measured
+
+Each row has what was predicted beside it. Predictions of speed are those of the simulator alone.
+"""
+
 SCORES = """## Time to a score
 
 The score is the mean return of deterministic episodes in `gymnasium.make(task)`, ± the standard deviation over
@@ -163,6 +176,14 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield tables.comparison(record, dollars_per_hour)
     if found := load("profile/*.json"):
         yield tables.profile(found)
+    predictions = results / "gpu/predicted.json"
+    if predictions.exists():
+        yield GPU
+        yield tables.predicted(json.loads(predictions.read_text()))
+    measured = [record for record in load("gpu/*.json") if "block" in record and not record["name"].endswith("-quick")]
+    if measured:
+        yield MEASURED
+        yield tables.first_hour(measured)
     yield SCORES
     yield from picture("curves.png", "score over training time")
     for name in ("ppo", "sac", "mjx"):

@@ -379,3 +379,52 @@ def stages(record: dict) -> str:
     header = ["", "environment steps", "training"]
     title = f"{'trainings of teacher and students' if len(rows) > 1 else 'training'}, {record['env_id']}"
     return table(title, header, rows, f"{record['hardware']}. {made_by(record)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def predicted(record: dict) -> str:
+    """What gpu_kernels.py counted and predicts: one row for each task, then one for each region of a task."""
+    rows, tasks = [], record["tasks"]
+    sizes = list(tasks[0]["rates"])
+    for task in tasks:
+        ranges = [" to ".join(f"{rate / 1e6:.2f}" for rate in task["rates"][size]) for size in sizes]
+        launches = f"{task['launches']:,} + {task['outside']}"
+        rows.append([task["env_id"], "predicted", launches, f"{task['bytes'] / 1e3:,.0f} KB", *ranges])
+    header = ["task", "", "launches of an environment step, in regions + outside", "traffic of an environment and step"]
+    header += [f"million environment steps/s at {int(size):,}" for size in sizes]
+    commits = ", ".join(dict.fromkeys(task["commit"] for task in tasks))
+    note = f"{package_list(record['versions'])}, for sm_90. Commits {commits}, `{record['command']}`."
+    return table("an environment step on an H100", header, rows, note) + "\n" + kernels(tasks)
+
+
+def kernels(tasks: list[dict]) -> str:
+    rows = []
+    for task in tasks:
+        for region in task["regions"]:
+            best = min(region["registers"], key=lambda configuration: configuration["stack"])
+            worst = max(configuration["stack"] for configuration in region["registers"])
+            launches = f"{len(region['bytes'])} x {region['calls']}"
+            moved = f"{sum(region['bytes']) / 1e3:.1f} KB"
+            cells = [launches, moved, str(best["registers"]), f"{best['stack']} B", f"{worst} B"]
+            rows.append([f"{task['env_id']}, {region['region']}", "predicted", *cells])
+    header = ["task and region", "", "launches x calls in a step", "traffic of an environment and call"]
+    header += ["registers of the heaviest kernel", "its stack", "its stack in the worst configuration"]
+    return table("regions", header, rows)
+
+
+def first_hour(records: list[dict]) -> str:
+    """What the blocks of `./benchmark.sh gpu` found beside what was predicted."""
+    from benchmarks.gpu import shown
+
+    rows = []
+    for record in records:
+        for name, (found, expected) in record["figures"].items():
+            rows.append([record["block"], name, shown(found), "-" if expected is None else shown(expected)])
+    rows += [[record["block"], record["status"], "-", "-"] for record in records if record["status"] != "done"]
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh gpu`."
+    return table("the first hour", ["block", "figure", "found", "predicted"], rows, note)
