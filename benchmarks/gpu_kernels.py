@@ -81,7 +81,7 @@ def rates(predicted: dict, env_id: str, num_envs: int) -> list[float] | None:
 
 
 def write(options: Namespace) -> None:
-    """Count the tasks, each in a new process, and write results/gpu/predicted.json.
+    """Count the tasks, each in a new process, and write results/gpu/predicted.json, which keeps the counts of others.
 
     With --interpret run the code in Triton's interpreter instead, and print how far it is from eager PyTorch."""
     sys.path.insert(0, str(machine.ROOT / "tests"))
@@ -104,7 +104,7 @@ def write(options: Namespace) -> None:
             if mode:
                 print(env_id, counted)
                 continue
-            tasks[env_id] = predict(counted, vecsim_torch.CUDA_CHUNK) | dict(commit=machine.commit())
+            tasks[env_id] = counted | dict(commit=machine.commit())
             versions = {name: metadata.version(name) for name in ("torch", "triton")}
-            ordered = [tasks[name] for name in OPTIONS if name in tasks]
-            save(path, dict(versions=versions, command="python -m benchmarks gpu-kernels", tasks=ordered))
+            rows = [predict(tasks[name], vecsim_torch.CUDA_CHUNK) for name in OPTIONS if name in tasks]
+            save(path, dict(versions=versions, command="python -m benchmarks gpu-kernels", tasks=rows))
