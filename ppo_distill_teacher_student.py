@@ -69,7 +69,7 @@ Stage = Literal["teacher", "student", "finetune", "baseline"]
 class Args:
     """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
-    These defaults are for a task without a row in TASKS."""
+    These defaults are for a CPU and a task without a row in TASKS."""
 
     env_id: str = "Quadruped-Rough"
     """task: any that vecsim_torch.make knows"""

@@ -60,7 +60,7 @@ from vecsim_torch import InputError
 class Args:
     """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
-    These defaults are for a task without a row in TASKS."""
+    These defaults are for a CPU and a task without a row in TASKS."""
 
     env_id: str = "Ant-v5"
     """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""

@@ -70,7 +70,7 @@ from vecsim_torch import InputError
 class Args:
     """Flags of a run. All numbers of steps are environment steps, summed over all environments.
 
-    These defaults are for --preset best and a task without a row in TASKS."""
+    These defaults are for a CPU, --preset best and a task without a row in TASKS."""
 
     env_id: str = "Ant-v5"
     """task: any that vecsim_torch.make knows"""
