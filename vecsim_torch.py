@@ -2623,7 +2623,7 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
-CUDA_CHUNK = 16_384  # on a GPU: the kernel that factorises Humanoid's matrix spills its registers from 32,768 on
+CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and no kernel spills
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -2674,7 +2674,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     max_episode_steps   the time limit
     random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
     compile             compile the step; on CUDA also capture it as one graph
-    chunk               environments stepped together; default at most 16,384 on a GPU, and what fits the cache on a CPU
+    chunk               environments stepped together; default at most 8,192 on a GPU, and what fits the cache on a CPU
     randomize           True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
                         Single fields may be given as "randomize.friction", on top of those
     observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none

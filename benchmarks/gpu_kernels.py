@@ -6,7 +6,7 @@ of the emitted code. The rates follow from a model and are a prediction:
 
 - A launch within a CUDA graph takes 1.5 to 2.5 us, or longer if its bytes do. Both ends are predicted.
 - Memory moves 3.0 TB/s. A launch whose bytes fit 40 MB finds them in the cache of the card, which moves 5.5 TB/s.
-- More than 16,384 robots are stepped in chunks, one after the other.
+- More than 8,192 robots are stepped in chunks, one after the other.
 
 The model knows no uncoalesced access and no spilled registers, so it is an upper bound.
 """
