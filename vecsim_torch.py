@@ -2623,7 +2623,7 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
-CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and no kernel spills
+CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and for its registers
 
 
 def transposed(x: Tensor) -> Tensor:
