@@ -29,6 +29,7 @@ LAUNCH = 1.5e-6, 2.5e-6  # s
 MEMORY, CACHE, CACHE_SIZE = 3.0e12, 5.5e12, 40e6  # bytes/s, bytes/s, bytes
 BYTES_OUTSIDE = 60  # of a launch outside of regions, for one environment: a copy of a few rows
 SIZES = 1024, 4096, 16384, 65536, 131072
+HARDWARE = "no GPU; predicted for an NVIDIA H100 (sm_90)"
 OPTIONS = {  # of each task, as the trainers set them
     "InvertedPendulum-v5": dict(integrator="euler"),
     "Hopper-v5": dict(integrator="euler"),
@@ -107,4 +108,5 @@ def write(options: Namespace) -> None:
             tasks[env_id] = counted | dict(commit=machine.commit())
             versions = {name: metadata.version(name) for name in ("torch", "triton")}
             rows = [predict(tasks[name], vecsim_torch.CUDA_CHUNK) for name in OPTIONS if name in tasks]
-            save(path, dict(versions=versions, command="python -m benchmarks gpu-kernels", tasks=rows))
+            about = dict(hardware=HARDWARE, commit=machine.commit(), command="python -m benchmarks gpu-kernels")
+            save(path, about | dict(versions=versions, tasks=rows))

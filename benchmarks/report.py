@@ -51,7 +51,7 @@ Rates are predicted from them by a model in which a launch takes 1.5 to 2.5 us o
 8,192 environments are stepped in chunks of that many. The model is an upper bound: it knows no uncoalesced access and
 no spilled registers. A stack that is not 0 is a spill.
 
-Launches limit Ant at 4,096 environments, and both limit it in chunks of 8,192. Our aim for it is 300 launches and 300
+Launches limit Ant at 4,096 environments, and traffic limits it in larger chunks. Our aim for it is 300 launches and 300
 KB: most of the traffic is rows that one kernel stacks and the next reads.
 """
 

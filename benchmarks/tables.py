@@ -397,7 +397,7 @@ def predicted(record: dict) -> str:
     header = ["task", "", "launches of an environment step, in regions + outside", "traffic of an environment and step"]
     header += [f"million environment steps/s at {int(size):,}" for size in sizes]
     commits = ", ".join(dict.fromkeys(task["commit"] for task in tasks))
-    note = f"{package_list(record['versions'])}, for sm_90. Commits {commits}, `{record['command']}`."
+    note = f"{record['hardware']}; {package_list(record['versions'])}. Commits {commits}, `{record['command']}`."
     return table("an environment step on an H100", header, rows, note) + "\n" + kernels(tasks)
 
 

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 import vecsim_torch
-from benchmarks import report
+from benchmarks import gpu_kernels, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -169,6 +169,9 @@ def claims():
         for seed in (1, 2, 3)
     ]
     words = "zero one two three four five six seven eight nine".split()
+    low, high = (f"{1e6 * seconds:g}" for seconds in gpu_kernels.LAUNCH)
+    chunk = f"more than {vecsim_torch.CUDA_CHUNK:,} environments are stepped in chunks"
+    yield f"a launch takes {low} to {high} us or the time of its traffic, and {chunk}"
     yield f"take {words[round(min(times))]} to {words[round(max(times))]} times as long to train on a CPU"
 
 
