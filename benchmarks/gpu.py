@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -67,12 +68,12 @@ def card(out: Path) -> Figures:
 
 
 def tests(out: Path) -> Figures:
-    """The last line of pytest: "7 passed, 3 skipped, 900 deselected in 61.00s"."""
-    words = (out / "log").read_text().splitlines()[-1].replace(",", "").split()
-    counts = {
-        name: int(words[words.index(name) - 1]) if name in words else 0 for name in ("passed", "failed", "skipped")
-    }
-    return {name: (number, None if name == "passed" else 0) for name, number in counts.items()}
+    """The last line of pytest: "7 passed, 3 skipped, 900 deselected in 61.00s". ValueError if it has no such counts."""
+    last = (out / "log").read_text().splitlines()[-1]
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    if not counts:
+        raise ValueError(last)
+    return {name: (counts.get(name, 0), None if name == "passed" else 0) for name in ("passed", "failed", "skipped")}
 
 
 def physics(out: Path) -> Figures:
@@ -190,7 +191,7 @@ PROFILED = "--profile --eval-episodes 0 --log-every 1"
 
 BLOCKS = [
     Block("card", 1, "python -m benchmarks.card {device}", card, ""),
-    Block("tests", 9, f"python -m pytest -q -k {GPU_TESTS}", tests, "tests/test_ppo.py"),
+    Block("tests", 9, f"python -m pytest -k {GPU_TESTS}", tests, "tests/test_ppo.py"),
     Block("physics-Ant-v5", 3, f"{PHYSICS} Ant-v5", physics, SMALL_PHYSICS),
     Block("ppo-InvertedPendulum-v5", 2, f"{PPO} InvertedPendulum-v5 --eval-every 250000", training, SCORED_PPO),
     Block("sizes-Ant-v5", 8, f"{SIM} Ant-v5 {SIZES}", scaling, SMALL_SIZES),

@@ -103,6 +103,14 @@ def test_a_block_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypat
     assert "--force runs it again" in capsys.readouterr().err
 
 
+def test_the_counts_of_pytest_are_read(tmp_path):
+    (tmp_path / "log").write_text("slowest\n1 failed, 7 passed, 3 skipped, 900 deselected in 61.00s\n")
+    assert gpu.tests(tmp_path) == {"passed": (7, None), "failed": (1, 0), "skipped": (3, 0)}
+    (tmp_path / "log").write_text("(10 durations < 0.005s hidden)\n")
+    with pytest.raises(ValueError, match="durations"):
+        gpu.tests(tmp_path)
+
+
 def test_a_rate_is_predicted_by_hand():
     """Three launches: two of a region, one outside. At 1,000 environments all take the time of a launch."""
     regions = [dict(region="a", calls=2, bytes=[30_000.0], registers=[dict(registers=40, stack=0)])]
