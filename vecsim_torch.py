@@ -78,7 +78,8 @@ Glossary
     step            a physics step is one timestep (`step`, MuJoCo's mj_step). An environment step, or control step, is
                     frame_skip physics steps under one action (`VecSim.step`)
     motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin` (Featherstone
-                    2008, chapter 2). `origin` is the point of the world where the first link is now; it does not move
+                    2008, chapter 2). `origin` is the point of the world where the first link that has mass is now; it
+                    does not move. Farther points would cost digits: the inertia of a link grows with their distance
     wrench          a spatial force
     cdof            (nv, 6, N) motion of a link and all links below it when one degree of freedom has velocity 1
     inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`; `apply_symmetric` gives the order of the entries
@@ -456,8 +457,8 @@ class Model:
     body_com: Tensor  # (nbody, 3, 1) m, in the link's frame
     body_inertia: Tensor  # (nbody, 3, 3, 1) kg m^2 about the body's centre of mass, link axes
     qpos0: Tensor  # (nq, 1)
-    # for randomisation
     trunk: int  # the first link that has mass
+    # for randomisation
     push_motion: Tensor  # (nv, 2, 1) dof velocities of a horizontal push of 1 m/s along the world's x and y
 
     def __post_init__(self):
@@ -1631,7 +1632,7 @@ def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> It
 def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> Smooth:
     """Kinematics, inertia, forces and constraint rows of a state (qpos, qvel) under ctrl (nu, N)."""
     xpos, xmat = kinematics(model, qpos)
-    origin = xpos[0]
+    origin = xpos[model.trunk]
     cdof = motion_subspace(model, xpos, xmat, origin)
     cvel = link_motion(model, cdof, qvel)
     inertia = spatial_inertia(model, xpos, xmat, origin)
@@ -2093,7 +2094,7 @@ class Humanoid(Ant):
     def sense(self, model: Model, p: Measured) -> Tensors:
         if p.dynamics is None:
             xpos, xmat = kinematics(model, p.qpos)
-            cvel = link_motion(model, motion_subspace(model, xpos, xmat, xpos[0]), p.qvel)
+            cvel = link_motion(model, motion_subspace(model, xpos, xmat, xpos[model.trunk]), p.qvel)
             com = centre_of_mass(model, xpos, xmat)
             qfrc_actuator = torch.zeros_like(p.qvel)
             cfrc_ext = p.qpos.new_zeros(model.nbody - 1, 6, p.qpos.shape[1])
@@ -2105,7 +2106,7 @@ class Humanoid(Ant):
         return {
             "position": com[:2],
             "cinert": body_inertias(model, xpos, xmat, com).flatten(0, 1),
-            "cvel": body_velocities(model, cvel, com - xpos[0]).flatten(0, 1),
+            "cvel": body_velocities(model, cvel, com - xpos[model.trunk]).flatten(0, 1),
             "qfrc_actuator": qfrc_actuator[6:],
             "cfrc_ext": cfrc_ext.flatten(0, 1),
         }

@@ -870,6 +870,22 @@ def test_supported_neighbours_of_refused_features():
         vecsim.load_model(xml, pair_slots=0)
 
 
+def test_a_robot_that_walked_far_is_as_exact():
+    """In float32. Its first link moves up and down only, as in dm_control's walker, and stays behind."""
+    model = vecsim.load_model("""<mujoco><worldbody><geom type="plane" size="5 5 1"/><body pos="0 0 1">
+      <joint type="slide" axis="0 0 1"/><joint type="slide" axis="1 0 0"/><joint axis="0 1 0"/>
+      <geom type="capsule" size=".05" fromto="0 0 .3 0 0 -.3"/><body pos="0 0 -.3">
+      <joint axis="0 1 0"/><geom type="capsule" size=".05" fromto="0 0 0 .1 0 -.4"/></body></body>
+      </worldbody></mujoco>""")
+    qpos = torch.tensor([[-0.26] * 3, [0.0, 30.0, 100.0], [0.1] * 3, [0.2] * 3])
+    qvel = torch.tensor([0.1, 1.0, -2.0, 3.0])[:, None].expand(-1, 3)
+    state = vecsim.State(qpos, qvel, torch.zeros_like(qvel))
+    dynamics = vecsim.forward(model, state, torch.zeros(0, 3), 8)
+    qacc = dynamics.solution.qacc
+    assert (vecsim.normal_forces(dynamics).sum(0) > 1.0).all()
+    assert ((qacc - qacc[:, :1]).abs() / (1 + qacc.abs().max())).max() <= 1e-3
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Corners of the contact model, each against C in float64
 # ----------------------------------------------------------------------------------------------------------------------
