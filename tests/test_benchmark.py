@@ -367,6 +367,19 @@ def test_other_learners_train_on_vecsim(peer, module):
     assert ready["ready"] and measured["work"] == 4 * 8  # one iteration
 
 
+@pytest.mark.parametrize("module", ["rsl_rl", "skrl", "rl_games", "sb3"])
+def test_the_adapters_train(module):
+    """One iteration of each example; the example prints the score of its policy."""
+    file = ROOT / "benchmarks/adapters" / f"{module}.py"
+    packages = environments.dependencies(file, "cpu")
+    if not environments.is_built(packages):
+        pytest.skip(f"{packages[0]} is not installed; ./benchmark.sh train installs it")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    answer = run(environments.interpreter(file, "cpu"), "-m", f"benchmarks.adapters.{module}", "1", env=environment)
+    assert answer.returncode == 0, answer.stderr
+    assert 1 <= float(answer.stdout.split("score: ")[1].split()[0]) <= 1000
+
+
 def test_a_training_is_compared_under_each_integrator(tmp_path):
     plan = list(comparisons.train(options(tmp_path, "--env-id", "Ant-v5,HalfCheetah-v5", "--cores", "0")))
     assert [comparison.case for comparison in plan] == [
