@@ -7,6 +7,7 @@
     vecsim_torch.make("Quadruped-Rough", randomize=True)            # every robot is different in every episode
     vecsim_torch.make("Hopper-v5", randomize={"mass": (0.8, 1.2)}, action_delay_ms=120)
 
+    python vecsim_torch.py --check my_robot.xml                     # can it do my robot? how exactly, how fast?
     python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
     python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
 
@@ -39,16 +40,15 @@ Your own task. Write a file my_task.py and give a PyTorch trainer `--env-id my_t
 
     import vecsim_torch
 
-    @dataclass(frozen=True)  # each option is a bool, a number or a range (low, high)
+    @dataclass(frozen=True)  # each option has a type; it is a bool, a number or a range (low, high)
     class SwingUp(vecsim_torch.Task):
-        xml_file: str = ""
         frame_skip: int = 4  # physics steps in a control step
         reset_noise_scale: float = 0.1
         effort_weight: float = 0.001
 
-        def source(self):  # every actuator needs a ctrlrange
+        def source(self):  # or name a file beside this one: xml_file: str = "my_robot.xml"
             return '''<mujoco><option timestep="0.005"/>
-              <worldbody><body><joint name="pivot" axis="0 1 0"/>
+              <worldbody><body><joint name="pivot" axis="0 1 0"/><site name="tip" pos="0 0 -1"/>
                 <geom type="capsule" size="0.05" fromto="0 0 0 0 0 -1"/></body></worldbody>
               <actuator><motor joint="pivot" gear="10" ctrlrange="-1 1"/></actuator></mujoco>'''
 
@@ -56,12 +56,37 @@ Your own task. Write a file my_task.py and give a PyTorch trainer `--env-id my_t
             return {"angle": torch.cat((p.qpos.cos(), p.qpos.sin())), "velocity": p.qvel}
 
         def reward(self, model, p, sensed, action, velocity):  # (N,) each; terms called reward_... are summed
-            effort = action.square().sum(0)
-            return {"reward_up": -p.qpos[0].cos(), "reward_effort": -self.effort_weight * effort}
+            height, effort = model.pose(p, site="tip").position[2], action.square().sum(0)
+            return {"reward_up": height, "reward_effort": -self.effort_weight * effort}
 
-`Task` documents all methods. p is the state of the robots, see `Measured`. xml_file names a file of Gymnasium; this
-task needs none, because `source` returns the MJCF itself. tasks/quadruped.py is a longer example: commands, memory,
-privileged observations, a curriculum and terrain.
+    @dataclass(frozen=True)
+    class Follow(SwingUp):  # what is optional: here the pole follows a command
+        target_range: vecsim_torch.Range = (-1.0, 1.0)  # rad
+        random_rows = 2  # of `noise`, random numbers in [0, 1); this is no option, so it has no type
+
+        def begin(self, model, qpos, noise, ended, limit):  # the start, and a memory: any names, (rows, N) each
+            return qpos, {"target": vecsim_torch.scaled(noise[:1], self.target_range)}
+
+        def remember(self, model, p, sensed, action, noise):  # the memory after a step; 1% of targets are new
+            fresh = vecsim_torch.scaled(noise[:1], self.target_range)
+            return {"target": torch.where(noise[1:] < 0.01, fresh, p.memory["target"])}
+
+        def observe(self, model, p, sensed):
+            return super().observe(model, p, sensed) | {"target": p.memory["target"]}
+
+        def privileged(self, model, p, sensed):  # only the critic sees it, or the teacher
+            return self.observe(model, p, sensed) | {"mass": model.mass.expand(-1, p.qpos.shape[1])}
+
+        def reward(self, model, p, sensed, action, velocity):
+            return {"reward_follow": torch.exp(-(p.qpos - p.memory["target"])[0].square())}
+
+        def healthy(self, p, sensed):  # False ends the episode
+            return p.qvel[0].abs() < 20.0
+
+`Task` documents all methods; a wrong shape is an error when the environment is made. p is the state of the robots, see
+`Measured`. `Model` gives quantities by the names of the MJCF: pose(p, body=..., site=... or geom=...), velocity and
+contact_force of the same, p.qpos[model.qpos_of("pivot")] and p.qvel[model.dof_of("pivot")]. Every actuator needs a
+ctrlrange. In tasks/ are a cart-pole, an arm and, with terrain and a curriculum, a quadruped.
 
 Glossary
     N               number of environments, always the last axis inside the simulator
@@ -130,6 +155,14 @@ from torch.utils.benchmark import Timer
 
 class InputError(ValueError):
     """A user's mistake. The scripts print its message on one line and exit with status 2."""
+
+
+class Unsupported(InputError):
+    """A model has `features` that this simulator does not compute. The message names the first one."""
+
+    def __init__(self, features: list[str], advice: str):
+        super().__init__(f"unsupported model feature: {features[0]}; {advice}")
+        self.features, self.advice = features, advice
 
 
 def check_at_least(least: float, **values: Any) -> None:
@@ -335,6 +368,20 @@ class Terrain(NamedTuple):
     tile: float  # m, side of a tile
 
 
+class Pose(NamedTuple):
+    """A frame in the world."""
+
+    position: Tensor  # (3, N) m
+    rotation: Tensor  # (3, 3, N) the columns are the frame's axes
+
+
+class Velocity(NamedTuple):
+    """How a frame moves, in world axes."""
+
+    angular: Tensor  # (3, N) rad/s
+    linear: Tensor  # (3, N) m/s, of the frame's position
+
+
 @dataclass(frozen=True)
 class Model:
     """One robot. Every floating-point tensor ends in an environment axis of size 1, or N where robots differ.
@@ -460,11 +507,80 @@ class Model:
     trunk: int  # the first link that has mass
     # for randomisation
     push_motion: Tensor  # (nv, 2, 1) dof velocities of a horizontal push of 1 m/s along the world's x and y
+    # names of the MJCF, see `pose` and the methods after it
+    joint_rows: dict[str, tuple[int, int, int, int]]  # first and past-the-end row of each joint in qpos, then in qvel
+    frames: dict[str, dict[str, tuple[int, int, tuple[int, ...]]]]  # of body, site, geom; name: frame, link, geoms
+    frame_position: Tensor  # (frames, 3, 1) m, in the link's frame
+    frame_rotation: Tensor  # (frames, 3, 3, 1)
 
     def __post_init__(self):
         if self.terrain is not None and (self.walls or self.boxes):
             what = f"planes {', '.join(self.walls)}" if self.walls else "boxes that touch the ground"
             raise InputError(f"unsupported model feature: terrain with {what}; it replaces one horizontal plane")
+
+    # Quantities by the names of the MJCF, for tasks. p is a `Measured` or a `State`. A name that the MJCF does not have
+    # is an InputError; a `VecSim` calls all methods of its task when it is made, so it finds wrong names then.
+
+    def pose(self, p: Measured | State, **named: str) -> Pose:
+        """Where a frame is at p.qpos: pose(p, body="hand"), pose(p, site="fingertip") or pose(p, geom="ball")."""
+        return self.pose_on_links(*kinematics(self, p.qpos), **named)
+
+    def pose_on_links(self, xpos: Tensor, xmat: Tensor, **named: str) -> Pose:
+        """The same from the poses of the links, for example those of p.dynamics.smooth, which are one step older."""
+        frame, link, _ = self._find(named)
+        place, turn = self.frame_position[frame], self.frame_rotation[frame]
+        if link == self.nl:
+            return Pose(place.expand_as(xpos[0]), turn.expand_as(xmat[0]))
+        return Pose(xpos[link] + apply(xmat[link], place), compose(xmat[link], turn))
+
+    def velocity(self, p: Measured | State, **named: str) -> Velocity:
+        """How a frame moves at p.qpos and p.qvel, named as in `pose`."""
+        link, (xpos, xmat) = self._find(named)[1], kinematics(self, p.qpos)
+        if link == self.nl:
+            return Velocity(torch.zeros_like(xpos[0]), torch.zeros_like(xpos[0]))
+        origin = xpos[self.trunk]
+        angular, linear = link_motion(self, motion_subspace(self, xpos, xmat, origin), p.qvel)[link].split(3)
+        arm = self.pose_on_links(xpos, xmat, **named).position - origin
+        return Velocity(angular, linear + cross(angular, arm))
+
+    def contact_force(self, p: Measured, **named: str) -> Tensor:
+        """Sum of the contact forces (3, N) on a body or geom that moves, N, world axes; named as in `pose`.
+
+        They are those of the last evaluation of the dynamics, as in mjData after a step, and zero after a reset.
+        """
+        _, link, geoms = self._find(named)
+        if link == self.nl:
+            raise InputError(f"{named} does not move; take the contact force on what touches it")
+        total = torch.zeros_like(p.qpos[:1]).expand(3, -1)
+        if p.dynamics is None:
+            return total
+        force, pair_force = contact_forces(self, p.dynamics)
+        for geom, of_contact in zip(self.contact_geom, force.unbind(0), strict=True):
+            total = total + of_contact if geom in geoms else total
+        for k, (first, second) in enumerate(self.pair_geoms):
+            if (first in geoms) != (second in geoms):
+                here = (p.dynamics.smooth.constraints.pair_index == k).unsqueeze(1)  # (S, 1, N)
+                total = total + (1 if second in geoms else -1) * (here * pair_force).sum(0)
+        return total
+
+    def qpos_of(self, joint: str) -> slice:
+        """The rows of a joint in qpos: p.qpos[model.qpos_of("knee")] is (1, N) for a hinge or slide."""
+        return slice(*look_up(self.joint_rows, joint, "joint")[:2])
+
+    def dof_of(self, joint: str) -> slice:
+        """The rows of a joint in qvel, qacc and forces."""
+        return slice(*look_up(self.joint_rows, joint, "joint")[2:])
+
+    def _find(self, named: dict[str, str]) -> tuple[int, int, tuple[int, ...]]:
+        ((kind, name),) = named.items()
+        return look_up(self.frames[kind], name, kind)
+
+
+def look_up(table: dict[str, Any], name: str, kind: str) -> Any:
+    """table[name], or InputError with the names that there are."""
+    if name not in table:
+        raise InputError(f"the MJCF has no {kind} {name!r}; it has {', '.join(table) or 'none with a name'}")
+    return table[name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,7 +613,7 @@ def integrator_of(m: mujoco.MjModel) -> str:
 
 
 def refuse_unsupported(m: mujoco.MjModel) -> None:
-    """Raise InputError with the name of the first feature of `m` that this simulator does not compute."""
+    """Raise `Unsupported` with the features of `m` that this simulator does not compute."""
     tendon_forces = (m.tendon_stiffness, m.tendon_damping, m.tendon_armature, m.tendon_frictionloss, m.tendon_limited)
     tendon_acts = any(field.any() for field in tendon_forces)
     simple_joints = m.jnt_type >= SLIDE
@@ -539,9 +655,9 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
             m.actuator_biastype, (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE)
         ).all(),
     }
-    for feature, found in rules.items():
-        if found:
-            raise InputError(f"unsupported model feature: {feature}; remove it from the MJCF or use MuJoCo")
+    features = [feature for feature, found in rules.items() if found]
+    if features:
+        raise Unsupported(features, "remove it from the MJCF or use MuJoCo")
 
 
 def rotation_matrix(quat: np.ndarray) -> np.ndarray:
@@ -818,14 +934,16 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
     spherical = (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)
     on_plane = (first == kind.mjGEOM_PLANE) & np.isin(second, (*spherical, kind.mjGEOM_BOX))
     supported = on_plane | (np.isin(first, spherical) & np.isin(second, spherical))
+    examples = {}  # one of each two shapes
     for pair in geoms[~supported]:
-        raise InputError(
-            f"unsupported model feature: collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}; "
-            "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
-        )
+        collision = f"collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}"
+        examples.setdefault(tuple(m.geom_type[pair]), collision)
+    if examples:
+        advice = "planes, spheres, capsules, and boxes against planes are supported (set contype/conaffinity)"
+        raise Unsupported(list(examples.values()), advice)
     for pair, dim in zip(geoms, condim, strict=True):
         if dim not in (1, 3):
-            raise InputError(f"unsupported model feature: condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3")
+            raise Unsupported([f"condim {dim} of geom {geom_name(m, pair[1])}"], "use 1 or 3")
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
     margin = m.geom_margin[geoms].sum(1)
     invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
@@ -915,6 +1033,32 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     )
 
 
+def name_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
+    """Fields of `Model`: the named joints, bodies, sites and geoms, and the pose of each in the frame of its link."""
+    ends = [*zip(m.jnt_qposadr, m.jnt_dofadr), (m.nq, m.nv)]
+    rows = [(int(q), int(end_q), int(v), int(end_v)) for (q, v), (end_q, end_v) in itertools.pairwise(ends)]
+    frames, position, rotation = {"body": {}, "site": {}, "geom": {}}, [], []
+    for kind, bodies, at, quat in (
+        ("body", range(m.nbody), np.zeros((m.nbody, 3)), np.tile([1.0, 0, 0, 0], (m.nbody, 1))),
+        ("site", m.site_bodyid, m.site_pos, m.site_quat),
+        ("geom", m.geom_bodyid, m.geom_pos, m.geom_quat),
+    ):
+        for k, b in enumerate(bodies):
+            if not (name := getattr(m, kind)(k).name):
+                continue
+            base, turn = tree.body_frame[b]
+            geoms = {"body": map(int, np.flatnonzero(m.geom_bodyid == k)), "site": (), "geom": (k,)}[kind]
+            frames[kind][name] = len(position), int(tree.body_link[b]), tuple(geoms)
+            position.append(base + turn @ at[k])
+            rotation.append(turn @ rotation_matrix(quat[k]))
+    return dict(
+        joint_rows={m.joint(j).name: rows[j] for j in range(m.njnt) if m.joint(j).name},
+        frames=frames,
+        frame_position=np.array(position),
+        frame_rotation=np.array(rotation),
+    )
+
+
 def to_torch(value: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
     """Convert `value`, a numpy array or a tuple of them, to tensors. Integers are row numbers and become int64. Other
     arrays are parameters: they become `dtype` and get an environment axis of size 1 at the end."""
@@ -950,7 +1094,7 @@ def load_model(
         raise InputError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     tree = build_tree(m)
     tables = tree_tables(m, tree) | joint_tables(m, tree) | inertia_tables(m, tree) | actuator_tables(m)
-    tables |= limit_tables(m) | contact_tables(m, tree, self_collision)
+    tables |= limit_tables(m) | contact_tables(m, tree, self_collision) | name_tables(m, tree)
     if pair_slots is None:
         pair_slots = 8 if tables["pair_edges"] == 1 else 4
     tables |= dict(
@@ -1801,18 +1945,24 @@ def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tens
     return torch.cat((moving[:, :3], moving[:, 3:] + cross(moving[:, :3], arm)), 1)
 
 
+def contact_forces(model: Model, dynamics: Dynamics) -> tuple[Tensor, Tensor | None]:
+    """Contact forces in world axes: (nc, 3, N) of fixed geoms on the geoms that move, (S, 3, N) on each second geom."""
+    c, it = dynamics.smooth.constraints, dynamics.solution
+    contact, _, pair = active_weights(c, it)
+    force = -contact_force(c.contacts, contact * it.contact)
+    if c.pairs is None:
+        return force, None
+    edge_force = (-pair * it.pair).unflatten(0, (model.pair_slots, -1))
+    return force, contact_force(c.pairs, edge_force) if model.pair_edges == 4 else c.pairs.normal * edge_force
+
+
 def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
     """cfrc_ext (nbody - 1, 6, N): torque about `com` (3, N) and force of all contacts on each body, world axes."""
-    smooth, it = dynamics
-    c = smooth.constraints
-    contact, _, pair = active_weights(c, it)
-    arm = smooth.origin - com
-    force = -contact_force(c.contacts, contact * it.contact)
+    c, (force, pair_force) = dynamics.smooth.constraints, contact_forces(model, dynamics)
+    arm = dynamics.smooth.origin - com
     total = (model.body_contacts * force_at(c.contacts.point + arm, force)).sum(1)
     if c.pairs is not None:
-        edge_force = (-pair * it.pair).unflatten(0, (model.pair_slots, -1))
-        force = contact_force(c.pairs, edge_force) if model.pair_edges == 4 else c.pairs.normal * edge_force
-        wrench = force_at(c.pairs.point + arm, force)
+        wrench = force_at(c.pairs.point + arm, pair_force)
         sign = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (S, nbody, N)
         total = total + (sign[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
     return total
@@ -1856,13 +2006,13 @@ class Measured(NamedTuple):
 class Task:
     """A robot, what it observes and what it is rewarded for. The fields are options, under Gymnasium's names.
 
-    A task of your own is a subclass with the same decorator. It overrides `source`, `observe`, `reward` and perhaps
-    `healthy`. Shapes: actions (nu, N), rewards (N,), groups of observations (rows, N).
+    A task of your own is a subclass with the same decorator. It names its MJCF, overrides `observe` and `reward`, and
+    perhaps others. Shapes: actions (nu, N), rewards (N,), groups of observations (rows, N). `check_task` checks them.
     """
 
-    xml_file: str
-    frame_skip: int  # physics steps in a control step
-    reset_noise_scale: float  # the initial qpos and qvel differ from the model's by up to this
+    xml_file: str = ""  # MJCF: a path from the folder of the task's file, or the name of one of Gymnasium's
+    frame_skip: int = 1  # physics steps in a control step
+    reset_noise_scale: float = 0.0  # the initial qpos and qvel differ from the model's by up to this
 
     # Attributes of the class, which are not options.
     terminate_when_unhealthy = True
@@ -1877,7 +2027,9 @@ class Task:
 
     def source(self) -> str | Path:
         """The MJCF: a path, or the text itself."""
-        return Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.xml_file
+        own_file = getattr(sys.modules[type(self).__module__], "__file__", None) or "notebook"
+        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+        return find_file(self.xml_file, Path(own_file).parent, assets)
 
     def furnish(self, model: Model, m: mujoco.MjModel) -> Model:
         """Hook to modify the loaded model, for example to set the home pose or attach a terrain."""
@@ -1900,7 +2052,10 @@ class Task:
         return sum(value for name, value in terms.items() if name.startswith("reward_"))
 
     def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
-        """(N,) bool: False ends the episode, unless the task has terminate_when_unhealthy = False."""
+        """(N,) bool: False ends the episode, unless the task has terminate_when_unhealthy = False.
+
+        What it needs of the model is measured in `sense`.
+        """
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
 
     def control(self, model: Model, action: Tensor) -> Tensor:
@@ -2132,6 +2287,15 @@ TASKS: dict[str, type[Task] | str] = {  # a class, or file:class, which is loade
 }
 
 
+def find_file(name: str, *folders: Path) -> Path:
+    """The file `name` of the first of these folders that has it, or InputError."""
+    places = [(folder / name).resolve() for folder in folders]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise InputError(f"no file {' or '.join(dict.fromkeys(map(str, places)))}")
+    return found
+
+
 def load_class(location: str) -> Any:
     """The class that `file.py:Class` names. The file is executed once in a process.
 
@@ -2139,15 +2303,16 @@ def load_class(location: str) -> Any:
     class does not exist.
     """
     file, _, name = location.rpartition(":")
-    places = [(folder / file).resolve() for folder in (Path.cwd(), HERE)]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise InputError(f"no file {' or '.join(dict.fromkeys(map(str, places)))}")
+    path = find_file(file, Path.cwd(), HERE)
     module_name = "_".join(path.with_suffix("").parts[1:])
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)  # dataclasses and torch.compile look it up
-        spec.loader.exec_module(sys.modules[module_name])
+        try:
+            spec.loader.exec_module(sys.modules[module_name])
+        except BaseException:  # a mistake in the file; the next call executes it again
+            del sys.modules[module_name]
+            raise
     kind = getattr(sys.modules[module_name], name, None)
     if not isinstance(kind, type):
         raise InputError(f"{path} has no class {name!r}")
@@ -2165,10 +2330,21 @@ def find_task(env_id: str) -> type[Task]:
 
 
 def build_task(env_id: str, options: dict[str, Any]) -> Task:
-    """The task with its options. InputError for an unknown task or option."""
+    """The task with its options. InputError for an unknown task or option, or a class that breaks a rule of tasks."""
     kind = find_task(env_id)
-    if not dataclasses.is_dataclass(kind) or not hasattr(kind, "observe"):
-        raise InputError(f"{env_id} must be a subclass of vecsim_torch.Task with the decorator @dataclass(frozen=True)")
+    rule = f"{env_id} must be a subclass of vecsim_torch.Task with the decorator @dataclass(frozen=True)"
+    if not issubclass(kind, Task):
+        raise InputError(rule)
+    for cls in kind.__mro__[: kind.__mro__.index(Task)]:
+        typed = inspect.get_annotations(cls)
+        if typed and "__dataclass_fields__" not in vars(cls):
+            raise InputError(f"{rule}; {cls.__name__} has no decorator, so its options would have no effect")
+        for field in dataclasses.fields(cls):
+            if field.name in vars(cls).keys() - typed.keys():
+                raise InputError(f"{cls.__name__}.{field.name} is an option, so it needs a type annotation")
+    for name in ("observe", "reward"):
+        if getattr(kind, name) is getattr(Task, name):
+            raise InputError(f"{env_id} must define the method {name}")
     legal = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in options:
         if name not in legal:
@@ -2456,6 +2632,64 @@ def begin_step(
     steps_ago = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
     ctrl = [task.control(model, past) for past in actions]
     return carry, [ctrl[k] for k in steps_ago]
+
+
+def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors]:
+    """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape.
+
+    Returns the groups of the observation and of the privileged one, of robots at the start of an episode.
+    """
+    task, n = settings.task, noise.qpos.shape[-1]
+
+    def check(method: str, answer: Any, *rows: int | None) -> None:
+        """The answer must be (*rows, N); None is any number."""
+        given = tuple(answer.shape) if isinstance(answer, Tensor) else (type(answer).__name__,)
+        if len(given) != len(rows) + 1 or any(x not in (y, None) for x, y in zip((*rows, n), given)):
+            shape = ", ".join("rows" if x is None else str(x) for x in rows)
+            rule = f"{method} must be a tensor of shape ({shape and f'{shape}, '}N)"
+            raise InputError(f"{rule}, not ({', '.join(map(str, given))}); in this check N = {n}")
+
+    def check_named(method: str, answer: Any, *rows: int | None, like: Tensors | None = None) -> None:
+        given = list(answer) if isinstance(answer, dict) else type(answer).__name__
+        if isinstance(given, str) or (like is not None and answer.keys() != like.keys()):
+            names = "" if like is None else f" with the names {list(like)}"
+            raise InputError(f"{method} must be a dict of tensors{names}, not {given}")
+        for name, value in answer.items():
+            check(f"{method}[{name!r}]", value, *(rows if like is None else like[name].shape[:-1]))
+
+    def begin(ended: Measured | None) -> tuple[Tensor, Tensors]:
+        answer = task.begin(model, qpos, noise.task, ended, torch.ones_like(qpos[0]))
+        check("the qpos of begin", answer[0], model.nq)
+        return answer
+
+    qpos, qvel = reset_state(task, model, noise.qpos, noise.qvel)
+    qpos, memory = begin(None)
+    check_named("the memory of begin", memory, None)
+    start = Measured(qpos, qvel, None, memory, torch.zeros_like(qpos[:2]))
+    sensed = task.sense(model, start)
+    if not isinstance(sensed, dict) or "position" not in sensed:
+        raise InputError('sense must be a dict of tensors with the name "position"')
+    check("sense['position']", sensed["position"], None)
+    groups = task.observe(model, start, sensed), task.privileged(model, start, sensed)
+    for name, answer in zip(("observe", "privileged"), groups, strict=True):
+        check_named(name, answer, None)
+    action = torch.zeros_like(qpos[:1]).expand(model.nu, -1)
+    ctrl = task.control(model, action)
+    check("control", ctrl, model.nu)
+    dynamics = forward(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, 1)
+    after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
+    now = task.sense(model, after)
+    check_named("sense", now, like=sensed)
+    terms = task.reward(model, after, now, action, torch.zeros_like(now["position"]))
+    check_named("reward", terms)
+    check("the sum of the rewards whose names start with reward_", task.total(terms))
+    healthy = task.healthy(after, now)
+    check("healthy", healthy)
+    if healthy.dtype != torch.bool:
+        raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
+    check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
+    check_named("the memory of begin", begin(after)[1], like=memory)
+    return groups
 
 
 class Robots(NamedTuple):
@@ -2781,10 +3015,8 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _prepare_spaces(self) -> None:
         self._observation_rows = 0  # not known yet
-        noise = self._draw_noise()
-        model = self._robots(noise.parameters)
-        _, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
-        groups = self.task.observe(model, measured, sensed), self.task.privileged(model, measured, sensed)
+        noise = map_tensors(lambda x: x[..., :1].expand(*x.shape[:-1], 13), self._draw_noise())
+        groups = check_task(self.settings, self._robots(noise.parameters), noise)
         self.observation_slices, self.single_observation_space = spaces_of(groups[0])
         self.critic_slices, self.single_critic_space = spaces_of(groups[1])
         if self.settings.observation_noise:
@@ -3176,21 +3408,39 @@ def evaluate_in_gymnasium(
     return score
 
 
+def make_renderer(env: VecSim) -> Any:
+    """Gymnasium's renderer for the first robot of `env`."""
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+    scene = env.task.drawn_model(env.model, env.mj_model)
+    return MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
+
+
+def draw_robot(env: VecSim, renderer: Any) -> np.ndarray:
+    """A picture (height, width, 3) of the first robot."""
+    renderer.data.qpos[:] = env.state().qpos[:, 0].tolist()  # host sync
+    mujoco.mj_forward(renderer.model, renderer.data)
+    return renderer.render("rgb_array")
+
+
 def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
-    """Film one episode of `evaluate_in_gymnasium` into an .mp4 file, and return its path."""
+    """Film one episode into an .mp4 file, in Gymnasium's environment if there is one, and return its path."""
     import imageio.v2 as imageio
 
-    if not gymnasium_id(env_id):
-        raise InputError(f"Gymnasium has no {env_id} to film")
     if "DISPLAY" not in os.environ:
         # Without a screen MuJoCo draws through EGL. Where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
     # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
-    options = {"camera_name": "track"} | env_kwargs
-    envs, frames = gymnasium_envs(env_id, 1, options, render_mode="rgb_array"), []
+    options, frames = {"camera_name": "track"} | env_kwargs, []
+    if gymnasium_id(env_id):
+        envs = gymnasium_envs(env_id, 1, options, render_mode="rgb_array")
+        draw = lambda: envs.render()[0]
+    else:
+        envs = make(env_id, 1, **env_kwargs)
+        draw = functools.partial(draw_robot, envs, make_renderer(envs))
 
     def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
-        frames.append(envs.render()[0])
+        frames.append(draw())
         return act(obs, started)
 
     evaluate(envs, draw_and_act, seed, observes)
@@ -3730,6 +3980,7 @@ class BenchmarkArgs:
     threads: int = os.cpu_count() or 1  # CPU threads of vecsim and of MuJoCo C (>= 1)
     seconds: float = 10.0  # how long each simulator is timed, s
     json: Path | None = None  # file to write the figures to
+    check: Path | None = None  # an MJCF in place of a task: what is supported, error and speed, on one page
 
 
 def random_actions(env: VecSim, generator: torch.Generator) -> Tensor:
@@ -3795,13 +4046,14 @@ def converged(m: mujoco.MjModel) -> mujoco.MjModel:
     return m
 
 
-def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
+def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
     """The figures that the command prints and that --json writes."""
     if args.threads < 1 or not 0 < args.seconds < math.inf:
         raise InputError(f"threads = {args.threads} and seconds = {args.seconds} must be positive and finite")
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     options = {"integrator": args.integrator, "iterations": args.iterations, "compile": args.compile}
+    options |= task_options
     env = make(args.env_id, args.num_envs, device=device, seed=1, random_initial_ages=True, **options)
     generator = torch.Generator(device).manual_seed(1)
     env.reset(seed=1)
@@ -3831,12 +4083,104 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     return result | {"command": shlex.join(["python", "vecsim_torch.py", *sys.argv[1:]])}
 
 
+@dataclass(frozen=True)
+class AnyRobot(Task):
+    """A robot without a goal, for --check. Actuators without a ctrlrange get actions from -1 to 1."""
+
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
+        return {"qpos": p.qpos, "qvel": p.qvel}
+
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
+        return {"reward_none": torch.zeros_like(p.qpos[0])}
+
+    def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
+        ranges = torch.stack((model.ctrl_low[:, 0], model.ctrl_high[:, 0]))
+        one = torch.ones_like(ranges[0])
+        return tuple(torch.where(ranges.isinf().any(0), torch.stack((-one, one)), ranges))
+
+
+HINTS = {  # what to do about a feature, by the start of its name
+    "integrator": 'set <option integrator="implicitfast"/>',
+    "joint friction loss": "set frictionloss to 0; damping comes near to it",
+    "elliptic": 'set <option cone="pyramidal"/>',
+    "medium": "set density, viscosity and wind to 0",
+    "option flags": "remove <flag>",
+    "contact gap": "set gap to 0",
+    "gravity compensation": "set gravcomp to 0, and add its force in the task's method `control`",
+    "actuators with activation": "use motor, position or velocity without a time constant",
+    "collision of": "give one of them simpler shapes, or contype and conaffinity 0",
+}
+
+
+def random_steps(m: mujoco.MjModel, count: int) -> list[Tensor]:
+    """`count` steps of MuJoCo C under random actions: qpos, qvel, warmstart, ctrl before, qpos, qvel after."""
+    m, rng, rows = converged(m), np.random.default_rng(1), []
+    data, low_high = mujoco.MjData(m), np.where(m.actuator_ctrllimited[:, None], m.actuator_ctrlrange, (-1.0, 1.0)).T
+    if m.nkey:
+        mujoco.mj_resetDataKeyframe(m, data, 0)
+    for _ in range(count):
+        data.ctrl[:] = rng.uniform(*low_high)
+        before = [x.copy() for x in (data.qpos, data.qvel, data.qacc_warmstart, data.ctrl)]
+        mujoco.mj_step(m, data)
+        rows.append((*before, data.qpos.copy(), data.qvel.copy()))
+    return [torch.tensor(np.array(column).T) for column in zip(*rows, strict=True)]
+
+
+def check(args: BenchmarkArgs) -> int:
+    """Print on one page whether this simulator computes an MJCF, its error and its speed. Returns the exit status."""
+    m, path = compile_mjcf(args.check), args.check.resolve()
+    kinds = [mujoco.mjtJoint(int(kind)).name.removeprefix("mjJNT_").lower() for kind in m.jnt_type]
+    joints = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    print(f"{path.name}: {m.nbody - 1} bodies, {m.njnt} joints ({joints}), {m.nu} actuators, {m.ngeom} geoms")
+    print(f"nq {m.nq}, nv {m.nv}; a physics step is {1000 * m.opt.timestep:g} ms, {integrator_of(m)}")
+    problems = {}
+    for load in (refuse_unsupported, build_tree, collision_candidates, load_model):
+        try:
+            model = load(m)
+        except Unsupported as error:
+            problems |= {feature: error.advice for feature in error.features}
+        except InputError as error:
+            problems[str(error)] = "change the MJCF"
+    for feature, advice in problems.items():
+        hints = [hint for start, hint in HINTS.items() if feature.startswith(start)]
+        print(f"NOT SUPPORTED: {feature}; {(*hints, advice)[0]}")
+    if problems:
+        return 1
+    free = [m.actuator(k).name or str(k) for k in np.flatnonzero(m.actuator_ctrllimited == 0)]
+    if free or not m.nu:
+        what = f"give these actuators a ctrlrange: {', '.join(free)}" if free else "it has no actuators"
+        print(f"To train it: {what}")
+    pairs = f"{len(model.pair_geoms)} pairs of moving geoms, of which {model.pair_slots} are solved at once"
+    print(f"Supported. Contacts: {len(model.contact_geom)} with what is fixed, {pairs} (pair_slots)")
+    *start, ctrl, qpos, qvel = random_steps(m, 200)
+    print("200 random steps, each from MuJoCo C's state; error of qpos and qvel after it, median and 99th percentile:")
+    for dtype, iterations in ((torch.float64, 20), *((torch.float32, count) for count in (2, 4, 8, 16))):
+        state = State(*(x.to(dtype) for x in start))
+        after, dynamics = step(load_model(m, dtype=dtype), state, ctrl.to(dtype), iterations=iterations)
+        ours, exact = torch.cat((after.qpos, after.qvel)), torch.cat((qpos, qvel))
+        wrong = ((ours - exact).abs() / (1 + exact.abs())).amax(0)
+        dropped = int((dynamics.smooth.constraints.dropped > 0).sum())
+        note = f"; in {dropped} of them contacts found no slot" if dropped else ""
+        print(f"  {dtype}, {iterations} iterations: {wrong.median():.1e}, {wrong.quantile(0.99):.1e}{note}")
+    print("Train with --solver-iterations so large that more do not lower the error.")
+    if m.nu:
+        print("Speed; compiling takes one to three minutes (--no-compile omits it)", flush=True)
+        args = dataclasses.replace(args, env_id=AnyRobot, integrator=integrator_of(m))
+        result = benchmark(args, xml_file=str(path))
+        speeds = result["physics_steps_per_second"], result["mujoco_c_physics_steps_per_second"]
+        print("  {:,.0f} physics steps/s here, {:,.0f} in MuJoCo C".format(*speeds), end="; ")
+        print(f"{args.num_envs} environments on {result['device']}, {args.threads} CPU threads")
+    return 0
+
+
 def main() -> None:
     import tyro
 
     args = tyro.cli(BenchmarkArgs)
-    print(f"{args.env_id}, {args.num_envs} environments; compiling takes one to three minutes", flush=True)
     try:
+        if args.check:
+            sys.exit(check(args))
+        print(f"{args.env_id}, {args.num_envs} environments; compiling takes one to three minutes", flush=True)
         result = benchmark(args)
         text = json.dumps(result, indent=1)
         print(text)
