@@ -1,4 +1,4 @@
-"""A cart that swings up its pole and balances it: the smallest useful task for vecsim_torch.py. Copy me.
+"""Swing up a pole on a cart and balance it: a small task for vecsim_torch.py. Copy me.
 
     python ppo_gpu_torch.py --env-id tasks/cartpole_swingup.py:SwingUp --no-compile --num-envs 512 \
         --num-minibatches 8 --update-epochs 8 --actor-hidden 64 64 --critic-hidden 64 64 --learning-rate-max 0.001 \
