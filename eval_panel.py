@@ -213,6 +213,21 @@ CONTRACTS = {
         SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9),
         (1, "pole angle, rad"),
     ),
+    "InvertedDoublePendulum-v5": Contract(
+        "position, sines and cosines of the angles, speeds; force on the cart; 10 for each step, less the distance of "
+        "the tip from its place above the middle; the tip falls under 1 m",
+        SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9),
+        (1, "angle of the lower pole, rad"),
+    ),
+    "Reacher-v5": Contract(
+        "angles and speeds of the arm, target; joint torques; minus distance to the target and squared action; never",
+        joint_speed(0, 20.0), (0, "shoulder angle, rad"),
+    ),
+    "Pusher-v5": Contract(
+        "angles and speeds of the arm, places of tip, object and goal; joint torques; minus the distances and the "
+        "squared action; never",
+        joint_speed(0, 20.0), (7, "place of the object along y, m"),
+    ),
     "Hopper-v5": Contract(
         f"{RUN}; torso under 0.7 m or pitched over 0.2 rad",
         joint_speed(3, 20.0), (1, "torso height, m"), least_speed=1.0,
@@ -226,8 +241,16 @@ CONTRACTS = {
         SafetyLimit("the torso stays within 1.57 rad of level: not on its back", "qpos", slice(2, 3), 1.57),
         (2, "torso pitch, rad"), least_speed=1.0,
     ),
+    "Swimmer-v5": Contract(
+        "joint angles and all speeds; joint torques; forward speed, less the squared action; never",
+        joint_speed(3, 20.0), (2, "heading, rad"), least_speed=0.1,
+    ),
     "Ant-v5": Contract(f"{RUN}; torso outside 0.2 to 1 m", joint_speed(6, 20.0), HEIGHT, least_speed=1.0),
     "Humanoid-v5": Contract(f"{RUN}; torso outside 1 to 2 m", joint_speed(6, 20.0), HEIGHT, least_speed=1.0),
+    "HumanoidStandup-v5": Contract(
+        "joint angles and all speeds; joint torques; height, less the squared action; never",
+        joint_speed(6, 20.0), HEIGHT,
+    ),
     "Quadruped-Flat": Contract(WALK, joint_speed(6, 30.0), HEIGHT, largest_tracking=0.3, observation_noise=1.0),
     "Quadruped-Rough": Contract(
         WALK, joint_speed(6, 30.0), HEIGHT, largest_tracking=0.5, observation_noise=1.0,

@@ -188,14 +188,26 @@ TASKS = {
         num_envs=32, total_timesteps=16_384, learning_starts=1_000, batch_size=256, updates_per_step=8,
         actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min",
         normalize_rewards=False, reward_scale=0.04),  # returns of at most 100 then fit without a running scale
+    "InvertedDoublePendulum-v5": dict(
+        num_envs=32, total_timesteps=65_536, learning_starts=2_000, batch_size=256, updates_per_step=8,
+        actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min"),
+    "Reacher-v5": dict(
+        num_envs=32, total_timesteps=65_536, learning_starts=2_000, batch_size=256, updates_per_step=8,
+        actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min"),
+    "Pusher-v5": dict(total_timesteps=300_000, learning_starts=5_000, batch_size=256, updates_per_step=8),
     "Hopper-v5": dict(
         total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
         n_step=3),
     "Walker2d-v5": dict(total_timesteps=3_000_000),
     "HalfCheetah-v5": dict(
         total_timesteps=160_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.98),
+    "Swimmer-v5": dict(
+        total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.999),
     "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
     "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
+        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+    "HumanoidStandup-v5": dict(total_timesteps=2_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
 }  # fmt: skip

@@ -51,6 +51,10 @@ def same(a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
+    "InvertedDoublePendulum-v5": {"healthy_reward": 5.0, "reset_noise_scale": 0.2},
+    "Reacher-v5": {"reward_dist_weight": 2.0, "reward_control_weight": 0.5},
+    "Pusher-v5": {"reward_near_weight": 2.0, "reward_dist_weight": 0.5, "reward_control_weight": 0.2},
+    "Swimmer-v5": {"exclude_current_positions_from_observation": False, "forward_reward_weight": 2.0},
     "Hopper-v5": {"exclude_current_positions_from_observation": False, "healthy_reward": 0.5,
                   "forward_reward_weight": 2.0, "healthy_z_range": (0.9, 2.0)},
     "HalfCheetah-v5": {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.3},
@@ -69,9 +73,9 @@ def gym_position(env_id, m, d):
     """What Gymnasium measures the robot's velocity from: mjData's, which lags qpos by the integrator's last stage."""
     if env_id.startswith("Ant"):
         return d.body(1).xpos[:2].copy()
-    if env_id.startswith("Humanoid"):
+    if env_id.startswith("Humanoid-"):
         return (m.body_mass @ d.xipos / m.body_mass.sum())[:2]
-    return d.qpos[:1].copy()
+    return d.qpos[: 2 if env_id.startswith("Swimmer") else 1].copy()
 
 
 def gym_steps(env_id, count, options):
@@ -151,6 +155,8 @@ def test_observation_names_are_those_of_the_joints_that_are_observed(env_id):
         for name, value in (
             (f"qpos/{joint.name}", now.qpos[0]),
             (f"qvel/{joint.name}", now.qvel[0]),
+            (f"arm_qpos/{joint.name}", now.qpos[0]),
+            (f"arm_qvel/{joint.name}", now.qvel[0]),
             (f"joint_position/{joint.name}", now.qpos[0] - home[joint.name]),
             (f"joint_velocity/{joint.name}", now.qvel[0]),
         ):
@@ -159,6 +165,24 @@ def test_observation_names_are_those_of_the_joints_that_are_observed(env_id):
                 compared += 1
     assert compared >= 2 * env.model.nu
     assert len(env.action_names()) == env.model.nu and "" not in env.action_names()
+
+
+def starts_equal(robot, qpos, qvel):
+    """Each coordinate and velocity (rows, 512) has the mean, deviation and bounds of 512 resets of Gymnasium."""
+    theirs = []
+    for _ in range(512):
+        robot.reset()
+        theirs.append(np.concatenate((robot.data.qpos, robot.data.qvel)))
+    ours, theirs = torch.cat((qpos, qvel)), torch.tensor(np.array(theirs)).T
+    width = theirs.amax(1) - theirs.amin(1)
+    assert ((ours.mean(1) - theirs.mean(1)).abs() <= 0.1 * width).all()  # five standard errors of a uniform number
+    assert ((ours.std(1) - theirs.std(1)).abs() <= 0.1 * theirs.std(1)).all()
+    for bound in ("amin", "amax"):
+        assert ((getattr(ours, bound)(1) - getattr(theirs, bound)(1)).abs() <= 0.05 * width).all()
+    if robot.model.nu == 7:
+        assert ours[7:9].norm(dim=0).min() > 0.17  # m, the object from the goal
+    else:
+        assert 0.19 < ours[2:4].norm(dim=0).max() <= 0.2  # m, the target from the shoulder
 
 
 @pytest.mark.parametrize("env_id", TASKS)
@@ -172,21 +196,67 @@ def test_reset_equals_gymnasium(env_id):
     assert env.single_action_space == reference.action_space
     assert sum(s.stop - s.start for s in env.observation_slices.values()) == obs.size
     first, _ = env.reset(seed=3)
-    noise = env.task.reset_noise_scale
     qpos, qvel, _ = env.state()
-    moved = qpos - torch.as_tensor(reference.unwrapped.init_qpos)[:, None]
-    assert moved.abs().max() <= noise and moved.abs().amax(1).min() >= 0.9 * noise and moved.min() < 0
-    if env_id in ("HalfCheetah-v5", "Ant-v5"):  # normal velocity noise
-        assert abs(float(qvel.std()) / noise - 1) < 0.05 and qvel.abs().max() > 2 * noise
+    if env_id in ("Reacher-v5", "Pusher-v5"):
+        starts_equal(gymnasium.make(env_id).unwrapped, qpos, qvel)
     else:
-        assert qvel.abs().max() <= noise and qvel.abs().amax(1).min() >= 0.9 * noise
+        noise = env.task.reset_noise_scale
+        moved = qpos - torch.as_tensor(reference.unwrapped.init_qpos)[:, None]
+        assert moved.abs().max() <= noise and moved.abs().amax(1).min() >= 0.9 * noise and moved.min() < 0
+        if env_id in ("InvertedDoublePendulum-v5", "HalfCheetah-v5", "Ant-v5"):  # normal velocity noise
+            assert abs(float(qvel.std()) / noise - 1) < 0.05 and qvel.abs().max() > 2 * noise
+        else:
+            assert qvel.abs().max() <= noise and qvel.abs().amax(1).min() >= 0.9 * noise
     env = vecsim.make(env_id, 1, dtype=torch.float64)
     env.reset(seed=0)
     ours = env.set_state(torch.tensor(d.qpos)[:, None], torch.tensor(d.qvel)[:, None])
-    if env_id == "Humanoid-v5":  # qfrc_actuator of mjData is zero after a reset; all else is kinematics
+    if env_id.startswith("Humanoid"):  # qfrc_actuator of mjData is zero after a reset; all else is kinematics
         assert (ours[0, env.observation_slices["qfrc_actuator"]] == 0).all()
     assert np.abs(ours[0].numpy() - obs).max() <= 1e-12  # kinematics alone
     reference.close()
+
+
+def test_the_pusher_pushes():
+    """The object is put beside the finger, which touches it and moves it as in Gymnasium."""
+    env = gymnasium.make("Pusher-v5").unwrapped
+    m, d = env.model, env.data
+    m.opt.tolerance, m.opt.ccd_tolerance, m.opt.ccd_iterations = 1e-15, 1e-12, 500
+    m.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MULTICCD  # one contact of a capsule with a cylinder, as in vecsim
+    env.reset(seed=0)
+    rng, rows, pushed = np.random.default_rng(0), [], []
+
+    def depths():
+        return [-c.dist for c in d.contact if 3 in m.geom_type[c.geom] and 5 in m.geom_type[c.geom]]
+
+    while len(rows) < 60:
+        qpos, qvel = d.qpos.copy(), rng.normal(size=m.nv) * ([1] * 7 + [0.1] * 2 + [0] * 2)
+        qpos[:7] = d.qpos[:7] = rng.uniform(*m.jnt_range[:7].T)
+        mujoco.mj_kinematics(m, d)
+        if abs(d.body("tips_arm").xpos[2] - d.body("object").xpos[2]) > 0.05:
+            continue
+        qpos[7:9] += (d.body("tips_arm").xpos + rng.uniform(-0.15, 0.15, 3) - d.body("object").xpos)[[1, 0]]
+        env.set_state(qpos, qvel)
+        if not depths() or max(depths()) > 0.005:  # m; they touch
+            continue
+        d.ctrl[:] = action = rng.uniform(-2, 2, 7)
+        deepest = 0
+        for _ in range(5):
+            mujoco.mj_step(m, d)
+            deepest = max([deepest, *depths()])
+        if deepest > 0.02:  # m: the axis of a finger is inside of the object
+            continue
+        rows.append((qpos, qvel, action, env._get_obs(), env._get_rew(action)[0]))
+        pushed.append(np.abs(d.qpos[7:9] - qpos[7:9]).max())
+    assert np.mean(np.array(pushed) > 1e-3) > 0.3  # m
+    qpos, qvel, action, obs, reward = map(np.array, zip(*rows, strict=True))
+    ours = vecsim.make("Pusher-v5", 60, dtype=torch.float64, iterations=12)
+    ours.reset(seed=0)
+    ours.set_state(torch.tensor(qpos.T.copy()), torch.tensor(qvel.T.copy()))
+    _, our_reward, _, _, info = ours.step(torch.tensor(action))
+    wrong = (info["final_obs"] - torch.tensor(obs)).abs().amax(1)
+    print(f"\npusher: errors {wrong.sort().values[[0, 30, 50, -1]].tolist()}")
+    assert wrong.max() <= 1e-6
+    assert np.abs(our_reward.numpy() - reward).max() <= 1e-6
 
 
 def test_vector_env_attributes():
