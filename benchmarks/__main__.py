@@ -10,7 +10,8 @@ from pathlib import Path
 
 from benchmarks import comparisons, machine, referee, report, runs
 
-TASKS = [*comparisons.GYMNASIUM_TASKS, "Quadruped-Flat", "Quadruped-Rough"]
+OTHERS = "InvertedDoublePendulum-v5 Reacher-v5 Pusher-v5 Swimmer-v5 HumanoidStandup-v5 Quadruped-Flat Quadruped-Rough"
+TASKS = [*comparisons.GYMNASIUM_TASKS, *OTHERS.split()]
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,9 +87,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     write.add_argument("--dollars-per-hour", type=price, help="price of the machine, for steps per dollar")
     write.add_argument("--film", action="store_true", help="film the trained robots of `runs ppo`, too")
 
+    files = modes.add_parser("mjcf", parents=[everywhere], help="which MJCF files the simulator accepts, and its error")
+    files.add_argument("folders", type=folder, nargs="+", help="searched for .xml files, for example unpacked wheels")
+
     options = parser.parse_args(argv)
     options.command = shlex.join(["./benchmark.sh", *argv])
-    if options.mode == "report":
+    if options.mode in ("report", "mjcf"):
         return options
     quick = options.quick = getattr(options, "quick", False)
     options.repeats = options.repeats or (3 if quick else 5)
@@ -113,6 +117,11 @@ def main(argv: list[str]) -> int:
     options = parse_args(argv)
     if options.mode == "report":
         report.write(options)
+        return 0
+    if options.mode == "mjcf":
+        from benchmarks import mjcf
+
+        mjcf.measure(options)
         return 0
     if options.mode == "runs":
         done = runs.run_set(options.set, options)

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import statistics
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -157,6 +158,38 @@ def parity(record: dict) -> str:
     return table("worst relative error against MuJoCo C, float64", ["task", *columns], cells, note)
 
 
+def mjcf(records: list[dict]) -> str:
+    """Files of other packages that the simulator accepts, and the rules that refuse the others: before, and now."""
+    now, earlier = records[-1], records[0]
+
+    def counts(key: str, of: dict) -> Counter:
+        return Counter(row.get(key, "accepted") for row in of["rows"])
+
+    def of_package(name: str, record: dict) -> list[dict]:
+        return [row for row in record["rows"] if row["package"] == name and "error" in row]
+
+    rows = []
+    for name, files in counts("package", now).items():
+        accepted = of_package(name, now)
+        worst = f"{max(row['error'] for row in accepted):.0e}" if accepted else "-"
+        rows.append([name, str(files), str(len(of_package(name, earlier))), str(len(accepted)), worst])
+    note = f"{made_by(now)} {package_list(now['versions'])}."
+    first = table(
+        "MJCF files of public packages",
+        ["package", "files", f"accepted, commit {earlier['commit']}", "accepted", "worst error of qacc"],
+        rows,
+        note,
+    )
+    rules, before = counts("refused", now), counts("refused", earlier)
+    names = sorted((rules | before).keys() - {"accepted"}, key=lambda name: (-rules[name], name))
+    rows = [[name, str(before[name]), str(rules[name])] for name in names]
+    return (
+        first
+        + "\n"
+        + table("files by the first rule that refuses them", ["rule", f"commit {earlier['commit']}", "now"], rows)
+    )
+
+
 def physics(records: list[dict]) -> str:
     """Files of `python vecsim_torch.py --json`: whole environment steps beside MuJoCo C's physics alone."""
     rows = []
@@ -189,8 +222,10 @@ def scores(name: str, runs: list[dict]) -> str:
         if not shared:
             row.append(each([run["train_seconds"] for run in members]))
             row.append(each([run.get("compile_seconds") for run in members]))
-        row.append(" / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members))
-        row.append(" / ".join("{mean:,.0f} ({min:,.0f})".format(**score) if score else "-" for score in simulated))
+        form = ",.0f" if abs(first["gymnasium"]["mean"]) >= 100 else ".1f"
+        scored = [run["gymnasium"] for run in members]
+        row.append(" / ".join(f"{x['mean']:{form}} ± {x['std']:{form}}" for x in scored))
+        row.append(" / ".join(f"{x['mean']:{form}} ({x['min']:{form}})" if x else "-" for x in simulated))
         if "threshold" in first:
             row += [f"{first['threshold']:,}", each(reached).replace("-", "not reached")]
         rows.append(row + ["-", "-"] * ("threshold" not in first))
