@@ -29,7 +29,9 @@ timestep x (1 + the largest acceleration).
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one
-rule, the first that applies. Errors are relative and in float64, in states of a simulation under random actions.
+rule, the first that applies. Errors are relative and in float64, in states of a simulation under random actions. The
+robot of point.xml in gymnasium_robotics slides in a plane at distance zero from the ground, and rounding decides if it
+touches; no other accepted file has an error above 1e-10.
 """
 
 LEARNER = """## Learner
