@@ -21,7 +21,6 @@ from benchmarks import machine, runs
 from benchmarks.referee import save
 
 STATES, STRIDE, ITERATIONS = 24, 5, 24  # of each model; physics steps from one to the next; of Newton's method
-MOST_PAIRS = 16  # of moving geoms that are solved at once
 
 
 def rule_of(message: str) -> str:
@@ -48,7 +47,7 @@ def worst_error(m: mujoco.MjModel) -> float:
             rows.append([x.copy() for x in (probe.qpos, probe.qvel, probe.ctrl, probe.qacc)])
         mujoco.mj_step(m, data)
     qpos, qvel, ctrl, qacc = (torch.tensor(np.array(x).T) for x in zip(*rows, strict=True))
-    model = vecsim.load_model(m, dtype=torch.float64, pair_slots=min(pairs + 1, MOST_PAIRS))
+    model = vecsim.load_model(m, dtype=torch.float64, pair_slots=min(pairs + 1, 16))
     state = vecsim.State(qpos, qvel, torch.zeros_like(qvel))
     ours = vecsim.forward(model, state, ctrl, ITERATIONS).solution.qacc
     return float(((ours - qacc).abs().amax(0) / (1 + qacc.abs().amax(0))).max())
