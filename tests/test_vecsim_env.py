@@ -847,6 +847,7 @@ def test_step_and_reset_refuse():
 
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 AT_SETUP = {"load_model", "tree_tables", "joint_tables", "contact_tables", "soften", "_prepare_spaces", "state_dict"}
+AT_SETUP |= {"place_tables", "collision_candidates"}
 ON_THE_CPU = {"_begin", "_look"}  # the quadruped in MuJoCo C, one robot
 
 
