@@ -7,12 +7,18 @@
 #     ./benchmark.sh train      steps/s of whole trainings: ours, SB3, CleanRL-style, skrl, rsl_rl, rl_games, Brax
 #     ./benchmark.sh runs SET   trainings; benchmarks/runs.toml lists the sets:
 #         ppo sac mjx           time to a score in Gymnasium's own environments (hours)
+#         q-learning            DQN and PQN beside PPO and SAC, at equal time (an hour)
+#         tasks                 the same for Gymnasium's other five tasks
 #         peers                 minutes to a score, beside SB3 and CleanRL-style PPO (two hours)
 #         candidates ablate     sac_gpu_torch.py with other settings; trick upon trick
 #         sizes                 ppo_gpu_torch.py with other sizes on the same budget
 #         seeds                 ppo_mjx_jax.py: eight agents in one program beside one
 #         walk distill          a quadruped in two simulators; teacher, students and baseline (hours)
 #         profile               where an iteration's time goes
+#     ./benchmark.sh gpu        the first hour on a GPU, in blocks of at most 9 minutes: --dry-run lists them, and
+#                               --device cpu --quick rehearses them
+#     ./benchmark.sh gpu-kernels   predicts that speed from the code that PyTorch writes for a GPU; needs triton, no GPU
+#     ./benchmark.sh mjcf DIR   which MJCF files below a folder the simulator accepts, and its error
 #     ./benchmark.sh report     writes results/README.md and draws its pictures, from the files in results/
 #
 # `./benchmark.sh MODE --help` lists the options of a mode. For a first look: sim --quick, train --quick.

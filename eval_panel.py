@@ -54,7 +54,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium
 import mujoco
 import numpy as np
 import pandas as pd
@@ -213,6 +212,21 @@ CONTRACTS = {
         SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9),
         (1, "pole angle, rad"),
     ),
+    "InvertedDoublePendulum-v5": Contract(
+        "position, sines and cosines of the angles, speeds; force on the cart; 10 for each step, less the distance of "
+        "the tip from its place above the middle; the tip falls under 1 m",
+        SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9),
+        (1, "angle of the lower pole, rad"),
+    ),
+    "Reacher-v5": Contract(
+        "angles and speeds of the arm, target; joint torques; minus distance to the target and squared action; never",
+        joint_speed(0, 20.0), (0, "shoulder angle, rad"),
+    ),
+    "Pusher-v5": Contract(
+        "angles and speeds of the arm, places of tip, object and goal; joint torques; minus the distances and the "
+        "squared action; never",
+        joint_speed(0, 20.0), (7, "place of the object along y, m"),
+    ),
     "Hopper-v5": Contract(
         f"{RUN}; torso under 0.7 m or pitched over 0.2 rad",
         joint_speed(3, 20.0), (1, "torso height, m"), least_speed=1.0,
@@ -226,8 +240,16 @@ CONTRACTS = {
         SafetyLimit("the torso stays within 1.57 rad of level: not on its back", "qpos", slice(2, 3), 1.57),
         (2, "torso pitch, rad"), least_speed=1.0,
     ),
+    "Swimmer-v5": Contract(
+        "joint angles and all speeds; joint torques; forward speed, less the squared action; never",
+        joint_speed(3, 20.0), (2, "heading, rad"), least_speed=0.1,
+    ),
     "Ant-v5": Contract(f"{RUN}; torso outside 0.2 to 1 m", joint_speed(6, 20.0), HEIGHT, least_speed=1.0),
     "Humanoid-v5": Contract(f"{RUN}; torso outside 1 to 2 m", joint_speed(6, 20.0), HEIGHT, least_speed=1.0),
+    "HumanoidStandup-v5": Contract(
+        "joint angles and all speeds; joint torques; height, less the squared action; never",
+        joint_speed(6, 20.0), HEIGHT,
+    ),
     "Quadruped-Flat": Contract(WALK, joint_speed(6, 30.0), HEIGHT, largest_tracking=0.3, observation_noise=1.0),
     "Quadruped-Rough": Contract(
         WALK, joint_speed(6, 30.0), HEIGHT, largest_tracking=0.5, observation_noise=1.0,
@@ -248,7 +270,9 @@ def contract_of(env_id: str) -> Contract:
 
 TRAINERS = {
     "ppo": "ppo_gpu_torch",
+    "ppo_recurrent": "ppo_recurrent_gpu_torch",
     "sac": "sac_gpu_torch",
+    "dqn": "dqn_gpu_torch",
     "distill": "ppo_distill_teacher_student",
     "ppo_mjx": "ppo_mjx_jax",
 }  # the file that can read a checkpoint, by the checkpoint's field `algorithm`
@@ -303,7 +327,7 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
 def load_subjects(args: Args) -> list[Subject]:
     """Every checkpoint's policy and task. InputError for a task or a mixture of tasks that cannot be judged."""
     loaded = [load_checkpoint(path, args) for path in args.checkpoints]
-    names = [checkpoint.get("stage", checkpoint["algorithm"]) for checkpoint, _ in loaded]
+    names = [x.get("stage", x["args"].get("algorithm", x["algorithm"])) for x, _ in loaded]
     subjects = []
     for k, (path, (checkpoint, act)) in enumerate(zip(args.checkpoints, loaded, strict=True)):
         env_id = checkpoint["env_id"]
@@ -405,7 +429,7 @@ class MujocoC(Vecsim):
         if not name:
             raise ValueError(f"Gymnasium has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
-        make = functools.partial(gymnasium.make, name, disable_env_checker=True, **subject.options)
+        make = vecsim.gymnasium_maker(subject.env_id, subject.options, disable_env_checker=True)
         self.robots = [make() for _ in range(num_envs)]
         if args.integrator != "mjcf":
             for robot in self.robots:
@@ -463,8 +487,9 @@ class Mjx(Vecsim):
         if subject.env_id not in trainer.TASKS:
             raise ValueError(f"ppo_mjx_jax.py has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
+        options, self.columns = vecsim.split_hidden(subject.env_id, subject.options)
         settings = trainer.Args(
-            env_id=subject.env_id, env_kwargs=subject.options, self_collision=True, ls_iterations=8,
+            env_id=subject.env_id, env_kwargs=options, self_collision=True, ls_iterations=8,
             integrator=integrator_of("mjx", self.env),
             solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
         )  # fmt: skip
@@ -483,7 +508,7 @@ class Mjx(Vecsim):
         super().reset(seed)
         self.robots, obs = self.begin(*(x.T.cpu().numpy() for x in super().state()))
         self.age = 0
-        return self.to_torch(obs)
+        return self.to_torch(obs)[:, self.columns]
 
     def state(self) -> tuple[Tensor, Tensor]:
         return self.to_torch(self.robots.qpos).T, self.to_torch(self.robots.qvel).T
@@ -496,7 +521,8 @@ class Mjx(Vecsim):
         speed = self.to_torch((self.robots.x_position - before) / self.seconds) if self.has_speed else missing
         invalid = ~(torch.isfinite(obs).all(1) & torch.isfinite(reward) & (obs.abs().amax(1) < vecsim.RUNAWAY))
         truncated = torch.full_like(terminated, self.age >= self.limit) & ~terminated
-        return Step(obs, reward, terminated & ~invalid, truncated | invalid, invalid, speed, missing)
+        seen = obs[:, self.columns]
+        return Step(seen, reward, terminated & ~invalid, truncated | invalid, invalid, speed, missing)
 
 
 def open_simulator(subject: Subject, name: str, args: Args) -> Vecsim:

@@ -69,7 +69,7 @@ Stage = Literal["teacher", "student", "finetune", "baseline"]
 class Args:
     """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
-    These defaults are for a task without a row in TASKS."""
+    These defaults are for a CPU and a task without a row in TASKS."""
 
     env_id: str = "Quadruped-Rough"
     """task: any that vecsim_torch.make knows"""
@@ -93,6 +93,8 @@ class Args:
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
     compile: bool = True
     """compile the physics, the policy and the losses with torch.compile; takes one to three minutes the first time"""
+    cuda_graphs: bool = True
+    """capture the policy and the update in CUDA graphs (no effect on a CPU)"""
     run_dir: str | None = None
     """output folder; must not contain a run (default: runs/<env_id>__distill__<seed>__<time>, or that of --resume)"""
     resume: str | None = None
@@ -204,14 +206,18 @@ TASKS = {
 }  # fmt: skip
 
 
-def task_defaults(env_id: str) -> Args:
-    """The defaults of a task: its row in TASKS on top of those of Args."""
-    return Args(env_id=env_id, **TASKS.get(env_id, {}))
+def task_defaults(env_id: str, device: str = "auto") -> Args:
+    """The defaults of a task: its row in TASKS on top of those of Args.
+
+    A GPU has four times the environments, 4,096 at most, and as many times the steps. So a run has as many iterations
+    and gradient steps as on a CPU, each on more samples."""
+    args = Args(env_id=env_id, device=device, **TASKS.get(env_id, {}))
+    return vecsim.sizes_for_device(args, "total_timesteps", factor=4, most=4096)
 
 
 def parse_args(argv: list[str]) -> Args:
     """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play."""
-    return vecsim.parse_args(argv, "distill", Args(), lambda given: task_defaults(given.env_id), __doc__)
+    return vecsim.parse_args(argv, "distill", Args(), lambda given: task_defaults(given.env_id, given.device), __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -691,29 +697,30 @@ def adapted_learning_rate(
 
 def update(
     agent: Agent,
-    optimizer: torch.optim.Optimizer,
     batch: Batch,
     policy_frozen: bool,
-    loss_function: Callable,
+    accumulate: Callable,
+    take_step: Callable,
+    learning_rate: Tensor,
     sizes: Sizes,
     args: Args,
 ) -> Tensor:
     """All gradient steps of an iteration of PPO; returns the sum of their LossTerms, stacked.
 
-    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, takes a step."""
-    learning_rate, old_log_std = optimizer.param_groups[0]["lr"], agent.log_std.detach().clone()
+    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, takes a step.
+    accumulate and take_step are what build_ppo returns; take_step leaves the policy as it is where it is frozen."""
+    old_log_std = agent.log_std.detach().clone()
     total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
     for epoch in range(args.update_epochs):
         for start in range(0, batch.weight.shape[1], sizes.minibatch):
-            part = Batch(*(x[:, start : start + sizes.minibatch] for x in batch))
-            terms = accumulate_gradients(agent, part, old_log_std, sizes.microbatch, loss_function, args)
+            terms = accumulate(old_log_std, *(x[:, start : start + sizes.minibatch] for x in batch))
             vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
             policy_moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
             if policy_moved and not policy_frozen:
                 kl = LossTerms(*terms).kl
                 rate = adapted_learning_rate(learning_rate, kl, args.desired_kl, 1e-5, args.learning_rate_max)
                 learning_rate.copy_(rate)
-            apply_gradients(agent, optimizer, policy_frozen, args)
+            take_step()
             total += terms
     return total
 
@@ -741,13 +748,29 @@ def imitation_loss(
     return loss, torch.stack([loss, error]).detach(), memory
 
 
+def imitation_gradients(
+    agent: Agent,
+    obs: Tensor,
+    started: Tensor,
+    memory: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    loss_function: Callable,
+) -> tuple[Tensor, Tensor]:
+    """Set the gradients of the agent to those of imitation_loss; return its terms and the memory after the steps."""
+    loss, terms, memory = loss_function(agent, obs, started, memory, label, weight)
+    agent.zero_grad(set_to_none=False)
+    loss.backward()
+    return terms, memory.detach()
+
+
 def imitate(
     agent: Agent,
-    optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     label: Tensor,
     order: Tensor,
-    loss_function: Callable,
+    gradients: Callable,
+    take_step: Callable,
     sizes: Sizes,
     args: Args,
 ) -> Tensor:
@@ -755,7 +778,7 @@ def imitate(
 
     Each gradient step takes gradient_length consecutive steps of a minibatch of environments, in order of time. The
     memory goes on to the next gradient step, its gradient does not. label: (T, N, actions), half ranges. order: (N,)
-    permutation of the environments."""
+    permutation of the environments. gradients and take_step are what build_imitation returns."""
     sequences = agent.obs_statistics.normalize(rollout.obs), rollout.started, label, (~rollout.invalid).float()
     total = torch.zeros(len(ImitationTerms._fields), device=label.device)
     for _ in range(args.distill_epochs):
@@ -763,18 +786,15 @@ def imitate(
             memory = rollout.memory[envs]
             slices = (x[:, envs].split(args.gradient_length) for x in sequences)
             for obs, started, target, weight in zip(*slices, strict=True):
-                loss, terms, memory = loss_function(agent, obs, started, memory.detach(), target, weight)
-                agent.zero_grad(set_to_none=False)
-                loss.backward()
+                terms, memory = gradients(obs, started, memory, target, weight)
                 vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
-                nn.utils.clip_grad_norm_(agent.policy_parameters(), args.max_grad_norm)
-                optimizer.step()
+                take_step()
                 total += terms
     return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Compilation
+# Compilation and CUDA graphs
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -782,25 +802,86 @@ def compiled(function: Callable, args: Args) -> Callable:
     return torch.compile(function, dynamic=False) if args.compile else function
 
 
-def build_ppo(agent: Agent, rollout: Rollout, sizes: Sizes, args: Args) -> tuple[Callable, Callable]:
-    """policy_step and ppo_loss, eager or compiled. Both run once, outside of the clock of the training."""
-    policy, loss_function = compiled(policy_step, args), compiled(ppo_loss, args)
-    policy(agent, rollout.obs[0], rollout.memory, rollout.started[0], rollout.action[0])
+def prepare(
+    functions: list[Callable],
+    examples: list[tuple],
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    args: Args,
+) -> list[Callable]:
+    """Capture the functions on a GPU. Elsewhere run each once, which compiles it before the training's clock starts.
+
+    examples: the inputs of each function. Agent and optimizer have the same values afterwards."""
+    state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
+    before, graphs = [x.clone() for x in state], args.cuda_graphs and vecsim.has_cuda_graphs(agent.log_std.device)
+    for k, example in enumerate(examples):
+        functions[k] = vecsim.capture(functions[k], example) if graphs else functions[k]
+        functions[k](*example)  # a capture computes nothing, so without this call the gradients would be undefined
+    for x, saved in zip(state, before, strict=True):
+        x.copy_(saved)
+    return functions
+
+
+def build_ppo(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args
+) -> list[Callable]:
+    """Make five functions of tensors, eager or compiled, and captured on a GPU:
+
+    policy(obs, memory, started, noise) is policy_step, estimate() is values_and_advantages,
+    accumulate(old_log_std, *batch) is accumulate_gradients; take_step() and take_frozen_step() are apply_gradients."""
+    step_function, loss_function = compiled(policy_step, args), compiled(ppo_loss, args)
+
+    def policy(obs: Tensor, memory: Tensor, started: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        return step_function(agent, obs, memory, started, noise)
+
+    def estimate() -> tuple[Tensor, Tensor]:
+        samples = sizes.microbatch * len(rollout.reward)
+        return values_and_advantages(agent, rollout, samples, args.gamma, args.gae_lambda)
+
+    def accumulate(old_log_std: Tensor, *batch: Tensor) -> Tensor:
+        return accumulate_gradients(agent, Batch(*batch), old_log_std, sizes.microbatch, loss_function, args)
+
+    def take_step() -> None:
+        apply_gradients(agent, optimizer, False, args)
+
+    def take_frozen_step() -> None:
+        apply_gradients(agent, optimizer, True, args)
+
+    acting = rollout.obs[0], rollout.memory, rollout.started[0], rollout.action[0]
     features = rollout.obs, rollout.started, rollout.memory[None], rollout.critic_obs, rollout.action, rollout.mean
-    example = Batch(*(x[:, : sizes.minibatch] for x in (*features, *[rollout.reward] * 4)))
-    accumulate_gradients(agent, example, agent.log_std.detach(), sizes.microbatch, loss_function, args)
-    return policy, loss_function
+    example = [x[:, : sizes.minibatch] for x in (*features, *[rollout.reward] * 4)]
+    examples = [acting, (), (agent.log_std.detach(), *example), (), ()]
+    return prepare([policy, estimate, accumulate, take_step, take_frozen_step], examples, agent, optimizer, args)
 
 
-def build_imitation(agent: Agent, rollout: Rollout, sizes: Sizes, args: Args) -> tuple[Callable, Callable]:
-    """policy_step and imitation_loss, eager or compiled. Both run once, outside of the clock of the training."""
-    policy, loss_function = compiled(policy_step, args), compiled(imitation_loss, args)
-    policy(agent, rollout.obs[0], rollout.memory, rollout.started[0], rollout.action[0])
+def build_imitation(
+    agent: Agent, teacher: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args
+) -> list[Callable]:
+    """Make four functions of tensors, eager or compiled, and captured on a GPU:
+
+    policy(obs, memory, started, noise) is policy_step, label() is teacher_actions in the rollout,
+    gradients(obs, started, memory, label, weight) is imitation_gradients, take_step() clips and takes an Adam step."""
+    step_function, loss_function = compiled(policy_step, args), compiled(imitation_loss, args)
+
+    def policy(obs: Tensor, memory: Tensor, started: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        return step_function(agent, obs, memory, started, noise)
+
+    def label() -> Tensor:
+        return teacher_actions(teacher, rollout.critic_obs)
+
+    def gradients(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return imitation_gradients(agent, *inputs, loss_function)
+
+    def take_step() -> None:
+        nn.utils.clip_grad_norm_(agent.policy_parameters(), args.max_grad_norm)
+        optimizer.step()
+
+    acting = rollout.obs[0], rollout.memory, rollout.started[0], rollout.action[0]
     envs = torch.arange(sizes.distill_minibatch, device=rollout.obs.device)
     sequences = rollout.obs, rollout.started, rollout.action, rollout.reward
-    obs, started, label, weight = (x[: args.gradient_length, envs] for x in sequences)
-    loss_function(agent, obs, started, rollout.memory[envs], label, weight)[0].backward()
-    return policy, loss_function
+    obs, started, action, weight = (x[: args.gradient_length, envs] for x in sequences)
+    examples = [acting, (), (obs, started, rollout.memory[envs], action, weight), ()]
+    return prepare([policy, label, gradients, take_step], examples, agent, optimizer, args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -977,7 +1058,7 @@ class StageRun:
             seen = moment.critic_obs if self.stage == "teacher" else moment.obs
             rollout.obs[t], rollout.started[t], rollout.critic_obs[t] = seen, moment.started, moment.critic_obs
             with record_function("infer"):
-                outputs = policy(self.agent, seen, moment.memory, moment.started, noise[t])
+                outputs = policy(seen, moment.memory, moment.started, noise[t])
                 rollout.mean[t], rollout.action[t], env_action, memory = outputs
             with record_function("simulate"):
                 obs, reward, rollout.terminated[t], rollout.truncated[t], info = self.shared.env.step(env_action)
@@ -1082,7 +1163,7 @@ class StageRun:
         evaluation |= dict(compile_seconds=self.compile_seconds, vecsim=None, gymnasium=None)
         if args.eval_episodes:
             env.random_initial_ages = False  # whole episodes
-            act, cpu_act = deterministic_policy(self.agent), deterministic_policy(copy.deepcopy(self.agent).cpu())
+            act, cpu_act = vecsim.remembering(self.agent), vecsim.remembering(copy.deepcopy(self.agent).cpu())
             evaluation["vecsim"] = vecsim.evaluate(env, act, args.seed, self.observes)
             evaluation["gymnasium"] = vecsim.evaluate_in_gymnasium(
                 args.env_id, cpu_act, args.eval_episodes, args.seed, args.env_kwargs, self.observes
@@ -1099,15 +1180,15 @@ def train_by_ppo(run: StageRun) -> None:
     """The stages teacher, finetune and baseline. In finetune the policy is frozen for critic_warmup_iterations."""
     args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
     with vecsim.first_process_first():
-        policy, loss_function = build_ppo(agent, rollout, sizes, args)
+        functions = build_ppo(agent, run.optimizer, rollout, sizes, args)
+    policy, estimate, accumulate, take_step, take_frozen_step = functions
     run.start_clock(LossTerms._fields)
     for iteration in range(run.iteration, run.plan.iterations):
         order = run.collect(policy)
 
         # Targets: values and advantages, with the observation statistics of the rollout.
         with record_function("targets"):
-            samples = sizes.microbatch * run.plan.num_steps
-            value, advantage = values_and_advantages(agent, rollout, samples, args.gamma, args.gae_lambda)
+            value, advantage = estimate()
             batch = make_batch(agent, rollout, value, advantage, order)
 
         # Update. The observation statistics change only after it, so that old and new policy see equal inputs.
@@ -1115,7 +1196,8 @@ def train_by_ppo(run: StageRun) -> None:
         if run.stage == "finetune" and iteration <= args.critic_warmup_iterations:
             run.learning_rate.fill_(args.learning_rate if frozen else args.finetune_learning_rate)
         with record_function("update"):
-            terms = update(agent, run.optimizer, batch, frozen, loss_function, sizes, args)
+            step = take_frozen_step if frozen else take_step
+            terms = update(agent, batch, frozen, accumulate, step, run.learning_rate, sizes, args)
         agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
         if not frozen:  # other statistics would change the actions of a frozen policy
             agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
@@ -1126,15 +1208,16 @@ def train_by_imitation(run: StageRun) -> None:
     """The stage student: the student acts with noise, and learns the teacher's mean action in each state it visits."""
     args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
     with vecsim.first_process_first():
-        policy, loss_function = build_imitation(agent, rollout, sizes, args)
+        functions = build_imitation(agent, run.teacher, run.optimizer, rollout, sizes, args)
+    policy, label, gradients, take_step = functions
     run.start_clock(ImitationTerms._fields)
     for iteration in range(run.iteration, run.plan.iterations):
         order = run.collect(policy)
         with record_function("targets"):
-            label = teacher_actions(run.teacher, rollout.critic_obs)
+            labels = label()
         run.learning_rate.fill_(args.distill_learning_rate * (1.0 - iteration / run.plan.iterations))
         with record_function("update"):
-            terms = imitate(agent, run.optimizer, rollout, label, order, loss_function, sizes, args)
+            terms = imitate(agent, rollout, labels, order, gradients, take_step, sizes, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         run.end_iteration(terms)
 
@@ -1162,7 +1245,7 @@ def train(args: Args, make_env: Callable | None = None, stop: vecsim.StopSignals
         if resumed and checkpoint["device"] != device.type:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
-            print("compiling, one to three minutes the first time", flush=True)
+            print(vecsim.COMPILING, flush=True)
     if device.type == "cpu" and not args.compile:
         torch.set_num_threads(1)  # small operations get slower with more threads
     torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
@@ -1205,26 +1288,11 @@ def load_agent(checkpoint: dict) -> Agent:
     return agent
 
 
-def deterministic_policy(agent: Agent) -> Callable:
-    """act(obs (N, obs), started (N,) bool) -> action (N, actions). It keeps the memory of the N robots between calls.
-
-    started is True where an episode begins; the memory is empty there."""
-    memory = None
-
-    def act(obs: Tensor, started: Tensor) -> Tensor:
-        nonlocal memory
-        memory = agent.empty_memory(len(obs)) if started.all() else memory  # host sync
-        action, memory = agent.act(obs, memory, started)
-        return action
-
-    return act
-
-
 def load_policy(checkpoint: dict) -> Callable:
     """The deterministic policy: act(obs (N, obs), started (N,) bool) -> action (N, actions), on the CPU.
 
     obs is the observation that checkpoint["observes"] names: "critic_obs" for a teacher, else "obs"."""
-    return deterministic_policy(load_agent(checkpoint))
+    return vecsim.remembering(load_agent(checkpoint))
 
 
 class ExportedPolicy(nn.Module):

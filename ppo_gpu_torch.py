@@ -2,7 +2,7 @@
 
     python ppo_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is fast enough
     python ppo_gpu_torch.py --env-id HalfCheetah-v5                         # on a GPU if there is one, else on the CPU
-    python ppo_gpu_torch.py --env-id Ant-v5 --num-envs 4096 --bf16
+    python ppo_gpu_torch.py --env-id Ant-v5 --bf16                          # on a GPU with 4,096 environments
     python ppo_gpu_torch.py --env-id Ant-v5 --help                          # all flags, with Ant's defaults
     python ppo_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 40000000
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
@@ -60,7 +60,7 @@ from vecsim_torch import InputError
 class Args:
     """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
-    These defaults are for a task without a row in TASKS."""
+    These defaults are for a CPU and a task without a row in TASKS."""
 
     env_id: str = "Ant-v5"
     """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
@@ -165,13 +165,22 @@ class Args:
 TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "InvertedDoublePendulum-v5": dict(
+        num_envs=512, num_minibatches=4, total_timesteps=1_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "Reacher-v5": dict(
+        num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "Pusher-v5": dict(total_timesteps=4_000_000, actor_hidden=(128, 128), critic_hidden=(128, 128)),
     "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
     "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
     "HalfCheetah-v5": dict(total_timesteps=5_000_000),
+    "Swimmer-v5": dict(total_timesteps=3_000_000, gamma=0.9999, gae_lambda=0.98),
     "Ant-v5": dict(
         total_timesteps=9_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
         log_std_init=-0.7, log_std_min=-1.7, desired_kl=(0.015, 0.009)),
     "Humanoid-v5": dict(total_timesteps=4_500_000, env_kwargs={
+        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+    "HumanoidStandup-v5": dict(total_timesteps=2_500_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "Quadruped-Flat": dict(
@@ -185,14 +194,18 @@ TASKS = {
 }  # fmt: skip
 
 
-def task_defaults(env_id: str) -> Args:
-    """The defaults of a task: its row in TASKS on top of those of Args."""
-    return Args(env_id=env_id, **TASKS.get(env_id, {}))
+def task_defaults(env_id: str, device: str = "auto") -> Args:
+    """The defaults of a task: its row in TASKS on top of those of Args.
+
+    A GPU has four times the environments, 4,096 at most, and as many times the steps. So a run has as many iterations
+    and gradient steps as on a CPU, each on more samples."""
+    args = Args(env_id=env_id, device=device, **TASKS.get(env_id, {}))
+    return vecsim.sizes_for_device(args, "total_timesteps", factor=4, most=4096)
 
 
 def parse_args(argv: list[str]) -> Args:
     """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play."""
-    return vecsim.parse_args(argv, "ppo", Args(), lambda given: task_defaults(given.env_id), __doc__)
+    return vecsim.parse_args(argv, "ppo", Args(), lambda given: task_defaults(given.env_id, given.device), __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -737,7 +750,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
-            print("compiling, one to three minutes the first time", flush=True)
+            print(vecsim.COMPILING, flush=True)
 
     # Make the random generators, the environment and the networks; then load the checkpoint into the networks.
     started = time.perf_counter()

@@ -3,7 +3,7 @@
     python sac_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is fast enough
     python sac_gpu_torch.py --env-id HalfCheetah-v5                         # on a GPU if there is one, else on the CPU
     python sac_gpu_torch.py --env-id HalfCheetah-v5 --preset vanilla        # textbook SAC in the same setting
-    python sac_gpu_torch.py --env-id Ant-v5 --num-envs 1024 --batch-size 8192 --replay-capacity 10000000 --bf16
+    python sac_gpu_torch.py --env-id Ant-v5 --bf16                          # on a GPU with 1,024 environments
     python sac_gpu_torch.py --resume runs/NAME/checkpoint.pt --total-timesteps 4000000
     python sac_gpu_torch.py --play runs/NAME/checkpoint.pt --capture-video
     python sac_gpu_torch.py --play runs/NAME/checkpoint.pt --export policy.onnx
@@ -70,7 +70,7 @@ from vecsim_torch import InputError
 class Args:
     """Flags of a run. All numbers of steps are environment steps, summed over all environments.
 
-    These defaults are for --preset best and a task without a row in TASKS."""
+    These defaults are for a CPU, --preset best and a task without a row in TASKS."""
 
     env_id: str = "Ant-v5"
     """task: any that vecsim_torch.make knows"""
@@ -188,14 +188,26 @@ TASKS = {
         num_envs=32, total_timesteps=16_384, learning_starts=1_000, batch_size=256, updates_per_step=8,
         actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min",
         normalize_rewards=False, reward_scale=0.04),  # returns of at most 100 then fit without a running scale
+    "InvertedDoublePendulum-v5": dict(
+        num_envs=32, total_timesteps=65_536, learning_starts=2_000, batch_size=256, updates_per_step=8,
+        actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min"),
+    "Reacher-v5": dict(
+        num_envs=32, total_timesteps=65_536, learning_starts=2_000, batch_size=256, updates_per_step=8,
+        actor_hidden=(64, 64), critic_hidden=(64, 64), critic_reduction="min"),
+    "Pusher-v5": dict(total_timesteps=300_000, learning_starts=5_000, batch_size=256, updates_per_step=8),
     "Hopper-v5": dict(
         total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
         n_step=3),
     "Walker2d-v5": dict(total_timesteps=3_000_000),
     "HalfCheetah-v5": dict(
         total_timesteps=160_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.98),
+    "Swimmer-v5": dict(
+        total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.999),
     "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
     "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
+        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+    "HumanoidStandup-v5": dict(total_timesteps=2_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
 }  # fmt: skip
@@ -207,15 +219,24 @@ VANILLA = dict(
 )  # fmt: skip
 
 
-def task_defaults(env_id: str, preset: str = "best") -> Args:
-    """The defaults of a task: those of Args, then its row in TASKS, then the preset."""
+def task_defaults(env_id: str, preset: str = "best", device: str = "auto") -> Args:
+    """The defaults of a task: those of Args, then its row in TASKS, then the preset.
+
+    A GPU has eight times the environments, batch, replay and steps: for Ant 1,024, 4,096, 8 million and 32 million.
+    So a run makes as many gradient steps as on a CPU, each on more transitions."""
     changes = TASKS.get(env_id, {}) | (VANILLA if preset == "vanilla" else {})
-    return Args(env_id=env_id, preset=preset, **changes)
+    args = Args(env_id=env_id, preset=preset, device=device, **changes)
+    scaled = "total_timesteps learning_starts replay_capacity batch_size"
+    return vecsim.sizes_for_device(args, scaled, factor=8, most=1024)
 
 
 def parse_args(argv: list[str]) -> Args:
     """Read the flags. Omitted ones have the values of task and preset, or the checkpoint's with --resume and --play."""
-    return vecsim.parse_args(argv, "sac", Args(), lambda given: task_defaults(given.env_id, given.preset), __doc__)
+
+    def of_task(given: Args) -> Args:
+        return task_defaults(given.env_id, given.preset, given.device)
+
+    return vecsim.parse_args(argv, "sac", Args(), of_task, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -820,6 +841,7 @@ class Functions(NamedTuple):
     critic_step: Callable
     policy_gradients: Callable  # (noise, *batch) -> PolicyTerms, stacked
     actor_step: Callable
+    sample: Callable  # (slot, env) -> Batch: gather_batch
 
 
 def update(
@@ -869,7 +891,7 @@ def make_optimizers(
 def build_functions(
     agent: Agent, optimizers: dict[str, torch.optim.Optimizer], replay: Transitions, sizes: Sizes, args: Args
 ) -> Functions:
-    """Make the five functions, eager or compiled, and captured on a GPU. agent and optimizers do not change."""
+    """Make the six functions, eager or compiled, and captured on a GPU. agent and optimizers do not change."""
     step_function, critic_function, policy_function = policy_step, critic_loss, policy_loss
     if args.compile:
         step_function, critic_function, policy_function = (
@@ -899,7 +921,11 @@ def build_functions(
         optimizers["actor"].step()
         optimizers["temperature"].step()
 
-    functions = Functions(policy, critic_gradients, step_critics, policy_gradients, step_actor)
+    def sample(slot: Tensor, env: Tensor) -> Batch:
+        return gather_batch(agent, replay, slot, env, args)
+
+    functions = Functions(policy, critic_gradients, step_critics, policy_gradients, step_actor, sample)
+    drawn = torch.zeros(2, args.updates_per_step * sizes.batch, dtype=torch.long, device=replay.reward.device)
     acting = torch.zeros_like(replay.obs[0], dtype=torch.float32), torch.zeros_like(replay.action[0])
     critic_ring = replay.obs if replay.critic_obs is None else replay.critic_obs
     row = replay.action.new_zeros(sizes.batch)
@@ -910,7 +936,7 @@ def build_functions(
     state += [x for optimizer in optimizers.values() for moments in optimizer.state.values() for x in moments.values()]
     before = [x.clone() for x in state]
     if args.cuda_graphs and vecsim.has_cuda_graphs(row.device):
-        inputs = acting, example, (), example, ()
+        inputs = acting, example, (), example, (), tuple(drawn)
         functions = Functions(*(vecsim.capture(f, x) for f, x in zip(functions, inputs, strict=True)))
     else:  # compile now, before the clock of the training starts
         functions.policy(*acting)
@@ -1023,7 +1049,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
-            print("compiling, one to three minutes the first time", flush=True)
+            print(vecsim.COMPILING, flush=True)
 
     # Environment, networks, replay and random generators, then what a checkpoint says about them.
     started = time.perf_counter()
@@ -1119,7 +1145,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             rows = args.updates_per_step * sizes.batch
             with record_function("sample"):
                 drawn = draw_transitions(replay, written, args.n_step, rows, generator)
-                batch = gather_batch(agent, replay, *drawn, args)
+                batch = functions.sample(*drawn)
             shape = args.updates_per_step, 2, sizes.batch, action_size
             noise = torch.randn(shape, generator=generator, device=device)
             with record_function("update"):

@@ -8,9 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import comparisons, machine, referee, report, runs
+from benchmarks import comparisons, gpu, gpu_kernels, machine, referee, report, runs
 
-TASKS = [*comparisons.GYMNASIUM_TASKS, "Quadruped-Flat", "Quadruped-Rough"]
+OTHERS = "InvertedDoublePendulum-v5 Reacher-v5 Pusher-v5 Swimmer-v5 HumanoidStandup-v5 Quadruped-Flat Quadruped-Rough"
+TASKS = [*comparisons.GYMNASIUM_TASKS, *OTHERS.split()]
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,18 +62,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--results", type=folder, default=machine.ROOT / "results", help="folder of the results")
-    measuring = argparse.ArgumentParser(add_help=False, parents=[everywhere])
-    measuring.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    running = argparse.ArgumentParser(add_help=False, parents=[everywhere])
+    running.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    running.add_argument("--dry-run", action="store_true", help="say what would run; run nothing")
+    running.add_argument("--force", action="store_true", help="measure again what is complete")
+    measuring = argparse.ArgumentParser(add_help=False, parents=[running])
     measuring.add_argument(
         "--cores", default="", help="CPU cores to use, as taskset writes them: 0 or 0,1 or 0-7 (all)"
     )
     measuring.add_argument("--env-id", type=tasks, default=[], help="tasks, separated by commas")
     measuring.add_argument("--repeats", type=repeats, help="windows of each contender, at least 3 (5; with --quick 3)")
-    measuring.add_argument("--dry-run", action="store_true", help="say what would run; run nothing")
-    measuring.add_argument("--force", action="store_true", help="measure again what is complete")
     comparing = argparse.ArgumentParser(add_help=False, parents=[measuring])
     comparing.add_argument("--seconds", type=count, help="length of a window (10; with --quick 3)")
     comparing.add_argument("--quick", action="store_true", help="one task, short windows, files of their own")
+    comparing.add_argument("--contenders", nargs="+", default=[], help="these alone, into a file of their own")
 
     sim = modes.add_parser("sim", parents=[comparing], help="physics steps/s and error of one step of six simulators")
     sim.add_argument("--num-envs", type=counts, default=[], metavar="A,B,...", help="vecsim alone, with so many robots")
@@ -82,21 +85,33 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     sets.add_argument("set", choices=runs.SETS, help=f"one of {' '.join(runs.SETS)}", metavar="SET")
     sets.add_argument("--total-timesteps", type=count, help="environment steps of each run")
     sets.add_argument("--shared", action="store_true", help="other work shares the cores, so times do not count")
+    hour = modes.add_parser("gpu", parents=[running], help="the first hour on a GPU, in blocks of at most 9 minutes")
+    hour.add_argument("blocks", nargs="*", default=[], help="default: all; --dry-run lists them", metavar="BLOCK")
+    hour.add_argument("--quick", action="store_true", help="a rehearsal: small sizes, files of their own")
+    kernels = modes.add_parser("gpu-kernels", parents=[everywhere], help="predicts speed on a GPU; needs triton")
+    kernels.add_argument("--env-id", type=tasks, default=[], help="tasks, separated by commas")
+    kernels.add_argument("--interpret", action="store_true", help="run the code on the CPU and compare it with eager")
     write = modes.add_parser("report", parents=[everywhere], help="tables and pictures of all results")
     write.add_argument("--dollars-per-hour", type=price, help="price of the machine, for steps per dollar")
     write.add_argument("--film", action="store_true", help="film the trained robots of `runs ppo`, too")
 
+    files = modes.add_parser("mjcf", parents=[everywhere], help="which MJCF files the simulator accepts, and its error")
+    files.add_argument("folders", type=folder, nargs="+", help="searched for .xml files, for example unpacked wheels")
+
     options = parser.parse_args(argv)
     options.command = shlex.join(["./benchmark.sh", *argv])
-    if options.mode == "report":
+    if options.mode in ("report", "mjcf", "gpu-kernels"):
+        return options
+    options.device = options.device or ("cuda" if machine.gpus() else "cpu")
+    if options.device == "cuda" and not machine.gpus():
+        parser.error("--device cuda: nvidia-smi sees no GPU")
+    if options.mode == "gpu":
+        check_blocks(options, parser)
         return options
     quick = options.quick = getattr(options, "quick", False)
     options.repeats = options.repeats or (3 if quick else 5)
     options.seconds = getattr(options, "seconds", None) or (3 if quick else 10)
     options.patience = 300 if quick else 1500  # seconds until a contender must be ready
-    options.device = options.device or ("cuda" if machine.gpus() else "cpu")
-    if options.device == "cuda" and not machine.gpus():
-        parser.error("--device cuda: nvidia-smi sees no GPU")
     if not machine.cpu_cores(options.cores):
         parser.error(f"--cores {options.cores}: taskset knows no such cores here")
     known, words = comparisons.GYMNASIUM_TASKS, f"{options.mode} takes Gymnasium's tasks only"
@@ -109,15 +124,34 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def check_blocks(options: argparse.Namespace, parser: Parser) -> None:
+    known = [block.name for block in gpu.BLOCKS]
+    for name in options.blocks:
+        if name not in known:
+            parser.error(f"unknown block {name!r}; choose from {', '.join(known)}")
+    if options.device == "cpu" and not (options.quick or options.dry_run):
+        parser.error("gpu: there is no GPU, and a CPU takes a day; rehearse with --device cpu --quick")
+
+
 def main(argv: list[str]) -> int:
     options = parse_args(argv)
     if options.mode == "report":
         report.write(options)
         return 0
-    if options.mode == "runs":
+    if options.mode == "mjcf":
+        from benchmarks import mjcf
+
+        mjcf.measure(options)
+        return 0
+    if options.mode == "gpu-kernels":
+        gpu_kernels.write(options)
+        return 0
+    if options.mode == "gpu":
+        done = gpu.run(options)
+    elif options.mode == "runs":
         done = runs.run_set(options.set, options)
     else:
-        plan = list(getattr(comparisons, options.mode)(options))
+        plan = comparisons.chosen(getattr(comparisons, options.mode)(options), options)
         done = all([referee.measure(comparison, options) for comparison in plan])
         if not options.dry_run:
             report.show([comparison.path(options) for comparison in plan])

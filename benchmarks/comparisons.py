@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from benchmarks import machine
@@ -24,7 +26,20 @@ def place(options: Namespace) -> str:
 
 
 def case(options: Namespace, *words: str) -> str:
-    return "-".join(filter(None, [*words, options.quick and "quick"]))
+    some = "-and-".join(re.sub(r"\W+", "-", name) for name in options.contenders)
+    return "-".join(filter(None, [*words, some, options.quick and "quick"]))
+
+
+def chosen(plan: Iterable[Comparison], options: Namespace) -> list[Comparison]:
+    """The comparisons with the contenders of --contenders alone. SystemExit for a name that none of them has."""
+    plan, names = list(plan), set(options.contenders)
+    known = {contender.name: None for comparison in plan for contender in comparison.contenders}
+    if names - known.keys():
+        raise SystemExit(f"error: unknown contenders {sorted(names - known.keys())}; choose from {list(known)}")
+    if not names:
+        return plan
+    kept = [[contender for contender in x.contenders if contender.name in names] for x in plan]
+    return [replace(comparison, contenders=some) for comparison, some in zip(plan, kept) if some]
 
 
 def simulators(quick: bool) -> list[Contender]:
@@ -100,7 +115,7 @@ def train_settings(env_id: str, integrator: str, device: str) -> dict:
     the sizes of the learners on vecsim."""
     import ppo_gpu_torch
 
-    args = ppo_gpu_torch.parse_args(["--env-id", env_id])
+    args = ppo_gpu_torch.parse_args(["--env-id", env_id, "--device", device])
     names = "num_envs num_steps update_epochs num_minibatches solver_iterations".split()
     ours = {name: getattr(args, name) for name in names} | dict(hidden=list(args.actor_hidden))
     shared = dict(env_id=env_id, device=device, num_envs=8, integrator=integrator, env_kwargs=args.env_kwargs)

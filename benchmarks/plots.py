@@ -16,9 +16,10 @@ from matplotlib.ticker import FuncFormatter
 from benchmarks import tables
 
 INK, FAINT, GRID, OURS, THEIRS = "#22262b", "#8a9099", "#eceff2", "#1f6feb", "#b6bec9"
-COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e"}
+COLOURS = {"ppo": "#1f6feb", "sac": "#d9480f", "ppo_mjx": "#2b8a3e", "dqn": "#7048e8", "pqn": "#0c8599"}
 STAGE_COLOURS = {"policy": OURS, "teacher": "#2b8a3e", "student": "#1f6feb", "finetune": "#d9480f", "baseline": FAINT}
-PEER_COLOURS = dict(zip(tables.PEERS, ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#8a9099")))
+PEER_COLOURS = {name: COLOURS[name.removeprefix("ours-")] for name in tables.PEERS if name.startswith("ours")}
+PEER_COLOURS |= {"sb3-ppo": "#2b8a3e", "sb3-sac": "#7048e8", "cleanrl-ppo": "#8a9099"}
 STYLE = {
     "font.size": 10,
     "axes.edgecolor": FAINT,
@@ -146,6 +147,18 @@ def plot_off_policy(results: Path) -> None:
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: short(x) if f"{x:.0e}"[0] in "25" else ""))
 
 
+def plot_q_learning(results: Path) -> None:
+    """DQN and PQN over seconds of training, beside PPO and SAC on the same core for as long."""
+    runs = with_curves(results, "dqn/*-seed*.json")
+    tasks = sorted({run["env_id"] for run in runs})
+    for axis, env_id in panels(results / "dqn/curves.png", tasks, 3, (4.6, 3.1), SCORE, runs):
+        members = [run for run in runs if run["env_id"] == env_id]
+        for other in with_curves(results, f"peers/{env_id}/ours-*-seed*.json"):
+            members.append(other | dict(algorithm=other["contender"].removeprefix("ours-")))
+        learning_curves(axis, members, 1)
+        label_axes(axis, env_id, "seconds of training, compilation apart")
+
+
 def plot_peers(results: Path) -> None:
     """Scores over minutes of training beside other libraries: thin lines are seeds, a thick one is the median seed."""
     runs = tables.load(results, "peers/*/*-seed*.json")
@@ -166,6 +179,22 @@ def plot_peers(results: Path) -> None:
         axis.set_xlim(0, max(run["minutes"] for run in runs if run["env_id"] == env_id) * 1.05)
         if env_id == tasks[-1]:
             axis.legend(frameon=False, fontsize=8)
+
+
+def plot_memory(results: Path) -> None:
+    """Scores without velocities over environment steps, without and with a memory."""
+    runs = with_curves(results, "memory/*/*-seed*.json")
+    tasks = list(dict.fromkeys(run["env_id"] for run in runs))
+    for axis, env_id in panels(results / "memory/curves.png", tasks, 3, (5.4, 3.6), SCORE, runs):
+        of_task = [run for run in runs if run["env_id"] == env_id]
+        for colour, members in zip(PEER_COLOURS.values(), tables.grouped(of_task, "name")):
+            for k, run in enumerate(members):
+                label = None if k else run["name"].replace("-", " ")
+                x, scores = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
+                axis.plot(x, scores, ".-", color=colour, lw=1.6, alpha=0.8, ms=4, label=label)
+        label_axes(axis, env_id, "environment steps")
+        axis.set_xlim(left=0)
+        axis.legend(frameon=False, fontsize=8)
 
 
 def plot_stages(results: Path) -> None:
@@ -245,5 +274,15 @@ def plot_scaling(results: Path) -> None:
 def draw(results: Path) -> None:
     """Every picture that has files."""
     rcParams.update(STYLE)
-    for plot in (plot_curves, plot_twins, plot_off_policy, plot_peers, plot_stages, plot_speed, plot_scaling):
+    for plot in (
+        plot_curves,
+        plot_twins,
+        plot_off_policy,
+        plot_q_learning,
+        plot_peers,
+        plot_memory,
+        plot_stages,
+        plot_speed,
+        plot_scaling,
+    ):
         plot(results)

@@ -6,13 +6,16 @@ import csv
 import json
 import re
 import statistics
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC"}
+ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC", "dqn": "DQN", "pqn": "PQN"}
 PEERS = {
     "ours-ppo": "ours, PPO",
     "ours-sac": "ours, SAC",
+    "ours-dqn": "ours, DQN",
+    "ours-pqn": "ours, PQN",
     "sb3-ppo": "SB3, PPO",
     "sb3-sac": "SB3, SAC",
     "cleanrl-ppo": "CleanRL-style, PPO",
@@ -157,6 +160,38 @@ def parity(record: dict) -> str:
     return table("worst relative error against MuJoCo C, float64", ["task", *columns], cells, note)
 
 
+def mjcf(records: list[dict]) -> str:
+    """Files of other packages that the simulator accepts, and the rules that refuse the others: before, and now."""
+    now, earlier = records[-1], records[0]
+
+    def counts(key: str, of: dict) -> Counter:
+        return Counter(row.get(key, "accepted") for row in of["rows"])
+
+    def of_package(name: str, record: dict) -> list[dict]:
+        return [row for row in record["rows"] if row["package"] == name and "error" in row]
+
+    rows = []
+    for name, files in counts("package", now).items():
+        accepted = of_package(name, now)
+        worst = f"{max(row['error'] for row in accepted):.0e}" if accepted else "-"
+        rows.append([name, str(files), str(len(of_package(name, earlier))), str(len(accepted)), worst])
+    note = f"{made_by(now)} {package_list(now['versions'])}."
+    first = table(
+        "MJCF files of public packages",
+        ["package", "files", f"accepted, commit {earlier['commit']}", "accepted", "worst error of qacc"],
+        rows,
+        note,
+    )
+    rules, before = counts("refused", now), counts("refused", earlier)
+    names = sorted((rules | before).keys() - {"accepted"}, key=lambda name: (-rules[name], name))
+    rows = [[name, str(before[name]), str(rules[name])] for name in names]
+    return (
+        first
+        + "\n"
+        + table("files by the first rule that refuses them", ["rule", f"commit {earlier['commit']}", "now"], rows)
+    )
+
+
 def physics(records: list[dict]) -> str:
     """Files of `python vecsim_torch.py --json`: whole environment steps beside MuJoCo C's physics alone."""
     rows = []
@@ -189,8 +224,10 @@ def scores(name: str, runs: list[dict]) -> str:
         if not shared:
             row.append(each([run["train_seconds"] for run in members]))
             row.append(each([run.get("compile_seconds") for run in members]))
-        row.append(" / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members))
-        row.append(" / ".join("{mean:,.0f} ({min:,.0f})".format(**score) if score else "-" for score in simulated))
+        form = ",.0f" if abs(first["gymnasium"]["mean"]) >= 100 else ".1f"
+        scored = [run["gymnasium"] for run in members]
+        row.append(" / ".join(f"{x['mean']:{form}} ± {x['std']:{form}}" for x in scored))
+        row.append(" / ".join(f"{x['mean']:{form}} ({x['min']:{form}})" if x else "-" for x in simulated))
         if "threshold" in first:
             row += [f"{first['threshold']:,}", each(reached).replace("-", "not reached")]
         rows.append(row + ["-", "-"] * ("threshold" not in first))
@@ -206,7 +243,14 @@ def in_time(run: dict) -> list:
     return [point for point in run["curve"] if point[1] <= 1.02 * 60 * run["minutes"]]
 
 
-def peers(env_id: str, runs: list[dict]) -> str:
+def at_equal_time(env_id: str, runs: list[dict], others: list[dict]) -> str:
+    """Runs of q-learning beside our PPO and SAC of `peers`, all for as long as the longest of these runs."""
+    minutes = max(run["train_seconds"] for run in runs) / 60
+    ours = [run | dict(contender=f"ours-{run['algorithm']}") for run in runs]
+    return peers(env_id, [run | dict(minutes=minutes) for run in ours + others], "10 episodes, of Q-learning 20")
+
+
+def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:
     """Scores after the same minutes of training on the same core, and seconds to a score."""
     rows, goal = [], PEERS_GOALS[env_id]
     for contender, title in PEERS.items():
@@ -219,10 +263,10 @@ def peers(env_id: str, runs: list[dict]) -> str:
         steps = statistics.median_low(curve[-1][0] for curve in curves)
         row = [title, str(len(members)), f"{steps:,}", each([curve[-1][2] for curve in curves])]
         rows.append([*row, each(reached), each(compiled) if any(compiled) else "0"])
-    header = ["", "seeds", "environment steps", "score of each seed (10 episodes)"]
+    header = ["", "seeds", "environment steps", f"score of each seed ({episodes})"]
     header += [f"{goal:,} reached after, s", "compilation, s"]
     minutes = max(run["minutes"] for run in runs)
-    title = f"{env_id}, {minutes:g} minute{'s' if minutes != 1 else ''} of training on one core"
+    title = f"{env_id}, {minutes:.3g} minute{'s' if minutes != 1 else ''} of training on one core"
     return table(title, header, rows)
 
 
@@ -269,6 +313,22 @@ def ablation(runs: list[dict]) -> str:
     title = f"SAC, trick upon trick, {runs[0]['env_id']}, {runs[0]['env_steps']:,} environment steps of each"
     note = "Scores of 20 episodes in Gymnasium's own environment. " + made_by(runs[-1], "./benchmark.sh runs ablate")
     return table(title, header, rows, note)
+
+
+def memories(runs: list[dict]) -> str:
+    """PPO without and with a memory on the same budget, where it sees no velocities; the best first."""
+    rows, first = [], runs[0]
+    for members in grouped(runs, "name"):
+        scores = " / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members)
+        middle = statistics.median(run["gymnasium"]["mean"] for run in members)
+        times = [each([run[key] for run in members]) for key in ("train_seconds", "compile_seconds")]
+        reached = each([run["steps_to_threshold"] for run in members]).replace("-", "not reached")
+        rows.append((-middle, [members[0]["name"].replace("-", " "), scores, reached, *times]))
+    header = ["", "score of each seed (20 episodes)", f"{first['threshold']:,} reached after, environment steps"]
+    title = f"memory, {first['env_id']} without velocities, {first['env_steps']:,} environment steps of each"
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    note = f"{first['hardware']}. Commits {commits}, `./benchmark.sh runs memory`."
+    return table(title, [*header, "training, s", "compiled in, s"], [cells for _, cells in sorted(rows)], note)
 
 
 def sizes(runs: list[dict]) -> str:
@@ -379,3 +439,52 @@ def stages(record: dict) -> str:
     header = ["", "environment steps", "training"]
     title = f"{'trainings of teacher and students' if len(rows) > 1 else 'training'}, {record['env_id']}"
     return table(title, header, rows, f"{record['hardware']}. {made_by(record)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def predicted(record: dict) -> str:
+    """What gpu_kernels.py counted and predicts: one row for each task, then one for each region of a task."""
+    rows, tasks = [], record["tasks"]
+    sizes = list(tasks[0]["rates"])
+    for task in tasks:
+        ranges = [" to ".join(f"{rate / 1e6:.2f}" for rate in task["rates"][size]) for size in sizes]
+        launches = f"{task['launches']:,} + {task['outside']}"
+        rows.append([task["env_id"], "predicted", launches, f"{task['bytes'] / 1e3:,.0f} KB", *ranges])
+    header = ["task", "", "launches of an environment step, in regions + outside", "traffic of an environment and step"]
+    header += [f"million environment steps/s at {int(size):,}" for size in sizes]
+    commits = ", ".join(dict.fromkeys(task["commit"] for task in tasks))
+    note = f"{record['hardware']}; {package_list(record['versions'])}. Commits {commits}, `{record['command']}`."
+    return table("an environment step on an H100", header, rows, note) + "\n" + kernels(tasks)
+
+
+def kernels(tasks: list[dict]) -> str:
+    rows = []
+    for task in tasks:
+        for region in task["regions"]:
+            best = min(region["registers"], key=lambda configuration: configuration["stack"])
+            worst = max(configuration["stack"] for configuration in region["registers"])
+            launches = f"{len(region['bytes'])} x {region['calls']}"
+            moved = f"{sum(region['bytes']) / 1e3:.1f} KB"
+            cells = [launches, moved, str(best["registers"]), f"{best['stack']} B", f"{worst} B"]
+            rows.append([f"{task['env_id']}, {region['region']}", "predicted", *cells])
+    header = ["task and region", "", "launches x calls in a step", "traffic of an environment and call"]
+    header += ["registers of the heaviest kernel", "its stack", "its stack in the worst configuration"]
+    return table("regions", header, rows)
+
+
+def first_hour(records: list[dict]) -> str:
+    """What the blocks of `./benchmark.sh gpu` found beside what was predicted."""
+    from benchmarks.gpu import shown
+
+    rows = []
+    for record in records:
+        for name, (found, expected) in record["figures"].items():
+            rows.append([record["block"], name, shown(found), "-" if expected is None else shown(expected)])
+    rows += [[record["block"], record["status"], "-", "-"] for record in records if record["status"] != "done"]
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh gpu`."
+    return table("the first hour", ["block", "figure", "found", "predicted"], rows, note)

@@ -64,12 +64,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dqn_gpu_torch as dqn
 import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
+RECURRENT = dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256)
 SAC = dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64, replay_capacity=1024)
+SMALL = dict(batch_size=64, learning_starts=0)
 DISTILL = dict(
     num_envs=16, stages=("teacher", "student", "finetune"), num_steps=2, distill_steps=2, gradient_length=1,
     distill_minibatches=2, num_minibatches=2, total_timesteps=192, student_timesteps=64, finetune_timesteps=64,
@@ -77,8 +81,11 @@ DISTILL = dict(
 )  # fmt: skip
 RUNS = {  # trainer, iterations (of each stage), arguments
     "ppo": (ppo, 2, dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256, bf16=True)),
+    "ppo-lstm": (recurrent, 2, RECURRENT | dict(memory="lstm", bf16=True)),
     "sac": (sac, 7, SAC | dict(n_step=3, normalize_rewards=True)),
     "sac-flash": (sac, 7, SAC | dict(network="flash", half_precision_replay=True, noise_repeat_max=1)),
+    "dqn": (dqn, 7, dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64)),
+    "pqn": (dqn, 2, dict(algorithm="pqn", num_envs=64, num_steps=2, total_timesteps=256, **SMALL)),
     "distill": (distill, 2, DISTILL | dict(env_id="Quadruped-Flat")),
     "distill-gru": (distill, 2, DISTILL | dict(env_id="Quadruped-Flat", student_network="gru")),
     "rough": (ppo, 1, dict(env_id="Quadruped-Rough", num_envs=8, num_steps=1, num_minibatches=1, total_timesteps=8)),

@@ -7,8 +7,13 @@
     delayed      two steps, the second pays -(a_0 - x / 2)^2          a_0 = x / 2: credit goes back through time
     truncation   reward 1 in every step, time limit of 5 steps        V = 1 / (1 - gamma): a time limit is no end
     broken       like action, but environment 0 is quarantined        its NaN must not reach the learner
+    recall-k     k + 1 steps, the last pays -(a - x / 2)^2            a = x / 2: the policy remembers x for k steps
+    t-maze       a corridor of 8 cells: a > 0 goes on, else -0.1;     the mean return is 1; without memory it is 0
+                 at its end the sign of a turns, and x is the side
+                 that pays 1; the other pays -1
 
-x is -1 or 1, drawn at reset; observation = (x, age, a_0).
+x is -1 or 1, drawn at reset; observation = (x, age, a_0). The two for memory show x in the first step only, and then
+whether the robot is at the end: observation = (x or 0, at the end, 0).
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ import torch
 
 import ppo_gpu_torch as ppo
 
-EPISODE_STEPS = {"delayed": 2, "truncation": 5}
+EPISODE_STEPS = {"delayed": 2, "truncation": 5, "t-maze": 40}
+CELLS = {"recall-1": 1, "recall-8": 8, "recall-32": 32, "t-maze": 8}  # from the first step to the end
+STATE = ("x", "age", "first_action", "episode_return", "cell", "sums")
 
 
 class ProbeEnv(gymnasium.vector.VectorEnv):
@@ -39,14 +46,19 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         return torch.randint(0, 2, (self.num_envs,), generator=self.generator, device=self.device) * 2.0 - 1.0
 
     def observation(self):
+        if self.env_id in CELLS:
+            return torch.stack([self.x * (self.age == 0), self.at_end().float(), torch.zeros_like(self.x)], 1)
         seen = torch.zeros_like(self.x) if self.env_id == "privileged" else self.x
         return torch.stack([seen, self.age, self.first_action], 1)
+
+    def at_end(self):
+        return self.cell == CELLS.get(self.env_id, -1)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.generator.manual_seed(seed)
         self.x = self.draw()
-        self.age, self.first_action, self.episode_return = (torch.zeros_like(self.x) for _ in range(3))
+        self.age, self.first_action, self.episode_return, self.cell = (torch.zeros_like(self.x) for _ in range(4))
         self.sums = torch.zeros(4, device=self.device)  # return, length, episodes, invalid
         return self.observation(), {"critic_obs": self.x[:, None].clone()}
 
@@ -58,12 +70,20 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         a = action[:, 0].clamp(-2.0, 2.0)
         self.first_action = torch.where(self.age == 0, a, self.first_action)
         self.age = self.age + 1
+        at_end, goes_on = self.at_end(), (a > 0) | (self.env_id != "t-maze")
+        self.cell = self.cell + goes_on
         error = -(self.first_action - self.x / 2).square()
         rewards = dict(value=self.x, privileged=self.x, action=error, broken=error, delayed=error * (self.age == 2))
+        rewards |= {"t-maze": torch.where(at_end, self.x * a.sign(), -0.1 * ~goes_on)}
+        if self.env_id.startswith("recall"):
+            rewards[self.env_id] = -(a - self.x / 2).square() * at_end
         reward = rewards.get(self.env_id, torch.ones_like(self.x))
-        ended = self.age == EPISODE_STEPS.get(self.env_id, 1)
+        ended = at_end if self.env_id in CELLS else self.age == EPISODE_STEPS.get(self.env_id, 1)
         never = torch.zeros_like(ended)
         terminated, truncated = (never, ended) if self.env_id == "truncation" else (ended, never)
+        if self.env_id == "t-maze":  # a robot that stands still
+            truncated = (self.age == EPISODE_STEPS["t-maze"]) & ~ended
+            ended = ended | truncated
         final_obs, final_critic_obs, invalid = self.observation(), self.x[:, None].clone(), never.clone()
         if self.env_id == "broken":
             invalid[0] = True
@@ -75,8 +95,8 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         self.sums += torch.stack([x.float().sum() for x in columns])
         fresh = ended | invalid
         self.x = torch.where(fresh, self.draw(), self.x)
-        self.age, self.first_action, self.episode_return = (
-            torch.where(fresh, 0.0, x) for x in (self.age, self.first_action, self.episode_return)
+        self.age, self.first_action, self.episode_return, self.cell = (
+            torch.where(fresh, 0.0, x) for x in (self.age, self.first_action, self.episode_return, self.cell)
         )
         info = dict(final_obs=final_obs, invalid=invalid)
         info |= dict(critic_obs=self.x[:, None].clone(), final_critic_obs=final_critic_obs)
@@ -90,21 +110,20 @@ class ProbeEnv(gymnasium.vector.VectorEnv):
         return means | dict(episodes=episodes, invalid=invalid)
 
     def state_dict(self):
-        names = ("x", "age", "first_action", "episode_return", "sums")
-        return {name: getattr(self, name).clone() for name in names} | {"generator": self.generator.get_state()}
+        return {name: getattr(self, name).clone() for name in STATE} | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
-        for name in ("x", "age", "first_action", "episode_return", "sums"):
+        for name in STATE:
             setattr(self, name, state[name].clone().to(self.device))
         self.generator.set_state(state["generator"])
 
 
-def probe_args(run_dir, env_id="action", **changes):
-    """Flags of PPO that solve a probe environment in seconds."""
+def probe_args(run_dir, env_id="action", flags=ppo.Args, **changes):
+    """Flags of PPO that solve a probe environment in seconds; flags: the dataclass of a trainer."""
     small = dict(num_envs=64, num_steps=8, total_timesteps=40_000, num_minibatches=2, learning_rate=3e-3, gamma=0.9)
     small |= dict(actor_hidden=(32,), critic_hidden=(32,), eval_episodes=1, compile=False, device="cpu")
     small |= dict(checkpoint_every=10**9, log_every=10**9)
-    return ppo.Args(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
+    return flags(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
 
 
 def documented_a2c():

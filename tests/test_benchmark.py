@@ -367,6 +367,19 @@ def test_other_learners_train_on_vecsim(peer, module):
     assert ready["ready"] and measured["work"] == 4 * 8  # one iteration
 
 
+@pytest.mark.parametrize("module", ["rsl_rl", "skrl", "rl_games", "sb3"])
+def test_the_adapters_train(module):
+    """One iteration of each example; the example prints the score of its policy."""
+    file = ROOT / "benchmarks/adapters" / f"{module}.py"
+    packages = environments.dependencies(file, "cpu")
+    if not environments.is_built(packages):
+        pytest.skip(f"{packages[0]} is not installed; ./benchmark.sh train installs it")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    answer = run(environments.interpreter(file, "cpu"), "-m", f"benchmarks.adapters.{module}", "1", env=environment)
+    assert answer.returncode == 0, answer.stderr
+    assert 1 <= float(answer.stdout.split("score: ")[1].split()[0]) <= 1000
+
+
 def test_a_training_is_compared_under_each_integrator(tmp_path):
     plan = list(comparisons.train(options(tmp_path, "--env-id", "Ant-v5,HalfCheetah-v5", "--cores", "0")))
     assert [comparison.case for comparison in plan] == [
@@ -474,6 +487,20 @@ def test_scores_have_a_row_for_the_seeds_of_a_task():
     )
 
 
+def test_q_learning_stands_beside_ppo_and_sac_of_the_same_minutes():
+    """Its runs count as long as theirs: an evaluation after their minutes does not."""
+    runs = [
+        sample_run(
+            algorithm="dqn", train_seconds=180.0, curve=[[7, 90.0, 50.0], [9, 150.0, 3500.0]], compile_seconds=20.0
+        )
+    ]
+    runs += [sample_run(algorithm="pqn", curve=[[8, 179.0, 1000.0], [9, 200.0, 9000.0]], compile_seconds=20.0)]
+    others = [dict(contender="ours-sac", minutes=3, compile_seconds=90.0, curve=[[5, 100.0, 3000.0]])]
+    text = tables.at_equal_time("HalfCheetah-v5", runs, others)
+    assert "| ours, SAC | 1 | 5 | 3,000 | 100 | 90 |\n| ours, DQN | 1 | 9 | 3,500 | 150 | 20 |" in text
+    assert "| ours, PQN | 1 | 8 | 1,000 | - | 20 |" in text and "(10 episodes, of Q-learning 20)" in text
+
+
 def test_the_ablation_says_what_each_rung_adds():
     found = []
     rungs = dict(
@@ -521,6 +548,7 @@ def results(tmp_path):
         write(f"{name}-seed1.json", sample_run())
     write("mjx/Ant-v5-seed1.json", sample_run(algorithm="ppo_mjx"))
     write("sac/Ant-v5-seed1.json", sample_run(algorithm="sac", cores_shared=True))
+    write("dqn/HalfCheetah-v5-seed1.json", sample_run(algorithm="dqn", env_id="HalfCheetah-v5"))
     peer = dict(env_id="HalfCheetah-v5", minutes=3, hardware="a CPU", compile_seconds=0.0)
     for seed, score in ((1, 2000), (2, 3500)):
         curve = [[50_000, 90.0, 100.0], [100_000, 180.0, score]]
@@ -537,7 +565,7 @@ def results(tmp_path):
 def test_the_page_and_the_pictures_follow_from_the_files(results):
     plots.draw(results)
     page = report.page(results)
-    names = ["curves.png", "mjx/curves.png", "sac/curves.png", "speed.png", "scaling.png", "peers.png"]
+    names = "curves.png mjx/curves.png sac/curves.png dqn/curves.png speed.png scaling.png peers.png".split()
     for name in [*names, "distill/Quadruped-Rough/curves.png"]:
         assert (results / name).stat().st_size > 10_000
     assert all(f"]({name})" in page for name in names)
@@ -594,7 +622,15 @@ def measure(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setattr(machine, "commit", lambda: "abc")
     monkeypatch.setattr(environments, "CACHE", tmp_path / "cache")
-    for name in ("ppo_gpu_torch", "sac_gpu_torch", "ppo_mjx_jax", "ppo_distill_teacher_student", "eval_panel"):
+    for name in (
+        "ppo_gpu_torch",
+        "ppo_recurrent_gpu_torch",
+        "sac_gpu_torch",
+        "dqn_gpu_torch",
+        "ppo_mjx_jax",
+        "ppo_distill_teacher_student",
+        "eval_panel",
+    ):
         (tmp_path / f"{name}.py").write_text(PANEL if name == "eval_panel" else TRAINER)
 
     def run_set(*words):
@@ -640,6 +676,16 @@ def test_ablate_gives_every_variant_the_same_budget(measure, tmp_path):
     assert len(two) == 2 * len(found) and {run["file"].split("/")[2] for run in two} == {"Ant-v5", "Hopper-v5"}
     rung = found["sac/ablation/HalfCheetah-v5/layer-norm-seed1"]["command"]
     assert "--preset vanilla --learning-rate 1e-3" in rung and "--normalize-observations --network" in rung
+
+
+def test_memory_hides_the_same_from_all_but_one(measure, tmp_path):
+    found = measure("memory", "--env-id", "Hopper-v5")
+    hidden = {Path(file).name: run["flags"].get("--env-kwargs") for file, run in found.items()}
+    assert hidden.pop("everything-observed-seed1") is None and len(hidden) == 4
+    assert set(hidden.values()) == {"hidden_observations qvel"}
+    plots.draw(tmp_path / "results")
+    made = report.page(tmp_path / "results")
+    assert made.count("| 1,000 ± 0 | not reached | 11 | 7 |") == 5 and made.count("(memory/curves.png)") == 1
 
 
 def test_seeds_compares_eight_agents_with_one(measure):

@@ -24,8 +24,11 @@ import torch
 from faults import broken
 from test_ppo import CLOCKS, assert_same, log_of, state_of
 
+import dqn_gpu_torch as dqn
+import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
 import ppo_mjx_jax as ppo_jax
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
@@ -38,10 +41,22 @@ needs_tested_torch = pytest.mark.skipif(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SAC = dict(total_timesteps=16 * 12, learning_starts=64, batch_size=32, updates_per_step=4, replay_capacity=512)
+RECURRENT = dict(num_steps=8, num_minibatches=4, memory_width=8, total_timesteps=16 * 8 * 3)
+DQN = dict(total_timesteps=16 * 24, learning_starts=64, batch_size=32, replay_capacity=512)
+DISTILL = dict(
+    stages=("teacher", "student", "finetune"), num_steps=4, distill_steps=4, gradient_length=2, distill_minibatches=2,
+    num_minibatches=2, total_timesteps=640, student_timesteps=128, finetune_timesteps=192, critic_warmup_iterations=1,
+)  # fmt: skip
 RUNS = {  # trainer, number of graphs, arguments
     "ppo": (ppo, 5, dict(num_steps=8, num_minibatches=4, total_timesteps=16 * 8 * 3)),
-    "sac": (sac, 6, SAC | dict(n_step=3, normalize_rewards=True)),
-    "sac-flash": (sac, 6, SAC | dict(network="flash", half_precision_replay=True)),
+    "ppo-gru": (recurrent, 5, RECURRENT | dict(memory="gru", sequence_length=4)),
+    "ppo-mingru": (recurrent, 5, RECURRENT | dict(memory="mingru", memory_layers=2)),
+    "sac": (sac, 7, SAC | dict(n_step=3, normalize_rewards=True)),
+    "sac-flash": (sac, 7, SAC | dict(network="flash", half_precision_replay=True)),
+    "dqn": (dqn, 5, DQN | dict(algorithm="dqn", updates=4)),
+    "pqn": (dqn, 5, DQN | dict(algorithm="pqn", num_steps=8)),
+    "distill": (distill, 1 + 5 + 4 + 5, DISTILL),
+    "distill-gru": (distill, 1 + 5 + 4 + 5, DISTILL | dict(student_network="gru")),
 }
 
 
@@ -51,8 +66,9 @@ def train(name: str, folder, **changes) -> dict:
     common = dict(env_id="InvertedPendulum-v5", num_envs=16, solver_iterations=1, device="cpu", eval_episodes=0)
     common |= dict(seed=3, run_dir=str(folder))
     module.train(module.Args(**common | args | changes))
-    log = [{name: x for name, x in record.items() if name not in CLOCKS} for record in log_of(folder)]
-    return dict(checkpoint=state_of(folder), log=log)
+    runs = [folder / stage for stage in args.get("stages", [""])]
+    log = [{name: x for name, x in record.items() if name not in CLOCKS} for run in runs for record in log_of(run)]
+    return dict(checkpoints=[state_of(run) for run in runs], log=log)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +106,8 @@ WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its n
     "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
     "PPO's state is not restored": ("ppo", ppo, "build_functions", "x.copy_(saved)", "pass"),
     "SAC's state is not restored": ("sac", sac, "build_functions", "x.copy_(saved)", "pass"),
+    "DQN's state is not restored": ("dqn", dqn, "build_functions", "x.copy_(saved)", "pass"),
+    "the distillation's state is not restored": ("distill", distill, "prepare", "x.copy_(saved)", "pass"),
     "observation statistics move to another address": (
         "ppo", ppo.RunningStatistics, "update", "self.mean += shift", "self.mean = self.mean + shift"),
     "the simulator's state moves to another address": (
@@ -208,26 +226,29 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
 
 @needs_tested_torch
 @pytest.mark.parametrize("replayed", [True, False])
-def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(replayed, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["ppo", "distill"])
+def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(name, replayed, monkeypatch, tmp_path):
     """A capture computes nothing: without a replay the warm-up of the step would see arbitrary memory."""
-    seen, apply_gradients = [], ppo.apply_gradients
+    module, builder, call = dict(
+        ppo=(ppo, "build_functions", "accumulate(*example)  #"),
+        distill=(distill, "prepare", "functions[k](*example)  #"),
+    )[name]
+    seen, apply_gradients = [], module.apply_gradients
 
     def watching(agent, *others):
         seen.append(torch.stack([x.grad.isfinite().all() for x in agent.parameters()]).all())
         apply_gradients(agent, *others)
 
-    monkeypatch.setattr(ppo, "apply_gradients", watching)
+    monkeypatch.setattr(module, "apply_gradients", watching)
     if not replayed:
-        monkeypatch.setattr(
-            ppo, "build_functions", broken(ppo, "build_functions", "accumulate(*example)  #", "pass  #")
-        )
+        monkeypatch.setattr(module, builder, broken(module, builder, call, "pass  #"))
     with captured(monkeypatch):
-        train("ppo", tmp_path)
+        train(name, tmp_path)
     assert all(seen) == replayed
 
 
 @needs_tested_torch
-@pytest.mark.parametrize("name", ["ppo", "sac"])
+@pytest.mark.parametrize("name", ["ppo", "sac", "distill"])
 def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_path):
     """It shows before any graph, in its own words."""
 
@@ -242,10 +263,10 @@ def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_pat
 
 def test_chunks_on_a_gpu_are_smaller_than_what_spills_registers():
     """The device is only a name here: nothing runs on it."""
-    env = vecsim.make("InvertedPendulum-v5", 40_000)
+    env = vecsim.make("InvertedPendulum-v5", 20_000)
     env.device = torch.device("cuda")
     env._prepare_chunks(None)
-    assert [part.stop - part.start for part in env._slices] == [16_384, 16_384, 7_232]
+    assert [part.stop - part.start for part in env._parts] == [8192, 8192, 3616]
 
 
 def test_a_gpu_without_compilation_is_told_to_be_slow(monkeypatch, capsys):

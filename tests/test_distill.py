@@ -331,7 +331,8 @@ def test_slices_follow_one_another_in_time_with_a_detached_memory():
     optimizer = vecsim.make_optimizer(agent, torch.tensor(1e-3))
     before = {name: x.clone() for name, x in agent.named_parameters()}
     order = torch.tensor([2, 0, 3, 1])
-    distill.imitate(agent, optimizer, rollout, torch.ones(4, 4, 2), order, recording, sizes, args)
+    gradients = lambda *inputs: distill.imitation_gradients(agent, *inputs, recording)
+    distill.imitate(agent, rollout, torch.ones(4, 4, 2), order, gradients, optimizer.step, sizes, args)
     assert len(calls) == 4  # 2 minibatches x 2 slices
     for k, part in enumerate((order[:2], order[2:])):
         (obs_0, _, memory_0, after_0), (obs_1, started_1, memory_1, _) = calls[2 * k], calls[2 * k + 1]
@@ -348,7 +349,7 @@ def test_the_teacher_labels_without_noise_and_with_frozen_statistics():
     teacher.obs_statistics.update(torch.randn(50, 2), torch.ones(50, dtype=torch.bool))
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     obs = torch.randn(3, 4, 2)
-    label, act = distill.teacher_actions(teacher, obs), distill.deterministic_policy(teacher)
+    label, act = distill.teacher_actions(teacher, obs), vecsim.remembering(teacher)
     for t in range(3):
         torch.testing.assert_close(teacher.to_env(label[t]), act(obs[t], torch.ones(4, dtype=torch.bool)))
     assert torch.equal(distill.teacher_actions(teacher, obs), label) and not label.requires_grad
@@ -395,9 +396,9 @@ def test_the_student_acts_with_noise_and_its_memory_restarts_after_a_truncation(
             taken.append(action.clone())
             return super().step(action)
 
-    def watch(agent, optimizer, rollout, *rest):
+    def watch(agent, rollout, *rest):
         rollouts.append(type(rollout)(*(x.clone() for x in rollout)))
-        return imitate(agent, optimizer, rollout, *rest)
+        return imitate(agent, rollout, *rest)
 
     monkeypatch.setattr(distill, "imitate", watch)
     steps = dict(total_timesteps=4_000, student_timesteps=1_536, finetune_timesteps=1)
@@ -848,7 +849,7 @@ def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tm
     assert "gravity[2]" in observed and ("mass[0]" in observed) == (stage == "teacher")
     home = torch.tensor([0.0, 0.9, -1.8] * 4)  # rad; an action is an offset in units of 0.5 rad, and joints have ranges
     low, high = (torch.tensor(ends * 4) for ends in ([-0.863, -0.686, -2.818], [0.863, 4.501, -0.888]))
-    limits, act = ((low - home) / 0.5, (high - home) / 0.5), distill.deterministic_policy(agent)
+    limits, act = ((low - home) / 0.5, (high - home) / 0.5), vecsim.remembering(agent)
     if not memory_size:
         assert "memory" not in policy.metadata
         started = torch.ones(1000, dtype=torch.bool)
@@ -895,8 +896,8 @@ def test_no_function_but_task_defaults_reads_a_module_variable():
 ON_DEVICE = (
     "policy_step stack_history unroll_gru gaussian_log_prob gaussian_kl advantages_gae values_and_advantages "
     "make_batch ppo_loss accumulate_gradients apply_gradients update imitation_loss imitate teacher_actions "
-    "adapted_learning_rate weighted_moments critic_observation train_by_ppo train_by_imitation Agent.policy_mean "
-    "Agent.normalized_value Agent.act StageRun.collect StageRun.write_record deterministic_policy.act"
+    "imitation_gradients adapted_learning_rate weighted_moments critic_observation train_by_ppo train_by_imitation "
+    "Agent.policy_mean Agent.normalized_value Agent.act StageRun.collect StageRun.write_record"
 )
 
 

@@ -34,7 +34,7 @@ def save(path, trainer, algorithm, env_id="InvertedPendulum-v5", bias=None, **fl
     torch.manual_seed(1)
     flags = dict(actor_hidden=(8, 8), critic_hidden=(8,), env_kwargs={"max_episode_steps": STEPS}) | flags
     args = trainer.Args(env_id=env_id, **flags)
-    env = vecsim_torch.make(env_id, 1)
+    env = vecsim_torch.make(env_id, 1, **args.env_kwargs)
     agent = trainer.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
     agent.obs_statistics.mean.normal_()
     agent.obs_statistics.variance.uniform_(0.5, 2.0)
@@ -289,11 +289,13 @@ def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(pl
 
 
 @pytest.mark.parametrize("name", ["mujoco_c", "mjx"])
-def test_simulators_agree_step_by_step(tmp_path, name):
+@pytest.mark.parametrize("hidden", [{}, {"hidden_observations": "qpos"}], ids=["everything", "hidden"])
+def test_simulators_agree_step_by_step(tmp_path, name, hidden):
     """The pendulum under a policy that tilts it: what is left is float32. MJX has Euler alone."""
     if name == "mjx":
         pytest.importorskip("ppo_mjx_jax").jax.config.update("jax_default_matmul_precision", None)
-    save(tmp_path / "checkpoint.pt", ppo, "ppo", actor_hidden=(4,))
+    options = {"max_episode_steps": STEPS} | hidden
+    save(tmp_path / "checkpoint.pt", ppo, "ppo", actor_hidden=(4,), env_kwargs=options)
     subject = load(tmp_path / "checkpoint.pt")
     integrator = "euler" if name == "mjx" else "mjcf"
     args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu", integrator=integrator))
@@ -305,6 +307,7 @@ def test_simulators_agree_step_by_step(tmp_path, name):
         assert pytest.importorskip("jax").config.jax_default_matmul_precision == "highest"
     (mine, trace), (theirs, other) = results
     np.testing.assert_array_equal(mine["start"], theirs["start"])
+    assert trace["obs"].shape[-1] == (2 if hidden else 4)
     for key in ("return", "length", "survived", "terminated"):
         np.testing.assert_array_equal(mine[key], theirs[key])
     for key in ("qpos", "qvel", "obs", "action"):
@@ -544,7 +547,7 @@ def bad(checkpoints, tmp_path_factory):
     (folder / "flipped.pt").write_bytes(flipped)
     np.savez(folder / "other.npz", header="{}")
     torch.save([1, 2], folder / "list.pt")
-    torch.save(checkpoint | dict(env_id="Swimmer-v5"), folder / "gone.pt")
+    torch.save(checkpoint | dict(env_id="Walker3d-v5"), folder / "gone.pt")
     torch.save(checkpoint | dict(algorithm="td3"), folder / "td3.pt")
     torch.save(checkpoint | dict(agent={}), folder / "hollow.pt")
     strange = checkpoint["args"] | dict(env_kwargs={"gravity_on_mars": True})
@@ -562,8 +565,8 @@ def bad(checkpoints, tmp_path_factory):
     (["{bad}/flipped.pt"], "checksum"),
     (["{bad}/other.npz"], "is not a checkpoint of this script"),
     (["{bad}/list.pt"], "cannot be read"),
-    (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, sac, distill, ppo_mjx"),
-    (["{bad}/gone.pt"], "unknown task 'Swimmer-v5'; choose one of InvertedPendulum-v5"),
+    (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, ppo_recurrent, sac, dqn, distill, ppo_mjx"),
+    (["{bad}/gone.pt"], "unknown task 'Walker3d-v5'; choose one of InvertedPendulum-v5"),
     (["{bad}/hollow.pt"], "hollow.pt: "),
     (["{bad}/strange.pt"], "gravity_on_mars"),
     (["{good}", "{bad}/hopper.pt"], "one panel, one task"),

@@ -346,7 +346,7 @@ def test_a_step_on_a_gpu_never_waits_for_the_host():
             agent.obs_statistics.update(obs, ~never)
             sac.follow_returns(agent, uniform, uniform, never, never, args.gamma)
         drawn = sac.draw_transitions(replay, 4, 3, 2 * sizes.batch, generator)
-        batch = sac.gather_batch(agent, replay, *drawn, args)
+        batch = functions.sample(*drawn)
         sac.update(agent, functions, batch, torch.randn(2, 2, sizes.batch, 1, device="cuda"), 0, args)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""What PPO and SAC do alike: reproducibility, resume, compilation, processes, run folder, command line and profile."""
+"""What PPO, PPO with memory, SAC and Q-learning do alike: equal and resumed runs, compilation, run folder, flags."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ import torch
 from probe_envs import ProbeEnv
 from probe_envs import probe_args as ppo_args
 from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, run_main, state_of
+from two_processes_dqn import probe_args as dqn_args
 from two_processes_sac import probe_args as sac_args
 
+import dqn_gpu_torch as dqn
 import ppo_gpu_torch as ppo
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
 NOT_HERE = [
     ("--env-id Ant-v5", "was trained with env_id = action, not Ant-v5; omit that flag"),
     ("--num-envs 128", "was trained with num_envs = 64, not 128; omit that flag"),
-    ("--actor-hidden 8", "was trained with actor_hidden = (32,), not (8,)"),
+    ("--critic-hidden 8", "was trained with critic_hidden = (32,), not (8,)"),
     ("--seed 2", "was trained with seed = 1, not 2"),
     ("", "has 5,120 steps already; give a larger --total-timesteps"),
 ]
@@ -44,6 +47,15 @@ PPO = types.SimpleNamespace(
         ("--num-envs 1000 --num-minibatches 3 --num-steps 32", "does not split into 3 minibatches; use 2"),
     ],
 )
+RECURRENT = types.SimpleNamespace(**vars(PPO))
+RECURRENT.module, RECURRENT.make_args = recurrent, functools.partial(ppo_args, flags=recurrent.Args, memory_width=32)
+RECURRENT.refusals = [*PPO.refusals, ("--memory lstm", "was trained with memory = gru, not lstm")]
+RECURRENT.bad_input = [
+    (
+        "--num-envs 1000 --num-minibatches 3",
+        "num_envs = 1,000 per process does not split into 3 minibatches; use 2",
+    ),
+]
 SAC = types.SimpleNamespace(
     module=sac,
     make_args=functools.partial(sac_args, checkpoint_replay=True),
@@ -63,7 +75,33 @@ SAC = types.SimpleNamespace(
         ("--preset newest", "vanilla"),
     ],
 )
-TRAINERS = dict(ppo=PPO, sac=SAC)
+DQN = types.SimpleNamespace(
+    module=dqn,
+    make_args=functools.partial(dqn_args, checkpoint_replay=True, epsilon_decay=1e-9),
+    iteration=64,
+    terms=dqn.LossTerms._fields,
+    stages=dict(infer=3, simulate=3, targets=3, update=3),
+    of_hopper=dict(num_envs=8, learning_starts=40, replay_capacity=80, batch_size=32, updates=1),
+    refusals=[*NOT_HERE, ("--bins 2", "was trained with bins = 9, not 2")],
+    bad_input=[
+        ("--algorithm pqn --batch-size 1000", "batch_size must divide num_envs x num_steps = 16,384; use 512"),
+        ("--algorithm ddqn", "pqn"),
+    ],
+)
+PQN = types.SimpleNamespace(
+    module=dqn,
+    make_args=functools.partial(dqn_args, algorithm="pqn", epsilon_decay=1e-9),
+    iteration=512,
+    terms=dqn.LossTerms._fields,
+    stages=dict(infer=3 * 8, simulate=3 * 8, targets=3, update=3),
+    of_hopper=dict(num_envs=16, num_steps=8, batch_size=64),
+    refusals=[
+        ("--num-steps 4", "was trained with num_steps = 8, not 4"),
+        ("--algorithm dqn", "was trained with algorithm = pqn, not dqn"),
+    ],
+    bad_input=[],
+)
+TRAINERS = dict(ppo=PPO, ppo_recurrent=RECURRENT, sac=SAC, dqn=DQN, pqn=PQN)
 
 
 def cases(name):
@@ -116,16 +154,19 @@ def test_resume_with_the_simulator_is_bit_for_bit(trainer, tmp_path):
     [
         (PPO, "delayed", {}, ("obs", "return")),
         (PPO, "privileged", {}, ("obs", "critic_obs", "return")),
+        (RECURRENT, "privileged", {}, ("obs", "critic_obs", "return")),
         (SAC, "delayed", dict(network="flash"), ("obs", "return")),
+        (DQN, "delayed", {}, ("obs", "return")),
     ],
-    ids=["ppo", "privileged", "sac"],
+    ids=["ppo", "privileged", "ppo_recurrent", "sac", "dqn"],
 )
 def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(trainer, env_id, changes, names, tmp_path):
     train(trainer, tmp_path, env_id, total_timesteps=3_584, **changes)
     agent = trainer.module.load_agent(read_checkpoint(tmp_path))
     before = {key: value.clone() for key, value in agent.state_dict().items()}
     assert all(before[f"{name}_statistics.count"] == 3_584 for name in names)
-    vecsim.evaluate(ProbeEnv(env_id), agent.act, seed=3)
+    act = vecsim.remembering(agent) if trainer is RECURRENT else agent.act
+    vecsim.evaluate(ProbeEnv(env_id), act, seed=3)
     assert_same(before, dict(agent.state_dict()))
 
 
@@ -149,15 +190,20 @@ def assert_two_runs_agree(trainer, run_dir, flag, atol, **changes):
     "trainer, backend, changes",
     [
         (PPO, "inductor", {}),
+        pytest.param(RECURRENT, "inductor", dict(memory="gru", num_steps=4), marks=pytest.mark.slow),
+        pytest.param(RECURRENT, "inductor", dict(memory="lstm", num_steps=4), marks=pytest.mark.slow),
+        pytest.param(RECURRENT, "inductor", dict(memory="mingru", num_steps=4), marks=pytest.mark.slow),
         (SAC, "inductor", dict(n_step=2)),
         (SAC, "aot_eager", dict(n_step=2, network="flash", critic_reduction="min")),
+        pytest.param(DQN, "inductor", dict(n_step=2), marks=pytest.mark.slow),
+        pytest.param(PQN, "inductor", {}, marks=pytest.mark.slow),
     ],
-    ids=["ppo", "sac", "flash"],
+    ids=["ppo", "gru", "lstm", "mingru", "sac", "flash", "dqn", "pqn"],
 )
 def test_compiled_and_eager_runs_agree(trainer, backend, changes, tmp_path, monkeypatch):
     """flash adds moments that the graph must write. Tracing shows that, without two minutes of Inductor's kernels."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    assert_two_runs_agree(trainer, tmp_path, "compile", 1e-4 if trainer is PPO else 2e-4, **changes)
+    assert_two_runs_agree(trainer, tmp_path, "compile", 2e-4 if trainer is SAC else 1e-4, **changes)
 
 
 def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
@@ -167,9 +213,12 @@ def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-@pytest.mark.parametrize("trainer, changes", [(PPO, {}), (SAC, {}), (SAC, dict(network="flash"))])
+@pytest.mark.parametrize(
+    "trainer, changes",
+    [(PPO, {}), (RECURRENT, {}), (SAC, {}), (SAC, dict(network="flash")), (DQN, {}), (PQN, {})],
+)
 def test_captured_graphs_agree_with_eager(trainer, changes, tmp_path):
-    atol = 1e-4 if trainer is PPO else 1e-3
+    atol = 1e-3 if trainer is SAC else 1e-4
     assert_two_runs_agree(trainer, tmp_path, "cuda_graphs", atol, device="cuda", **changes)
 
 
@@ -213,14 +262,14 @@ def test_resume_refuses_flags_that_do_not_fit(name, arguments, message, finished
 def test_resume_keeps_the_checkpoints_flags_and_play_prints_the_score(name, finished_runs, capsys):
     module, checkpoint = TRAINERS[name].module, str(finished_runs[name] / "checkpoint.pt")
     args = module.parse_args(["--resume", checkpoint, "--total-timesteps", "20480"])
-    assert (args.env_id, args.actor_hidden, args.gamma, args.total_timesteps) == ("action", (32,), 0.9, 20_480)
+    assert (args.env_id, args.critic_hidden, args.gamma, args.total_timesteps) == ("action", (32,), 0.9, 20_480)
     assert args.run_dir is None and vecsim.pick_run_dir(args, name) == finished_runs[name]
     score = module.play(module.parse_args(["--play", checkpoint, "--eval-episodes", "5"]), ProbeEnv)
     assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
 
 def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys):
-    steps = 7 * 512 if trainer is PPO else 20 * 64
+    steps = max(7 * trainer.iteration, 20 * 64)
     plain, profiled = (
         train(trainer, tmp_path / str(profile), total_timesteps=steps, eval_episodes=0, profile=profile)
         for profile in (False, True)
@@ -234,7 +283,7 @@ def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys)
 
 
 def test_a_profile_of_a_short_run_is_of_its_last_iteration(trainer, tmp_path):
-    steps = 2 * 512 if trainer is PPO else 12 * 64
+    steps = max(2 * trainer.iteration, 12 * 64)
     train(trainer, tmp_path, total_timesteps=steps, eval_episodes=0, profile=True)
     with gzip.open(tmp_path / "trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
@@ -257,30 +306,44 @@ def test_every_flag_has_one_help_line_and_is_read(trainer):
 def test_only_the_defaults_read_a_module_variable(trainer):
     for name, function in source_lint.functions(inspect.getsource(trainer.module)).items():
         used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
-        assert not used & {"TASKS", "VANILLA"} or name == "task_defaults", name
+        assert not used & {"TASKS", "VANILLA", "PQN"} or name == "task_defaults", name
 
 
 ON_DEVICE = """
-policy_step gaussian_log_prob update weighted_moments RunningStatistics.update RunningStatistics.normalize
+policy_step update weighted_moments RunningStatistics.update RunningStatistics.normalize
 Agent.act sum_over_processes train
 """
 OF_PPO = """
-gaussian_kl advantages_gae values_and_advantages explained_variance make_batch ppo_loss accumulate_gradients
-apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean Agent.normalized_value
+gaussian_log_prob gaussian_kl advantages_gae values_and_advantages explained_variance make_batch ppo_loss
+accumulate_gradients apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean
+Agent.normalized_value
+"""
+OF_RECURRENT = """
+gaussian_log_prob gaussian_kl advantages_gae values_and_advantages explained_variance to_sequences make_batches ppo_loss
+compute_gradients apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean
+Agent.normalized_value parallel_scan gru_step lstm_step Memory.forward Network.forward
 """
 OF_SAC = """
-store draw_transitions hold_noise follow_returns n_step_returns gather_batch squashed_gaussian Agent.policy
-Agent.value Agent.combined_value Agent.reward_divisor project_categorical critic_target critic_loss
+gaussian_log_prob store draw_transitions hold_noise follow_returns n_step_returns gather_batch squashed_gaussian
+Agent.policy Agent.value Agent.combined_value Agent.reward_divisor project_categorical critic_target critic_loss
 temperature_loss policy_loss critic_step RunningStatistics.deviation PlainNetwork.forward BatchNorm.forward
 ResidualBlock.forward FlashNetwork.forward TwinCritics.forward Temperature.forward max_over_processes
 """
 
 
-@pytest.mark.parametrize("module, names", [(ppo, ON_DEVICE + OF_PPO), (sac, ON_DEVICE + OF_SAC)], ids=TRAINERS)
+OF_DQN = """
+store draw_transitions follow_returns n_step_returns lambda_returns action_value bootstrap_value replay_batch
+rollout_batch q_loss apply_gradients Agent.values Agent.reward_divisor Agent.to_env RunningStatistics.deviation
+exploration_rates
+"""
+OF_ALL = [(ppo, OF_PPO), (recurrent, OF_RECURRENT), (sac, OF_SAC), (dqn, OF_DQN)]
+
+
+@pytest.mark.parametrize("module, names", OF_ALL, ids=["ppo", "ppo_recurrent", "sac", "dqn"])
 def test_no_host_read_without_its_comment(module, names):
     source = inspect.getsource(module)
     functions = source_lint.functions(source)
-    for name in names.split():
+    for name in (ON_DEVICE + names).split():
         assert not source_lint.unmarked_host_reads(functions[name], source), name
 
 

@@ -51,6 +51,10 @@ def same(a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
+    "InvertedDoublePendulum-v5": {"healthy_reward": 5.0, "reset_noise_scale": 0.2},
+    "Reacher-v5": {"reward_dist_weight": 2.0, "reward_control_weight": 0.5},
+    "Pusher-v5": {"reward_near_weight": 2.0, "reward_dist_weight": 0.5, "reward_control_weight": 0.2},
+    "Swimmer-v5": {"exclude_current_positions_from_observation": False, "forward_reward_weight": 2.0},
     "Hopper-v5": {"exclude_current_positions_from_observation": False, "healthy_reward": 0.5,
                   "forward_reward_weight": 2.0, "healthy_z_range": (0.9, 2.0)},
     "HalfCheetah-v5": {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.3},
@@ -69,9 +73,9 @@ def gym_position(env_id, m, d):
     """What Gymnasium measures the robot's velocity from: mjData's, which lags qpos by the integrator's last stage."""
     if env_id.startswith("Ant"):
         return d.body(1).xpos[:2].copy()
-    if env_id.startswith("Humanoid"):
+    if env_id.startswith("Humanoid-"):
         return (m.body_mass @ d.xipos / m.body_mass.sum())[:2]
-    return d.qpos[:1].copy()
+    return d.qpos[: 2 if env_id.startswith("Swimmer") else 1].copy()
 
 
 def gym_steps(env_id, count, options):
@@ -151,6 +155,8 @@ def test_observation_names_are_those_of_the_joints_that_are_observed(env_id):
         for name, value in (
             (f"qpos/{joint.name}", now.qpos[0]),
             (f"qvel/{joint.name}", now.qvel[0]),
+            (f"arm_qpos/{joint.name}", now.qpos[0]),
+            (f"arm_qvel/{joint.name}", now.qvel[0]),
             (f"joint_position/{joint.name}", now.qpos[0] - home[joint.name]),
             (f"joint_velocity/{joint.name}", now.qvel[0]),
         ):
@@ -159,6 +165,24 @@ def test_observation_names_are_those_of_the_joints_that_are_observed(env_id):
                 compared += 1
     assert compared >= 2 * env.model.nu
     assert len(env.action_names()) == env.model.nu and "" not in env.action_names()
+
+
+def starts_equal(robot, qpos, qvel):
+    """Each coordinate and velocity (rows, 512) has the mean, deviation and bounds of 512 resets of Gymnasium."""
+    theirs = []
+    for _ in range(512):
+        robot.reset()
+        theirs.append(np.concatenate((robot.data.qpos, robot.data.qvel)))
+    ours, theirs = torch.cat((qpos, qvel)), torch.tensor(np.array(theirs)).T
+    width = theirs.amax(1) - theirs.amin(1)
+    assert ((ours.mean(1) - theirs.mean(1)).abs() <= 0.1 * width).all()  # five standard errors of a uniform number
+    assert ((ours.std(1) - theirs.std(1)).abs() <= 0.1 * theirs.std(1)).all()
+    for bound in ("amin", "amax"):
+        assert ((getattr(ours, bound)(1) - getattr(theirs, bound)(1)).abs() <= 0.05 * width).all()
+    if robot.model.nu == 7:
+        assert ours[7:9].norm(dim=0).min() > 0.17  # m, the object from the goal
+    else:
+        assert 0.19 < ours[2:4].norm(dim=0).max() <= 0.2  # m, the target from the shoulder
 
 
 @pytest.mark.parametrize("env_id", TASKS)
@@ -172,21 +196,67 @@ def test_reset_equals_gymnasium(env_id):
     assert env.single_action_space == reference.action_space
     assert sum(s.stop - s.start for s in env.observation_slices.values()) == obs.size
     first, _ = env.reset(seed=3)
-    noise = env.task.reset_noise_scale
     qpos, qvel, _ = env.state()
-    moved = qpos - torch.as_tensor(reference.unwrapped.init_qpos)[:, None]
-    assert moved.abs().max() <= noise and moved.abs().amax(1).min() >= 0.9 * noise and moved.min() < 0
-    if env_id in ("HalfCheetah-v5", "Ant-v5"):  # normal velocity noise
-        assert abs(float(qvel.std()) / noise - 1) < 0.05 and qvel.abs().max() > 2 * noise
+    if env_id in ("Reacher-v5", "Pusher-v5"):
+        starts_equal(gymnasium.make(env_id).unwrapped, qpos, qvel)
     else:
-        assert qvel.abs().max() <= noise and qvel.abs().amax(1).min() >= 0.9 * noise
+        noise = env.task.reset_noise_scale
+        moved = qpos - torch.as_tensor(reference.unwrapped.init_qpos)[:, None]
+        assert moved.abs().max() <= noise and moved.abs().amax(1).min() >= 0.9 * noise and moved.min() < 0
+        if env_id in ("InvertedDoublePendulum-v5", "HalfCheetah-v5", "Ant-v5"):  # normal velocity noise
+            assert abs(float(qvel.std()) / noise - 1) < 0.05 and qvel.abs().max() > 2 * noise
+        else:
+            assert qvel.abs().max() <= noise and qvel.abs().amax(1).min() >= 0.9 * noise
     env = vecsim.make(env_id, 1, dtype=torch.float64)
     env.reset(seed=0)
     ours = env.set_state(torch.tensor(d.qpos)[:, None], torch.tensor(d.qvel)[:, None])
-    if env_id == "Humanoid-v5":  # qfrc_actuator of mjData is zero after a reset; all else is kinematics
+    if env_id.startswith("Humanoid"):  # qfrc_actuator of mjData is zero after a reset; all else is kinematics
         assert (ours[0, env.observation_slices["qfrc_actuator"]] == 0).all()
     assert np.abs(ours[0].numpy() - obs).max() <= 1e-12  # kinematics alone
     reference.close()
+
+
+def test_the_pusher_pushes():
+    """The object is put beside the finger, which touches it and moves it as in Gymnasium."""
+    env = gymnasium.make("Pusher-v5").unwrapped
+    m, d = env.model, env.data
+    m.opt.tolerance, m.opt.ccd_tolerance, m.opt.ccd_iterations = 1e-15, 1e-12, 500
+    m.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MULTICCD  # one contact of a capsule with a cylinder, as in vecsim
+    env.reset(seed=0)
+    rng, rows, pushed = np.random.default_rng(0), [], []
+
+    def depths():
+        return [-c.dist for c in d.contact if 3 in m.geom_type[c.geom] and 5 in m.geom_type[c.geom]]
+
+    while len(rows) < 60:
+        qpos, qvel = d.qpos.copy(), rng.normal(size=m.nv) * ([1] * 7 + [0.1] * 2 + [0] * 2)
+        qpos[:7] = d.qpos[:7] = rng.uniform(*m.jnt_range[:7].T)
+        mujoco.mj_kinematics(m, d)
+        if abs(d.body("tips_arm").xpos[2] - d.body("object").xpos[2]) > 0.05:
+            continue
+        qpos[7:9] += (d.body("tips_arm").xpos + rng.uniform(-0.15, 0.15, 3) - d.body("object").xpos)[[1, 0]]
+        env.set_state(qpos, qvel)
+        if not depths() or max(depths()) > 0.005:  # m; they touch
+            continue
+        d.ctrl[:] = action = rng.uniform(-2, 2, 7)
+        deepest = 0
+        for _ in range(5):
+            mujoco.mj_step(m, d)
+            deepest = max([deepest, *depths()])
+        if deepest > 0.02:  # m: the axis of a finger is inside of the object
+            continue
+        rows.append((qpos, qvel, action, env._get_obs(), env._get_rew(action)[0]))
+        pushed.append(np.abs(d.qpos[7:9] - qpos[7:9]).max())
+    assert np.mean(np.array(pushed) > 1e-3) > 0.3  # m
+    qpos, qvel, action, obs, reward = map(np.array, zip(*rows, strict=True))
+    ours = vecsim.make("Pusher-v5", 60, dtype=torch.float64, iterations=12)
+    ours.reset(seed=0)
+    ours.set_state(torch.tensor(qpos.T.copy()), torch.tensor(qvel.T.copy()))
+    _, our_reward, _, _, info = ours.step(torch.tensor(action))
+    wrong = (info["final_obs"] - torch.tensor(obs)).abs().amax(1)
+    print(f"\npusher: errors {wrong.sort().values[[0, 30, 50, -1]].tolist()}")
+    assert wrong.max() <= 1e-6
+    assert np.abs(our_reward.numpy() - reward).max() <= 1e-6
 
 
 def test_vector_env_attributes():
@@ -420,6 +490,36 @@ def test_chunks_change_nothing(env_id, options):
     assert whole.pop_statistics() == pytest.approx(parts.pop_statistics())
 
 
+def chunk_sizes(env):
+    return [chunk.shape[1] for chunk in env._split(torch.zeros(1, env.num_envs))]
+
+
+def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
+    for cores, itemsize in ((1, 4), (2, 4), (3, 4), (16, 4), (1, 8), (2, 8)):
+        for num_envs in (*range(1, 300), *range(448, 20_000, 64)):
+            size = vecsim.cpu_chunk(num_envs, cores, itemsize)
+            rounds = math.ceil(num_envs / size / cores)
+            assert size <= vecsim.CPU_CHUNK + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
+            assert rounds <= math.ceil(num_envs / cores / vecsim.CPU_CHUNK)
+            assert rounds * size - num_envs / cores <= rounds * 33  # hardly more than its share
+    compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 256, 1024)}
+    assert compiled == {5: [16], 128: [128], 256: [272], 1024: [1040]}
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 2050, compile=True)) == [688, 688, 688]
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 2050)) == [688, 688, 674]
+
+
+@pytest.mark.slow
+def test_compiled_chunks_and_threads_change_nothing(monkeypatch):
+    """The second chunk of 32 is one of 16 with 16 copies, which count nowhere."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    options = {"compile": True, "max_episode_steps": 3, "random_initial_ages": True, **FAST}
+    whole, parts = (vecsim.make("InvertedPendulum-v5", 48, chunk=chunk, **options) for chunk in (48, 32))
+    assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
+    assert same(rollout(whole, 5), rollout(parts, 5)) and chunk_sizes(parts) == [32, 32]
+    assert parts._threads and not whole._threads
+    assert whole.pop_statistics() == pytest.approx(parts.pop_statistics(), nan_ok=True)
+
+
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", pytest.param("Hopper-v5", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(env_id):
     # float32 rounds to 1e-7; the contact problem and the four stages amplify it by some tens
@@ -479,17 +579,33 @@ def test_compiled_equals_eager_in_contact(env_id, active):
         assert wrong.max() <= 1e-7  # rounding, 1e-16, times the condition of the contact problem over 20 evaluations
 
 
-def test_compiled_regions_keep_their_guards(monkeypatch):
-    """`solve_packed` gets several numbers of right-hand sides: without guards, one runs the others' kernels."""
-    compile, options = torch.compile, []
+@pytest.mark.parametrize("device, functions", [("cpu", vecsim.WHOLE), ("cuda", vecsim.PARTS)])
+def test_a_gpu_compiles_the_parts_of_what_a_cpu_compiles_whole(device, functions, monkeypatch):
+    """The device is only a name here, and nothing is compiled."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compiled.append(function.__name__) or function)
+    run = vecsim.compile_regions(torch.device(device))
+    assert compiled == [function.__name__ for function in (*functions, *vecsim.OTHERS)]
+    env = vecsim.make("Ant-v5", 4, **FAST)
+    env.reset(seed=0)
+    inputs = env.model, env.state(), random_actions(env).T, "euler", 2
+    assert all(map(torch.equal, vecsim.step(*inputs, run)[0], vecsim.step(*inputs)[0]))
 
-    def spy(function, **given):
-        options.append(dict(given["options"]))
-        return compile(function, **given)
 
-    monkeypatch.setattr(torch, "compile", spy)
+def test_a_compiled_function_knows_its_shapes_and_which_tensors_are_the_same():
+    """The guards on constants are left out, not these. The first Runge-Kutta stage gets the velocity as rate too."""
     env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"))
-    assert len(options) == 13 and not any("guard_filter_fn" in each for each in options)
+    for n in (8, 5, 8):
+        qpos, qvel, other, qacc = (torch.rand(2, n, generator=torch.Generator().manual_seed(k)) for k in range(4))
+        for rate in (qvel, other):
+            inputs = env.model, vecsim.State(qpos, qvel, qacc), env.model.stage_times[0], rate, qacc
+            for ours, exact in zip(run.stage(*inputs), vecsim.stage(*inputs), strict=True):
+                assert ours.shape == exact.shape and (ours - exact).abs().max() <= 1e-6
+
+
+def test_the_compiled_solver_takes_any_number_of_right_hand_sides():
+    """Without guards, one number runs the others' kernels."""
+    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cuda"))  # only a name here
     packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
     for count in (1, 3, 1):
         right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
@@ -501,11 +617,11 @@ def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
     env, seen = vecsim.make("InvertedPendulum-v5", 24, chunk=16), []
     env.reset(seed=0)
 
-    def spy(model, smooth, it, solved):
+    def spy(model, smooth, it):
         seen.append(it.qacc.shape[1])
-        return vecsim.line_search(model, smooth, it, solved)
+        return vecsim.newton_iteration(model, smooth, it)
 
-    monkeypatch.setattr(env, "_run", vecsim.Regions(**vars(vecsim.EAGER_ENVIRONMENT) | {"line_search": spy}))
+    monkeypatch.setattr(env, "_run", vecsim.Regions(**vars(vecsim.EAGER) | {"newton_iteration": spy}))
     errors = vecsim.acceleration_errors(env, random_actions(env), 4)
     assert seen == [16] * 4 and errors.shape == (16,) and errors.max() <= 1e-4
 
@@ -585,6 +701,13 @@ def test_the_task_of_the_header(tmp_path, monkeypatch):
     assert env.reset(seed=0)[0].shape == (4, 3) and env.action_space.shape == (4, 1)
     info = env.step(torch.ones(4, 1))[4]
     assert torch.equal(info["reward_effort"], torch.full((4,), -0.5)) and (info["reward_up"] < -0.9).all()
+    env = vecsim.make("my_task.py:Follow", 512, target_range="0.5:0.6")
+    assert env.reset(seed=0)[0].shape == (512, 4) and env.single_critic_space.shape == (5,)
+    env.set_state(env.state().qpos, torch.full((1, 512), 30.0))
+    obs, reward, terminated, *_ = env.step(torch.zeros(512, 1))
+    assert terminated.all() and (reward > 0).all()
+    target = env.step(torch.zeros(512, 1))[0][:, 3]
+    assert ((target > 0.5) & (target < 0.6)).all() and 0 < (target != obs[:, 3]).sum() < 50
 
 
 def test_an_actuator_without_a_control_range_is_refused(monkeypatch):
@@ -723,7 +846,7 @@ def test_each_process_needs_its_own_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"env_id": "Reacher-v5"}, "unknown task 'Reacher-v5'; choose one of .*Ant-v5"),
+        ({"env_id": "Walker3d-v5"}, "unknown task 'Walker3d-v5'; choose one of .*Ant-v5"),
         ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
         ({"num_envs": 2.5}, "num_envs must be a whole number, not 2.5"),
         ({"chunk": 1.5}, "chunk must be a whole number, not 1.5"),
@@ -777,6 +900,7 @@ def test_step_and_reset_refuse():
 
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 AT_SETUP = {"load_model", "tree_tables", "joint_tables", "contact_tables", "soften", "_prepare_spaces", "state_dict"}
+AT_SETUP |= {"place_tables", "collision_candidates"}
 ON_THE_CPU = {"_begin", "_look"}  # the quadruped in MuJoCo C, one robot
 
 

@@ -266,18 +266,61 @@ def test_evaluation_in_gymnasium_of_a_policy_that_sees_everything():
     assert score["mean_length"] == 3.0 and set(sizes) == {((2, *space.shape), torch.float32)}
 
 
-def test_film(tmp_path, monkeypatch):
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "tasks/cartpole_swingup.py:SwingUp"])
+def test_film(env_id, tmp_path, monkeypatch):
+    """In Gymnasium's own environment, or in vecsim where Gymnasium has none."""
     monkeypatch.delenv("DISPLAY", raising=False)
-    with pytest.raises(vecsim.InputError, match="Gymnasium has no Quadruped-Rough to film"):
-        vecsim.film("Quadruped-Rough", lean, tmp_path / "play.mp4", 0, {})
     options = {"max_episode_steps": 5}
     try:
-        path = vecsim.film("InvertedPendulum-v5", lean, tmp_path / "play.mp4", 0, options)
+        path = vecsim.film(env_id, lambda obs, started: 0 * obs[:, :1], tmp_path / "play.mp4", 0, options)
     except Exception as error:  # MuJoCo's renderers raise AttributeError, ImportError, RuntimeError or their own
         if re.search(r"\b(E?GL|OSMesa|OpenGL|GLFW|gladLoad\w*|DISPLAY)", str(error), re.IGNORECASE):
             pytest.skip(f"no OpenGL on this machine: {error}")
         raise
     assert path.name == "play.mp4" and path.stat().st_size > 1_000
+
+
+def test_hidden_observations_are_missing_everywhere_and_change_nothing_else():
+    """In vecsim, after an episode's end, for a critic, in set_state, in the names, and in Gymnasium."""
+    options = dict(max_episode_steps=3, observation_noise=0.1)
+    for env_id, hidden in (("HalfCheetah-v5", "qvel"), ("Quadruped-Flat", "joint_velocity,angular_velocity")):
+        whole, part = (vecsim.make(env_id, 2, **options, **x) for x in ({}, {"hidden_observations": hidden}))
+        slices = whole.observation_slices
+        assert list(part.observation_slices) == [name for name in slices if name not in hidden.split(",")]
+        columns = torch.cat([torch.arange(slices[name].start, slices[name].stop) for name in part.observation_slices])
+        names = whole.observation_names(slices)
+        assert part.observation_names(part.observation_slices) == [names[k] for k in columns]
+        seen = {env: [env.reset(seed=3)[0]] for env in (whole, part)}
+        for env, rows in seen.items():
+            for k in range(4):
+                obs, reward, *_, info = env.step(torch.full((2, env.model.nu), 0.1 * k))
+                rows += [obs, info["final_obs"]]
+            rows += [env.set_state(*env.state()[:2])]
+        noise = seen[whole][0][:, columns] - seen[part][0]
+        assert noise.abs().max() < 0.3  # perhaps of other random numbers, because there are fewer
+        assert torch.equal(seen[whole][-1][:, columns], seen[part][-1])
+        assert all(x.shape == (2, len(columns)) for x in seen[part])
+        assert whole.single_critic_space == part.single_critic_space
+
+
+def test_gymnasium_hides_what_vecsim_hides():
+    seen = {}
+    for hidden in (None, "qvel"):
+        rows = seen[hidden] = []
+
+        def act(obs, started, rows=rows):
+            rows.append(obs)
+            return torch.zeros(2, 6)
+
+        options = {"max_episode_steps": 4} | ({"hidden_observations": hidden} if hidden else {})
+        vecsim.evaluate_in_gymnasium("HalfCheetah-v5", act, 2, 7, options)
+    assert torch.equal(torch.stack(seen["qvel"]), torch.stack(seen[None])[..., :8])
+
+
+@pytest.mark.parametrize("hidden", ["velocity", "qpos,qvel", "qvel,qacc"])
+def test_groups_that_cannot_be_hidden(hidden):
+    with pytest.raises(vecsim.InputError, match="hidden_observations must leave some of qpos, qvel and hide nothing"):
+        vecsim.make("HalfCheetah-v5", 1, hidden_observations=hidden)
 
 
 @pytest.mark.parametrize(

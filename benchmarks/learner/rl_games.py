@@ -27,7 +27,7 @@ class RandomNumbers(IVecEnv):
         return self.reset(), torch.randn(num_envs, device=device), done, {}
 
 
-agent = make_agent(RandomNumbers(), num_envs, num_steps, samples // minibatches, epochs, hidden)
+agent = make_agent(RandomNumbers(), num_envs, num_steps, samples // minibatches, epochs, hidden, device)
 agent.init_tensors()
 agent.is_tensor_obses = True
 agent.obs = agent.env_reset()

@@ -4,10 +4,8 @@ from rl_games.algos_torch.a2c_continuous import A2CAgent
 from rl_games.common.algo_observer import DefaultAlgoObserver
 from rl_games.common.tr_helpers import DefaultRewardsShaper
 
-from benchmarks.meter import device
 
-
-def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden):
+def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden, device, **more):
     network = dict(
         name="actor_critic", separate=True,
         space=dict(continuous=dict(
@@ -23,6 +21,7 @@ def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden):
         gamma=0.99, tau=0.95, learning_rate=3e-4, lr_schedule="adaptive", kl_threshold=0.008, e_clip=0.2,
         clip_value=False, critic_coef=2, entropy_coef=0.0, bounds_loss_coef=1e-4, truncate_grads=True, grad_norm=1.0,
         features=dict(observer=DefaultAlgoObserver()), print_stats=False, save_best_after=10**9,
+        **more,
     )  # fmt: skip
     return A2CAgent("benchmark", dict(network=network, model=dict(name="continuous_a2c_logstd"), config=config))
 

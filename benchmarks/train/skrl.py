@@ -3,50 +3,25 @@
 # ///
 """skrl's PPO and SequentialTrainer, options as in its Gymnasium examples; variant vecsim: the sizes of ours."""
 
-import torch
 from skrl import config
 from skrl.agents.torch.ppo import PPO
-from skrl.envs.wrappers.torch import Wrapper, wrap_env
+from skrl.envs.wrappers.torch import wrap_env
 from skrl.memories.torch import RandomMemory
 from skrl.resources.preprocessors.torch import RunningStandardScaler
 from skrl.resources.schedulers.torch import KLAdaptiveLR
 from skrl.trainers.torch import SequentialTrainer
 
+from benchmarks.adapters.skrl import Envs
 from benchmarks.learner.skrl_models import Policy, Value
 from benchmarks.meter import device
 from benchmarks.train.gymnasium_envs import make_vector
 from benchmarks.train.vecsim_envs import VecsimEnvs, num_envs, on_vecsim, ours_sizes
 
-
-class VecsimWrapper(Wrapper):
-    """Spaces of one environment, rewards and ends as columns."""
-
-    device, num_envs = torch.device(device), num_envs
-    observation_space = property(lambda self: self._env.single_observation_space)
-    action_space = property(lambda self: self._env.single_action_space)
-
-    def reset(self):
-        return self._env.reset()
-
-    def step(self, actions):
-        obs, reward, terminated, truncated, info = self._env.step(actions)
-        return obs, reward[:, None], terminated[:, None], truncated[:, None], info
-
-    def state(self):
-        return None
-
-    def render(self):
-        pass
-
-    def close(self):
-        pass
-
-
 config.torch.device = device
 num_steps, epochs, minibatches, hidden = 1024, 10, 32, [64, 64]
 if on_vecsim:
     num_steps, epochs, minibatches, hidden = ours_sizes
-env = VecsimWrapper(VecsimEnvs()) if on_vecsim else wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
+env = Envs(VecsimEnvs()) if on_vecsim else wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
 spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device=device)
 agent = PPO(
     models={"policy": Policy(spaces, hidden).to(device), "value": Value(spaces, hidden).to(device)},

@@ -2,6 +2,7 @@
 
 On vecsim the learners have the number of environments, batch and networks of `ours` too."""
 
+import gymnasium
 import torch
 
 from benchmarks.meter import device, meter, settings, threads, variant
@@ -24,6 +25,7 @@ class VecsimEnvs:
             settings["env_id"], num_envs, device=device, seed=1, compile=True, random_initial_ages=True,
             integrator=settings["integrator"], iterations=ours["solver_iterations"], **settings["env_kwargs"],
         )  # fmt: skip
+        self.num_envs, self.device = num_envs, self.env.device
         self.single_observation_space = self.env.single_observation_space
         self.single_action_space = self.env.single_action_space
         self.taken = 0
@@ -38,5 +40,20 @@ class VecsimEnvs:
         return self.env.step(actions)
 
 
+class InTensors(gymnasium.vector.VectorWrapper):
+    """Gymnasium's environments with tensors in place of arrays, as vecsim has them."""
+
+    device = torch.device(device)
+
+    def reset(self, seed=1):
+        obs, info = self.env.reset(seed=seed)
+        return torch.as_tensor(obs, dtype=torch.float32, device=self.device), info
+
+    def step(self, actions):
+        *answer, info = self.env.step(actions.cpu().numpy())
+        obs, reward, terminated, truncated = (torch.as_tensor(x, device=self.device) for x in answer)
+        return obs.float(), reward.float(), terminated, truncated, info
+
+
 def make_envs(num_steps):
-    return VecsimEnvs() if on_vecsim else make_vector(num_steps, "sync")
+    return VecsimEnvs() if on_vecsim else InTensors(make_vector(num_steps, "sync"))

@@ -1,0 +1,64 @@
+# /// script
+# dependencies = ["rsl-rl-lib==5.5.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
+# ///
+"""rsl_rl on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
+
+    python -m benchmarks.adapters.rsl_rl [iterations]
+
+By default it makes 737,280 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 116 s
+on one AMD EPYC core."""
+
+import sys
+
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.runners import OnPolicyRunner
+from tensordict import TensorDict
+
+import vecsim_torch
+
+
+class Envs(VecEnv):
+    """A `VecSim` for rsl_rl. Actions of -1 and 1 are the ends of the action range."""
+
+    def __init__(self, env):
+        self.env, self.device, self.cfg = env, env.device, {}
+        self.num_envs, self.num_actions, self.max_episode_length = env.num_envs, env.single_action_space.shape[0], 1000
+        self.episode_length_buf = torch.zeros(env.num_envs, dtype=torch.long, device=env.device)
+        space = env.single_action_space
+        self.low, self.high = (torch.as_tensor(x, device=env.device) for x in (space.low, space.high))
+        self.obs, _ = env.reset(seed=1)
+
+    def get_observations(self):
+        return TensorDict({"policy": self.obs}, batch_size=[self.num_envs], device=self.device)
+
+    def scale(self, actions):
+        return self.low + (self.high - self.low) * (actions.clamp(-1, 1) + 1) / 2
+
+    def step(self, actions):
+        self.obs, reward, terminated, truncated, _ = self.env.step(self.scale(actions))
+        return self.get_observations(), reward, terminated | truncated, {"time_outs": truncated}
+
+
+def train(iterations):
+    env = Envs(vecsim_torch.make("InvertedPendulum-v5", num_envs=512, integrator="euler", random_initial_ages=True))
+    network = dict(class_name="MLPModel", hidden_dims=[64, 64], activation="elu", obs_normalization=True)
+    config = dict(
+        algorithm=dict(class_name="PPO", num_learning_epochs=5, num_mini_batches=4, schedule="adaptive"),
+        actor=network | dict(distribution_cfg=dict(class_name="GaussianDistribution", init_std=1.0)),
+        critic=network,
+        obs_groups=dict(actor=["policy"], critic=["policy"]),
+        num_steps_per_env=24,
+        save_interval=10**9,
+    )
+    runner = OnPolicyRunner(env, config, device="cpu")
+    runner.learn(iterations)
+    policy = runner.get_inference_policy()
+    return lambda obs, started: env.scale(policy(TensorDict({"policy": obs}, batch_size=[len(obs)])))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(1)
+    act = train(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    score = vecsim_torch.evaluate(vecsim_torch.make("InvertedPendulum-v5", num_envs=100), act, seed=1)
+    print("score:", vecsim_torch.describe(score))

@@ -1,0 +1,112 @@
+"""Predicts the speed on a GPU from the code that PyTorch writes for it: `python -m benchmarks gpu-kernels`.
+
+It needs triton (`pip install -e ".[gpu-kernels]"`) and g++, but no GPU. For each task it counts the launches of an
+environment step, the bytes that they read and write, and the registers that they need on an H100. The counts are those
+of the emitted code. The rates follow from a model and are a prediction:
+
+- A launch within a CUDA graph takes 1.5 to 2.5 us, or longer if its bytes do. Both ends are predicted.
+- Memory moves 3.0 TB/s. A launch whose bytes fit 40 MB finds them in the cache of the card, which moves 5.5 TB/s.
+- More than 8,192 robots are stepped in chunks, one after the other.
+
+The model knows no uncoalesced access and no spilled registers, so it is an upper bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks import machine
+from benchmarks.referee import save, say
+
+LAUNCH = 1.5e-6, 2.5e-6  # s
+MEMORY, CACHE, CACHE_SIZE = 3.0e12, 5.5e12, 40e6  # bytes/s, bytes/s, bytes
+BYTES_OUTSIDE = 60  # of a launch outside of regions, for one environment: a copy of a few rows
+SIZES = 1024, 4096, 16384, 65536, 131072
+HARDWARE = "no GPU; predicted for an NVIDIA H100 (sm_90)"
+OPTIONS = {  # of each task, as the trainers set them
+    "InvertedPendulum-v5": dict(integrator="euler"),
+    "Hopper-v5": dict(integrator="euler"),
+    "Walker2d-v5": dict(integrator="euler"),
+    "HalfCheetah-v5": dict(integrator="euler"),
+    "Ant-v5": dict(integrator="euler", include_cfrc_ext_in_observation=False),
+    "Humanoid-v5": dict(
+        integrator="euler", include_cinert_in_observation=False, include_cvel_in_observation=False,
+        include_qfrc_actuator_in_observation=False, include_cfrc_ext_in_observation=False),
+    "Quadruped-Flat": dict(integrator="implicitfast", randomize=True),
+    "Quadruped-Rough": dict(integrator="implicitfast", randomize=True),
+}  # fmt: skip
+
+
+def step_seconds(counted: dict, num_envs: int, launch: float, chunk: int) -> float:
+    """Predicted time of one environment step of all environments."""
+    if num_envs > chunk:
+        return math.ceil(num_envs / chunk) * step_seconds(counted, chunk, launch, chunk)
+
+    def seconds(size: float) -> float:  # of a launch that moves so many bytes for each environment
+        moved = size * num_envs
+        return max(launch, moved / (CACHE if moved < CACHE_SIZE else MEMORY))
+
+    inside = sum(region["calls"] * seconds(size) for region in counted["regions"] for size in region["bytes"])
+    return inside + counted["outside"] * seconds(BYTES_OUTSIDE)
+
+
+def predict(counted: dict, chunk: int) -> dict:
+    """What the file of predictions holds of a task."""
+    regions = counted["regions"]
+    launches = sum(region["calls"] * len(region["bytes"]) for region in regions)
+    moved = sum(region["calls"] * sum(region["bytes"]) for region in regions)
+    found = {
+        num_envs: [num_envs / step_seconds(counted, num_envs, launch, chunk) for launch in reversed(LAUNCH)]
+        for num_envs in SIZES
+    }
+    spills = {}  # bytes of the stack of a thread in the best configuration of each region's heaviest kernel
+    for region in regions:
+        best = min(region["registers"], key=lambda configuration: configuration["stack"])
+        spills[region["region"]] = max(best["stack"], spills.get(region["region"], 0))
+    return counted | dict(launches=launches, bytes=moved, spills=spills, rates=found)
+
+
+def rates(predicted: dict, env_id: str, num_envs: int) -> list[float] | None:
+    """Environment steps/s, [lowest, highest], at the counted size that is nearest to num_envs."""
+    task = next((task for task in predicted["tasks"] if task["env_id"] == env_id), None)
+    if task is None:
+        return None
+    return task["rates"][min(task["rates"], key=lambda size: abs(math.log(int(size) / num_envs)))]
+
+
+def write(options: Namespace) -> None:
+    """Count the tasks, each in a new process, and write results/gpu/predicted.json, which keeps the counts of others.
+
+    With --interpret run the code in Triton's interpreter instead, and print how far it is from eager PyTorch."""
+    sys.path.insert(0, str(machine.ROOT / "tests"))
+    import fake_cuda
+
+    import vecsim_torch
+
+    mode, path = ["interpret"] if options.interpret else [], options.results / "gpu/predicted.json"
+    record = json.loads(path.read_text()) if path.exists() else dict(tasks=[])
+    tasks = {task["env_id"]: task for task in record["tasks"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        guard = fake_cuda.build_guard(Path(scratch))
+        for env_id in options.env_id or OPTIONS:
+            say(f"{' '.join(mode) or 'count'} {env_id}")
+            command = [sys.executable, "-m", "benchmarks.gpu_code", guard, env_id, *mode]
+            done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: {env_id} could not be compiled; is triton installed?")
+            counted = json.loads(done.stdout.splitlines()[-1])
+            if mode:
+                print(env_id, counted)
+                continue
+            tasks[env_id] = counted | dict(commit=machine.commit())
+            versions = {name: metadata.version(name) for name in ("torch", "triton")}
+            rows = [predict(tasks[name], vecsim_torch.CUDA_CHUNK) for name in OPTIONS if name in tasks]
+            about = dict(hardware=HARDWARE, commit=machine.commit(), command="python -m benchmarks gpu-kernels")
+            save(path, about | dict(versions=versions, tasks=rows))

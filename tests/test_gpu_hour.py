@@ -1,0 +1,128 @@
+"""The first hour on a GPU: its commands are accepted, its blocks survive each other, its predictions are by hand."""
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_benchmark import accept
+
+from benchmarks import gpu, gpu_kernels, tables
+from benchmarks.__main__ import parse_args
+
+ROOT = Path(__file__).parents[1]
+
+
+def options(tmp_path, *words):
+    return parse_args(["gpu", "--device", "cpu", "--quick", "--results", str(tmp_path), *words])
+
+
+def accept_any(words):
+    """SystemExit or InputError if the program of a block refuses its command."""
+    if words[0] == "./benchmark.sh":
+        parse_args(words[1:])
+    elif words[1] == "vecsim_torch.py":
+        import vecsim_torch
+
+        vecsim_torch.parse_flags(words[2:], vecsim_torch.BenchmarkArgs(), None)
+    elif words[1].endswith(".py"):
+        accept(words)
+        trainer = importlib.import_module(words[1].removesuffix(".py"))
+        trainer.check_ranges(trainer.parse_args(words[2:]))
+
+
+@pytest.mark.parametrize("block", gpu.BLOCKS, ids=lambda block: block.name)
+def test_a_block_takes_at_most_nine_minutes_and_its_program_accepts_its_command(block, tmp_path, monkeypatch):
+    assert 0 < block.minutes <= 9
+    plan = options(tmp_path)
+    for plan.quick in (True, False):
+        accept_any(gpu.words_of(block, plan, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["gpu", "card", "fly"], "unknown block 'fly'; choose from card, tests"),
+        (["gpu", "--device", "cpu"], "rehearse with --device cpu --quick"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and complaint in said and said.count("\n") == 1
+
+
+def test_the_rehearsal_of_the_cheapest_blocks(tmp_path):
+    names = "card", "physics-Ant-v5", "ppo-InvertedPendulum-v5"
+    words = ["gpu", *names, "--device", "cpu", "--quick", "--results", tmp_path]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run([ROOT / "benchmark.sh", *words], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines] == list(names)
+    records = [json.loads((tmp_path / "gpu" / f"{name}-quick.json").read_text()) for name in names]
+    card, physics, ppo = (record["figures"] for record in records)
+    assert 0.1 < card["launch, us"][0] < 1000 and card["memory, GB/s"][0] > 0.5
+    assert physics["environment steps/s"][0] > 10 and 0 < physics["error of qacc, 99th percentile"][0] < 1e-2
+    assert ppo["environment steps"] == [16384, 16384] and ppo["best score"][0] > 1 and ppo["best score"][1] == 1000
+    assert all(f"best score {gpu.shown(ppo['best score'][0])} (predicted 1,000)" in line for line in lines[2:])
+    text = tables.first_hour(records)
+    assert text.count("\n| card |") == len(card) and "16,384 | 16,384 |" in text
+
+
+def test_a_block_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatch, capsys):
+    def read(out):
+        return {"lines": (len((out / "log").read_text().splitlines()), 1)}
+
+    def refuse(out):
+        raise KeyError("row")
+
+    program = "print('begun', flush=True); import time; time.sleep({})"
+    commands = {
+        "broken": (["python", "-c", "raise ValueError('no card')"], read),
+        "slow": (["python", "-c", program.format(60)], read),
+        "unreadable": (["python", "-c", "pass"], refuse),
+        "good": (["python", "-c", program.format(0)], read),
+    }
+    blocks = [gpu.Block(name, 1, shlex.join(words), reader, "") for name, (words, reader) in commands.items()]
+    monkeypatch.setattr(gpu, "BLOCKS", blocks)
+    monkeypatch.setattr(gpu, "LIMIT", 2)
+    assert not gpu.run(parse_args(["gpu", "--device", "cpu", "--quick", "--results", str(tmp_path)]))
+    found = {block.name: json.loads((tmp_path / "gpu" / f"{block.name}-quick.json").read_text()) for block in blocks}
+    assert found["broken"]["status"] == "failed with status 1: ValueError: no card"
+    assert found["slow"]["status"].startswith("ended after") and found["slow"]["seconds"] < 30
+    assert found["slow"]["figures"] == found["good"]["figures"] == {"lines": [1, 1]}
+    assert found["unreadable"]["status"] == "no figures: KeyError: 'row'" and found["good"]["status"] == "done"
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    gpu.run(options(tmp_path, "good"))
+    assert "--force runs it again" in capsys.readouterr().err
+
+
+def test_the_counts_of_pytest_are_read(tmp_path):
+    (tmp_path / "log").write_text("slowest\n1 failed, 7 passed, 3 skipped, 900 deselected in 61.00s\n")
+    assert gpu.tests(tmp_path) == {"passed": (7, None), "failed": (1, 0), "skipped": (3, 0)}
+    (tmp_path / "log").write_text("(10 durations < 0.005s hidden)\n")
+    with pytest.raises(ValueError, match="durations"):
+        gpu.tests(tmp_path)
+
+
+def test_a_rate_is_predicted_by_hand():
+    """Three launches: two of a region, one outside. At 1,000 environments all take the time of a launch."""
+    regions = [dict(region="a", calls=2, bytes=[30_000.0], registers=[dict(registers=40, stack=0)])]
+    counted = dict(env_id="Ant-v5", regions=regions, outside=1)
+    assert gpu_kernels.step_seconds(counted, 100, 2e-6, chunk=16_384) == pytest.approx(3 * 2e-6)
+    large = 2 * 30_000 * 2000 / gpu_kernels.MEMORY  # 60 MB do not fit the cache
+    assert gpu_kernels.step_seconds(counted, 2000, 2e-6, chunk=16_384) == pytest.approx(large + 2e-6)
+    in_cache = 2 * 30_000 * 1000 / gpu_kernels.CACHE  # 30 MB do
+    assert gpu_kernels.step_seconds(counted, 4000, 2e-6, chunk=1000) == pytest.approx(4 * (in_cache + 2e-6))
+    task = gpu_kernels.predict(counted, chunk=16_384)
+    assert task["launches"] == 2 and task["bytes"] == 60_000 and task["spills"] == {"a": 0}
+    record = json.loads(json.dumps(dict(tasks=[task])))
+    low, high = gpu_kernels.rates(record, "Ant-v5", 5000)
+    assert low == pytest.approx(4096 / gpu_kernels.step_seconds(counted, 4096, 2.5e-6, 16_384)) and low <= high
+    assert gpu_kernels.rates(record, "Hopper-v5", 5000) is None
