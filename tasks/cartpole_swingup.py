@@ -1,12 +1,13 @@
 """Swing up a pole on a cart and balance it: a small task for vecsim_torch.py. Copy me.
 
-    python ppo_gpu_torch.py --env-id tasks/cartpole_swingup.py:SwingUp --no-compile --num-envs 512 \
-        --num-minibatches 8 --update-epochs 8 --actor-hidden 64 64 --critic-hidden 64 64 --learning-rate-max 0.001 \
-        --solver-iterations 2 --total-timesteps 900000 --env-kwargs max_episode_steps 250
+    python ppo_gpu_torch.py --env-id tasks/cartpole_swingup.py:SwingUp --no-compile --num-envs 128 --gamma 0.98 \
+        --num-minibatches 4 --actor-hidden 64 64 --critic-hidden 64 64 --solver-iterations 2 \
+        --total-timesteps 1000000 --env-kwargs max_episode_steps 250
 
-The pole starts at any angle, so that a beginner also sees poles that stand. The reward of a step is at most 1, for a
-pole that stands upright over the middle of the rail. A step is 40 ms. The top of vecsim_torch.py explains how to write
-a task. To start all poles hanging down, add `start_range 0:0` to the options after --env-kwargs.
+This takes two minutes on one core of an AMD EPYC and ends with a return of 212 of 250 (one seed). The pole starts at
+any angle, so that a beginner also sees poles that stand. The reward of a step is at most 1, for a pole that stands
+still and upright over the middle of the rail. A step is 40 ms. The top of vecsim_torch.py explains how to write a task.
+To start all poles hanging down, add `start_range 0:0` to the options after --env-kwargs.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class SwingUp(vecsim_torch.Task):
     frame_skip: int = 2
     reset_noise_scale: float = 0.1
     start_range: Range = (-math.pi, math.pi)  # rad, angles of the pole at the start; 0 hangs down
-    position_weight: float = 0.1
-    spin_weight: float = 0.1
+    calm_spin: float = 5.0  # rad/s
     effort_weight: float = 0.02
 
     random_rows = 1  # of `noise` in `begin`
@@ -67,9 +67,9 @@ class SwingUp(vecsim_torch.Task):
     def reward(self, model, p, sensed, action, velocity):
         cart, spin = p.qpos[model.qpos_of("slider")][0], p.qvel[model.dof_of("hinge")][0]
         upright = (1 + model.pose(p, site="tip").position[2]) / 2  # the pole is 1 m long
+        centred, calm = 1 / (1 + cart.square()), 1 / (1 + (spin / self.calm_spin).square())
         return {
-            "reward_upright": upright / (1 + self.spin_weight * spin.square()),  # a pole that whirls earns little
-            "reward_position": -self.position_weight * cart.square(),
+            "reward_balance": upright * centred * (1 + calm) / 2,  # a pole that whirls earns half
             "reward_effort": -self.effort_weight * action[0].square(),
             "upright": upright,
         }
