@@ -212,7 +212,7 @@ def test_the_cart_pole_is_rewarded_upright_in_the_middle():
     assert env.single_observation_space.shape == (5,) and torch.equal(obs[0, 1:3], torch.tensor([1.0, 0.0]).double())
     env.set_state(torch.tensor([[0.0, 0.0, 1.0], [0.0, math.pi, math.pi]]).double(), torch.zeros(2, 3).double())
     _, reward, terminated, _, info = env.step(torch.zeros(3, 1, dtype=torch.float64))
-    assert torch.allclose(reward, torch.tensor([0.0, 1.0, 0.9]).double(), atol=1e-4) and not terminated.any()
+    assert torch.allclose(reward, torch.tensor([0.0, 1.0, 0.5]).double(), atol=1e-4) and not terminated.any()
     assert info["upright"].tolist() == pytest.approx([0.0, 1.0, 1.0], abs=1e-4)
     env.step(torch.ones(3, 1, dtype=torch.float64))
     assert (env.state().qvel[0] > 0).all()
