@@ -3347,6 +3347,7 @@ def end_step(
 
 PARTS = smooth_dynamics, solve_packed, solver_start, newton_system, line_search, implicit_system, semi_implicit
 WHOLE = begin_dynamics, newton_iteration, advance  # made of PARTS
+WHOLE_DOFS = 16  # Ant has 14 and gains, Humanoid has 23 and loses
 OTHERS = stage, chart_rate, combine_stages, randomized_fields, begin_step, end_step
 vars(EAGER).update((function.__name__, function) for function in (*PARTS, *WHOLE, *OTHERS))
 
@@ -3384,11 +3385,12 @@ def changing_guards(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
-def compile_regions(device: torch.device) -> Regions:
-    """Compiled functions for one model, one task and its settings.
+def compile_regions(device: torch.device, nv: int = 0) -> Regions:
+    """Compiled functions for one model with `nv` degrees of freedom, one task and its settings.
 
-    On a CPU, where Python needs some 50 us for a call, WHOLE is compiled: six calls a physics step with Euler. On a
-    GPU, where a graph saves the calls and a larger kernel needs more registers, the PARTS are compiled.
+    On a CPU, where Python needs some 50 us for a call, WHOLE is compiled: six calls a physics step with Euler. The
+    PARTS are compiled on a GPU, where a graph saves the calls and a larger kernel needs more registers, and for more
+    than WHOLE_DOFS degrees of freedom: Humanoid as a whole is slower by a fifth, and compiles 70 s longer.
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
@@ -3407,10 +3409,11 @@ def compile_regions(device: torch.device) -> Regions:
         return types.FunctionType(code, function.__globals__, function.__name__, defaults)
 
     run = Regions()
-    for function in (*(WHOLE if device.type == "cpu" else PARTS), *OTHERS):
+    whole = device.type == "cpu" and nv <= WHOLE_DOFS
+    for function in (*(WHOLE if whole else PARTS), *OTHERS):
         compiled = torch.compile(private(function), fullgraph=True, dynamic=False, options=dict(options))
         setattr(run, function.__name__, compiled)
-    if device.type != "cpu":
+    if not whole:
         vars(run).update((function.__name__, functools.partial(function, run=run)) for function in WHOLE)
     return run
 
@@ -3688,7 +3691,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if on_cpu and self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
             self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk) % self.num_envs
         self._carries: list[Carry] = []
-        self._run = compile_regions(self.device) if self.compiled else EAGER
+        self._run = compile_regions(self.device, self.model.nv) if self.compiled else EAGER
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
         self._warm = False  # the first step compiles, without threads
 
