@@ -579,12 +579,14 @@ def test_compiled_equals_eager_in_contact(env_id, active):
         assert wrong.max() <= 1e-7  # rounding, 1e-16, times the condition of the contact problem over 20 evaluations
 
 
-@pytest.mark.parametrize("device, functions", [("cpu", vecsim.WHOLE), ("cuda", vecsim.PARTS)])
-def test_a_gpu_compiles_the_parts_of_what_a_cpu_compiles_whole(device, functions, monkeypatch):
+@pytest.mark.parametrize(
+    "device, nv, functions", [("cpu", 14, vecsim.WHOLE), ("cpu", 23, vecsim.PARTS), ("cuda", 14, vecsim.PARTS)]
+)
+def test_a_gpu_and_a_large_robot_compile_the_parts_of_what_else_is_whole(device, nv, functions, monkeypatch):
     """The device is only a name here, and nothing is compiled."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **given: compiled.append(function.__name__) or function)
-    run = vecsim.compile_regions(torch.device(device))
+    run = vecsim.compile_regions(torch.device(device), nv)
     assert compiled == [function.__name__ for function in (*functions, *vecsim.OTHERS)]
     env = vecsim.make("Ant-v5", 4, **FAST)
     env.reset(seed=0)
