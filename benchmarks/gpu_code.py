@@ -13,6 +13,7 @@ They are counted without being run: a region returns zeros. This uses private na
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 
@@ -142,9 +143,13 @@ def make_environment(env_id: str, compiled: bool, watch=lambda name, function: f
 
     compile_regions = vecsim.compile_regions
 
-    def regions(_):
-        found = vars(compile_regions(torch.device("cuda")))
-        return vecsim.Regions(**{name: watch(name, function) for name, function in found.items()})
+    def regions(*_):
+        found, run = compile_regions(torch.device("cuda")), vecsim.Regions()
+        for name in (function.__name__ for function in (*vecsim.PARTS, *vecsim.OTHERS)):
+            setattr(run, name, watch(name, getattr(found, name)))
+        for function in vecsim.WHOLE:
+            setattr(run, function.__name__, functools.partial(function, run=run))
+        return run
 
     vecsim.compile_regions = regions
     options = OPTIONS[env_id] | dict(chunk=ENVIRONMENTS, compile=compiled)
