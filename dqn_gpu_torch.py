@@ -767,7 +767,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
-            print("compiling, one to three minutes the first time", flush=True)
+            print(vecsim.COMPILING, flush=True)
 
     # Environment, network, replay and random generators, then what a checkpoint says about them.
     started = time.perf_counter()

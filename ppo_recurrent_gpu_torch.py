@@ -51,7 +51,7 @@ from vecsim_torch import InputError
 class Args:
     """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
 
-    These defaults are for a task without a row in TASKS."""
+    These defaults are for a CPU and a task without a row in TASKS."""
 
     env_id: str = "Ant-v5"
     """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
@@ -195,14 +195,22 @@ TASKS = {
 }  # fmt: skip
 
 
-def task_defaults(env_id: str) -> Args:
-    """The defaults of a task: its row in TASKS on top of those of Args."""
-    return Args(env_id=env_id, **TASKS.get(env_id, {}))
+def task_defaults(env_id: str, device: str = "auto") -> Args:
+    """The defaults of a task: its row in TASKS on top of those of Args.
+
+    A GPU has four times the environments, 4,096 at most, and as many times the steps. So a run has as many iterations
+    and gradient steps as on a CPU, each on more samples."""
+    args = Args(env_id=env_id, device=device, **TASKS.get(env_id, {}))
+    return vecsim.sizes_for_device(args, "total_timesteps", factor=4, most=4096)
 
 
 def parse_args(argv: list[str]) -> Args:
     """Read the flags. Omitted flags have the task's values, or the checkpoint's with --resume and --play."""
-    return vecsim.parse_args(argv, "ppo_recurrent", Args(), lambda given: task_defaults(given.env_id), __doc__)
+
+    def of_task(given: Args) -> Args:
+        return task_defaults(given.env_id, given.device)
+
+    return vecsim.parse_args(argv, "ppo_recurrent", Args(), of_task, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -854,7 +862,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if other_device:
             print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
         if args.compile:
-            print("compiling, one to three minutes the first time", flush=True)
+            print(vecsim.COMPILING, flush=True)
 
     # Make the random generators, the environment and the networks; then load the checkpoint into the networks.
     began = time.perf_counter()

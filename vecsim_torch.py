@@ -22,10 +22,11 @@ matrices; a trainer may turn it on for its networks.
 MuJoCo is the specification. It compiles the MJCF; this file then computes the same smooth dynamics, the same soft
 constraints and the same integrators. The constraint problem is convex, so it has one solution, and the tests check that
 both simulators find it. In float64, accelerations of Gymnasium's models and of the quadruped differ from MuJoCo C's by
-at most 4e-13 (relative, 150 to 500 states of each; Pusher without contact, where MuJoCo itself is not exact). In
-float32 with 4 Newton iterations, the 99th percentile of the error is 2e-7 to 1.2e-5, depending on the model. On one
-AMD EPYC core, whole environment steps run at 1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of
-Humanoid at 0.49 times (results/README.md).
+at most 4e-13 (relative, 150 to 500 states of each). Pusher's arm does not touch its object in these states: MuJoCo
+finds that contact by iteration, so not exactly, and a separate test compares it. In float32 with 4 Newton iterations,
+the 99th percentile of the error is 2e-7 to 1.2e-5, depending on the model. On one AMD EPYC core, whole environment
+steps run at 1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of Humanoid at 0.49 times
+(results/README.md).
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
 constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step, vector
@@ -1995,7 +1996,7 @@ def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -
 # ----------------------------------------------------------------------------------------------------------------------
 # Newton solver (mj_solNewton): minimise 1/2 (x - a0)^T M (x - a0) + sum over rows of 1/2 D min(J x - aref, 0)^2,
 # where a0 = M^-1 qfrc_smooth is the acceleration without constraints. At the minimum, M x = qfrc_smooth + J^T f with
-# the constraint forces f = -D min(J x - aref, 0). Dry friction adds terms of its own, see `dry_friction`
+# the constraint forces f = -D min(J x - aref, 0). Dry friction adds further terms, see `dry_friction`
 # ----------------------------------------------------------------------------------------------------------------------
 
 

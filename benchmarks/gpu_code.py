@@ -316,7 +316,7 @@ def load_kernel(name: str, source: str, launched: Counter):
 
     def run(*inputs, stream=None, **_):
         launched[name] += 1
-        if "'combo_grid_meta'" in source:  # several kernels in one; each has blocks of its own
+        if "'combo_grid_meta'" in source:  # several kernels in one; each has separate blocks
             sizes = [int(x) for x in re.findall(r"'xnumel_\d+': (\d+)", source)]
             inside = re.search(r"XBLOCK: tl.constexpr = (\d+)", body)
             width = int(inside[1]) if inside else 256

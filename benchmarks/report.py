@@ -119,8 +119,8 @@ SAC on HalfCheetah. The ladder trains for 61 thousand steps with one update for 
 those above it, the last rung is the default, and the rows that begin with "all" add one trick to it. No single trick
 rescues textbook SAC on this budget (textbook SAC makes one update for every step). FlashSAC's blocks score most there,
 and take three to eight times as long to train on a CPU: they are a flag, for a GPU. Over 160 thousand steps the default
-leads the other candidates of its own cost, within the spread of the seeds. FlashSAC's blocks learn more from each step
-and take nearly three times as long: on every seed the default is first at the threshold of the table below.
+leads the candidates that cost the same, but by less than the spread of the seeds. FlashSAC's blocks learn more from
+each step and take nearly three times as long: on every seed the default is first at the threshold of the table below.
 
 PPO on HalfCheetah, sizes. `num_envs` x `num_steps` is the batch; 16 thousand samples serve every task here. In the same
 batch, long rollouts of few environments learn more from each step, and many environments step faster. Minibatches of

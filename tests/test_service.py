@@ -36,13 +36,17 @@ from test_ppo import (
 
 import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
+import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("module, env_id", [(x, env_id) for x in (ppo, sac, distill) for env_id in ("mine", *x.TASKS)])
+SIZED = [(x, env_id) for x in (ppo, recurrent, sac, distill) for env_id in ("mine", *x.TASKS)]
+
+
+@pytest.mark.parametrize("module, env_id", SIZED)
 def test_a_gpu_has_more_environments_and_the_same_number_of_gradient_steps(module, env_id, monkeypatch):
     words = ["--env-id", env_id]
     small = module.parse_args([*words, "--device", "cpu"])
@@ -52,7 +56,7 @@ def test_a_gpu_has_more_environments_and_the_same_number_of_gradient_steps(modul
     assert alike == small and large.num_envs <= (1024 if module is sac else 4096)
     factor = large.num_envs // small.num_envs
     assert factor == (1 if small.num_envs == 4096 else 8 if module is sac else 4)
-    device = () if module is sac else (torch.device("cuda"),)
+    device = () if module in (sac, recurrent) else (torch.device("cuda"),)
     sizes = [module.derive_sizes(args, 1, *device) for args in (small, large)]
     if module is distill:
         assert [plan.iterations for plan in sizes[0].plans.values()] == [x.iterations for x in sizes[1].plans.values()]
