@@ -8,6 +8,8 @@
 #     ./benchmark.sh runs SET   trainings; benchmarks/runs.toml lists the sets:
 #         ppo sac mjx           time to a score in Gymnasium's own environments (hours)
 #         q-learning            DQN and PQN beside PPO and SAC, at equal time (an hour)
+#         q-ablation            DQN with one thing changed (half an hour)
+#         memory                PPO that sees no velocities, without and with a memory (an hour)
 #         tasks                 the same for Gymnasium's other five tasks
 #         peers                 minutes to a score, beside SB3 and CleanRL-style PPO (two hours)
 #         candidates ablate     sac_gpu_torch.py with other settings; trick upon trick

@@ -182,6 +182,8 @@ TASKS = {
     ("pqn", "HalfCheetah-v5"): dict(total_timesteps=1_300_000, gamma=0.98),
     ("dqn", "Hopper-v5"): dict(total_timesteps=320_000),
     ("pqn", "Hopper-v5"): dict(total_timesteps=1_300_000),
+    ("dqn", "Walker2d-v5"): dict(total_timesteps=320_000),
+    ("pqn", "Walker2d-v5"): dict(total_timesteps=1_300_000),
 }  # fmt: skip
 
 

@@ -236,9 +236,11 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         for members in tables.grouped(found, "env_id"):
             env_id = members[0]["env_id"]
             yield tables.at_equal_time(env_id, members, load(f"peers/{env_id}/ours-*-seed*.json"))
+        for members in tables.grouped(load("dqn/ablation/*/*-seed*.json"), "folder"):
+            yield tables.candidates(members, "DQN with one thing changed")
     yield SETTINGS
     if found := load("sac/candidates/*-seed*.json"):
-        yield tables.candidates(found)
+        yield tables.candidates(found, "candidates for SAC's default")
     for members in tables.grouped(load("sac/ablation/*/*-seed*.json"), "folder"):
         yield tables.ablation(members)
     for members in tables.grouped(load("ppo/sizes/*/*-seed*.json"), "folder"):

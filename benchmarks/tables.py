@@ -20,7 +20,7 @@ PEERS = {
     "sb3-sac": "SB3, SAC",
     "cleanrl-ppo": "CleanRL-style, PPO",
 }
-PEERS_GOALS = {"InvertedPendulum-v5": 1000, "HalfCheetah-v5": 3000, "Hopper-v5": 2500}
+PEERS_GOALS = {"InvertedPendulum-v5": 1000, "HalfCheetah-v5": 3000, "Hopper-v5": 2500, "Walker2d-v5": 2500}
 REMOVED_FLAG = "--weight-projection"  # of sac_gpu_torch.py; one row of the ablation was measured with it
 NOT_SETTINGS = "env_id env_kwargs device states xml hidden ours".split()
 
@@ -275,18 +275,18 @@ def flags_of(run: dict, end: str) -> str:
     return run["command"].split(f"--env-id {run['env_id']} ")[1].split(end)[0]
 
 
-def candidates(runs: list[dict]) -> str:
-    """The settings that could be SAC's default: scores after the whole budget, and the time that they take."""
+def candidates(runs: list[dict], words: str) -> str:
+    """Settings of one algorithm: scores after the whole budget, and the time that they take."""
     rows, first = [], runs[0]
     for members in grouped(runs, "name"):
         final = [run["gymnasium"]["mean"] for run in members]
         name = members[0]["name"].removeprefix(f"{first['env_id']}-").replace("-", " ")
         times = [each([run[key] for run in members]) for key in ("train_seconds", "seconds_to_threshold")]
-        flags = flags_of(members[0], " --seed")
-        rows.append([name, f"{statistics.median_low(final):,.0f}", each(final), *times, f"`{flags}`"])
+        flags = flags_of(members[0], "--seed").strip()
+        rows.append([name, f"{statistics.median_low(final):,.0f}", each(final), *times, f"`{flags}`" if flags else ""])
     header = ["", "score, median", "score of each seed (20 episodes)", "training, s"]
     header += [f"{first['threshold']:,} reached after, s", "flags"]
-    title = f"candidates for SAC's default, {first['env_id']}, {first['env_steps']:,} environment steps of each"
+    title = f"{words}, {first['env_id']}, {first['env_steps']:,} environment steps of each"
     return table(title, header, rows)
 
 
