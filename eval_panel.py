@@ -443,6 +443,8 @@ class MujocoC(Vecsim):
         for k, (robot, position, velocity) in enumerate(zip(self.robots, qpos, qvel, strict=True)):
             robot.reset(seed=vecsim.stream_seed(seed, k, 1))
             robot.unwrapped.set_state(position, velocity)
+            if isinstance(robot, vecsim.PartlyObserved):
+                robot.begin(seen[k, -seen.shape[1] // robot.view.stack :].cpu().numpy())
             if memory:
                 robot.unwrapped.memory = {name: rows[:, k : k + 1].double() for name, rows in memory.items()}
         self.seen, self.ended = seen.cpu().numpy().copy(), np.zeros(len(self.robots), bool)
@@ -487,7 +489,10 @@ class Mjx(Vecsim):
         if subject.env_id not in trainer.TASKS:
             raise ValueError(f"ppo_mjx_jax.py has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
-        options, self.columns = vecsim.split_hidden(subject.env_id, subject.options)
+        options, view = vecsim.split_view(subject.env_id, subject.options)
+        if (view.stack, view.delay) != (1, 0):
+            raise ValueError("ppo_mjx_jax.py shows no past observations")
+        self.columns = view.columns
         settings = trainer.Args(
             env_id=subject.env_id, env_kwargs=options, self_collision=True, ls_iterations=8,
             integrator=integrator_of("mjx", self.env),

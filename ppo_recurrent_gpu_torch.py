@@ -3,7 +3,7 @@
     python ppo_recurrent_gpu_torch.py --env-id HalfCheetah-v5 --env-kwargs hidden_observations qvel
     python ppo_recurrent_gpu_torch.py --env-id HalfCheetah-v5 --memory mingru --memory-width 64 --memory-layers 2
     python ppo_recurrent_gpu_torch.py --env-id Quadruped-Flat --env-kwargs velocity_in_observation False randomize True
-    python ppo_recurrent_gpu_torch.py --env-id Ant-v5 --num-steps 64 --sequence-length 16
+    python ppo_recurrent_gpu_torch.py --env-id Ant-v5 --env-kwargs delay_observations 2 observation_noise 0.05
     python ppo_recurrent_gpu_torch.py --play runs/NAME/checkpoint.pt --export policy.onnx
 
 It reads as ppo_gpu_torch.py does, section by section, so that a diff shows what memory changes:

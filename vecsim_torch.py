@@ -140,6 +140,7 @@ import time
 import types
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -3069,6 +3070,8 @@ class Settings:
     observation_noise: float
     delay: int  # physics steps from an action to its effect
     hidden_observations: tuple[str, ...] | None  # groups of the observation that are left out
+    stack_observations: int  # how many observations the policy sees at once
+    delay_observations: int  # control steps until it sees an observation
 
 
 class Noise(NamedTuple):
@@ -3095,6 +3098,7 @@ class Carry(NamedTuple):
     push_countdown: Tensor  # (N,) s until the next push
     push: Tensor  # (2, N) m/s along the world's x and y: the push of the last step
     delayed: Tensor  # (k, nu, N) past actions that have not taken full effect, the newest first
+    seen: Tensor  # (k, obs, N) past observations that the policy will still see, the newest first
     memory: Tensors  # what the task remembers
 
 
@@ -3171,6 +3175,7 @@ def begin_episode(
         push_countdown=drawn["push_interval"][0] if "push" in drawn else zero,
         push=no_push,
         delayed=zero.expand(kept_actions, model.nu, -1),
+        seen=zero.expand(0, 0, -1),  # there is no observation yet
         memory=memory,
     )
     return carry, measured, sensed
@@ -3194,6 +3199,20 @@ def observations(
         obs = obs + settings.observation_noise * scale * (2 * noise.observation - 1)
     privileged = task.privileged(model, measured, sensed)
     return obs, torch.cat(list(privileged.values())) if privileged else obs[:0]
+
+
+def show(settings: Settings, obs: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the policy sees at this observation (obs, N): the last ones, delayed, the oldest first; and the new `seen`.
+
+    seen: that of `Carry`, or None at the start of an episode, where the first observation stands for those before it.
+    """
+    kept = settings.stack_observations - 1 + settings.delay_observations
+    if seen is None:
+        seen = obs.expand(kept, -1, -1)
+    if not kept:
+        return obs, seen
+    newest_first = torch.cat((obs[None], seen))
+    return newest_first[settings.delay_observations :].flip(0).flatten(0, 1), newest_first[:-1]
 
 
 def begin_step(
@@ -3324,10 +3343,13 @@ def end_step(
         episode_return=episode_return,
         memory=after.memory,
     )
-    next_carry = map_tensors(lambda new, old: torch.where(ended, new, old), fresh, goes_on)
-
     fresh_obs, fresh_critic_obs = observations(settings, robots.following, fresh_measured, fresh_sensed, noise)
     final_obs, final_critic_obs = observations(settings, model, after, sensed, noise)
+    fresh_obs, fresh_seen = show(settings, fresh_obs, None)
+    final_obs, seen = show(settings, final_obs, carry.seen)
+    fresh, goes_on = fresh._replace(seen=fresh_seen), goes_on._replace(seen=seen)
+    next_carry = map_tensors(lambda new, old: torch.where(ended, new, old), fresh, goes_on)
+
     final_obs = torch.where(invalid, fresh_obs, final_obs)
     final_critic_obs = torch.where(invalid, fresh_critic_obs, final_critic_obs)
     return next_carry, Transition(
@@ -3523,6 +3545,8 @@ class VecSim(gymnasium.vector.VectorEnv):
                         Single fields may be given as "randomize.friction", on top of those
     observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none
     hidden_observations groups that obs leaves out, for example "qvel" or "qvel,cvel"; critic_obs keeps them
+    stack_observations  obs has so many observations, the oldest first. An episode begins with copies of its first one
+    delay_observations  obs is that of so many control steps ago; critic_obs is not late
     action_delay_ms     actions reach the robot this much later, rounded to physics steps
     timestep_scale      factor of the physics timestep; a control step keeps its number of physics steps
     numpy               `reset` answers in numpy arrays
@@ -3552,14 +3576,17 @@ class VecSim(gymnasium.vector.VectorEnv):
         randomize: bool | dict[str, Any] | None = None,
         observation_noise: float = 0.0,
         hidden_observations: str | None = None,
+        stack_observations: int = 1,
+        delay_observations: int = 0,
         action_delay_ms: float = 0.0,
         timestep_scale: float = 1.0,
         numpy: bool = False,
         **task_options: Any,
     ):
         counts = dict(num_envs=num_envs, iterations=iterations, max_episode_steps=max_episode_steps)
-        check_at_least(1, **counts, pair_slots=pair_slots, chunk=chunk)
-        check_at_least(0, observation_noise=observation_noise, action_delay_ms=action_delay_ms)
+        check_at_least(1, **counts, pair_slots=pair_slots, chunk=chunk, stack_observations=stack_observations)
+        delays = dict(action_delay_ms=action_delay_ms, delay_observations=delay_observations)
+        check_at_least(0, observation_noise=observation_noise, **delays)
         check_at_least(1e-3, timestep_scale=timestep_scale)
         check_integrator(integrator)
         single = [name for name in task_options if name.startswith("randomize.")]
@@ -3591,6 +3618,8 @@ class VecSim(gymnasium.vector.VectorEnv):
             observation_noise=observation_noise,
             delay=round(action_delay_ms / 1000 / self.model.timestep),
             hidden_observations=tuple(hidden_observations.split(",")) if hidden_observations else None,
+            stack_observations=stack_observations,
+            delay_observations=delay_observations,
         )
         self.control_step = self.task.frame_skip * self.model.timestep  # s
         self.metadata = {
@@ -3645,11 +3674,14 @@ class VecSim(gymnasium.vector.VectorEnv):
         hidden = set(self.settings.hidden_observations or ())
         if hidden - groups.keys() or hidden >= groups.keys():
             raise InputError(f"hidden_observations must leave some of {', '.join(groups)} and hide nothing else")
-        groups = {name: rows for name, rows in groups.items() if name not in hidden}, privileged
-        self.observation_slices, self.single_observation_space = spaces_of(groups[0])
-        self.critic_slices, self.single_critic_space = spaces_of(groups[1])
+        groups = {name: rows for name, rows in groups.items() if name not in hidden}
         if self.settings.observation_noise:
-            self._observation_rows = self.single_observation_space.shape[0]
+            self._observation_rows = sum(len(rows) for rows in groups.values())
+        delay = self.settings.delay_observations
+        ages = reversed(range(delay, delay + self.settings.stack_observations))
+        shown = {f"{name}[-{age}]" if age else name: rows for age in ages for name, rows in groups.items()}
+        self.observation_slices, self.single_observation_space = spaces_of(shown)
+        self.critic_slices, self.single_critic_space = spaces_of(privileged)
         low, high = self.task.action_range(self.model)
         unbounded = (high - low).isinf().nonzero().flatten().tolist()
         if unbounded:
@@ -3666,7 +3698,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         return [m.actuator(i).name or pulled[i](m.actuator_trnid[i, 0]).name for i in range(m.nu)]
 
     def observation_names(self, slices: dict[str, slice]) -> list[str]:
-        """A name for each number of `observation_slices` or `critic_slices`: group/joint, else group[index]."""
+        """A name for each number of `observation_slices` or `critic_slices`: group/joint, else group[index].
+
+        A group of k control steps ago has the name group[-k]."""
         qpos, qvel = coordinate_names(self.mj_model)
         rows = {"qpos": qpos, "joint_position": qpos}
         rows |= dict.fromkeys(("last_action", "arm_qpos", "arm_qvel"), self.action_names())
@@ -3674,7 +3708,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         names = []
         for group, columns in slices.items():
             size = columns.stop - columns.start
-            known = rows.get(group, [])[-size:]  # a group may omit its first coordinates
+            known = rows.get(group.split("[")[0], [])[-size:]  # a group may omit its first coordinates
             names += [f"{group}/{name}" for name in known] or [f"{group}[{i}]" for i in range(size)]
         return names
 
@@ -3738,6 +3772,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         model = self._robots(noise.parameters)
         carry, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
         obs, critic_obs = observations(self.settings, model, measured, sensed, noise)
+        obs, seen = show(self.settings, obs, None)
+        carry = carry._replace(seen=seen)
         if self.random_initial_ages:
             limit, generator = self.settings.max_episode_steps, self._generators[0]
             age = torch.randint(limit, (self.num_envs,), device=self.device, generator=generator)
@@ -3851,14 +3887,18 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     @normal_tensors
     def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
-        """Put every robot at qpos (nq, N), qvel (nv, N), like Gymnasium's set_state. Returns obs without noise."""
+        """Put every robot at qpos (nq, N), qvel (nv, N), like Gymnasium's set_state. Returns obs without noise.
+
+        Past observations are forgotten, as at the start of an episode."""
         carry, model = self._get_carry(), self.robots()
         qpos, qvel = (x.to(self.device, self.dtype) for x in (qpos, qvel))
         measured = Measured(qpos, qvel, None, carry.memory, carry.push)
         sensed = self.task.sense(model, measured)
-        warmstart = torch.zeros_like(qvel)
-        self._set_carry(carry._replace(qpos=qpos, qvel=qvel, warmstart=warmstart, position=sensed["position"]))
-        return torch.cat(list(observed(self.settings, model, measured, sensed).values())).T.contiguous()
+        obs = torch.cat(list(observed(self.settings, model, measured, sensed).values()))
+        obs, seen = show(self.settings, obs, None)
+        moved = carry._replace(qpos=qpos, qvel=qvel, warmstart=torch.zeros_like(qvel), position=sensed["position"])
+        self._set_carry(moved._replace(seen=seen))
+        return obs.T.contiguous()
 
     def _configuration(self) -> dict[str, Any]:
         """The options that a loaded state must have been made with."""
@@ -4038,26 +4078,61 @@ def gymnasium_id(env_id: str) -> str | None:
     return next((name for name in names if gymnasium.registry[name].entry_point), None)
 
 
-def split_hidden(env_id: str, options: dict[str, Any]) -> tuple[dict[str, Any], slice | list[int]]:
-    """`options` without hidden_observations, and the columns that it leaves of the whole observation."""
+class View(NamedTuple):
+    """What a policy sees of the observations of one of Gymnasium's environments."""
+
+    columns: slice | list[int]  # without the hidden groups
+    stack: int
+    delay: int
+
+
+def split_view(env_id: str, options: dict[str, Any]) -> tuple[dict[str, Any], View]:
+    """`options` without those of the view, and the view."""
+    options = dict(options)
+    stack, delay = options.pop("stack_observations", 1), options.pop("delay_observations", 0)
     plain = {name: value for name, value in options.items() if name != "hidden_observations"}
     if plain == options:
-        return plain, slice(None)
+        return plain, View(slice(None), stack, delay)
     whole, part = (make(env_id, 1, **x).observation_slices for x in (plain, options))
-    return plain, [column for name in part for column in range(whole[name].start, whole[name].stop)]
+    columns = [column for name in part for column in range(whole[name].start, whole[name].stop)]
+    return plain, View(columns, stack, delay)
+
+
+class PartlyObserved(gymnasium.Wrapper):
+    """One of Gymnasium's environments, seen through a `View`."""
+
+    def __init__(self, env: gymnasium.Env, view: View):
+        super().__init__(env)
+        self.view = view
+        size = view.stack * len(np.zeros(env.observation_space.shape)[view.columns])
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
+
+    def begin(self, obs: np.ndarray) -> None:
+        """Forget what was seen: an episode begins with this observation (k,), without the hidden groups."""
+        self.seen = deque([obs] * (self.view.stack + self.view.delay), self.view.stack + self.view.delay)
+
+    def look(self, obs: np.ndarray) -> np.ndarray:
+        self.seen.append(obs)
+        return np.concatenate(list(self.seen)[: self.view.stack])
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = self.env.reset(**options)
+        self.begin(obs[self.view.columns])
+        return self.look(obs[self.view.columns]), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
+        obs, *rest = self.env.step(action)
+        return self.look(obs[self.view.columns]), *rest
 
 
 def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Callable[[], gymnasium.Env]:
-    """A function that makes one of Gymnasium's own environments, in MuJoCo C, and hides what `env_kwargs` hides.
+    """A function that makes one of Gymnasium's own environments, in MuJoCo C, seen as `env_kwargs` says.
 
     env_kwargs: options of `make`; those that only vecsim has are left out. more: of gymnasium.make.
     """
-    options, columns = split_hidden(env_id, gymnasium_options(env_kwargs))
+    options, view = split_view(env_id, gymnasium_options(env_kwargs))
     make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **options, **more)
-    if columns == slice(None):
-        return make_one
-    space = gymnasium.spaces.Box(-np.inf, np.inf, (len(columns),))
-    return lambda: gymnasium.wrappers.TransformObservation(make_one(), lambda obs: obs[columns], space)
+    return make_one if view == (slice(None), 1, 0) else lambda: PartlyObserved(make_one(), view)
 
 
 def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: Any) -> gymnasium.vector.VectorEnv:

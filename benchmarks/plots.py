@@ -187,11 +187,11 @@ def plot_memory(results: Path) -> None:
     tasks = list(dict.fromkeys(run["env_id"] for run in runs))
     for axis, env_id in panels(results / "memory/curves.png", tasks, 3, (5.4, 3.6), SCORE, runs):
         of_task = [run for run in runs if run["env_id"] == env_id]
-        for colour, members in zip(PEER_COLOURS.values(), tables.grouped(of_task, "name")):
+        for colour, members in enumerate(tables.grouped(of_task, "name")):
             for k, run in enumerate(members):
                 label = None if k else run["name"].replace("-", " ")
                 x, scores = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
-                axis.plot(x, scores, ".-", color=colour, lw=1.6, alpha=0.8, ms=4, label=label)
+                axis.plot(x, scores, ".-", color=f"C{colour}", lw=1.6, alpha=0.8, ms=4, label=label)
         label_axes(axis, env_id, "environment steps")
         axis.set_xlim(left=0)
         axis.legend(frameon=False, fontsize=8)

@@ -681,11 +681,14 @@ def test_ablate_gives_every_variant_the_same_budget(measure, tmp_path):
 def test_memory_hides_the_same_from_all_but_one(measure, tmp_path):
     found = measure("memory", "--env-id", "Hopper-v5")
     hidden = {Path(file).name: run["flags"].get("--env-kwargs") for file, run in found.items()}
-    assert hidden.pop("everything-observed-seed1") is None and len(hidden) == 4
-    assert set(hidden.values()) == {"hidden_observations qvel"}
+    for seed in (1, 2, 3):
+        assert hidden.pop(f"everything-observed-seed{seed}") is None
+        assert hidden.pop(f"stack-of-4-observations-seed{seed}") == "hidden_observations qvel stack_observations 4"
+    assert len(hidden) == 4 * 3 and set(hidden.values()) == {"hidden_observations qvel"}
     plots.draw(tmp_path / "results")
     made = report.page(tmp_path / "results")
-    assert made.count("| 1,000 ± 0 | not reached | 11 | 7 |") == 5 and made.count("(memory/curves.png)") == 1
+    assert made.count("| not reached / not reached / not reached | 11 / 11 / 11 | 7 / 7 / 7 |") == 6
+    assert made.count("(memory/curves.png)") == 1
 
 
 def test_seeds_compares_eight_agents_with_one(measure):

@@ -288,9 +288,14 @@ def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(pl
         panel.check_same_starts(cells | {place: dict(start=np.array("2"))})
 
 
-@pytest.mark.parametrize("name", ["mujoco_c", "mjx"])
-@pytest.mark.parametrize("hidden", [{}, {"hidden_observations": "qpos"}], ids=["everything", "hidden"])
-def test_simulators_agree_step_by_step(tmp_path, name, hidden):
+PAST = {"hidden_observations": "qpos", "stack_observations": 2, "delay_observations": 1}
+
+
+@pytest.mark.parametrize(
+    "name, hidden, size",
+    [("mujoco_c", {}, 4), ("mujoco_c", PAST, 4), ("mjx", {}, 4), ("mjx", {"hidden_observations": "qpos"}, 2)],
+)
+def test_simulators_agree_step_by_step(tmp_path, name, hidden, size):
     """The pendulum under a policy that tilts it: what is left is float32. MJX has Euler alone."""
     if name == "mjx":
         pytest.importorskip("ppo_mjx_jax").jax.config.update("jax_default_matmul_precision", None)
@@ -307,7 +312,7 @@ def test_simulators_agree_step_by_step(tmp_path, name, hidden):
         assert pytest.importorskip("jax").config.jax_default_matmul_precision == "highest"
     (mine, trace), (theirs, other) = results
     np.testing.assert_array_equal(mine["start"], theirs["start"])
-    assert trace["obs"].shape[-1] == (2 if hidden else 4)
+    assert trace["obs"].shape[-1] == size
     for key in ("return", "length", "survived", "terminated"):
         np.testing.assert_array_equal(mine[key], theirs[key])
     for key in ("qpos", "qvel", "obs", "action"):

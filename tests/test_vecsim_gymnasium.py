@@ -317,6 +317,57 @@ def test_gymnasium_hides_what_vecsim_hides():
     assert torch.equal(torch.stack(seen["qvel"]), torch.stack(seen[None])[..., :8])
 
 
+def shown(history, stack, delay):
+    """The last `stack` of the observations before the last `delay`; the first one stands for those before it."""
+    ages = reversed(range(delay, delay + stack))
+    return torch.cat([history[max(0, len(history) - 1 - age)] for age in ages])
+
+
+@pytest.mark.parametrize("stack, delay", [(3, 0), (1, 2), (2, 1)])
+def test_past_observations_are_those_of_the_same_episode(stack, delay):
+    """Beside an environment that shows all: after resets, in final_obs, after set_state and load_state_dict."""
+    options = dict(max_episode_steps=4, hidden_observations="qvel", seed=5, random_initial_ages=True)
+    past = dict(stack_observations=stack, delay_observations=delay)
+    plain, late = vecsim.make("HalfCheetah-v5", 3, **options), vecsim.make("HalfCheetah-v5", 3, **options, **past)
+    names = [f"qpos[-{age}]" if age else "qpos" for age in reversed(range(delay, delay + stack))]
+    assert list(late.observation_slices) == names
+    assert late.observation_names(late.observation_slices)[-1] == f"{names[-1]}/ffoot"
+    now, seen = plain.reset()[0], late.reset()[0]
+    histories = [[row] for row in now]
+    saved = None
+    for k in range(9):
+        assert torch.equal(seen, torch.stack([shown(history, stack, delay) for history in histories])), k
+        if k == 6:
+            saved = late.state_dict()
+        action = torch.full((3, 6), 0.1 * k)
+        now, _, _, truncated, info = plain.step(action)
+        seen, *_, late_info = late.step(action)
+        for history, final in zip(histories, info["final_obs"], strict=True):
+            history.append(final)
+        assert torch.equal(late_info["final_obs"], torch.stack([shown(x, stack, delay) for x in histories]))
+        histories = [[row] if over else x for row, over, x in zip(now, truncated, histories, strict=True)]
+    again = vecsim.make("HalfCheetah-v5", 3, **options, **past)
+    again.load_state_dict(saved)
+    assert torch.equal([again.step(torch.full((3, 6), 0.1 * k))[0] for k in (6, 7, 8)][-1], seen)
+    assert torch.equal(late.set_state(*plain.state()[:2]), plain.set_state(*plain.state()[:2]).repeat(1, stack))
+
+
+def test_gymnasium_shows_the_past_as_vecsim_does():
+    history = []
+
+    def act(obs, started):
+        history.append(obs[0])
+        return torch.zeros(1, 6)
+
+    options = {"max_episode_steps": 6, "hidden_observations": "qvel"}
+    vecsim.evaluate_in_gymnasium("HalfCheetah-v5", act, 1, 7, options)
+    whole, history = history, []
+    options |= {"stack_observations": 2, "delay_observations": 1}
+    vecsim.evaluate_in_gymnasium("HalfCheetah-v5", act, 1, 7, options)
+    expected = [shown(whole[: k + 1], 2, 1) for k in range(6)]
+    assert torch.equal(torch.stack(history[:6]), torch.stack(expected))
+
+
 @pytest.mark.parametrize("hidden", ["velocity", "qpos,qvel", "qvel,qacc"])
 def test_groups_that_cannot_be_hidden(hidden):
     with pytest.raises(vecsim.InputError, match="hidden_observations must leave some of qpos, qvel and hide nothing"):
