@@ -74,15 +74,15 @@ def sim(options: Namespace) -> Iterator[Comparison]:
 
 
 def learner(options: Namespace) -> Iterator[Comparison]:
-    """PPO: samples/s of the update alone. SAC: updates/s of the whole trainer without a simulator."""
+    """PPO, without and with a GRU: samples/s of the update alone. SAC: updates/s of the trainer without a simulator."""
     ppo = dict(num_envs=2048, num_steps=32, epochs=5, minibatches=4)
     sac = dict(num_envs=128, batch_size=4096, updates_per_step=8, first_steps=40, replay_steps=2000)
-    sizes = dict(obs_size=27, action_size=8)
+    sizes, hidden = dict(obs_size=27, action_size=8), dict(hidden=[256, 128, 64])
     yield Comparison(
         mode="learner",
         case=case(options, place(options)),
         unit="samples/s",
-        settings=dict(device=options.device) | ppo | sizes | dict(hidden=[256, 128, 64]),
+        settings=dict(device=options.device) | ppo | sizes | hidden,
         contenders=[
             Contender("ours, compiled", "learner/ours.py", "compiled"),
             Contender("ours, eager", "learner/ours.py", "eager"),
@@ -93,6 +93,18 @@ def learner(options: Namespace) -> Iterator[Comparison]:
             Contender("Brax", "learner/brax.py"),
             Contender("ours, bf16", "learner/ours.py", "bf16"),
             Contender("rsl_rl, bf16", "learner/rsl_rl.py", "bf16"),
+        ],
+    )
+    yield Comparison(
+        mode="learner",
+        case=case(options, "gru", place(options)),
+        unit="samples/s",
+        settings=dict(device=options.device) | ppo | sizes | hidden | dict(num_envs=1024, memory_width=128),
+        contenders=[
+            Contender("ours with a GRU, compiled", "learner/ours_gru.py", "compiled"),
+            Contender("ours with a GRU, eager", "learner/ours_gru.py", "eager"),
+            Contender("skrl with a GRU", "learner/skrl.py"),
+            Contender("rl_games with a GRU", "learner/rl_games.py"),
         ],
     )
     yield Comparison(

@@ -6,6 +6,9 @@ divergence, and gradients clipped at 1. The unit is samples of the batch per sec
 learner runs its own code, with its advantages, shuffling, normalisation and logging; rl_games without the advantages,
 in its favour.
 
+PPO with memory: 1,024 environments, and before each network a GRU of 128, whose output and input the network sees. The
+gradient flows through the 32 steps.
+
 SAC: updates/s of the whole trainer, with random numbers in place of the simulator: 128 environments, 8 updates after
 each of their steps, each on a batch of 4,096, with policy and twin critics of two layers of 256. Acting and storing are
 inside, for both.

@@ -10,7 +10,7 @@ from rl_games.common.ivecenv import IVecEnv
 
 from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
 from benchmarks.learner.rl_games_agent import describe_spaces, make_agent
-from benchmarks.meter import device, meter
+from benchmarks.meter import device, meter, settings
 
 
 class RandomNumbers(IVecEnv):
@@ -27,15 +27,19 @@ class RandomNumbers(IVecEnv):
         return self.reset(), torch.randn(num_envs, device=device), done, {}
 
 
-agent = make_agent(RandomNumbers(), num_envs, num_steps, samples // minibatches, epochs, hidden, device)
+memory_width = settings.get("memory_width")
+sizes = num_envs, num_steps, samples // minibatches, epochs, hidden
+agent = make_agent(RandomNumbers(), *sizes, device, memory_width)
 agent.init_tensors()
 agent.is_tensor_obses = True
 agent.obs = agent.env_reset()
 agent.set_eval()
+collect = "play_steps_rnn" if memory_width else "play_steps"
 with torch.no_grad():
-    collected = agent.play_steps()
+    collected = getattr(agent, collect)()
 # The update overwrites the means and deviations that it is given.
-agent.play_steps = lambda: collected | {name: collected[name].clone() for name in ("mus", "sigmas")}
+replay = lambda: collected | {name: collected[name].clone() for name in ("mus", "sigmas")}
+setattr(agent, collect, replay)
 while True:
     agent.train_epoch()
     meter.tick(samples)

@@ -5,7 +5,7 @@ from rl_games.common.algo_observer import DefaultAlgoObserver
 from rl_games.common.tr_helpers import DefaultRewardsShaper
 
 
-def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden, device, **more):
+def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden, device, memory_width=None, **more):
     network = dict(
         name="actor_critic", separate=True,
         space=dict(continuous=dict(
@@ -14,6 +14,10 @@ def make_agent(vec_env, num_actors, horizon, minibatch, epochs, hidden, device, 
         )),
         mlp=dict(units=hidden, activation="elu", initializer=dict(name="default")),
     )  # fmt: skip
+    if memory_width:
+        order = dict(before_mlp=True, concat_input=False, concat_output=True)
+        network["rnn"] = dict(name="gru", units=memory_width, layers=1, layer_norm=False) | order
+        more["seq_length"] = horizon
     config = dict(
         name="benchmark", env_name="benchmark", env_info=vec_env.get_env_info(), vec_env=vec_env, device=device,
         num_actors=num_actors, horizon_length=horizon, minibatch_size=minibatch, mini_epochs=epochs,

@@ -1,22 +1,26 @@
 # /// script
 # dependencies = ["skrl==2.1.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
 # ///
-"""skrl's PPO.update on a memory filled through PPO.act and PPO.record_transition."""
+"""skrl's PPO.update, or PPO_RNN.update, on a memory filled through `act` and `record_transition`."""
 
 import numpy as np
 import torch
-from skrl.agents.torch.ppo import PPO
+from skrl.agents.torch.ppo import PPO, PPO_RNN
 from skrl.memories.torch import RandomMemory
 from skrl.resources.preprocessors.torch import RunningStandardScaler
 from skrl.resources.schedulers.torch import KLAdaptiveLR
 
 from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
-from benchmarks.learner.skrl_models import Policy, Value, box
-from benchmarks.meter import device, meter
+from benchmarks.learner.skrl_models import Policy, RecurrentPolicy, RecurrentValue, Value, box
+from benchmarks.meter import device, meter, settings
 
 spaces = dict(observation_space=box(obs_size, np.inf), action_space=box(action_size, 1.0), device=device)
-learner = PPO(
-    models={"policy": Policy(spaces, hidden).to(device), "value": Value(spaces, hidden).to(device)},
+kinds, memory = (Policy, Value), ()
+if "memory_width" in settings:
+    kinds, memory = (RecurrentPolicy, RecurrentValue), (settings["memory_width"], num_steps, num_envs)
+policy, value = (kind(spaces, hidden, *memory).to(device) for kind in kinds)
+learner = (PPO_RNN if memory else PPO)(
+    models={"policy": policy, "value": value},
     memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device=device),
     **spaces,
     cfg=dict(

@@ -1,4 +1,6 @@
-"""Policy and value function of skrl, as its documentation builds them."""
+"""Policy and value function of skrl, as its documentation builds them, without and with a GRU."""
+
+from itertools import pairwise
 
 import gymnasium
 import numpy as np
@@ -33,6 +35,58 @@ class Value(DeterministicMixin, Model):
 
     def compute(self, inputs, role):
         return self.net(inputs["observations"]), {}
+
+
+class RecurrentNet(nn.Module):
+    """A GRU, then an MLP that sees the GRU's output and its input."""
+
+    def __init__(self, inputs, hidden, outputs, width, length, num_envs):
+        super().__init__()
+        self.gru, self.mlp = nn.GRU(inputs, width, batch_first=True), mlp(inputs + width, hidden, outputs)
+        self.length, self.specification = length, {"sequence_length": length, "sizes": [(1, num_envs, width)]}
+
+    def forward(self, inputs):
+        """In a rollout one step of each environment; in an update sequences, cut where an episode ends."""
+        obs, state = inputs["observations"], inputs["rnn"][0]
+        length = self.length if "terminated" in inputs else 1
+        obs = obs.unflatten(0, (-1, length))
+        state, outputs, cuts = state.unflatten(1, (-1, length))[:, :, 0].contiguous(), [], [0, 1]
+        if length > 1:
+            ended = (inputs["terminated"] | inputs["truncated"]).view(-1, length)
+            cuts = [0, *(ended[:, :-1].any(0).nonzero().flatten() + 1).tolist(), length]
+        for first, end in pairwise(cuts):
+            output, state = self.gru(obs[:, first:end], state)
+            outputs.append(output)
+            if end < length:
+                state = state * ~ended[:, end - 1, None]
+        seen = torch.cat([torch.cat(outputs, 1), obs], -1)
+        return self.mlp(seen.flatten(0, 1)), state
+
+
+class RecurrentPolicy(Policy):
+    def __init__(self, spaces, hidden, *memory):
+        super().__init__(spaces, hidden)
+        self.net = RecurrentNet(self.num_observations, hidden, self.num_actions, *memory)
+
+    def get_specification(self):
+        return {"rnn": self.net.specification}
+
+    def compute(self, inputs, role):
+        mean, state = self.net(inputs)
+        return mean, {"log_std": self.log_std, "rnn": [state]}
+
+
+class RecurrentValue(Value):
+    def __init__(self, spaces, hidden, *memory):
+        super().__init__(spaces, hidden)
+        self.net = RecurrentNet(self.num_observations, hidden, 1, *memory)
+
+    def get_specification(self):
+        return {"rnn": self.net.specification}
+
+    def compute(self, inputs, role):
+        value, state = self.net(inputs)
+        return value, {"rnn": [state]}
 
 
 def box(size, limit):
