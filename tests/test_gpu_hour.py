@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_benchmark import accept
 
+import vecsim_torch
 from benchmarks import gpu, gpu_kernels, tables
 from benchmarks.__main__ import parse_args
 
@@ -26,8 +28,6 @@ def accept_any(words):
     if words[0] == "./benchmark.sh":
         parse_args(words[1:])
     elif words[1] == "vecsim_torch.py":
-        import vecsim_torch
-
         vecsim_torch.parse_flags(words[2:], vecsim_torch.BenchmarkArgs(), None)
     elif words[1].endswith(".py"):
         accept(words)
@@ -126,3 +126,23 @@ def test_a_rate_is_predicted_by_hand():
     low, high = gpu_kernels.rates(record, "Ant-v5", 5000)
     assert low == pytest.approx(4096 / gpu_kernels.step_seconds(counted, 4096, 2.5e-6, 16_384)) and low <= high
     assert gpu_kernels.rates(record, "Hopper-v5", 5000) is None
+
+
+@pytest.mark.parametrize(
+    "trainer, flags",
+    [(name, "") for name in ("ppo_gpu_torch", "ppo_recurrent_gpu_torch", "sac_gpu_torch")]
+    + [("dqn_gpu_torch", f"--algorithm {name}") for name in ("dqn", "pqn")],
+)
+def test_a_gpu_has_more_robots_and_as_many_gradient_steps(trainer, flags, monkeypatch):
+    """Where a user gives no sizes."""
+    module, found = importlib.import_module(trainer), {}
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(vecsim_torch, "pick_device", lambda _, name=name: torch.device(name))
+        args = module.parse_args(f"--env-id HalfCheetah-v5 {flags}".split())
+        module.check_ranges(args)
+        device = [torch.device("cpu")] if trainer == "ppo_gpu_torch" else []
+        found[name] = args, module.derive_sizes(args, 1, *device)
+    (_, on_cpu), (args, on_gpu) = found["cpu"], found["cuda"]
+    assert args.num_envs >= 1024 and on_gpu.envs >= 4 * on_cpu.envs
+    assert on_gpu.iterations == on_cpu.iterations
+    assert getattr(on_gpu, "updates", None) == getattr(on_cpu, "updates", None)
