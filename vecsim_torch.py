@@ -169,14 +169,18 @@ class Unsupported(InputError):
 
 
 def check_at_least(least: float, **values: Any) -> None:
-    """InputError for a value below `least`, or for a count (least = 1) that is not whole. None is no value."""
+    """InputError for a value below `least`. None is no value."""
     for name, value in values.items():
-        if value is None:
-            continue
-        if least == 1 and not isinstance(value, (int, np.integer)):
-            raise InputError(f"{name} must be a whole number, not {value!r}")
-        if not value >= least:
+        if value is not None and not value >= least:
             raise InputError(f"{name} must be at least {least}, not {value}")
+
+
+def check_counts(least: int, **values: Any) -> None:
+    """InputError for a value that is not a whole number of at least `least`. None is no value."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise InputError(f"{name} must be a whole number, not {value!r}")
+    check_at_least(least, **values)
 
 
 def check_integrator(name: str | None) -> None:
@@ -1280,7 +1284,7 @@ def load_model(
     """
     m = without_disabled(compile_mjcf(source))
     refuse_unsupported(m)
-    check_at_least(1, pair_slots=pair_slots)
+    check_counts(1, pair_slots=pair_slots)
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     tree = build_tree(m)
@@ -2296,13 +2300,14 @@ def step(
     uses the second form. It contains no constraint force, so a force that has not converged cannot disturb it.
     """
     check_integrator(integrator)
-    check_at_least(1, iterations=iterations)
+    check_counts(1, iterations=iterations)
     integrator = integrator or model.integrator
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
-    dynamics, implicitfast = forward(model, state, ctrl, iterations, run), integrator == "implicitfast"
+    implicitfast = integrator == "implicitfast"
     if implicitfast and (len(model.fluid_link_index) or len(model.tendon_moment) or len(model.actuator_moment)):
         raise InputError("unsupported model feature: fluid or tendon forces with implicitfast; use euler or rk4")
+    dynamics = forward(model, state, ctrl, iterations, run)
     return run.advance(model, state, dynamics, implicitfast), dynamics
 
 
@@ -2930,7 +2935,7 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
     task = kind(**options)
-    check_at_least(1, frame_skip=task.frame_skip)
+    check_counts(1, frame_skip=task.frame_skip)
     return task
 
 
@@ -3584,9 +3589,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         **task_options: Any,
     ):
         counts = dict(num_envs=num_envs, iterations=iterations, max_episode_steps=max_episode_steps)
-        check_at_least(1, **counts, pair_slots=pair_slots, chunk=chunk, stack_observations=stack_observations)
-        delays = dict(action_delay_ms=action_delay_ms, delay_observations=delay_observations)
-        check_at_least(0, observation_noise=observation_noise, **delays)
+        check_counts(1, **counts, pair_slots=pair_slots, chunk=chunk, stack_observations=stack_observations)
+        check_at_least(0, observation_noise=observation_noise, action_delay_ms=action_delay_ms)
+        check_counts(0, delay_observations=delay_observations)
         check_at_least(1e-3, timestep_scale=timestep_scale)
         check_integrator(integrator)
         single = [name for name in task_options if name.startswith("randomize.")]

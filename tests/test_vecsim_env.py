@@ -851,6 +851,7 @@ def test_each_process_needs_its_own_gpu(monkeypatch):
         ({"env_id": "Walker3d-v5"}, "unknown task 'Walker3d-v5'; choose one of .*Ant-v5"),
         ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
         ({"num_envs": 2.5}, "num_envs must be a whole number, not 2.5"),
+        ({"delay_observations": 1.5}, "delay_observations must be a whole number, not 1.5"),
         ({"chunk": 1.5}, "chunk must be a whole number, not 1.5"),
         ({"num_envs": 99_999_999_999_999}, "num_envs = 99,999,999,999,999 needs more memory than there is"),
         ({"iterations": 0}, "iterations must be at least 1, not 0"),
