@@ -35,10 +35,13 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Groups for --dist loadgroup: a file stays on one worker, but each slow test is its own group and starts early."""
+    """Groups for --dist loadgroup: a file stays on one worker, but each slow test is its own group and starts early.
+
+    Slow tests that share a fixture name their own group."""
     for item in items:
         slow = item.get_closest_marker("slow")
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.replace("@", "_") if slow else item.path.name))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.replace("@", "_") if slow else item.path.name))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

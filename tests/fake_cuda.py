@@ -1,9 +1,9 @@
 """Train on fake CUDA tensors, which have a shape, a dtype and a device but no memory. Needs no GPU.
 
-    python tests/fake_cuda.py GUARD ppo             # GUARD: a library that build_guard has built
-    python tests/fake_cuda.py GUARD ppo "a fault"   # one of FAULTS
+    echo ppo | python tests/fake_cuda.py GUARD      # GUARD: a library that build_guard has built
 
-Raises RuntimeError where a GPU would be slow or fail during training: the host reads a number, or an operator gets
+Reads names of RUNS or FAULTS, one a line, and answers each with a line: how many operators ran in the training, or the
+error. It is an error if a GPU would be slow or fail during training: the host reads a number, or an operator gets
 tensors of two devices. Around the training both are legal; numbers that are read there are invented.
 
 A process that runs this believes in CUDA until it ends, because functions of PyTorch are replaced for good.
@@ -74,10 +74,11 @@ import vecsim_torch as vecsim
 RECURRENT = dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256)
 SAC = dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64, replay_capacity=1024)
 SMALL = dict(batch_size=64, learning_starts=0)
+SHORT = dict(num_envs=8, num_steps=1, num_minibatches=1, total_timesteps=8)
 DISTILL = dict(
-    num_envs=16, stages=("teacher", "student", "finetune"), num_steps=2, distill_steps=2, gradient_length=1,
-    distill_minibatches=2, num_minibatches=2, total_timesteps=192, student_timesteps=64, finetune_timesteps=64,
-    critic_warmup_iterations=1,
+    env_id="tasks/reacher.py:Reacher", num_envs=16, stages=("teacher", "student", "finetune"), num_steps=2,
+    distill_steps=2, gradient_length=1, distill_minibatches=2, num_minibatches=2, total_timesteps=192,
+    student_timesteps=64, finetune_timesteps=64, critic_warmup_iterations=1,
 )  # fmt: skip
 RUNS = {  # trainer, iterations (of each stage), arguments
     "ppo": (ppo, 2, dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256, bf16=True)),
@@ -86,13 +87,13 @@ RUNS = {  # trainer, iterations (of each stage), arguments
     "sac-flash": (sac, 7, SAC | dict(network="flash", half_precision_replay=True, noise_repeat_max=1)),
     "dqn": (dqn, 7, dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64)),
     "pqn": (dqn, 2, dict(algorithm="pqn", num_envs=64, num_steps=2, total_timesteps=256, **SMALL)),
-    "distill": (distill, 2, DISTILL | dict(env_id="Quadruped-Flat")),
-    "distill-gru": (distill, 2, DISTILL | dict(env_id="Quadruped-Flat", student_network="gru")),
-    "rough": (ppo, 1, dict(env_id="Quadruped-Rough", num_envs=8, num_steps=1, num_minibatches=1, total_timesteps=8)),
-    "humanoid": (ppo, 1, dict(env_id="Humanoid-v5", num_envs=8, num_steps=1, num_minibatches=1, total_timesteps=8)),
+    "distill": (distill, 2, DISTILL),
+    "distill-gru": (distill, 2, DISTILL | dict(student_network="gru")),
+    "rough": (ppo, 1, SHORT | dict(env_id="Quadruped-Rough")),
+    "humanoid": (ppo, 1, SHORT | dict(env_id="Humanoid-v5")),
     "rk4": (
-        ppo, 1, dict(env_id="Hopper-v5", num_envs=8, num_steps=1, num_minibatches=1, total_timesteps=8,
-        integrator="rk4", env_kwargs={"randomize": True, "action_delay_ms": 10.0, "observation_noise": 0.1})),
+        ppo, 1, SHORT | dict(env_id="Hopper-v5", integrator="rk4",
+        env_kwargs={"randomize": True, "action_delay_ms": 10.0, "observation_noise": 0.1})),
 }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def fake_cuda():
         yield watch
 
 
-def train(name: str, folder: str) -> None:
+def train(name: str, folder: str) -> str:
     module, iterations, args = RUNS[name]
 
     class Stop(vecsim.StopSignals):
@@ -251,18 +252,27 @@ def train(name: str, folder: str) -> None:
     rare = dict(log_every=10**9, checkpoint_every=10**9, eval_episodes=0)
     with fake_cuda() as watch:
         vecsim.save_checkpoint = lambda path, checkpoint: None
-        args = module.Args(
-            **dict(env_id="InvertedPendulum-v5", device="cuda", run_dir=f"{folder}/run", solver_iterations=1)
-            | rare
-            | args
-        )
-        module.train(args, stop=Stop())
-    print(f"{watch.operators:,} operators in training")
+        common = dict(env_id="InvertedPendulum-v5", device="cuda", run_dir=f"{folder}/run", solver_iterations=1)
+        env_kwargs = {"frame_skip": 1} | args.get("env_kwargs", {})
+        module.train(module.Args(**common | rare | args | dict(env_kwargs=env_kwargs)), stop=Stop())
+    return f"{watch.operators:,} operators in training"
+
+
+def answer(job: str) -> str:
+    """Train a run of RUNS, or the run of a fault with this fault."""
+    run, owner, function, *replacement = FAULTS.get(job, (job, ppo, "train"))
+    right = getattr(owner, function)
+    if replacement:
+        setattr(owner, function, broken(owner, function, *replacement))
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            return train(run, folder)
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    finally:
+        setattr(owner, function, right)
 
 
 if __name__ == "__main__":
-    for fault in sys.argv[3:]:
-        _, owner, function, *replacement = FAULTS[fault]
-        setattr(owner, function, broken(owner, function, *replacement))
-    with tempfile.TemporaryDirectory() as folder:
-        train(sys.argv[2], folder)
+    for line in sys.stdin:
+        print(answer(line.strip()), flush=True)

@@ -282,37 +282,35 @@ def test_a_gpu_without_compilation_is_told_to_be_slow(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def guard(tmp_path_factory):
-    """A library that lets a build of PyTorch for CPUs believe in CUDA."""
+def on_fake_cuda(tmp_path_factory):
+    """on_fake_cuda(a run or a fault of fake_cuda.py) -> its answer, from a process that believes in CUDA."""
     if torch.version.cuda:
         pytest.skip("fake CUDA tensors need a build of PyTorch for CPUs")
-    return fake_cuda.build_guard(tmp_path_factory.mktemp("guard"))
+    guard, pipes = fake_cuda.build_guard(tmp_path_factory.mktemp("guard")), dict(stdin=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, fake_cuda.__file__, guard], stdout=subprocess.PIPE, **pipes) as process:
+
+        def ask(job: str) -> str:
+            print(job, file=process.stdin, flush=True)
+            return process.stdout.readline()
+
+        yield ask
+        process.stdin.close()
 
 
-def run_on_fake_cuda(guard, name: str, *faults: str) -> subprocess.CompletedProcess:
-    """Run in a new process, because the test replaces functions of PyTorch and cannot restore them."""
-    command = [sys.executable, fake_cuda.__file__, guard, name, *faults]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+of_one_process = [needs_tested_torch, pytest.mark.slow, pytest.mark.xdist_group("fake CUDA")]
 
 
 @needs_tested_torch
-@pytest.mark.parametrize(
-    "name", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.slow) for name in fake_cuda.RUNS]
-)
-def test_training_stays_on_the_gpu(name, guard):
+@pytest.mark.parametrize("name", [x if x == "ppo" else pytest.param(x, marks=of_one_process) for x in fake_cuda.RUNS])
+def test_training_stays_on_the_gpu(name, on_fake_cuda):
     """No operator gets tensors of two devices, and the host reads nothing."""
-    done = run_on_fake_cuda(guard, name)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "operators in training" in done.stdout
+    assert "operators in training" in on_fake_cuda(name)
 
 
-@needs_tested_torch
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", fake_cuda.FAULTS)
-def test_fake_tensors_show_the_fault(fault, guard):
-    done = run_on_fake_cuda(guard, fake_cuda.FAULTS[fault][0], fault)
-    expected = r"^\S*Error: .*(CPU and CUDA are mixed|the host reads a tensor|found at least two devices)"
-    assert re.search(expected, done.stderr, re.MULTILINE), done.stderr[-3000:]
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=of_one_process) for fault in fake_cuda.FAULTS])
+def test_fake_tensors_show_the_fault(fault, on_fake_cuda):
+    shown = on_fake_cuda(fault)
+    assert re.search("CPU and CUDA are mixed|the host reads a tensor|found at least two devices", shown), shown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
