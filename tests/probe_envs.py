@@ -18,11 +18,15 @@ whether the robot is at the end: observation = (x or 0, at the end, 0).
 
 from __future__ import annotations
 
+import dataclasses
+
 import gymnasium
 import numpy as np
 import torch
 
+import dqn_gpu_torch as dqn
 import ppo_gpu_torch as ppo
+import sac_gpu_torch as sac
 
 EPISODE_STEPS = {"delayed": 2, "truncation": 5, "t-maze": 40}
 CELLS = {"recall-1": 1, "recall-8": 8, "recall-32": 32, "t-maze": 8}  # from the first step to the end
@@ -124,6 +128,41 @@ def probe_args(run_dir, env_id="action", flags=ppo.Args, **changes):
     small |= dict(actor_hidden=(32,), critic_hidden=(32,), eval_episodes=1, compile=False, device="cpu")
     small |= dict(checkpoint_every=10**9, log_every=10**9)
     return flags(env_id=env_id, run_dir=run_dir and str(run_dir), **(small | changes))
+
+
+def sac_args(run_dir, env_id="action", preset="best", **changes):
+    """Flags of SAC that solve a probe environment in seconds."""
+    small = dict(num_envs=64, total_timesteps=20_000, learning_starts=640, replay_capacity=10_000, batch_size=128)
+    small |= dict(updates_per_step=2, actor_hidden=(32,), critic_hidden=(32,), noise_repeat_max=1, gamma=0.9)
+    small |= dict(learning_rate=3e-3, learning_rate_final=3e-3, eval_episodes=1, compile=False, device="cpu")
+    small |= dict(tau=0.05, checkpoint_every=10**9, log_every=10**9, run_dir=run_dir and str(run_dir))
+    return dataclasses.replace(sac.task_defaults(env_id, preset), **(small | changes))
+
+
+OF_ALGORITHM = dict(
+    dqn=dict(learning_starts=640, replay_capacity=10_000, batch_size=128, updates=2, tau=0.05),
+    pqn=dict(num_steps=8, learning_starts=0, batch_size=128, update_epochs=2),
+)
+
+
+def dqn_args(run_dir, env_id="action", algorithm="dqn", **changes):
+    """Flags that solve a probe environment in seconds. Of 9 bins over -2 to 2, two are the best actions."""
+    small = dict(num_envs=64, total_timesteps=20_000, bins=9, n_step=1, critic_hidden=(32,), gamma=0.9)
+    small |= dict(learning_rate=3e-3, learning_rate_final=3e-3, eval_episodes=1, compile=False, device="cpu")
+    small |= dict(checkpoint_every=10**9, log_every=10**9, run_dir=run_dir and str(run_dir))
+    small |= OF_ALGORITHM[algorithm]
+    return dataclasses.replace(dqn.task_defaults(env_id, algorithm), **(small | changes))
+
+
+def mortal(steps, kind=ProbeEnv):
+    """Makes probe environments that raise KeyboardInterrupt after the compiling step and `steps` more."""
+
+    def make(*arguments, **options):
+        env = kind(*arguments, **options)
+        env.steps_left = 1 + steps
+        return env
+
+    return make
 
 
 def documented_a2c():

@@ -5,15 +5,12 @@ has a tolerance."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import gzip
-import inspect
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,18 +18,14 @@ import gymnasium
 import numpy as np
 import probe_envs
 import pytest
-import source_lint
 import torch
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
+from test_ppo import assert_same, run_two_processes
 from torch import nn
 
 import ppo_distill_teacher_student as distill
-import ppo_gpu_torch as ppo
 import vecsim_torch as vecsim
 
-TESTS = Path(__file__).parent
-SOURCE = Path(distill.__file__).read_text()
-FUNCTIONS = source_lint.functions(SOURCE)
 CPU = torch.device("cpu")
 STAGES = ("teacher", "student", "finetune", "baseline")
 
@@ -143,52 +136,10 @@ def logged(run_dir, stage, name):
     return [json.loads(line)[name] for line in (Path(run_dir) / stage / "metrics.jsonl").open()]
 
 
-def assert_same(one, other, where="checkpoint"):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for k, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{k}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
-
-
 def state_of(run_dir, stage):
     """The checkpoint of a stage without the clocks and the flags."""
     names = ("agent", "moments", "learning_rate", "processes", "env_steps", "teacher", "description")
     return {name: saved(run_dir, stage)[name] for name in names}
-
-
-# Copies ---------------------------------------------------------------------------------------------------------------
-
-# Both trainers define these, and mean something different. Everything else with one name must be equal word for word.
-MEANT_TO_DIFFER = set(
-    "Args check_ranges Sizes derive_sizes Agent Rollout allocate_rollout Batch LossTerms policy_step make_batch "
-    "ppo_loss accumulate_gradients apply_gradients update check_resumable train load_agent load_policy "
-    "export play".split()
-)
-
-
-def definitions(module):
-    own = {name: x for name, x in vars(module).items() if inspect.isfunction(x) or inspect.isclass(x)}
-    return {name: inspect.getsource(x) for name, x in own.items() if x.__module__ == module.__name__}
-
-
-def test_helpers_of_both_trainers_are_equal_word_for_word():
-    ours, theirs = definitions(distill), definitions(ppo)
-    shared = ours.keys() & theirs.keys()
-    assert shared >= MEANT_TO_DIFFER and len(shared - MEANT_TO_DIFFER) >= 14
-
-    def words(source):  # without line breaks, which follow from the lengths of "ppo" and "distill"
-        return ast.unparse(ast.parse(source))
-
-    differ = {name for name in shared if words(ours[name]) != words(theirs[name].replace('"ppo"', '"distill"'))}
-    assert differ == MEANT_TO_DIFFER
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -669,11 +620,7 @@ def test_compiled_and_eager_losses_agree():
 
 def test_two_processes_train_one_run_of_all_stages(tmp_path):
     """torchrun over Gloo: one process writes, each has its own robots and noise, and both have the same weights."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(TESTS / "two_processes_distill.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes("two_processes_distill.py", tmp_path)
     first, second = (torch.load(tmp_path / f"agents-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == {"teacher", "student", "finetune"}
     assert_same(first, second)  # bit for bit, or they would drift apart
@@ -871,42 +818,3 @@ def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tm
         started, memory = torch.tensor([fell]), memory * (not fell)
     together, _ = policy.session.run(None, {name: x.repeat(1000, 0) for name, x in inputs.items()})
     assert together.shape == (1000, 12) and np.abs(together - action).max() <= 1e-5
-
-
-# The source itself ----------------------------------------------------------------------------------------------------
-
-
-def test_every_flag_is_read():
-    by_name = {"teacher", "student", "finetune_learning_rate"}  # by getattr
-    assert {field.name for field in dataclasses.fields(distill.Args)} <= source_lint.flags_read(SOURCE) | by_name
-
-
-def test_every_flag_has_one_help_line():
-    body = next(n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.ClassDef) and n.name == "Args").body
-    for flag, text in zip(body[1::2], body[2::2], strict=True):
-        assert isinstance(flag, ast.AnnAssign) and "\n" not in text.value.value, flag.target.id
-
-
-def test_no_function_but_task_defaults_reads_a_module_variable():
-    for name, function in FUNCTIONS.items():
-        used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
-        assert "TASKS" not in used or name == "task_defaults", name
-
-
-ON_DEVICE = (
-    "policy_step stack_history unroll_gru gaussian_log_prob gaussian_kl advantages_gae values_and_advantages "
-    "make_batch ppo_loss accumulate_gradients apply_gradients update imitation_loss imitate teacher_actions "
-    "imitation_gradients adapted_learning_rate weighted_moments critic_observation train_by_ppo train_by_imitation "
-    "Agent.policy_mean Agent.normalized_value Agent.act StageRun.collect StageRun.write_record"
-)
-
-
-@pytest.mark.parametrize("name", ON_DEVICE.split())
-def test_no_host_read_without_its_comment(name):
-    assert not source_lint.unmarked_host_reads(FUNCTIONS[name], SOURCE)
-
-
-def test_an_iteration_reads_the_host_only_when_it_logs():
-    body = FUNCTIONS["StageRun.end_iteration"].body
-    gate = next(i for i, node in enumerate(body) if isinstance(node, ast.If) and "log_every" in ast.unparse(node.test))
-    assert not any(source_lint.host_reads(node) for node in body[:gate])

@@ -5,27 +5,28 @@ test_trainers.py tests what all trainers do alike, and test_sac_algorithms.py th
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 import math
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from probe_envs import ProbeEnv
+from probe_envs import OF_ALGORITHM, ProbeEnv
+from probe_envs import dqn_args as probe_args
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
-from test_ppo import assert_same, log_of, read_checkpoint, run_main, run_two_processes, state_of
-from test_sac import mortal
-from test_sac_algorithms import WINDOWS, Story, definitions
-from two_processes_dqn import OF_ALGORITHM, make_agent, probe_args, updates_on_fixed_data
+from test_ppo import assert_same, log_of, read_checkpoint, run_main
+from test_sac_algorithms import WINDOWS, Story
 
 import dqn_gpu_torch as dqn
-import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
 BOTH = [(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]  # observations of the probes at the start of an episode
 algorithms = pytest.mark.parametrize("algorithm", OF_ALGORITHM)
+
+
+def make_agent(args, obs_size=3, actions=2):
+    torch.manual_seed(0)
+    return dqn.Agent(obs_size, gymnasium.spaces.Box(-1.0, 1.0, (actions,), np.float32), args)
 
 
 def constant_agent(args, online, target=None):
@@ -37,27 +38,6 @@ def constant_agent(args, online, target=None):
                 network[-1].weight.zero_()
                 network[-1].bias.copy_(torch.tensor(values).flatten())
     return agent
-
-
-# Copies ---------------------------------------------------------------------------------------------------------------
-
-
-# What this script and SAC define under one name and mean differently; everything else must be the same, word for word.
-MEANT_TO_DIFFER = set(
-    "Args task_defaults parse_args check_ranges Sizes derive_sizes make_network Agent Transitions allocate_replay "
-    "store Batch policy_step follow_returns Functions update build_functions check_resumable filled_part train "
-    "load_agent export".split()
-)
-
-
-def test_helpers_that_it_shares_with_sac_are_the_same_word_for_word():
-    ours, theirs = definitions(dqn), definitions(sac)
-    shared = ours.keys() & theirs.keys()
-    assert shared >= MEANT_TO_DIFFER and len(shared - MEANT_TO_DIFFER) >= 10
-    for name in shared - MEANT_TO_DIFFER:
-        assert inspect.getsource(ours[name]) == inspect.getsource(theirs[name]).replace('"sac"', '"dqn"'), name
-    for name in MEANT_TO_DIFFER:
-        assert inspect.getsource(ours[name]) != inspect.getsource(theirs[name]), f"{name} needs no exception"
 
 
 # Actions and exploration ----------------------------------------------------------------------------------------------
@@ -376,22 +356,7 @@ def test_policy_learns(env_id, changes, algorithm, tmp_path):
         assert result["invalid"] == result["env_steps"] // 64 and result["vecsim"]["episodes"] == 63
 
 
-# Resume and processes -------------------------------------------------------------------------------------------------
-
-
-@algorithms
-def test_resumed_run_equals_uninterrupted_run(algorithm, tmp_path):
-    """A run is killed between two checkpoints. The schedules of exploration and of the learning rate continue too."""
-    iteration = 64 * OF_ALGORITHM[algorithm].get("num_steps", 1)
-    common = dict(checkpoint_replay=True, learning_rate_final=3e-4, epsilon_decay=0.9, n_step=3)
-    common |= dict(total_timesteps=40 * iteration, checkpoint_every=20 * iteration, replay_capacity=1_280)
-    dqn.train(probe_args(tmp_path / "whole", "delayed", algorithm, **common), ProbeEnv)
-    with pytest.raises(KeyboardInterrupt):
-        dqn.train(probe_args(tmp_path / "killed", "delayed", algorithm, **common), mortal(33 * iteration // 64))
-    assert read_checkpoint(tmp_path / "killed")["env_steps"] == 20 * iteration
-    resume = str(tmp_path / "killed" / "checkpoint.pt")
-    dqn.train(probe_args(None, "delayed", algorithm, **common, resume=resume), ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
+# Resume ---------------------------------------------------------------------------------------------------------------
 
 
 def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(tmp_path, capsys):
@@ -402,32 +367,6 @@ def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(t
     dqn.train(probe_args(tmp_path, **resume), ProbeEnv)
     assert "the checkpoint has no replay, so updates wait" in capsys.readouterr().out
     assert read_checkpoint(tmp_path)["updates"] == before["updates"] + 2 * 2
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    return run_two_processes("two_processes_dqn.py", tmp_path_factory.mktemp("processes"))
-
-
-@algorithms
-def test_two_processes_with_half_the_batch_each_equal_one(algorithm, two_processes):
-    """Equal data, split, lead to equal statistics, targets and weights. Tolerance 1e-4: sums have another order."""
-    single = updates_on_fixed_data(0, 1, algorithm)
-    first, second = (torch.load(two_processes / f"{algorithm}-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert_same(first, second)
-    for key, value in single["agent"].items():
-        torch.testing.assert_close(first["agent"][key], value, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(first["terms"], single["terms"], rtol=1e-3, atol=1e-4)
-
-
-@algorithms
-def test_two_processes_train_one_run_and_resume_it(algorithm, two_processes):
-    whole, parts = (two_processes / algorithm / name for name in ("whole", "parts"))
-    assert len(log_of(whole)) == 6  # one writer
-    assert json.loads((whole / "eval.json").read_text())["vecsim"]["mean"] > -0.3
-    processes = state_of(whole)["processes"]
-    assert len(processes) == 2 and not torch.equal(processes[0]["obs"], processes[1]["obs"])  # own seeds
-    assert_same(state_of(whole), state_of(parts))
 
 
 # Reduced precision, export, flags -------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import pytest
 import torch
 from probe_envs import ProbeEnv, documented_a2c, probe_args
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
-from two_processes import updates_on_fixed_data
 
 import ppo_gpu_torch as ppo
 import vecsim_torch as vecsim
@@ -175,37 +174,6 @@ def assert_same(one, other, but=(), where=""):
         assert one == other, where
 
 
-@pytest.mark.parametrize("env_id", ["delayed", "privileged", "truncation"])
-def test_resumed_run_equals_uninterrupted_run(env_id, tmp_path):
-    ppo.train(probe_args(tmp_path / "whole", env_id, total_timesteps=20 * 512), ProbeEnv)
-    ppo.train(probe_args(tmp_path / "parts", env_id, total_timesteps=10 * 512), ProbeEnv)
-    checkpoint = str(tmp_path / "parts" / "checkpoint.pt")
-    args = probe_args(None, env_id, total_timesteps=20 * 512, resume=checkpoint)
-    ppo.train(dataclasses.replace(args, run_dir=None), ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-
-
-@pytest.mark.parametrize("schedule", [dict(learning_rate_schedule="linear"), dict(desired_kl=(0.01, 0.001))])
-def test_interrupted_run_resumes_on_its_schedule(schedule, tmp_path):
-    """A run is killed between two checkpoints. It repeats the steps since the last one; its log has no line twice."""
-    common = dict(total_timesteps=20 * 512, log_every=512, checkpoint_every=8 * 512, **schedule)
-
-    def mortal(*arguments, **options):
-        env = ProbeEnv(*arguments, **options)
-        env.steps_left = 1 + 13 * 8 + 3  # the compiling step, 13 iterations, and a bit
-        return env
-
-    ppo.train(probe_args(tmp_path / "whole", **common), ProbeEnv)
-    with pytest.raises(KeyboardInterrupt):
-        ppo.train(probe_args(tmp_path / "killed", **common), mortal)
-    assert state_of(tmp_path / "killed")["env_steps"] == 8 * 512
-    args = probe_args(tmp_path / "killed", resume=str(tmp_path / "killed" / "checkpoint.pt"), **common)
-    ppo.train(args, ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
-    assert len(log_of(tmp_path / "whole")) == 20
-    assert_same(log_of(tmp_path / "whole"), log_of(tmp_path / "killed"), but=CLOCKS)
-
-
 def test_a_learning_rate_given_with_resume_wins_over_the_adapted_one(tmp_path):
     """Each run has one gradient step, before which the adaptive schedule changes nothing."""
     single = dict(num_minibatches=1, update_epochs=1, eval_episodes=0)
@@ -274,49 +242,6 @@ def run_two_processes(script, folder):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    return run_two_processes("two_processes.py", tmp_path_factory.mktemp("processes"))
-
-
-def test_two_processes_with_half_the_environments_each_equal_one(two_processes, tmp_path):
-    """Equal data, split by environment, lead to equal weights, statistics and learning rate.
-
-    Tolerance 1e-4: the sums in float32 have another order, and 18 steps of Adam follow each other."""
-    single = updates_on_fixed_data(rank=0, world_size=1)
-    first, second = (torch.load(two_processes / f"update-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert_same(first, second)  # bit for bit between the processes, or they would drift apart
-    assert first["episodes"] == dict(episode_return=2 / 3, episode_length=2.0, success=None, episodes=3, invalid=2)
-    assert first["learning_rate"] != pytest.approx(3e-3)  # the schedule acted
-    for key, value in single["agent"].items():
-        torch.testing.assert_close(first["agent"][key], value, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(first["terms"], single["terms"], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(first["learning_rate"], single["learning_rate"])
-
-
-def test_two_processes_train_one_run_and_resume_it(two_processes):
-    assert len(log_of(two_processes / "whole")) == 8  # one writer
-    assert json.loads((two_processes / "whole" / "eval.json").read_text())["vecsim"]["mean"] > -0.1
-    whole, parts = state_of(two_processes / "whole"), state_of(two_processes / "parts")
-    assert len(whole["processes"]) == 2
-    first, second = (process["env"]["env"]["x"] for process in whole["processes"])
-    assert not torch.equal(first, second)  # own seeds
-    assert not torch.equal(whole["processes"][0]["generator"], whole["processes"][1]["generator"])  # own noise
-    assert_same(whole, parts)
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_iteration(two_processes):
-    """Only the second process gets SIGTERM, in the third iteration. Then the run resumes and equals the whole one."""
-    assert (two_processes / "stopped.txt").read_text() == "1536"
-    assert_same(state_of(two_processes / "whole"), state_of(two_processes / "stopped"))
-
-
-def test_the_first_process_compiles_before_the_others(two_processes):
-    """If they compiled at once, they would write the same cache files and read them half written."""
-    first, second = (torch.load(two_processes / f"compiled-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first < second
 
 
 # Flags reach the functions and the environment ------------------------------------------------------------------------

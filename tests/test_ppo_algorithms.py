@@ -10,7 +10,6 @@ import gymnasium
 import numpy as np
 import probe_envs
 import pytest
-import source_lint
 import torch
 
 import ppo_gpu_torch as ppo
@@ -416,34 +415,3 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     with pytest.raises(SystemExit):
         ppo.parse_args(["--env-id", "Hopper-v5", "--help"])
     assert "0.995" in capsys.readouterr().out  # its gamma
-
-
-# The lint of host reads that test_trainers.py uses --------------------------------------------------------------------
-
-
-READS = ["x.item()", "float(x)", "int(x)", "bool(x)", "x.nonzero()", "torch.unique(x)", "torch.cuda.synchronize()"]
-READS += ["x[x > 0]", "x[:, ~y]", "x[y & z]", "x[y | (x > 0)]", "0 if x.any() else 1", "0 if y and not x.all() else 1"]
-
-
-@pytest.mark.parametrize("read", READS)
-def test_the_lint_sees_a_host_read_in_a_function_and_in_the_method_of_its_name(read):
-    source = f"def update(x):\n    {read}\n\n\nclass Statistics:\n    def update(self, x):\n        return {read}\n"
-    found = source_lint.functions(source)
-    assert source_lint.unmarked_host_reads(found["update"], source) == [read]
-    assert source_lint.unmarked_host_reads(found["Statistics.update"], source) == [f"return {read}"]
-
-
-@pytest.mark.parametrize("head", ["if x.any():", "while not (x > 0).all():"])
-def test_the_lint_sees_a_condition_on_a_tensor(head):
-    for comment, expected in (("", [head]), ("  # host sync", [])):
-        source = f"def update(x):\n    {head}{comment}\n        pass\n"
-        assert source_lint.unmarked_host_reads(source_lint.functions(source)["update"], source) == expected
-
-
-NO_READS = ["x[slot, env]", "x[:, -1:]", "names['a' if y == 0 else 'b']", "z: int | None = x[0]", "x.any(1)"]
-
-
-@pytest.mark.parametrize("line", NO_READS)
-def test_the_lint_passes_lines_that_do_not_wait(line):
-    source = f"def update(x: dict[str, int | None]):\n    {line}\n"
-    assert not source_lint.host_reads(source_lint.functions(source)["update"])

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
-import subprocess
 import sys
 
 import gymnasium
@@ -19,7 +17,6 @@ import pytest
 import torch
 from probe_envs import ProbeEnv, probe_args
 from score_onnx import randomize
-from test_ppo import assert_same, state_of
 
 import ppo_gpu_torch as ppo
 import ppo_recurrent_gpu_torch as recurrent
@@ -339,32 +336,6 @@ def test_privileged_values_are_learned_beside_a_memory(tmp_path):
     rows = agent.critic_obs_statistics.normalize(torch.tensor([[[1.0], [-1.0]]]))
     value, _ = agent.normalized_value(rows, torch.zeros(2, 0), torch.ones(1, 2, dtype=torch.bool))
     assert agent.return_statistics.denormalize(value)[0].tolist() == pytest.approx([1.0, -1.0], abs=0.05)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_resumed_run_equals_uninterrupted_run(kind, tmp_path):
-    """Bit for bit. Episodes of 9 steps in iterations of 4: the checkpoint falls into all of them."""
-    flags = dict(memory=kind, num_steps=4, sequence_length=2, eval_episodes=0)
-    for name, steps in (("whole", 20), ("parts", 10)):
-        recurrent.train(make_args(tmp_path / name, "recall-8", total_timesteps=steps * 256, **flags), ProbeEnv)
-    flags |= dict(total_timesteps=20 * 256, resume=str(tmp_path / "parts" / "checkpoint.pt"))
-    recurrent.train(make_args(None, "recall-8", **flags), ProbeEnv)
-    whole = state_of(tmp_path / "whole")
-    assert_same(whole, state_of(tmp_path / "parts"))
-    assert [x.abs().sum() > 0 for x in whole["processes"][0]["moment"][2::2]] == [True, True]  # both memories
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_run(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    flags = "--env-id InvertedPendulum-v5 --device cpu --no-compile --num-envs 16 --num-minibatches 2 --eval-episodes 1"
-    words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split(), recurrent.__file__]
-    words += [*flags.split(), "--total-timesteps", "1024", "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    processes = state_of(tmp_path / "run")["processes"]
-    memories = [process["moment"][2] for process in processes]
-    assert [x.shape for x in memories] == [(8, 128)] * 2 and not torch.equal(*memories)
 
 
 # A policy after its training ------------------------------------------------------------------------------------------

@@ -6,18 +6,15 @@ a tolerance. test_trainers.py tests what SAC and PPO do alike, and test_ppo.py t
 from __future__ import annotations
 
 import dataclasses
-import json
-import signal
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from probe_envs import ProbeEnv
+from probe_envs import ProbeEnv, mortal
+from probe_envs import sac_args as probe_args
 from score_onnx import OnnxPolicy, check_file, randomize, read_names
-from test_ppo import assert_same, log_of, read_checkpoint, run_main, run_two_processes, signalled, state_of
-from two_processes_sac import probe_args, updates_on_fixed_data
+from test_ppo import log_of, read_checkpoint, run_main
 
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
@@ -35,17 +32,6 @@ def value_of(agent, rows, actions):
     with torch.no_grad():
         outputs = agent.critics(rows, torch.tensor(actions)[:, None], learning=False)
         return (agent.combined_value(outputs) * agent.reward_divisor()).tolist()
-
-
-def mortal(steps):
-    """Makes probe environments that raise KeyboardInterrupt after the compiling step and `steps` more."""
-
-    def make(*arguments, **options):
-        env = ProbeEnv(*arguments, **options)
-        env.steps_left = 1 + steps
-        return env
-
-    return make
 
 
 # Probe environments ---------------------------------------------------------------------------------------------------
@@ -206,53 +192,6 @@ def test_a_replay_that_does_not_fit_is_one_line(tmp_path):
 # Reproducibility and resume -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "env_id, changes",
-    [
-        ("delayed", dict(n_step=3, noise_repeat_max=16)),
-        ("privileged", dict(replay_capacity=1_280)),  # the ring has wrapped at the checkpoint
-        ("truncation", dict(network="flash", policy_frequency=3, half_precision_replay=True)),
-    ],
-)
-def test_resumed_run_with_its_replay_equals_uninterrupted_run(env_id, changes, tmp_path):
-    """A run is killed between two checkpoints. A schedule of the learning rate continues too."""
-    common = dict(checkpoint_replay=True, learning_rate_final=3e-4, total_timesteps=100 * 64, checkpoint_every=50 * 64)
-    common |= changes
-    sac.train(probe_args(tmp_path / "whole", env_id, **common), ProbeEnv)
-    with pytest.raises(KeyboardInterrupt):
-        sac.train(probe_args(tmp_path / "killed", env_id, **common), mortal(73))
-    assert read_checkpoint(tmp_path / "killed")["env_steps"] == 50 * 64
-    resume = str(tmp_path / "killed" / "checkpoint.pt")
-    sac.train(probe_args(None, env_id, **common, resume=resume), ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
-
-
-def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
-    common = dict(checkpoint_replay=True, total_timesteps=40 * 64, eval_episodes=0)
-    args, env = probe_args(tmp_path / "stopped", **common), signalled(signals=[signal.SIGTERM], step_number=1 + 23)
-    with monkeypatch.context() as patch:
-        patch.setattr(sac, "train", lambda _, stop, train=sac.train: train(args, env, stop=stop))
-        patch.setattr(sys, "argv", ["sac_gpu_torch.py"])
-        assert sac.main() == 143
-    path = tmp_path / "stopped" / "checkpoint.pt"
-    assert f"stopped after 1,472 steps; continue with --resume {path}" in capsys.readouterr().out
-    assert state_of(tmp_path / "stopped")["env_steps"] == 23 * 64
-    sac.train(dataclasses.replace(args, resume=str(path)), ProbeEnv)
-    sac.train(probe_args(tmp_path / "whole", **common), ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
-
-
-def test_a_checkpoint_of_another_device_continues_and_says_so(tmp_path, capsys):
-    sac.train(probe_args(tmp_path, total_timesteps=20 * 64, eval_episodes=0), ProbeEnv)
-    path = tmp_path / "checkpoint.pt"
-    checkpoint = read_checkpoint(tmp_path) | dict(device="cuda")
-    checkpoint["processes"][0]["generator"] = torch.zeros(16, dtype=torch.uint8)  # a GPU's
-    torch.save(checkpoint, path)
-    args = probe_args(tmp_path, total_timesteps=40 * 64, eval_episodes=0, resume=str(path))
-    assert sac.train(args, ProbeEnv)["env_steps"] == 40 * 64
-    assert "the checkpoint is from cuda; on cpu the random numbers are different" in capsys.readouterr().out
-
-
 def test_no_copy_of_the_replay_stays_alive(tmp_path, monkeypatch):
     """Neither that of a checkpoint that was loaded nor that of one that was written."""
     copies = []
@@ -350,47 +289,6 @@ def test_a_step_on_a_gpu_never_waits_for_the_host():
         sac.update(agent, functions, batch, torch.randn(2, 2, sizes.batch, 1, device="cuda"), 0, args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    return run_two_processes("two_processes_sac.py", tmp_path_factory.mktemp("processes"))
-
-
-def test_two_processes_with_half_the_batch_each_equal_one(two_processes):
-    """Equal data, split, lead to equal statistics, masks, gradients, targets and temperature after 12 updates.
-
-    Tolerance 1e-4: the sums in float32 have another order, and 12 steps of Adam follow each other."""
-    single = updates_on_fixed_data(rank=0, world_size=1)
-    first, second = (torch.load(two_processes / f"layer_norm-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert_same(first, second)  # bit for bit between the processes, or they would drift apart
-    assert single["policy_updates"] == first["policy_updates"] == 2
-    for key, value in single["agent"].items():
-        torch.testing.assert_close(first["agent"][key], value, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(first["terms"], single["terms"], rtol=1e-3, atol=1e-4)
-
-
-def test_two_processes_of_batch_norm_stay_equal_to_each_other_though_not_to_one(two_processes):
-    """Each process normalises its own half, so one process ends elsewhere. All running moments are shared."""
-    single = updates_on_fixed_data(rank=0, world_size=1, network="flash")
-    first, second = (torch.load(two_processes / f"flash-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert_same(first, second)
-    assert any(key.endswith("norm.mean") and value.any() for key, value in first["agent"].items())
-    key = "critics.first.blocks.0.widen.weight"
-    difference = (first["agent"][key] - single["agent"][key]).abs().max()
-    assert 1e-5 < difference < 0.2  # elsewhere, but not far away
-
-
-def test_two_processes_train_one_run_and_resume_it(two_processes):
-    assert len(log_of(two_processes / "whole")) == 8  # one writer
-    assert json.loads((two_processes / "whole" / "eval.json").read_text())["vecsim"]["mean"] > -0.1
-    whole, parts = state_of(two_processes / "whole"), state_of(two_processes / "parts")
-    assert len(whole["processes"]) == 2
-    assert not torch.equal(whole["processes"][0]["obs"], whole["processes"][1]["obs"])  # own seeds
-    assert_same(whole, parts)
 
 
 # Run folder and command line ------------------------------------------------------------------------------------------

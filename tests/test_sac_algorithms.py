@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import inspect
 import math
 
 import gymnasium
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import ppo_gpu_torch as ppo
 import sac_gpu_torch as sac
 
 KINDS = ("mlp", "layer_norm", "flash")
@@ -48,34 +46,6 @@ def random_batch(size=32, obs_size=3, actions=2, seed=0):
     discount, weight = 0.9 * (discount < 1.0), (weight < 1.3).float()
     batch = sac.Batch(obs, obs, normal(actions).tanh(), normal(), discount, next_obs, next_obs, weight)
     return batch, normal(actions)
-
-
-# Copies ---------------------------------------------------------------------------------------------------------------
-
-
-# What both trainers define under one name and mean differently; everything else must be the same, word for word.
-MEANT_TO_DIFFER = set(
-    "Args task_defaults parse_args check_ranges Sizes derive_sizes Agent Batch policy_step build_functions update "
-    "check_resumable train load_agent export".split()
-)
-
-
-def definitions(module):
-    own = {name: x for name, x in vars(module).items() if inspect.isfunction(x) or inspect.isclass(x)}
-    return {name: x for name, x in own.items() if x.__module__ == module.__name__}
-
-
-def test_helpers_that_both_trainers_define_are_the_same_word_for_word():
-    ours, theirs = definitions(sac), definitions(ppo)
-    shared = ours.keys() & theirs.keys()
-    assert shared >= MEANT_TO_DIFFER and len(shared - MEANT_TO_DIFFER) >= 10
-    for name in shared - MEANT_TO_DIFFER:
-        expected = inspect.getsource(theirs[name]).replace('"ppo"', '"sac"').replace("__ppo__", "__sac__")
-        assert inspect.getsource(ours[name]) == expected, name
-    for name in MEANT_TO_DIFFER:
-        assert inspect.getsource(ours[name]) != inspect.getsource(theirs[name]), f"{name} needs no exception"
-    for method in ("autocast", "to_env"):
-        assert inspect.getsource(getattr(sac.Agent, method)) == inspect.getsource(getattr(ppo.Agent, method))
 
 
 # The categorical critic -----------------------------------------------------------------------------------------------

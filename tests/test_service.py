@@ -4,9 +4,7 @@ The tests run PPO, because all three trainers call the same functions. Tests of 
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
-import inspect
 import io
 import json
 import os
@@ -18,11 +16,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import source_lint
 import torch
 from probe_envs import ProbeEnv, probe_args
 from test_ppo import (
-    assert_same,
     full_disk,
     logged,
     messages,
@@ -31,7 +27,6 @@ from test_ppo import (
     run_main_with,
     short_args,
     signalled,
-    state_of,
 )  # fmt: skip
 
 import ppo_distill_teacher_student as distill
@@ -73,24 +68,6 @@ def finished_run(tmp_path_factory):
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(number, status, tmp_path, monkeypatch, capsys):
-    """It comes in the middle of an iteration, twice at once, as `timeout` sends it."""
-    args = probe_args(tmp_path / "stopped", total_timesteps=20 * 512)
-    env = signalled(signals=(number, number), step_number=1 + 5 * 8 + 3)
-    monkeypatch.setattr(ppo, "train", lambda _, stop, train=ppo.train: train(args, env, stop=stop))
-    monkeypatch.setattr(sys, "argv", ["ppo_gpu_torch.py"])
-    assert ppo.main() == status
-    monkeypatch.undo()
-    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
-    assert f"stopped after 3,072 steps; continue with --resume {checkpoint}" in capsys.readouterr().out
-    assert state_of(tmp_path / "stopped")["env_steps"] == 3_072 and logged(tmp_path / "stopped", "env_steps") == [3_072]
-    assert not (tmp_path / "stopped" / "eval.json").exists()
-    ppo.train(dataclasses.replace(args, resume=str(checkpoint)), ProbeEnv)
-    ppo.train(probe_args(tmp_path / "whole", total_timesteps=20 * 512), ProbeEnv)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
@@ -293,8 +270,3 @@ def test_crossed_fires_once_for_each_multiple():
     assert [k for k in range(10) if vecsim.crossed(3, k, k + 1)] == [2, 5, 8]
     assert vecsim.crossed(100, 90, 350) and not vecsim.crossed(100, 100, 199) and vecsim.crossed(100, 199, 200)
     assert not vecsim.crossed(None, 0, 10**9)
-
-
-def test_the_average_over_processes_reads_nothing_on_the_host():
-    source = inspect.getsource(vecsim.average_over_processes)
-    assert not source_lint.unmarked_host_reads(source_lint.functions(source)["average_over_processes"], source)

@@ -1,4 +1,6 @@
-"""What PPO, PPO with memory, SAC and Q-learning do alike: equal and resumed runs, compilation, run folder, flags."""
+"""What PPO, PPO with memory, SAC and Q-learning do alike: equal and resumed runs, compilation, run folder, flags.
+
+Bit for bit on one CPU with equal versions: two runs of one seed, and a resumed run. Everything else has a tolerance."""
 
 from __future__ import annotations
 
@@ -10,19 +12,32 @@ import inspect
 import json
 import math
 import re
+import signal
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import source_lint
 import torch
-from probe_envs import ProbeEnv
+from probe_envs import ProbeEnv, dqn_args, mortal, sac_args
 from probe_envs import probe_args as ppo_args
-from test_ppo import CLOCKS, assert_same, log_of, messages, read_checkpoint, run_main, state_of
-from two_processes_dqn import probe_args as dqn_args
-from two_processes_sac import probe_args as sac_args
+from test_ppo import (
+    CLOCKS,
+    assert_same,
+    log_of,
+    logged,
+    messages,
+    read_checkpoint,
+    run_main,
+    run_two_processes,
+    signalled,
+    state_of,
+)
+from two_processes import RUNS, UPDATES
 
 import dqn_gpu_torch as dqn
+import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
 import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
@@ -147,6 +162,74 @@ def test_resume_with_the_simulator_is_bit_for_bit(trainer, tmp_path):
     resume = str(tmp_path / "parts" / "checkpoint.pt")
     train(trainer, tmp_path / "parts", **small, total_timesteps=4 * steps, resume=resume)
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+RESUMED = {  # trainer, probe environment, flags
+    "ppo": (PPO, "truncation", {}),
+    "ppo, privileged": (PPO, "privileged", {}),
+    "ppo, linear rate": (PPO, "delayed", dict(learning_rate_schedule="linear")),
+    "ppo, desired_kl": (PPO, "delayed", dict(desired_kl=(0.01, 0.001))),
+    "gru": (RECURRENT, "recall-8", dict(memory="gru", num_steps=4, sequence_length=2)),
+    "lstm": (RECURRENT, "recall-8", dict(memory="lstm", num_steps=4, sequence_length=2)),
+    "mingru": (RECURRENT, "recall-8", dict(memory="mingru", num_steps=4, sequence_length=2)),
+    "sac": (SAC, "delayed", dict(n_step=3, noise_repeat_max=16, learning_rate_final=3e-4)),
+    "sac, wrapped ring": (SAC, "privileged", dict(replay_capacity=1_280)),
+    "flash": (SAC, "truncation", dict(network="flash", policy_frequency=3, half_precision_replay=True)),
+    "dqn": (DQN, "delayed", dict(n_step=3, replay_capacity=1_280, learning_rate_final=3e-4, epsilon_decay=0.9)),
+    "pqn": (PQN, "delayed", dict(learning_rate_final=3e-4, epsilon_decay=0.9)),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_resumes_bit_for_bit(name, tmp_path):
+    """It repeats the steps since the last checkpoint, on its schedules; its log has no line twice."""
+    trainer, env_id, changes = RESUMED[name]
+    iteration = 64 * changes.get("num_steps", trainer.iteration // 64)
+    flags = dict(total_timesteps=40 * iteration, checkpoint_every=24 * iteration, log_every=iteration) | changes
+    dies = mortal(27 * iteration // 64 + iteration // 128)
+    train(trainer, tmp_path / "whole", env_id, eval_episodes=0, **flags)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, tmp_path / "killed", env_id, dies, eval_episodes=0, **flags)
+    whole, killed = state_of(tmp_path / "whole"), read_checkpoint(tmp_path / "killed")
+    assert killed["env_steps"] == 24 * iteration
+    train(trainer, None, env_id, eval_episodes=0, resume=str(tmp_path / "killed" / "checkpoint.pt"), **flags)
+    assert_same(whole, state_of(tmp_path / "killed"))
+    assert len(log_of(tmp_path / "whole")) == 40
+    assert_same(log_of(tmp_path / "whole"), log_of(tmp_path / "killed"), but=CLOCKS)
+    if trainer is RECURRENT:  # the checkpoint falls into all episodes, and holds both memories
+        assert all(x.abs().sum() > 0 for x in killed["processes"][0]["moment"][2::2])
+
+
+def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(trainer, tmp_path, monkeypatch, capsys):
+    """It comes in the middle of the 13th iteration, twice at once, as `timeout` sends it."""
+    steps, iteration, flags = trainer.iteration // 64, trainer.iteration, dict(total_timesteps=24 * trainer.iteration)
+    args = trainer.make_args(tmp_path / "stopped", **flags)
+    env = signalled(signals=[signal.SIGTERM] * 2, step_number=1 + 12 * steps + (steps + 1) // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.module, "train", lambda _, stop, train=trainer.module.train: train(args, env, stop=stop))
+        patch.setattr(sys, "argv", ["trainer.py"])
+        assert trainer.module.main() == 143
+    path = tmp_path / "stopped" / "checkpoint.pt"
+    assert f"stopped after {13 * iteration:,} steps; continue with --resume {path}" in capsys.readouterr().out
+    assert (
+        logged(tmp_path / "stopped", "env_steps") == [state_of(tmp_path / "stopped")["env_steps"]] == [13 * iteration]
+    )
+    assert not (tmp_path / "stopped" / "eval.json").exists()
+    train(trainer, None, resume=str(path), **flags)
+    train(trainer, tmp_path / "whole", **flags)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
+
+
+def test_a_checkpoint_of_another_device_continues_and_says_so(trainer, tmp_path, capsys):
+    """test_ppo.py looks at the random numbers."""
+    flags = dict(total_timesteps=12 * trainer.iteration, eval_episodes=0)
+    train(trainer, tmp_path, **flags)
+    checkpoint = read_checkpoint(tmp_path) | dict(device="cuda")
+    checkpoint["processes"][0]["generator"] = torch.zeros(16, dtype=torch.uint8)  # a GPU's
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    flags |= dict(total_timesteps=14 * trainer.iteration, resume=str(tmp_path / "checkpoint.pt"))
+    assert train(trainer, tmp_path, **flags)["env_steps"] == 14 * trainer.iteration
+    assert "the checkpoint is from cuda; on cpu the random numbers are different" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -290,66 +373,137 @@ def test_a_profile_of_a_short_run_is_of_its_last_iteration(trainer, tmp_path):
     assert names.count("update") == 1
 
 
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of two_processes.py, and what each of its processes found."""
+    folder = run_two_processes("two_processes.py", tmp_path_factory.mktemp("processes"))
+    return folder, [torch.load(folder / f"process-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def of_two_processes(test):
+    return pytest.mark.slow(pytest.mark.xdist_group("two processes")(test))
+
+
+@of_two_processes
+@pytest.mark.parametrize("name", UPDATES)
+def test_two_processes_with_half_the_data_each_equal_one(name, two_processes):
+    """Equal data, split, lead to equal statistics, masks, targets and weights, after 12 to 18 steps of Adam.
+
+    Tolerance 1e-4: the sums in float32 have another order."""
+    single, (first, second) = UPDATES[name](0, 1), (found[name] for found in two_processes[1])
+    assert_same(first, second)  # bit for bit between the processes, or they would drift apart
+    if name == "sac-flash":  # each process normalises its own half, so one process ends elsewhere, but not far away
+        assert any(key.endswith("norm.mean") and value.any() for key, value in first["agent"].items())
+        key = "critics.first.blocks.0.widen.weight"
+        assert 1e-5 < (first["agent"][key] - single["agent"][key]).abs().max() < 0.2
+        return
+    for key, value in single["agent"].items():
+        torch.testing.assert_close(first["agent"][key], value, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first["terms"], single["terms"], rtol=1e-3, atol=1e-4)
+    if name == "ppo":  # the schedule acted
+        assert single["learning_rate"] != pytest.approx(3e-3)
+        torch.testing.assert_close(first["learning_rate"], single["learning_rate"])
+
+
+@of_two_processes
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_one_run_and_resume_it(name, two_processes):
+    folder = two_processes[0] / name
+    assert len(log_of(folder / "whole")) == 8  # one writer
+    assert json.loads((folder / "whole" / "eval.json").read_text())["vecsim"]["mean"] > -0.3
+    whole, parts = state_of(folder / "whole"), state_of(folder / "parts")
+    first, second = whole["processes"]
+    assert not torch.equal(first["env"]["env"]["x"], second["env"]["env"]["x"])  # own seeds
+    assert not torch.equal(first["generator"], second["generator"])  # own noise
+    assert_same(whole, parts)
+    if name == "ppo":
+        assert (folder / "stopped.txt").read_text() == "1536"  # one process got SIGTERM, in the third iteration
+        assert_same(whole, state_of(folder / "stopped"))
+
+
+@of_two_processes
+def test_processes_merge_their_statistics_and_the_first_compiles_before_the_other(two_processes):
+    """If they compiled at once, they would write the same cache files and read them half written."""
+    first, second = two_processes[1]
+    expected = dict(episode_return=2 / 3, episode_length=2.0, success=None, episodes=3, invalid=2)
+    assert first["episodes"] == second["episodes"] == expected and first["compiled"] < second["compiled"]
+
+
 # The source itself ----------------------------------------------------------------------------------------------------
 
+every_module = pytest.mark.parametrize("module", [ppo, recurrent, sac, dqn, distill], ids=lambda x: x.__name__)
 
-def test_every_flag_has_one_help_line_and_is_read(trainer):
-    tree = ast.parse(inspect.getsource(trainer.module))
+
+@every_module
+def test_every_flag_has_one_help_line_and_is_read(module):
+    tree = ast.parse(inspect.getsource(module))
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
     for flag, text in zip(body[1::2], body[2::2], strict=True):
         assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr), ast.unparse(flag)
         assert "\n" not in text.value.value, flag.target.id
-    flags = {field.name for field in dataclasses.fields(trainer.module.Args)}
-    assert flags <= source_lint.flags_read(inspect.getsource(trainer.module)) | {"preset"}  # parse_args reads it
+    flags = {field.name for field in dataclasses.fields(module.Args)}
+    by_name = {"preset", "teacher", "student", "finetune_learning_rate"}  # by parse_args and getattr
+    assert flags <= source_lint.flags_read(inspect.getsource(module)) | by_name
 
 
-def test_only_the_defaults_read_a_module_variable(trainer):
-    for name, function in source_lint.functions(inspect.getsource(trainer.module)).items():
+@every_module
+def test_only_the_defaults_read_a_module_variable(module):
+    for name, function in source_lint.functions(inspect.getsource(module)).items():
         used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
         assert not used & {"TASKS", "VANILLA", "PQN"} or name == "task_defaults", name
 
 
-ON_DEVICE = """
-policy_step update weighted_moments RunningStatistics.update RunningStatistics.normalize
-Agent.act sum_over_processes train
-"""
-OF_PPO = """
-gaussian_log_prob gaussian_kl advantages_gae values_and_advantages explained_variance make_batch ppo_loss
-accumulate_gradients apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean
-Agent.normalized_value
-"""
-OF_RECURRENT = """
-gaussian_log_prob gaussian_kl advantages_gae values_and_advantages explained_variance to_sequences make_batches ppo_loss
-compute_gradients apply_gradients adapted_learning_rate RunningStatistics.denormalize Agent.policy_mean
-Agent.normalized_value parallel_scan gru_step lstm_step Memory.forward Network.forward
-"""
-OF_SAC = """
-gaussian_log_prob store draw_transitions hold_noise follow_returns n_step_returns gather_batch squashed_gaussian
-Agent.policy Agent.value Agent.combined_value Agent.reward_divisor project_categorical critic_target critic_loss
-temperature_loss policy_loss critic_step RunningStatistics.deviation PlainNetwork.forward BatchNorm.forward
-ResidualBlock.forward FlashNetwork.forward TwinCritics.forward Temperature.forward max_over_processes
-"""
-
-
-OF_DQN = """
-store draw_transitions follow_returns n_step_returns lambda_returns action_value bootstrap_value replay_batch
-rollout_batch q_loss apply_gradients Agent.values Agent.reward_divisor Agent.to_env RunningStatistics.deviation
-exploration_rates
-"""
-OF_ALL = [(ppo, OF_PPO), (recurrent, OF_RECURRENT), (sac, OF_SAC), (dqn, OF_DQN)]
-
-
-@pytest.mark.parametrize("module, names", OF_ALL, ids=["ppo", "ppo_recurrent", "sac", "dqn"])
-def test_no_host_read_without_its_comment(module, names):
+@every_module
+def test_no_host_read_without_its_comment(module):
+    """test_cuda_without_gpu.py shows that there is none between the iterations that log."""
     source = inspect.getsource(module)
     functions = source_lint.functions(source)
-    for name in (ON_DEVICE + names).split():
-        assert not source_lint.unmarked_host_reads(functions[name], source), name
+    unmarked = {name for name in functions if source_lint.unmarked_host_reads(functions[name], source)}
+    assert unmarked == {"StageRun.evaluate" if module is distill else "score_in_gymnasium"}  # with a copy on the CPU
 
 
-def test_the_loop_of_train_reads_the_host_only_when_it_logs(trainer):
-    nodes = ast.walk(source_lint.functions(inspect.getsource(trainer.module))["train"])
-    loop = next(x for x in nodes if isinstance(x, ast.For) and ast.unparse(x.target) == "iteration").body
-    gate = next(k for k, x in enumerate(loop) if isinstance(x, ast.If) and isinstance(x.body[0], ast.Continue))
-    assert not any(source_lint.host_reads(node) for node in loop[:gate])
-    assert "print" not in "\n".join(ast.unparse(node) for node in loop[:gate])
+READS = ["x.item()", "float(x)", "int(x)", "bool(x)", "x.nonzero()", "torch.unique(x)", "torch.cuda.synchronize()"]
+READS += ["x[x > 0]", "x[:, ~y]", "x[y & z]", "x[y | (x > 0)]", "0 if x.any() else 1", "0 if y and not x.all() else 1"]
+NO_READS = ["x[slot, env]", "x[:, -1:]", "names['a' if y == 0 else 'b']", "z: int | None = x[0]", "x.any(1)"]
+
+
+@pytest.mark.parametrize("line", [*READS, *NO_READS, "x.item()  # host sync"])
+def test_the_lint_sees_a_host_read_without_its_comment(line):
+    source = f"class Statistics:\n    def update(self, x: dict[str, int | None]):\n        {line}\n"
+    found = source_lint.unmarked_host_reads(source_lint.functions(source)["Statistics.update"], source)
+    assert found == [line] * (line in READS)
+
+
+COPIES = [  # two files, and the names that they define with different meanings; all others are equal word for word
+    (distill, ppo, "Args check_ranges Sizes derive_sizes Agent Rollout allocate_rollout Batch LossTerms policy_step "
+     "make_batch ppo_loss accumulate_gradients apply_gradients update check_resumable train load_agent load_policy "
+     "export play"),
+    (sac, ppo, "Args task_defaults parse_args check_ranges Sizes derive_sizes Agent Batch policy_step build_functions "
+     "update check_resumable train load_agent export"),
+    (dqn, sac, "Args task_defaults parse_args check_ranges Sizes derive_sizes make_network Agent Transitions "
+     "allocate_replay store Batch policy_step follow_returns Functions update build_functions check_resumable "
+     "filled_part train load_agent export"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module, origin, names", COPIES, ids=lambda x: getattr(x, "__name__", ""))
+def test_helpers_of_two_trainers_are_equal_word_for_word(module, origin, names):
+    def definitions(module):
+        own = {name: x for name, x in vars(module).items() if inspect.isfunction(x) or inspect.isclass(x)}
+        return {name: inspect.getsource(x) for name, x in own.items() if x.__module__ == module.__name__}
+
+    def words(source):  # without line breaks, which follow from the lengths of "ppo" and "distill"
+        return ast.unparse(ast.parse(source))
+
+    ours, theirs = definitions(module), definitions(origin)
+    algorithms = {ppo: '"ppo"', sac: '"sac"', dqn: '"dqn"', distill: '"distill"'}
+    renamed = {name: source.replace(algorithms[origin], algorithms[module]) for name, source in theirs.items()}
+    shared = ours.keys() & theirs.keys()
+    differ = {name for name in shared if words(ours[name]) != words(renamed[name])}
+    assert differ == set(names.split()) and len(shared - differ) >= 10
+    if module is sac:
+        for method in ("autocast", "to_env"):
+            assert inspect.getsource(getattr(sac.Agent, method)) == inspect.getsource(getattr(ppo.Agent, method))
