@@ -47,7 +47,7 @@ class Learner:
         ppo.check_flags(self.args)
         self.setup = ppo.make_setup(env, self.args)
         self.hyper = ppo.Hyperparameters(*(jnp.asarray(x[0]) for x in ppo.hyperparameters(self.args)[0]))
-        self.state = ppo.initialise(self.setup, self.hyper, 1)
+        self.state = jax.jit(functools.partial(ppo.initialise, self.setup))(self.hyper, 1)
 
 
 # Hand-computed cases
@@ -142,8 +142,11 @@ def test_a_sweep_over_desired_kl_sets_both_of_its_ends():
 # Probe environments: tiny, with known answers; each tells which part is broken
 
 
-def probe(name):
-    """x is -1 or 1, drawn at reset; observation = (x, age, first action).
+PROBES = ("constant", "value", "action", "delayed", "truncation", "broken")
+
+
+def probe(kind):
+    """x is -1 or 1, drawn at reset; observation = (x, age, first action). kind: a name, or a traced index of PROBES.
 
     constant    one step, reward 1                                    V = 1
     value       one step, reward x                                    V = x
@@ -152,7 +155,8 @@ def probe(name):
     truncation  reward 1 forever, cut by a time limit of 5 steps      V = 1 / (1 - gamma) = 5: a time limit is no end
     broken      as action, but where x is 1 half the steps are NaN    its NaN must not reach the learner
     """
-    last = {"delayed": 2, "truncation": 10**9}.get(name, 1)
+    number = PROBES.index(kind) if isinstance(kind, str) else kind
+    last = jnp.array([1, 1, 1, 2, 10**9, 1])[number]
 
     def reset(key):
         x = 2.0 * jax.random.bernoulli(key) - 1.0
@@ -162,21 +166,37 @@ def probe(name):
         x, age, first = state
         first, age = jnp.where(age == 0, action[0], first), age + 1
         error = -jnp.square(first - x / 2)
-        rewards = dict(constant=1.0, value=x, action=error, delayed=error * (age == 2), truncation=1.0)
-        rewards["broken"] = jnp.where((x > 0) & (action[0] > 0.5), jnp.nan, error)
-        return (x, age, first), jnp.array([x, age, first]), jnp.asarray(rewards[name], x.dtype), age >= last
+        broken = jnp.where((x > 0) & (action[0] > 0.5), jnp.nan, error)
+        reward = jnp.stack([jnp.ones(()), x, error, error * (age == 2), jnp.ones(()), broken])[number]
+        return (x, age, first), jnp.array([x, age, first]), jnp.asarray(reward, x.dtype), age >= last
 
-    return ppo.Environment(reset, step, 3, np.array([-2.0]), np.array([2.0]), 5 if name == "truncation" else 1000)
+    limit = 1000 if isinstance(kind, str) and kind != "truncation" else 5  # the others end sooner by themselves
+    return ppo.Environment(reset, step, 3, np.array([-2.0]), np.array([2.0]), limit)
 
 
-def train_on_probe(name, iterations, **changes):
-    options = dict(num_envs=64, num_steps=16, actor_hidden=(32,), critic_hidden=(32,), gamma=0.9, log_std_init=-0.7)
-    learner = Learner(probe(name), **options | dict(learning_rate=3e-3, desired_kl=(0.02, 0.02)) | changes)
-    setup = learner.setup
-    state, sums = jax.jit(functools.partial(ppo.advance, setup))(learner.hyper, learner.state, iterations)
-    obs = jnp.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    action = 2.0 * ppo.policy_mean(setup, state.parameters, state.obs_statistics, obs)[:, 0]
-    return np.asarray(ppo.values_of(setup, state, obs)), np.asarray(action), sums
+@functools.cache
+def probe_program(update_epochs, num_minibatches):
+    """The flags, and a compiled function (probe, hyper, iterations) -> values, actions, sums, for all probes."""
+    sizes = dict(num_envs=64, num_steps=16, actor_hidden=(32,), critic_hidden=(32,), log_std_init=-0.7)
+    sizes |= dict(update_epochs=update_epochs, num_minibatches=num_minibatches)
+    args = ppo.Args(**SMALL | sizes | dict(learning_rate=3e-3, desired_kl=(0.02, 0.02)))
+
+    def train(number, hyper, iterations):
+        setup = ppo.make_setup(probe(number), args)
+        state, sums = ppo.advance(setup, hyper, ppo.initialise(setup, hyper, 1), iterations)
+        obs = jnp.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+        action = 2.0 * ppo.policy_mean(setup, state.parameters, state.obs_statistics, obs)[:, 0]
+        return ppo.values_of(setup, state, obs), action, sums
+
+    return args, jax.jit(train)
+
+
+def train_on_probe(name, iterations, gamma=0.9, update_epochs=4, num_minibatches=8):
+    """Values and actions where x is -1 and 1, and the sums of the log."""
+    args, train = probe_program(update_epochs, num_minibatches)
+    hyper, _ = ppo.hyperparameters(dataclasses.replace(args, gamma=gamma))
+    values, action, sums = train(PROBES.index(name), jax.tree.map(lambda x: jnp.asarray(x[0]), hyper), iterations)
+    return np.asarray(values), np.asarray(action), sums
 
 
 @pytest.mark.parametrize("name, values", [("constant", [1, 1]), ("value", [-1, 1]), ("truncation", [5, 5])])
@@ -300,6 +320,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_diverged_agent_does_not_stop_the_others(tmp_path):
     """A learning rate of 1e30 breaks its agent; the other one is trained and scored. Alone, it is an error."""
     options = dict(learning_rate_schedule="constant", eval_episodes=4)
@@ -311,7 +332,19 @@ def test_one_diverged_agent_does_not_stop_the_others(tmp_path):
         run(tmp_path, "alone", probe("action"), learning_rate=1e30, **options)
 
 
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def pendulum_run(tmp_path_factory):
+    """The arrays of a short run on the pendulum."""
+    return run(tmp_path_factory.mktemp("pendulum"), "whole", total_timesteps=512)[1]
+
+
+def on_the_pendulum(test):
+    """MJX takes long to trace and compile, so these tests share a run."""
+    return pytest.mark.slow(pytest.mark.xdist_group("MJX's pendulum")(test))
+
+
+@on_the_pendulum
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(pendulum_run, tmp_path, monkeypatch):
     """The other run is killed after its first checkpoint, at half the steps."""
 
     def save_and_die(*inputs):
@@ -319,20 +352,17 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     save_checkpoint = ppo.save_checkpoint
-    _, whole = run(tmp_path, "whole")
     monkeypatch.setattr(ppo, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "half", checkpoint_every=512)
+        run(tmp_path, "half", total_timesteps=512, checkpoint_every=256)
     monkeypatch.undo()
     half = str(tmp_path / "half" / "checkpoint.npz")
-    assert ppo.load_checkpoint(half)["env_steps"] == 512
-    _, resumed = run(tmp_path, "resumed", resume=half)
-    assert_equal(resumed, whole)
-    for change in (dict(num_steps=4), dict(seed=2), dict(actor_hidden=(8,)), dict(total_timesteps=512)):
+    assert ppo.load_checkpoint(half)["env_steps"] == 256
+    _, resumed = run(tmp_path, "resumed", total_timesteps=512, resume=half)
+    assert_equal(resumed, pendulum_run)
+    for change in (dict(num_steps=4), dict(seed=2), dict(actor_hidden=(8,)), dict(total_timesteps=256)):
         with pytest.raises(ppo.InputError, match="omit that flag|give a larger --total-timesteps"):
-            run(tmp_path, "refused", **dict(resume=half) | change)
-    _, other = run(tmp_path, "other", seed=2)
-    assert any((whole[name] != other[name]).any() for name in whole if "kernel" in name)
+            run(tmp_path, "refused", **dict(total_timesteps=512, resume=half) | change)
 
 
 TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
@@ -367,8 +397,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monk
     assert ppo.load_checkpoint(str(path))["env_steps"] == 128 and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(number, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     """The signal comes in the third of four iterations."""
     records, handlers = [], [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
     metrics_record = ppo.metrics_record
@@ -376,7 +405,7 @@ def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(number, tmp_path,
     def interrupted(*inputs):
         records.append(metrics_record(*inputs))
         if len(records) == 3:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         return records[-1]
 
@@ -390,12 +419,24 @@ def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(number, tmp_path,
     assert_equal(final_state(half), final_state(whole))
 
 
+MAIN_ON_PROBE = """
+import sys
+from test_ppo_mjx import ppo, probe
+
+train = ppo.train
+ppo.train = lambda args: train(args, probe("action"))
+sys.exit(ppo.main())
+"""
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     """Even if the program of the first stretch would run for many minutes more."""
     steps = ("--total-timesteps", 10**9, "--log-every", 10**9, "--checkpoint-every", 10**9)
-    words = [sys.executable, ROOT / "ppo_mjx_jax.py", *TINY_RUN, "--run-dir", tmp_path / "run", "--profile", *steps]
+    words = [sys.executable, "-c", MAIN_ON_PROBE, *TINY_RUN, "--run-dir", tmp_path / "run", "--profile", *steps]
+    environment = os.environ | dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen([*map(str, words)], stdout=out, stderr=err)
+        process = subprocess.Popen([*map(str, words)], stdout=out, stderr=err, env=environment)
     try:
         until = time.monotonic() + 300
         while not list((tmp_path / "run" / "profile").rglob("*.json.gz")) and time.monotonic() < until:
@@ -441,9 +482,9 @@ def test_profile_writes_a_trace_and_leaves_the_training_as_it_was(tmp_path, caps
 @pytest.mark.slow
 def test_eight_seeds_in_one_program_equal_eight_separate_runs(tmp_path):
     """After 8 iterations, in float32: batched matrix products may round differently, and training amplifies it."""
-    _, together = run(tmp_path, "together", num_seeds=8)
+    _, together = run(tmp_path, "together", probe("action"), num_seeds=8)
     args = ppo.Args(**SMALL, total_timesteps=1024)
-    setup = ppo.make_setup(ppo.make_environment(ppo.make_task(args)), args)
+    setup = ppo.make_setup(probe("action"), args)
 
     @jax.jit  # once for all: the seed is data
     def train_one(hyper, seed):
@@ -454,7 +495,7 @@ def test_eight_seeds_in_one_program_equal_eight_separate_runs(tmp_path):
         state = train_one(ppo.Hyperparameters(*(x[0] for x in hyper)), seeds[0])
         alone = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(state)}
         assert_close({name: leaf[i] for name, leaf in together.items()}, alone)
-    _, trained = run(tmp_path, "alone", seed=8)  # the last of them by `train` itself
+    _, trained = run(tmp_path, "alone", probe("action"), seed=8)  # the last of them by `train` itself
     assert_close({name: leaf[0] for name, leaf in trained.items()}, alone)
     assert any((leaf[0] != leaf[7]).any() for name, leaf in together.items() if "kernel" in name)
 
@@ -475,23 +516,16 @@ def command(*arguments, **environment):
     return subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, timeout=400)
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("one_device")
-    done = command(*TINY_RUN, "--run-dir", run_dir, XLA_FLAGS=FAST_COMPILE)
-    assert done.returncode == 0 and "1 device(s)" in done.stdout, done.stderr
-    return final_state(run_dir)
-
-
-def test_two_devices_share_the_environments(one_device, tmp_path):
+@on_the_pendulum
+def test_two_devices_share_the_environments(pendulum_run, tmp_path):
     xla_flags = f"{FAST_COMPILE} --xla_force_host_platform_device_count=2"
     done = command(*TINY_RUN, "--run-dir", tmp_path, XLA_FLAGS=xla_flags)
     assert done.returncode == 0 and "2 device(s)" in done.stdout, done.stderr
-    assert_close(final_state(tmp_path), one_device)
+    assert_close(final_state(tmp_path), pendulum_run)
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_environments(one_device, tmp_path):
+@on_the_pendulum
+def test_two_processes_share_the_environments(pendulum_run, tmp_path):
     """As two hosts would. Only the first one writes a run folder."""
     with socket.socket() as probe_socket:
         probe_socket.bind(("127.0.0.1", 0))
@@ -510,9 +544,10 @@ def test_two_processes_share_the_environments(one_device, tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 device(s)" in outputs[0] and not (tmp_path / "1").exists()
-    assert_close(final_state(tmp_path / "0"), one_device)
+    assert_close(final_state(tmp_path / "0"), pendulum_run)
 
 
+@pytest.mark.slow
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path):
     """The first command of the header, end to end. Then its checkpoint is played, and read by load_policy."""
     done = command("--run-dir", tmp_path, "--compilation-cache", CACHE, XLA_FLAGS="")
@@ -536,7 +571,8 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
 def test_a_policy_of_many_agents_is_the_one_that_was_trained(tmp_path):
     args = ppo.Args(**SMALL, num_seeds=2)
     learner = Learner(ppo.make_environment(ppo.make_task(args)), num_seeds=2)
-    setup, states = learner.setup, [ppo.initialise(learner.setup, learner.hyper, seed) for seed in (1, 2)]
+    setup, initialise = learner.setup, jax.jit(functools.partial(ppo.initialise, learner.setup))
+    states = [initialise(learner.hyper, seed) for seed in (1, 2)]
     both = jax.tree.map(lambda *x: jnp.stack(x), *states)
     path = tmp_path / "checkpoint.npz"
     ppo.save_checkpoint(path, args, both, dict(env_steps=0, train_seconds=0.0, compile_seconds=0.0))

@@ -313,10 +313,12 @@ SOLVED = {  # a probe that only a memory solves: its flags, and the score that s
     "recall-32": (dict(num_steps=33, total_timesteps=300_000), -0.02),
     "t-maze": (dict(num_steps=18, total_timesteps=200_000), 0.9),
 }
+TRIED = [("recall-1", kind) for kind in KINDS]
+TRIED += [pytest.param("recall-8", kind, marks=pytest.mark.slow) for kind in KINDS]
+TRIED += [pytest.param(*x, marks=pytest.mark.slow) for x in (("recall-32", "gru"), ("t-maze", "lstm"))]
 
 
-@pytest.mark.parametrize("env_id", [x if x == "recall-1" else pytest.param(x, marks=pytest.mark.slow) for x in SOLVED])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("env_id, kind", TRIED)
 def test_a_memory_solves_what_needs_one(env_id, kind, tmp_path):
     flags, score = SOLVED[env_id]
     result = recurrent.train(make_args(tmp_path, env_id, memory=kind, **flags), ProbeEnv)
