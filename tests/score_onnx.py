@@ -5,6 +5,7 @@ python tests/score_onnx.py runs/NAME/checkpoint.pt results/export/HalfCheetah-v5
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -41,6 +42,24 @@ def randomize(agent: torch.nn.Module) -> None:
         if hasattr(module, "variance"):  # of observations, and of a network's batch norm
             module.mean.normal_(0.0, 2.0, generator=generator)
             module.variance.uniform_(0.01, 9.0, generator=generator)
+
+
+def save_agent(folder: Path, agent: torch.nn.Module, args, algorithm: str, **more) -> Path:
+    """`randomize` an agent and write its checkpoint; `more` is in it too. Returns the path."""
+    randomize(agent)
+    state = dict(algorithm=algorithm, env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
+    state |= dict(agent=agent.state_dict(), versions=vecsim.versions()) | more
+    vecsim.save_checkpoint(folder / "checkpoint.pt", state)
+    return folder / "checkpoint.pt"
+
+
+def write_checkpoint(folder: Path, trainer, algorithm: str, env_id: str, **flags) -> tuple[torch.nn.Module, Path]:
+    """An agent of PPO or SAC with random weights and observation statistics, and the path of its checkpoint."""
+    args = dataclasses.replace(trainer.task_defaults(env_id), device="cpu", **flags)
+    env = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs)
+    torch.manual_seed(0)
+    agent = trainer.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
+    return agent, save_agent(folder, agent, args, algorithm)
 
 
 def check_file(

@@ -19,7 +19,7 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
-from score_onnx import OnnxPolicy, check_file, randomize, read_names
+from score_onnx import OnnxPolicy, check_file, read_names, save_agent
 from test_ppo import assert_same, run_two_processes
 from torch import nn
 
@@ -781,11 +781,9 @@ def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tm
     env = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs)
     torch.manual_seed(0)
     agent = distill.make_agent(stage, env, args)
-    randomize(agent)
-    state = dict(algorithm="distill", stage=stage, env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
-    state |= dict(observes="critic_obs" if stage == "teacher" else "obs", agent=agent.state_dict())
-    torch.save(state | dict(versions=vecsim.versions()), tmp_path / "checkpoint.pt")
-    play = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
+    observes = "critic_obs" if stage == "teacher" else "obs"
+    path = save_agent(tmp_path, agent, args, "distill", stage=stage, observes=observes)
+    play = ["--play", path, "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
     assert run_main(monkeypatch, capsys, *play) == (0, f"ONNX: {tmp_path / 'policy.onnx'}\n", "")
 
     policy = OnnxPolicy(tmp_path / "policy.onnx")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from probe_envs import OF_ALGORITHM, ProbeEnv
 from probe_envs import dqn_args as probe_args
-from score_onnx import OnnxPolicy, check_file, randomize, read_names
+from score_onnx import OnnxPolicy, check_file, read_names, save_agent
 from test_ppo import assert_same, log_of, read_checkpoint, run_main
 from test_sac_algorithms import WINDOWS, Story
 
@@ -388,13 +388,10 @@ def test_the_panel_and_an_export_act_like_the_trained_policy_through_the_same_bi
     env = vecsim.make(args.env_id, num_envs=1)
     torch.manual_seed(0)
     agent = dqn.Agent(4, env.single_action_space, args)
-    randomize(agent)
-    state = dict(algorithm="dqn", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
-    state |= dict(agent=agent.state_dict(), versions=vecsim.versions())
-    vecsim.save_checkpoint(tmp_path / "checkpoint.pt", state)
-    flags = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
+    path = save_agent(tmp_path, agent, args, "dqn")
+    flags = ["--play", path, "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
     assert run_main(monkeypatch, capsys, *flags, trainer=dqn) == (0, "")
-    [subject] = panel.load_subjects(panel.check_args(panel.Args((str(tmp_path / "checkpoint.pt"),), device="cpu")))
+    [subject] = panel.load_subjects(panel.check_args(panel.Args((str(path),), device="cpu")))
     obs = torch.randn(32, 4)
     assert subject.label == "pqn" and torch.equal(subject.act(obs, torch.zeros(32).bool()), agent.act(obs))
     policy = OnnxPolicy(tmp_path / "policy.onnx")
@@ -404,25 +401,6 @@ def test_the_panel_and_an_export_act_like_the_trained_policy_through_the_same_bi
     assert read_names(policy, "dqn_gpu_torch.py", env_steps=640)[1:] == (["slide"], pytest.approx(0.04))
     ours, theirs = (vecsim.evaluate_in_gymnasium(args.env_id, act, 1, 1, {}) for act in (agent.act, policy.act))
     assert ours == pytest.approx(theirs) and ours["mean_length"] > 1
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(bins=1), "bins = 1 must be between 2 and 256"),
-        (dict(q_lambda=1.5), "q_lambda = 1.5 must be between 0 and 1"),
-        (dict(epsilon=(0.2, 0.1)), "epsilon = (0.2, 0.1) must be two numbers > 0 and <= 1, the lower one first"),
-        (dict(epsilon=(0.0, 0.1)), "epsilon = (0.0, 0.1) must be two numbers > 0"),
-        (dict(tau=0.0), "tau = 0.0 must be > 0 and <= 1"),
-        (dict(replay_capacity=600), "replay_capacity = 600 must be >= learning_starts = 640"),
-        (dict(total_timesteps=640), "total_timesteps = 640 must be > learning_starts = 640"),
-        (dict(critic_hidden=(16, 0)), "critic_hidden"),
-    ],
-)
-def test_illegal_flags_name_the_rule_and_legal_values(changes, message):
-    with pytest.raises(dqn.InputError) as error:
-        dqn.check_ranges(probe_args(None, **changes))
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_environments_and_batches_must_split():

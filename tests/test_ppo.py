@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from probe_envs import ProbeEnv, documented_a2c, probe_args
-from score_onnx import OnnxPolicy, check_file, randomize, read_names
+from score_onnx import OnnxPolicy, check_file, read_names, write_checkpoint
 
 import ppo_gpu_torch as ppo
 import vecsim_torch as vecsim
@@ -194,18 +194,6 @@ def agent_on_a_gpu():
     args = probe_args("unused", device="cuda")
     agent = ppo.Agent(3, None, ProbeEnv("action").single_action_space, args).cuda()
     return args, agent, ppo.derive_sizes(args, 1, torch.device("cuda"))
-
-
-@needs_cuda
-def test_captured_policy_sees_fresh_noise_and_new_weights():
-    _, agent, _ = agent_on_a_gpu()
-    obs, noise = torch.randn(4, 3, device="cuda"), torch.randn(2, 4, 1, device="cuda")
-    policy = vecsim.capture(lambda *inputs: ppo.policy_step(agent, *inputs), (obs, noise[0]))
-    first, second = (policy(obs, x)[1].clone() for x in noise)
-    assert not torch.equal(first, second)
-    with torch.no_grad():
-        agent.actor[-1].bias.add_(1.0)
-    torch.testing.assert_close(policy(obs, noise[1])[1], second + 1.0)
 
 
 @needs_cuda
@@ -423,21 +411,9 @@ def test_final_evaluation_in_the_training_environment_equals_one_in_a_fresh_one(
     assert result["vecsim"]["mean_length"] == result["gymnasium"]["mean_length"] == 20.0
 
 
-def write_checkpoint(folder, env_id, **flags):
-    """Save an agent with random weights and observation statistics; return it and the path of the checkpoint."""
-    args = dataclasses.replace(ppo.task_defaults(env_id), device="cpu", **flags)
-    env = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs)
-    torch.manual_seed(0)
-    agent = ppo.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
-    randomize(agent)
-    state = dict(algorithm="ppo", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
-    vecsim.save_checkpoint(folder / "checkpoint.pt", state | dict(agent=agent.state_dict(), versions=vecsim.versions()))
-    return agent, folder / "checkpoint.pt"
-
-
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a frozen number may be the number of rows
 def test_exported_policy_acts_like_the_trained_one(tmp_path, monkeypatch, capsys):
-    agent, checkpoint = write_checkpoint(tmp_path, env_id="HalfCheetah-v5")
+    agent, checkpoint = write_checkpoint(tmp_path, ppo, "ppo", env_id="HalfCheetah-v5")
     flags = ["--play", checkpoint, "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
     assert run_main(monkeypatch, capsys, *flags) == (0, "")
     policy = OnnxPolicy(tmp_path / "policy.onnx")
@@ -458,7 +434,7 @@ def test_exported_policy_acts_like_the_trained_one(tmp_path, monkeypatch, capsys
 
 def test_exported_policy_of_a_bf16_run_is_float32_and_its_options_are_in_the_file(tmp_path, monkeypatch, capsys):
     options = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
-    agent, checkpoint = write_checkpoint(tmp_path, env_id="Ant-v5", bf16=True, env_kwargs=options)
+    agent, checkpoint = write_checkpoint(tmp_path, ppo, "ppo", env_id="Ant-v5", bf16=True, env_kwargs=options)
     flags = ["--play", checkpoint, "--export", tmp_path / "policy.onnx", "--eval-episodes", "0"]
     assert run_main(monkeypatch, capsys, *flags) == (0, "")
     policy, agent.bf16 = OnnxPolicy(tmp_path / "policy.onnx"), False
@@ -471,7 +447,7 @@ def test_exported_policy_of_a_bf16_run_is_float32_and_its_options_are_in_the_fil
 
 
 def test_an_export_without_onnx_is_one_line(tmp_path, monkeypatch, capsys):
-    _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
+    _, checkpoint = write_checkpoint(tmp_path, ppo, "ppo", env_id="InvertedPendulum-v5")
     monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
     flags = ["--play", checkpoint, "--eval-episodes", "0", "--export", tmp_path / "policy.onnx"]
     assert run_main(monkeypatch, capsys, *flags) == (2, "error: an export needs ONNX; run `pip install onnx`\n")
@@ -479,7 +455,7 @@ def test_an_export_without_onnx_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_export_is_one_line_and_keeps_the_earlier_file(tmp_path, monkeypatch, capsys):
-    _, checkpoint = write_checkpoint(tmp_path, env_id="InvertedPendulum-v5")
+    _, checkpoint = write_checkpoint(tmp_path, ppo, "ppo", env_id="InvertedPendulum-v5")
     flags = ["--play", checkpoint, "--eval-episodes", "0", "--export"]
     nowhere, good = tmp_path / "nowhere" / "policy.onnx", tmp_path / "good.onnx"
     status, err = run_main(monkeypatch, capsys, *flags, nowhere)

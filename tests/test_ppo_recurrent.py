@@ -16,11 +16,10 @@ import onnxruntime
 import pytest
 import torch
 from probe_envs import ProbeEnv, probe_args
-from score_onnx import randomize
+from score_onnx import write_checkpoint
 
 import ppo_gpu_torch as ppo
 import ppo_recurrent_gpu_torch as recurrent
-import vecsim_torch as vecsim
 
 KINDS = ("gru", "lstm", "mingru")
 make_args = functools.partial(probe_args, flags=recurrent.Args, memory_width=32)
@@ -278,31 +277,9 @@ def test_the_update_sees_the_policy_that_acted(kind, sequence_length, tmp_path, 
 # Sizes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (
-            dict(num_envs=10, num_minibatches=4),
-            "num_envs = 10 per process does not split into 4 minibatches; use 2",
-        ),
-        (dict(num_steps=12, sequence_length=5), "num_steps = 12 does not split into sequences of 5 steps; use 4"),
-        (dict(memory_width=0), "memory_width = 0 must be >= 1"),
-        (dict(sequence_length=0), "sequence_length = 0 must be >= 1"),
-    ],
-)
-def test_illegal_flags_name_the_rule_and_legal_values(changes, message):
-    with pytest.raises(recurrent.InputError, match=message.replace("(", ".")):
-        recurrent.check_ranges(make_args(None, **changes))
-        recurrent.derive_sizes(make_args(None, **changes), 1)
-
-
-def test_every_row_of_defaults_is_legal_and_is_that_of_ppo():
+def test_the_defaults_are_those_of_ppo():
+    """test_service.py shows that they are legal."""
     assert recurrent.TASKS == ppo.TASKS
-    for task in recurrent.TASKS:
-        args = recurrent.task_defaults(task)
-        recurrent.check_ranges(args)
-        recurrent.derive_sizes(args, 1)
-        assert recurrent.parse_args(["--env-id", task]) == args
 
 
 # Whole trainings ------------------------------------------------------------------------------------------------------
@@ -343,19 +320,6 @@ def test_privileged_values_are_learned_beside_a_memory(tmp_path):
 # A policy after its training ------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder, env_id="HalfCheetah-v5", **flags):
-    """Save an agent of random weights; return it and the path of the checkpoint."""
-    args = dataclasses.replace(recurrent.task_defaults(env_id), device="cpu", **flags)
-    env = vecsim.make(args.env_id, num_envs=1, **args.env_kwargs)
-    torch.manual_seed(0)
-    agent = recurrent.Agent(env.single_observation_space.shape[0], None, env.single_action_space, args)
-    randomize(agent)
-    state = dict(algorithm="ppo_recurrent", env_id=env_id, args=dataclasses.asdict(args), env_steps=640)
-    state |= dict(agent=agent.state_dict(), versions=vecsim.versions())
-    vecsim.save_checkpoint(folder / "checkpoint.pt", state)
-    return agent, folder / "checkpoint.pt"
-
-
 def actions_by_hand(agent, obs, started):
     """Actions (T, B, actions) from observations (T, B, obs): a fresh memory for each episode of each robot."""
     actions = torch.zeros(*obs.shape[:2], len(agent.log_std))
@@ -377,7 +341,8 @@ def story(size, steps=12):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_keeps_the_memory_of_each_robot_and_the_panel_judges_it(kind, tmp_path):
     panel = pytest.importorskip("eval_panel")
-    agent, path = write_checkpoint(tmp_path, memory=kind, env_kwargs={"hidden_observations": "qvel"})
+    flags = dict(memory=kind, env_kwargs={"hidden_observations": "qvel"})
+    agent, path = write_checkpoint(tmp_path, recurrent, "ppo_recurrent", "HalfCheetah-v5", **flags)
     (obs, started) = story(8)
     expected = actions_by_hand(agent, obs, started)
     (subject,) = panel.load_subjects(panel.check_args(panel.Args((str(path),), device="cpu")))
@@ -392,7 +357,7 @@ def test_a_policy_keeps_the_memory_of_each_robot_and_the_panel_judges_it(kind, t
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a frozen number may be the number of rows
 def test_an_export_carries_its_memory_over_an_episode_with_a_reset(kind, tmp_path, monkeypatch, capsys):
     flags = dict(memory=kind, memory_layers=2, memory_position="after", bf16=True)
-    agent, path = write_checkpoint(tmp_path, **flags)
+    agent, path = write_checkpoint(tmp_path, recurrent, "ppo_recurrent", "HalfCheetah-v5", **flags)
     file = tmp_path / "policy.onnx"
     words = f"ppo_recurrent_gpu_torch.py --play {path} --export {file} --eval-episodes 0".split()
     monkeypatch.setattr(sys, "argv", words)
@@ -413,7 +378,7 @@ def test_an_export_carries_its_memory_over_an_episode_with_a_reset(kind, tmp_pat
 def test_an_evaluation_in_gymnasium_has_one_memory_for_each_episode(tmp_path):
     """The pendulum falls at different times. Its episodes, one after the other with fresh memories, score alike."""
     flags = dict(env_id="InvertedPendulum-v5", memory="lstm", env_kwargs={"hidden_observations": "qvel"})
-    agent, path = write_checkpoint(tmp_path, **flags)
+    agent, path = write_checkpoint(tmp_path, recurrent, "ppo_recurrent", **flags)
     score = recurrent.play(recurrent.parse_args(["--play", str(path), "--eval-episodes", "4", "--seed", "5"]))
     lengths = []
     for k in range(4):

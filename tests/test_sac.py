@@ -13,7 +13,7 @@ import pytest
 import torch
 from probe_envs import ProbeEnv, mortal
 from probe_envs import sac_args as probe_args
-from score_onnx import OnnxPolicy, check_file, randomize, read_names
+from score_onnx import OnnxPolicy, check_file, read_names, write_checkpoint
 from test_ppo import log_of, read_checkpoint, run_main
 
 import sac_gpu_torch as sac
@@ -253,18 +253,6 @@ def agent_on_a_gpu(**changes):
 
 
 @needs_cuda
-def test_captured_policy_sees_fresh_noise_and_new_weights():
-    _, agent = agent_on_a_gpu()
-    obs, noise = torch.randn(4, 3, device="cuda"), torch.randn(2, 4, 1, device="cuda")
-    policy = vecsim.capture(lambda *inputs: sac.policy_step(agent, *inputs), (obs, noise[0]))
-    first, second = (policy(obs, x)[0].clone() for x in noise)
-    assert not torch.equal(first, second)
-    with torch.no_grad():
-        agent.actor.head.bias[0].add_(1.0)
-    torch.testing.assert_close(policy(obs, noise[1])[0].atanh(), second.atanh() + 1.0, rtol=1e-3, atol=1e-3)
-
-
-@needs_cuda
 def test_a_step_on_a_gpu_never_waits_for_the_host():
     """The work of steps with updates under sync debug mode "error", graphs and all."""
     args, agent = agent_on_a_gpu(n_step=3, noise_repeat_max=16)
@@ -307,19 +295,13 @@ def test_resume_refuses_another_shape_of_the_replay_only_if_the_checkpoint_has_o
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # a frozen number may be the number of rows
 @pytest.mark.parametrize("network", ["mlp", "layer_norm", "flash"])
 def test_exported_policy_acts_like_the_trained_one(network, tmp_path, monkeypatch, capsys):
-    args = dataclasses.replace(sac.task_defaults("InvertedPendulum-v5"), device="cpu", network=network)
-    env = vecsim.make(args.env_id, num_envs=1)
-    torch.manual_seed(0)
-    agent = sac.Agent(4, None, env.single_action_space, args)
-    randomize(agent)
-    state = dict(algorithm="sac", env_id=args.env_id, args=dataclasses.asdict(args), env_steps=640)
-    state |= dict(agent=agent.state_dict(), versions=vecsim.versions())
-    vecsim.save_checkpoint(tmp_path / "checkpoint.pt", state)
-    flags = ["--play", tmp_path / "checkpoint.pt", "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
+    env_id = "InvertedPendulum-v5"
+    agent, path = write_checkpoint(tmp_path, sac, "sac", env_id, network=network)
+    flags = ["--play", path, "--export", tmp_path / "policy.onnx", "--eval-episodes", "1"]
     assert run_main(monkeypatch, capsys, *flags, trainer=sac) == (0, "")
     policy = OnnxPolicy(tmp_path / "policy.onnx")
     check_file(policy, agent.act, agent.obs_statistics, (torch.tensor([-3.0]), torch.tensor([3.0])), squashed=True)
     names = ["qpos/slider", "qpos/hinge", "qvel/slider", "qvel/hinge"], ["slide"]
     assert read_names(policy, "sac_gpu_torch.py", env_steps=640) == (*names, pytest.approx(0.04))
-    ours, theirs = (vecsim.evaluate_in_gymnasium(args.env_id, act, 1, 1, {}) for act in (agent.act, policy.act))
+    ours, theirs = (vecsim.evaluate_in_gymnasium(env_id, act, 1, 1, {}) for act in (agent.act, policy.act))
     assert ours == pytest.approx(theirs) and ours["mean_length"] > 1

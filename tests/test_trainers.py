@@ -50,6 +50,17 @@ NOT_HERE = [
     ("--seed 2", "was trained with seed = 1, not 2"),
     ("", "has 5,120 steps already; give a larger --total-timesteps"),
 ]
+ILLEGAL = [  # for every trainer
+    (dict(num_envs=0), "num_envs = 0 must be >= 1"),
+    (dict(gamma=1.5), "gamma = 1.5 must be between 0 and 1"),
+    (dict(learning_rate=0.0), "learning_rate = 0.0 must be > 0"),
+    (dict(reward_scale=math.inf), "reward_scale = inf must be > 0 and finite"),
+    (dict(reward_scale=math.nan), "reward_scale = nan must be > 0 and finite"),
+    (dict(critic_hidden=(16, 0)), "critic_hidden = (16, 0) must be sizes >= 1"),
+    (dict(eval_every=0), "eval_every = 0 must be >= 1"),
+    (dict(eval_every=10, eval_episodes=0), "eval_episodes = 0 must be >= 1 with eval_every"),
+    (dict(eval_every=10, env_id="robot.py:Mine"), "eval_every = 10 must be omitted: Gymnasium has no robot.py:Mine"),
+]
 PPO = types.SimpleNamespace(
     module=ppo,
     make_args=ppo_args,
@@ -58,8 +69,15 @@ PPO = types.SimpleNamespace(
     stages=dict(infer=3 * 8, simulate=3 * 8, targets=3, update=3),  # how often in 3 iterations
     of_hopper=dict(num_envs=16, num_steps=8, num_minibatches=2, learning_rate=1e-3),
     refusals=[*NOT_HERE, ("--no-normalize-values", "was trained with normalize_values = True, not False")],
-    bad_input=[
-        ("--num-envs 1000 --num-minibatches 3 --num-steps 32", "does not split into 3 minibatches; use 2"),
+    bad_input=[("--num-envs 1000 --num-minibatches 3 --num-steps 32", "does not split into 3 minibatches; use 2")],
+    illegal=[
+        *ILLEGAL,
+        (dict(num_envs=1000, num_steps=32, num_minibatches=3), "num_envs x num_steps = 32,000 per process does not"),
+        (dict(num_envs=7, num_steps=1, num_minibatches=8), "7 per process does not split into 8 minibatches; use 7"),
+        (dict(num_envs=10**14, num_minibatches=7), "does not split into 7 minibatches; use 5"),
+        (dict(desired_kl=(0.01, 0.0)), "desired_kl = (0.01, 0.0) must be > 0 and finite"),
+        (dict(entropy_coef=math.inf), "entropy_coef = inf must be >= 0 and finite"),
+        (dict(log_std_init=math.inf), "log_std_init = inf must be finite"),
     ],
 )
 RECURRENT = types.SimpleNamespace(**vars(PPO))
@@ -70,6 +88,13 @@ RECURRENT.bad_input = [
         "--num-envs 1000 --num-minibatches 3",
         "num_envs = 1,000 per process does not split into 3 minibatches; use 2",
     ),
+]
+RECURRENT.illegal = [
+    *ILLEGAL,
+    (dict(num_envs=10, num_minibatches=4), "num_envs = 10 per process does not split into 4 minibatches; use 2"),
+    (dict(num_steps=12, sequence_length=5), "num_steps = 12 does not split into sequences of 5 steps; use 4"),
+    (dict(memory_width=0), "memory_width = 0 must be >= 1"),
+    (dict(sequence_length=0), "sequence_length = 0 must be >= 1"),
 ]
 SAC = types.SimpleNamespace(
     module=sac,
@@ -89,6 +114,16 @@ SAC = types.SimpleNamespace(
         ("--total-timesteps 5000", "total_timesteps = 5000 must be > learning_starts = 10000"),
         ("--preset newest", "vanilla"),
     ],
+    illegal=[
+        *ILLEGAL,
+        (dict(tau=0.0), "tau = 0.0 must be > 0 and <= 1"),
+        (dict(num_atoms=1), "num_atoms = 1 must be >= 2"),
+        (dict(target_entropy=math.nan), "target_entropy = nan must be finite"),
+        (dict(replay_capacity=100), "replay_capacity = 100 must be >= learning_starts = 640"),
+        (dict(total_timesteps=640), "total_timesteps = 640 must be > learning_starts = 640"),
+        (dict(network="flash", critic_hidden=(64, 32)), "one or more blocks of one width"),
+        (dict(network="flash", actor_hidden=()), "one or more blocks of one width"),
+    ],
 )
 DQN = types.SimpleNamespace(
     module=dqn,
@@ -101,6 +136,16 @@ DQN = types.SimpleNamespace(
     bad_input=[
         ("--algorithm pqn --batch-size 1000", "batch_size must divide num_envs x num_steps = 16,384; use 512"),
         ("--algorithm ddqn", "pqn"),
+    ],
+    illegal=[
+        *ILLEGAL,
+        (dict(bins=1), "bins = 1 must be between 2 and 256"),
+        (dict(q_lambda=1.5), "q_lambda = 1.5 must be between 0 and 1"),
+        (dict(epsilon=(0.2, 0.1)), "epsilon = (0.2, 0.1) must be two numbers > 0 and <= 1, the lower one first"),
+        (dict(epsilon=(0.0, 0.1)), "epsilon = (0.0, 0.1) must be two numbers > 0"),
+        (dict(tau=0.0), "tau = 0.0 must be > 0 and <= 1"),
+        (dict(replay_capacity=600), "replay_capacity = 600 must be >= learning_starts = 640"),
+        (dict(total_timesteps=640), "total_timesteps = 640 must be > learning_starts = 640"),
     ],
 )
 PQN = types.SimpleNamespace(
@@ -115,6 +160,7 @@ PQN = types.SimpleNamespace(
         ("--algorithm dqn", "was trained with algorithm = pqn, not dqn"),
     ],
     bad_input=[],
+    illegal=[],
 )
 TRAINERS = dict(ppo=PPO, ppo_recurrent=RECURRENT, sac=SAC, dqn=DQN, pqn=PQN)
 
@@ -334,6 +380,16 @@ def test_bad_input_is_one_line_and_status_2(name, arguments, message, monkeypatc
     monkeypatch.chdir(Path(__file__).parent.parent)
     status, err = run_main(monkeypatch, capsys, "--device", "cpu", *arguments.split(), trainer=TRAINERS[name].module)
     assert status == 2 and message in err and messages(err) == [err.strip()], err
+
+
+@pytest.mark.parametrize("name, changes, message", cases("illegal"))
+def test_illegal_flags_name_the_rule_and_legal_values(name, changes, message):
+    module = TRAINERS[name].module
+    with pytest.raises(module.InputError) as error:
+        args = TRAINERS[name].make_args(None, **changes)
+        module.check_ranges(args)
+        module.derive_sizes(args, 1, *[torch.device("cpu")] * (module is ppo))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, arguments, message", cases("refusals"))
