@@ -618,6 +618,7 @@ def test_compiled_and_eager_losses_agree():
         torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run_of_all_stages(tmp_path):
     """torchrun over Gloo: one process writes, each has its own robots and noise, and both have the same weights."""
     run_two_processes("two_processes_distill.py", tmp_path)

@@ -231,16 +231,18 @@ def test_a_killed_run_resumes_bit_for_bit(name, tmp_path):
     """It repeats the steps since the last checkpoint, on its schedules; its log has no line twice."""
     trainer, env_id, changes = RESUMED[name]
     iteration = 64 * changes.get("num_steps", trainer.iteration // 64)
-    flags = dict(total_timesteps=40 * iteration, checkpoint_every=24 * iteration, log_every=iteration) | changes
-    dies = mortal(27 * iteration // 64 + iteration // 128)
-    train(trainer, tmp_path / "whole", env_id, eval_episodes=0, **flags)
+    whole_run, saved, dies = (40, 24, 27) if trainer in (SAC, DQN) else (20, 12, 13)  # iterations
+    flags = dict(total_timesteps=whole_run * iteration, checkpoint_every=saved * iteration, log_every=iteration)
+    flags |= dict(eval_episodes=0) | changes
+    env = mortal(dies * iteration // 64 + iteration // 128)
+    train(trainer, tmp_path / "whole", env_id, **flags)
     with pytest.raises(KeyboardInterrupt):
-        train(trainer, tmp_path / "killed", env_id, dies, eval_episodes=0, **flags)
+        train(trainer, tmp_path / "killed", env_id, env, **flags)
     whole, killed = state_of(tmp_path / "whole"), read_checkpoint(tmp_path / "killed")
-    assert killed["env_steps"] == 24 * iteration
-    train(trainer, None, env_id, eval_episodes=0, resume=str(tmp_path / "killed" / "checkpoint.pt"), **flags)
+    assert killed["env_steps"] == saved * iteration
+    train(trainer, None, env_id, resume=str(tmp_path / "killed" / "checkpoint.pt"), **flags)
     assert_same(whole, state_of(tmp_path / "killed"))
-    assert len(log_of(tmp_path / "whole")) == 40
+    assert len(log_of(tmp_path / "whole")) == whole_run
     assert_same(log_of(tmp_path / "whole"), log_of(tmp_path / "killed"), but=CLOCKS)
     if trainer is RECURRENT:  # the checkpoint falls into all episodes, and holds both memories
         assert all(x.abs().sum() > 0 for x in killed["processes"][0]["moment"][2::2])
@@ -410,11 +412,9 @@ def test_resume_keeps_the_checkpoints_flags_and_play_prints_the_score(name, fini
 
 
 def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys):
-    steps = max(7 * trainer.iteration, 20 * 64)
-    plain, profiled = (
-        train(trainer, tmp_path / str(profile), total_timesteps=steps, eval_episodes=0, profile=profile)
-        for profile in (False, True)
-    )
+    flags = dict(total_timesteps=max(7 * trainer.iteration, 20 * 64), eval_episodes=0)
+    flags |= {} if trainer is SAC else dict(update_epochs=1)  # fewer events to write
+    plain, profiled = (train(trainer, tmp_path / str(x), profile=x, **flags) for x in (False, True))
     assert_same(plain, profiled, but=(*CLOCKS, "train_seconds", "compile_seconds"))
     out = capsys.readouterr().out
     assert all(re.search(rf"^ +{stage} .* (\d+) *$", out, re.MULTILINE) for stage in trainer.stages)
