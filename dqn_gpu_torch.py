@@ -38,22 +38,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import record_function
 
 import vecsim_torch as vecsim
-from vecsim_torch import InputError
+from vecsim_torch import InputError, RunningStatistics
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -61,10 +59,11 @@ from vecsim_torch import InputError
 
 
 @dataclasses.dataclass
-class Args:
-    """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps and n_step.
+class Args(vecsim.RunFlags):
+    """Flags of a run, on top of those that all trainers have (`vecsim_torch.RunFlags`).
 
-    These defaults are for --algorithm dqn and a task without a row in TASKS."""
+    Steps are environment steps, summed over all environments, except in num_steps and n_step. These defaults are for
+    --algorithm dqn and a task without a row in TASKS."""
 
     env_id: str = "HalfCheetah-v5"
     """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
@@ -74,50 +73,10 @@ class Args:
     """environments that are stepped in parallel, over all processes (>= 1)"""
     total_timesteps: int = 2_000_000
     """environment steps of the whole run (> learning_starts; rounded up to whole iterations)"""
-    seed: int = 1
-    """seed of the weights, the environments and the noise (>= 0)"""
-    device: str = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
-    compile: bool = True
-    """compile the physics, the policy and the loss with torch.compile; takes one to three minutes the first time"""
-    cuda_graphs: bool = True
-    """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""
     bf16: bool = False
     """run the networks in bfloat16; the physics and the weights stay in float32"""
-    run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>, or --resume's)"""
-    resume: str | None = None
-    """checkpoint to continue; omitted flags keep its values"""
-    checkpoint_every: int | None = None
-    """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     checkpoint_replay: bool = False
     """dqn: save the replay, so that a run resumes bit for bit; otherwise a resumed run starts with an empty replay"""
-    log_every: int | None = None
-    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
-    eval_episodes: int = 20
-    """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
-    eval_every: int | None = None
-    """steps between evaluations in Gymnasium (>= 1; default: only a final one); the clock of the run stops for them"""
-    play: str | None = None
-    """checkpoint to play deterministically on the CPU instead of training; prints its score"""
-    export: str | None = None
-    """with --play: write policy, normaliser and action scale to this ONNX file"""
-    capture_video: bool = False
-    """with --play: film one episode in Gymnasium's environment, into the checkpoint's folder"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    profile: bool = False
-    """profile iterations 4 to 6 of learning, or its last: print a table of the stages and write trace.json.gz"""
-
-    # the environment
-    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """options of the task, on top of those in TASKS, such as --env-kwargs ctrl_cost_weight 0.1 randomize.mass 0.2"""
-    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
-    """integrator of the training physics; Gymnasium's environments keep their own"""
-    solver_iterations: int = 4
-    """Newton iterations of the contact solver (>= 1)"""
-    reward_scale: float = 1.0
-    """factor on the rewards that the learner sees (> 0); logged returns are unscaled"""
     normalize_rewards: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
 
@@ -214,16 +173,11 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_ranges(args: Args) -> None:
     """InputError for a flag that is out of its range."""
-    counts = "num_envs total_timesteps solver_iterations num_steps replay_capacity batch_size updates update_epochs"
     starts = f"learning_starts = {args.learning_starts}"
     rules = (  # flags, whether a value is legal, and the rule in words
-        (f"{counts} n_step", lambda x: x >= 1, ">= 1"),
-        ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
-        ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
-        ("eval_episodes learning_starts", lambda x: x >= 0, ">= 0"),
-        ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
-        ("eval_every", lambda x: not x or vecsim.gymnasium_id(args.env_id), f"omitted: Gymnasium has no {args.env_id}"),
-        ("learning_rate learning_rate_final reward_scale", lambda x: 0 < x < math.inf, "> 0 and finite"),
+        ("num_steps replay_capacity batch_size updates update_epochs n_step", lambda x: x >= 1, ">= 1"),
+        ("learning_starts", lambda x: x >= 0, ">= 0"),
+        ("learning_rate learning_rate_final", lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("max_grad_norm", lambda x: x > 0, "> 0"),
         ("bins", lambda x: 2 <= x <= 256, "between 2 and 256"),
         ("gamma q_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -267,59 +221,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics and network
+# Network
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(x)
-    return x
-
-
-def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (), mean (k,) and variance (k,) of the valid rows of x (B, k), over all processes, in float64."""
-    rows = torch.where(valid[:, None], x, 0.0).double()
-    sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
-    mean, mean_square = (sums[1:] / sums[0].clamp(min=1.0)).chunk(2)
-    return sums[0], mean, (mean_square - mean.square()).clamp(min=0.0)
-
-
-class RunningStatistics(nn.Module):
-    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
-
-    def __init__(self, size: int, enabled: bool, limit: float = math.inf):
-        super().__init__()
-        self.enabled, self.limit = enabled, limit
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, x: Tensor, valid: Tensor) -> None:
-        """Merge in the valid rows of x (B, size) of all processes (Chan et al. 1983)."""
-        if not self.enabled:
-            return
-        count, mean, variance = weighted_moments(x, valid)
-        total = self.count + count
-        divisor = total.clamp(min=1.0)
-        shift = mean - self.mean
-        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / divisor
-        self.mean += shift * count / divisor
-        self.variance.copy_(torch.where(total > 0, squares / divisor, self.variance))  # unchanged before any valid row
-        self.count.copy_(total)
-
-    def deviation(self) -> Tensor:
-        return (self.variance + 1e-6).sqrt().float()
-
-    def normalize(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        return ((x - self.mean.float()) / self.deviation()).clamp(-self.limit, self.limit)
-
-    def denormalize(self, x: Tensor) -> Tensor:
-        return x * self.deviation() + self.mean.float() if self.enabled else x
 
 
 def make_network(inputs: int, hidden: tuple[int, ...], outputs: int, normalized: bool) -> nn.Sequential:
@@ -694,15 +597,7 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
     """InputError for flags that do not fit the checkpoint's state, or that would have no effect."""
     fixed = "env_id env_kwargs algorithm num_envs num_steps seed bins critic_hidden layer_norm normalize_observations"
     fixed += " normalize_rewards" + " replay_capacity" * checkpoint["args"]["checkpoint_replay"]
-    for name in fixed.split():
-        then, now = checkpoint["args"][name], getattr(args, name)
-        if now != then:
-            raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; omit that flag")
-    done, processes = checkpoint["env_steps"], len(checkpoint["processes"])
-    if args.total_timesteps <= done:
-        raise InputError(f"the checkpoint has {done:,} steps already; give a larger --total-timesteps")
-    if processes != world_size:
-        raise InputError(f"the checkpoint was written by {processes} processes, not {world_size}")
+    vecsim.check_resumable(checkpoint, args, fixed, world_size)
 
 
 def filled_part(replay: Transitions, written: int) -> dict:
@@ -736,109 +631,60 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_environment(args: Args, make_env, num_envs: int, device: torch.device, seed: int):
-    """vecsim's environment, or the user's own if make_env is not None."""
-    options = dict(num_envs=num_envs, device=str(device), seed=seed) | args.env_kwargs
-    if make_env is not None:
-        return vecsim.CompletedEnv(make_env(args.env_id, **options))
-    options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
-    return vecsim.make(args.env_id, random_initial_ages=True, **options)
-
-
-def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
-    """The score in Gymnasium's own environment, which is on the CPU; None if Gymnasium has no such task."""
-    policy = copy.deepcopy(agent).cpu()
-    return vecsim.evaluate_in_gymnasium(args.env_id, policy.act, args.eval_episodes, args.seed, args.env_kwargs)
-
-
 def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> dict:
     """Train, write the run folder and evaluate; return the last log record together with the evaluation.
 
     make_env: see the top of this file. After a signal, the iteration is finished and saved; then KeyboardInterrupt."""
     # Check the flags before anything is allocated.
-    stop = stop or vecsim.StopSignals()
-    device = vecsim.pick_device(args.device)
-    rank, world_size = vecsim.start_processes(device)
     check_ranges(args)
-    sizes = derive_sizes(args, world_size)
-    if make_env is None:
-        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir = vecsim.pick_run_dir(args, args.algorithm)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
-        check_resumable(checkpoint, args, world_size)
-    first_iteration = checkpoint["iteration"] if checkpoint else 0
-    other_device = checkpoint is not None and checkpoint["device"] != device.type
-    if rank == 0:
-        print(
-            f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}\n"
-            f"{args.algorithm}: {args.num_envs:,} environments x {args.num_steps} steps, {sizes.iterations:,} times; "
-            f"{sizes.updates} updates each time, on batches of {args.batch_size:,}"
-        )
-        if other_device:
-            print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
-        if args.compile:
-            print(vecsim.COMPILING, flush=True)
+    run = vecsim.Run(args, "dqn", make_env, stop)
+    sizes = derive_sizes(args, run.world_size)
+    if run.checkpoint:
+        check_resumable(run.checkpoint, args, run.world_size)
+    what = (
+        f"{args.algorithm}: {args.num_envs:,} environments x {args.num_steps} steps, {sizes.iterations:,} times; "
+        f"{sizes.updates} updates each time, on batches of {args.batch_size:,}"
+    )
+    env = run.start(sizes.envs, what, name=args.algorithm)
 
-    # Environment, network, replay and random generators, then what a checkpoint says about them.
-    started = time.perf_counter()
-    if device.type == "cpu" and not args.compile:
-        torch.set_num_threads(1)  # small operations get slower with more threads
-    torch.manual_seed(args.seed)  # the initial weights, the same in every process
-    torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if other_device else args.seed
-    generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, rank, stream=0))
-    env_seed = vecsim.stream_seed(seed, rank, stream=1)
-    env = make_environment(args, make_env, sizes.envs, device, env_seed)
+    # Make the network, the replay and the functions; then continue where the checkpoint ended.
+    device, generator = run.device, run.generator
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     agent = Agent(obs_size, env.single_action_space, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = vecsim.make_optimizer(agent.network, learning_rate)
     replay = allocate_replay(agent, sizes)
-    if rank == 0:
+    if run.rank == 0:
         size = sum(ring.nbytes for ring in replay) / 2**20
         print(f"replay: {sizes.slots:,} steps of {sizes.envs:,} environments, {size:,.1f} MiB in each process")
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for moments, saved in zip(optimizer.state.values(), checkpoint["moments"], strict=True):
-            for name, moment in moments.items():
-                moment.copy_(saved[name])
-    steps_per_iteration = args.num_envs * args.num_steps
-    logged_step = first_iteration * steps_per_iteration
-    log = vecsim.RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
+    if run.checkpoint:
+        agent.load_state_dict(run.checkpoint["agent"])
+        vecsim.load_moments(optimizer, run.checkpoint["moments"])
     with vecsim.first_process_first():
         functions = build_functions(agent, optimizer, replay, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
-    obs, _ = env.reset(seed=env_seed)
-    rates = exploration_rates(*args.epsilon, args.num_envs)[rank * sizes.envs :][: sizes.envs].to(device)
+    obs, _ = env.reset(seed=run.env_seed)
+    rates = exploration_rates(*args.epsilon, args.num_envs)[run.rank * sizes.envs :][: sizes.envs].to(device)
     returns = torch.zeros(sizes.envs, device=device)
-    train_seconds, updates, written = 0.0, 0, 0
-    if checkpoint:
-        mine, train_seconds, updates = checkpoint["processes"][rank], checkpoint["train_seconds"], checkpoint["updates"]
-        if mine["env"]:  # the user's own environment may have no state_dict; it then begins new episodes
-            env.load_state_dict(mine["env"])
-            obs = mine["obs"].to(device)
-        if not other_device:
-            generator.set_state(mine["generator"])
-        returns = mine["returns"].to(device)
-        if mine["replay"]:
-            written = load_replay(replay, mine["replay"])
-        elif rank == 0:
+    updates, written = 0, 0
+    saved = run.restore()
+    if saved.get("env"):
+        obs = saved["obs"].to(device)
+    if saved:
+        updates, returns = run.checkpoint["updates"], saved["returns"].to(device)
+        if saved["replay"]:
+            written = load_replay(replay, saved["replay"])
+        elif run.rank == 0:
             print("the checkpoint has no replay, so updates wait until a new one is filled; see --checkpoint-replay")
-        mine["replay"] = None  # frees its memory
-    compile_seconds = time.perf_counter() - started
+        saved["replay"] = None  # frees its memory
 
-    terms, logged_updates, record, score = torch.zeros(len(LossTerms._fields), device=device), updates, {}, None
+    terms, logged_updates = torch.zeros(len(LossTerms._fields), device=device), updates
+    steps_per_iteration = args.num_envs * args.num_steps
     waiting = max(0, math.ceil((sizes.first_slots - written) / args.num_steps) - 1)  # iterations without updates
-    learning = sizes.iterations - first_iteration - waiting
-    profiler = vecsim.start_profiler(run_dir, learning) if args.profile and log else None
-    logged_seconds, clock = train_seconds, time.perf_counter()
-    stop.phase = "during training"
-    for iteration in range(first_iteration, sizes.iterations):
+    for iteration in run.start_clock(steps_per_iteration, sizes.iterations, waiting):
         # Act: at first uniformly at random, later with the best action and less and less exploration.
-        before, env_steps = iteration * steps_per_iteration, (iteration + 1) * steps_per_iteration
-        decayed = (before - args.learning_starts) / (args.epsilon_decay * args.total_timesteps)
+        decayed = (iteration * steps_per_iteration - args.learning_starts) / (args.epsilon_decay * args.total_timesteps)
         epsilon = 1.0 + min(max(decayed, 0.0), 1.0) * (rates - 1.0)
         for _ in range(args.num_steps):
             uniform = torch.rand(sizes.envs, action_size, generator=generator, device=device)
@@ -872,75 +718,30 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             with record_function("update"):
                 terms += update(agent, functions, batch, sizes.updates)
             updates += sizes.updates
-            if profiler:
-                profiler.step()
+            if run.profiler:
+                run.profiler.step()
 
         # Log, evaluate, save: each when a multiple of its interval was crossed.
-        stopping = stop.requested()
-        last = stopping or iteration + 1 == sizes.iterations
-        evaluate_now = vecsim.crossed(args.eval_every, before, env_steps)
-        save_now = last or vecsim.crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
-        log_now = vecsim.crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
-        if not (evaluate_now or save_now or log_now):
+        if not run.due(iteration):
             continue
         means = LossTerms(*(terms / max(1, updates - logged_updates)))._asdict()
         means |= dict(epsilon=epsilon.mean(), learning_rate=learning_rate, reward_divisor=agent.reward_divisor())
-        numbers = torch.stack([*means.values()]).tolist()  # host sync
-        episodes = vecsim.merge_episode_statistics(env.pop_statistics(), device)  # host sync
-        train_seconds += time.perf_counter() - clock
-        speed = (env_steps - logged_step) / (train_seconds - logged_seconds)
-        record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
-        record |= dict(updates=updates, replay_transitions=min(written, sizes.slots) * args.num_envs)
-        record |= dict(zip(means, numbers, strict=True))
-        if not all(math.isfinite(x) for x in numbers):
-            raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
+        counts = dict(updates=updates, replay_transitions=min(written, sizes.slots) * args.num_envs)
         if updates == logged_updates:  # nothing was learned yet
-            record |= dict.fromkeys(LossTerms._fields)
-        if log and evaluate_now:
-            score = score_in_gymnasium(agent, args)
-            record |= dict(gymnasium_return=score["mean"]) if score else {}
-        if log:
-            log.write(record)
-        if save_now:
-            mine = dict(env=env.state_dict(), generator=generator.get_state(), obs=obs, returns=returns)
+            counts |= dict.fromkeys(LossTerms._fields)
+        run.write_record(agent, means, needed=means, **counts)
+        if run.save_now:
             with_replay = args.checkpoint_replay or args.algorithm == "pqn"
-            mine |= dict(replay=filled_part(replay, written) if with_replay else None)
-            state = dict(algorithm="dqn", env_id=args.env_id, args=dataclasses.asdict(args), device=device.type)
-            state |= dict(iteration=iteration + 1, env_steps=env_steps, train_seconds=train_seconds, updates=updates)
-            state |= dict(agent=agent.state_dict(), moments=list(optimizer.state.values()), versions=vecsim.versions())
-            state |= dict(processes=vecsim.gather_from_processes(mine))
-            if log:
-                vecsim.save_checkpoint(run_dir / "checkpoint.pt", state)
-            del state, mine  # frees the copy of the replay
+            mine = dict(obs=obs, returns=returns, replay=filled_part(replay, written) if with_replay else None)
+            run.save(mine, agent=agent.state_dict(), moments=list(optimizer.state.values()), updates=updates)
+            del mine  # frees the copy of the replay
         terms.zero_()
-        logged_updates, logged_step, logged_seconds, clock = updates, env_steps, train_seconds, time.perf_counter()
-        if stopping:
-            if log:
-                log.close()
-            path = run_dir / "checkpoint.pt"
-            raise KeyboardInterrupt(f"stopped after {env_steps:,} steps; continue with --resume {path}")
+        logged_updates = updates
+        run.go_on()
 
-    # Final evaluation, only in the first process, which writes.
-    stop.phase = "after training"
-    if profiler:
-        profiler.stop()
-    if not log:
-        env.close()
-        return record
-    log.close()
-    vecsim.plot_curve(run_dir, f"{args.env_id}, {args.algorithm.upper()}, seed {args.seed}")
-    evaluation = dict(env_id=args.env_id, algorithm=args.algorithm, seed=args.seed, env_steps=logged_step)
-    evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
-    if args.eval_episodes:
-        env.random_initial_ages = False  # whole episodes
-        evaluation["vecsim"] = vecsim.evaluate(env, agent.act, args.seed)
-        evaluation["gymnasium"] = score if evaluate_now else score_in_gymnasium(agent, args)
+    result = run.finish(agent, args.algorithm.upper())
     env.close()
-    vecsim.write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
-    reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
-    for name in ("vecsim", "gymnasium"):
-        print(f"{name}: {vecsim.describe(evaluation[name]) if evaluation[name] else reason}")
-    return record | evaluation
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -968,30 +769,13 @@ def export(path: str, checkpoint: dict) -> None:
     agent.bf16, agent.forward = False, agent.act
     inputs = dict(obs=torch.zeros(2, len(agent.obs_statistics.mean)))
     vecsim.write_file(Path(path), vecsim.to_onnx(agent, inputs, ["action"], checkpoint, script=Path(__file__).name))
-    print(f"ONNX: {path}")
 
 
 def play(args: Args, make_env=None) -> dict | None:
-    """Export, score and film the policy of a checkpoint, each on request; return the score.
-
-    The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
+    """Export, score and film the policy of a checkpoint, each on request; return the score."""
     check_ranges(args)
-    checkpoint, score = load_checkpoint(args.play), None
-    agent = load_agent(checkpoint)
-    if args.export:
-        export(args.export, checkpoint)
-    if args.eval_episodes:
-        score = score_in_gymnasium(agent, args)
-        if score is None:
-            args = dataclasses.replace(args, compile=False)
-            env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
-            env.random_initial_ages = False  # whole episodes
-            score = vecsim.evaluate(env, agent.act, args.seed)
-        print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {vecsim.describe(score)}")
-    if args.capture_video:
-        path = Path(args.play).with_name("play.mp4")
-        print(f"video: {vecsim.film(args.env_id, agent.act, path, args.seed, args.env_kwargs)}")
-    return score
+    checkpoint = load_checkpoint(args.play)
+    return vecsim.play_checkpoint(args, checkpoint, load_agent(checkpoint), export, make_env)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -40,9 +40,7 @@ moments, Chan et al. 1983.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -52,11 +50,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 import vecsim_torch as vecsim
-from vecsim_torch import InputError
+from vecsim_torch import InputError, RunningStatistics, sum_over_processes, weighted_moments
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -66,10 +64,11 @@ Stage = Literal["teacher", "student", "finetune", "baseline"]
 
 
 @dataclasses.dataclass
-class Args:
-    """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
+class Args(vecsim.RunFlags):
+    """Flags of a run, on top of those that all trainers have (`vecsim_torch.RunFlags`).
 
-    These defaults are for a CPU and a task without a row in TASKS."""
+    Steps are environment steps, summed over all environments, except in num_steps. These defaults are for a CPU and a
+    task without a row in TASKS. Each stage draws its own random numbers, writes its own log and is evaluated."""
 
     env_id: str = "Quadruped-Rough"
     """task: any that vecsim_torch.make knows"""
@@ -87,44 +86,8 @@ class Args:
     """steps of the stage student (>= 1; default: 15% of total_timesteps)"""
     finetune_timesteps: int | None = None
     """steps of the stage finetune (>= 1; default: 20% of total_timesteps); the teacher gets the rest"""
-    seed: int = 1
-    """seed of the weights, the environments and the noise (>= 0); every stage draws its own random numbers"""
-    device: str = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
-    compile: bool = True
-    """compile the physics, the policy and the losses with torch.compile; takes one to three minutes the first time"""
-    cuda_graphs: bool = True
-    """capture the policy and the update in CUDA graphs (no effect on a CPU)"""
-    run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__distill__<seed>__<time>, or that of --resume)"""
-    resume: str | None = None
-    """checkpoint of a stage to continue, and then the later stages; omitted flags keep its values"""
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a 20th of total_timesteps); the last state is always saved"""
-    log_every: int | None = None
-    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
-    eval_episodes: int = 20
-    """episodes of the evaluation in Gymnasium after each stage, and of --play (>= 0; 0: no evaluation)"""
-    play: str | None = None
-    """checkpoint of a stage to play deterministically on the CPU instead of training; prints its score"""
-    export: str | None = None
-    """with --play: write policy, normaliser and action scale to this ONNX file"""
-    capture_video: bool = False
-    """with --play: film one episode in Gymnasium's environment, into the checkpoint's folder"""
-    track: bool = False
-    """log to Weights & Biases too, as one run per stage (needs `pip install wandb`)"""
-    profile: bool = False
-    """profile iterations 4 to 6 of each stage, or its last: print a table of their parts and write trace.json.gz"""
-
-    # the environment
-    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """options of the task, on top of those in TASKS, for example --env-kwargs first_levels 1 randomize.mass 0.2"""
-    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
-    """integrator of the training physics; Gymnasium's environments keep their own"""
-    solver_iterations: int = 4
-    """Newton iterations of the contact solver (>= 1)"""
-    reward_scale: float = 1.0
-    """factor on the rewards that the learner sees (> 0); logged returns are unscaled"""
 
     # the networks
     actor_hidden: tuple[int, ...] = (256, 128, 64)
@@ -227,15 +190,13 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_ranges(args: Args) -> None:
     """InputError for a flag that is out of its range."""
-    counts = "num_envs total_timesteps solver_iterations student_history student_memory num_steps update_epochs"
-    counts += " num_minibatches distill_steps distill_epochs distill_minibatches gradient_length"
-    positive = "reward_scale learning_rate learning_rate_max desired_kl distill_learning_rate distill_noise"
+    counts = "student_history student_memory num_steps update_epochs num_minibatches distill_steps distill_epochs"
+    counts += " distill_minibatches gradient_length"
+    positive = "learning_rate learning_rate_max desired_kl distill_learning_rate distill_noise"
     rules = (  # flags, whether a value is legal, and the rule in words
         (counts, lambda x: x >= 1, ">= 1"),
         ("student_timesteps finetune_timesteps", lambda x: x is None or x >= 1, ">= 1"),
-        ("checkpoint_every log_every", lambda x: x is None or x >= 1, ">= 1"),
-        ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
-        ("eval_episodes critic_warmup_iterations", lambda x: x >= 0, ">= 0"),
+        ("critic_warmup_iterations", lambda x: x >= 0, ">= 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("entropy_coef bounds_coef", lambda x: 0 <= x < math.inf, ">= 0 and finite"),
         (f"{positive} finetune_learning_rate", lambda x: 0 < x < math.inf, "> 0 and finite"),
@@ -263,8 +224,6 @@ class Sizes(NamedTuple):
     microbatch: int  # environments of this process in a backward pass of PPO
     distill_minibatch: int  # environments of this process in a gradient step of the imitation
     plans: dict[str, Plan]  # of each stage
-    checkpoint_every: int
-    log_every: int
 
 
 def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
@@ -305,65 +264,12 @@ def derive_sizes(args: Args, world_size: int, device: torch.device) -> Sizes:
     minibatch, distill_minibatch = envs // args.num_minibatches, envs // args.distill_minibatches
     largest = max(1, 2048 // args.num_steps) if device.type == "cpu" else minibatch  # 2,048 samples fit a CPU's cache
     microbatch = math.ceil(minibatch / math.ceil(minibatch / largest))
-    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 20)
-    log_every = args.log_every or max(1, args.total_timesteps // 200)
-    return Sizes(envs, minibatch, microbatch, distill_minibatch, plans, checkpoint_every, log_every)
+    return Sizes(envs, minibatch, microbatch, distill_minibatch, plans)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics and networks
+# Networks
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(x)
-    return x
-
-
-def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (), mean (k,) and variance (k,) of the valid rows of x (B, k), over all processes, in float64."""
-    rows = torch.where(valid[:, None], x, 0.0).double()
-    sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
-    mean, mean_square = (sums[1:] / sums[0].clamp(min=1.0)).chunk(2)
-    return sums[0], mean, (mean_square - mean.square()).clamp(min=0.0)
-
-
-class RunningStatistics(nn.Module):
-    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
-
-    def __init__(self, size: int, enabled: bool, limit: float = math.inf):
-        super().__init__()
-        self.enabled, self.limit = enabled, limit
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, x: Tensor, valid: Tensor) -> None:
-        """Merge in the valid rows of x (B, size) of all processes (Chan et al. 1983)."""
-        if not self.enabled:
-            return
-        count, mean, variance = weighted_moments(x, valid)
-        total = self.count + count
-        divisor = total.clamp(min=1.0)
-        shift = mean - self.mean
-        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / divisor
-        self.mean += shift * count / divisor
-        self.variance.copy_(torch.where(total > 0, squares / divisor, self.variance))  # unchanged before any valid row
-        self.count.copy_(total)
-
-    def deviation(self) -> Tensor:
-        return (self.variance + 1e-6).sqrt().float()
-
-    def normalize(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        return ((x - self.mean.float()) / self.deviation()).clamp(-self.limit, self.limit)
-
-    def denormalize(self, x: Tensor) -> Tensor:
-        return x * self.deviation() + self.mean.float() if self.enabled else x
 
 
 def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
@@ -942,13 +848,8 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
     """InputError for flags that do not fit the checkpoint's state, or that would have no effect."""
     fixed = "env_id env_kwargs num_envs num_steps distill_steps seed teacher student actor_hidden critic_hidden"
     fixed += " student_network student_hidden student_history student_memory log_std_init distill_noise"
-    for name in [*fixed.split(), "finetune_log_std", "critic_warmup_iterations"]:
-        then, now = checkpoint["args"][name], getattr(args, name)
-        if now != then:
-            raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; omit that flag")
-    processes = len(checkpoint["processes"])
-    if processes != world_size:
-        raise InputError(f"the checkpoint was written by {processes} processes, not {world_size}")
+    fixed += " finetune_log_std critic_warmup_iterations"
+    vecsim.check_resumable(checkpoint, args, fixed, world_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -956,30 +857,9 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_environment(args: Args, make_env, num_envs: int, device: torch.device, seed: int):
-    """vecsim's environment, or the user's own if make_env is not None."""
-    options = dict(num_envs=num_envs, device=str(device), seed=seed) | args.env_kwargs
-    if make_env is not None:
-        return vecsim.CompletedEnv(make_env(args.env_id, **options))
-    options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
-    return vecsim.make(args.env_id, random_initial_ages=True, **options)
-
-
 def critic_observation(obs: Tensor, info: dict, prefix: str = "") -> Tensor:
     """The privileged observation (N, critic obs), or `obs` if the task has none. prefix: "final_" or nothing."""
     return info.get(f"{prefix}critic_obs", obs)
-
-
-class Shared(NamedTuple):
-    """What the stages of a run have in common."""
-
-    args: Args
-    sizes: Sizes
-    env: Any  # vecsim's environment or a vecsim.CompletedEnv, with the robots of this process
-    device: torch.device
-    rank: int  # of this process; only process 0 writes
-    run_dir: Path
-    stop: vecsim.StopSignals
 
 
 class Moment(NamedTuple):
@@ -991,22 +871,26 @@ class Moment(NamedTuple):
     started: Tensor  # (N,) bool: the observation begins an episode
 
 
-class StageRun:
-    """One stage in training: its agent and optimizer, the environments, the log and the checkpoint.
+class StageRun(vecsim.Run):
+    """One stage in training: a run with its own folder, agent, optimizer, log and checkpoint.
 
     Its random numbers depend only on the seed and the stage: alone and within a run it gives the same result."""
 
-    def __init__(self, stage: str, shared: Shared, starts: dict[str, dict], checkpoint: dict | None):
-        """Start from the weights in `starts`, by stage, or go on from the stage's own checkpoint."""
-        self.began, self.stage, self.shared = time.perf_counter(), stage, shared
-        self.plan, self.folder = shared.sizes.plans[stage], shared.run_dir / stage
-        self.iteration, self.train_seconds = 0, 0.0  # done; up to the last record
-        args, env, device, envs = shared.args, shared.env, shared.device, shared.sizes.envs
-        stream, seed = 3 * get_args(Stage).index(stage), args.seed
-        if checkpoint and checkpoint["device"] != device.type:
-            seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2)
+    checkpoints = 20
+
+    def __init__(self, stage: str, whole: vecsim.Run, sizes: Sizes, starts: dict[str, dict], resumed: bool):
+        """whole: what the stages share, such as flags and environment. Start from the weights in `starts`, by stage, or
+        go on from the stage's own checkpoint."""
+        vars(self).update(vars(whole))
+        self.began, self.stage, self.run_dir = time.perf_counter(), stage, whole.run_dir / stage
+        self.sizes, self.plan = sizes, sizes.plans[stage]
+        args, env, device, envs = self.args, self.env, self.device, sizes.envs
+        if not resumed:
+            self.checkpoint, self.seed = None, args.seed
+            self.iteration, self.env_steps, self.train_seconds = 0, 0, 0.0
+        stream, checkpoint = 3 * get_args(Stage).index(stage), self.checkpoint
         torch.manual_seed(vecsim.stream_seed(args.seed, 0, stream))  # the initial weights, the same in every process
-        self.generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, shared.rank, stream + 1))
+        self.generator = torch.Generator(device).manual_seed(vecsim.stream_seed(self.seed, self.rank, stream + 1))
         self.agent, self.teacher = make_agent(stage, env, args).to(device), None
         self.observes = "critic_obs" if stage == "teacher" and env.single_critic_space is not None else "obs"
         self.learning_rate = torch.tensor(args.learning_rate, device=device)  # the optimizer reads it
@@ -1021,38 +905,39 @@ class StageRun:
             self.agent.log_std.data.fill_(args.finetune_log_std)
         self.optimizer = vecsim.make_optimizer(self.agent, self.learning_rate)
         self.rollout = allocate_rollout(self.plan.num_steps, envs, self.agent, device)
+        self.names = ImitationTerms._fields if stage == "student" else LossTerms._fields
+        self.terms = torch.zeros(len(self.names), device=device)
         env.random_initial_ages = True  # so that the robots do not reach the time limit together
-        obs, info = env.reset(seed=vecsim.stream_seed(seed, shared.rank, stream + 2))
+        obs, info = env.reset(seed=vecsim.stream_seed(self.seed, self.rank, stream + 2))
         started = torch.ones(envs, dtype=torch.bool, device=device)
         self.moment = Moment(obs, critic_observation(obs, info), self.agent.empty_memory(envs), started)
         if checkpoint:
             self.load(checkpoint)
+        if self.rank == 0:
+            plan = self.plan
+            print(
+                f"{stage}: {args.num_envs:,} environments x {plan.num_steps} steps = {plan.steps_per_iteration:,} "
+                f"samples, {plan.gradient_steps} gradient steps, {plan.iterations:,} times"
+            )
 
     def load(self, checkpoint: dict) -> None:
         """Go on from this checkpoint. Exactly so, if it is of the same kind of device."""
-        args, device, env = self.shared.args, self.shared.device, self.shared.env
-        self.iteration, self.train_seconds = checkpoint["iteration"], checkpoint["train_seconds"]
         self.agent.load_state_dict(checkpoint["agent"])
-        for moments, saved in zip(self.optimizer.state.values(), checkpoint["moments"], strict=True):
-            for name, moment in moments.items():
-                moment.copy_(saved[name])
+        vecsim.load_moments(self.optimizer, checkpoint["moments"])
         self.learning_rate.copy_(checkpoint["learning_rate"])
         flag = "finetune_learning_rate" if self.stage == "finetune" else "learning_rate"
-        if getattr(args, flag) != checkpoint["args"][flag]:  # a new value wins over the adapted one
-            self.learning_rate.fill_(getattr(args, flag))
-        mine = checkpoint["processes"][self.shared.rank]
-        if mine["env"]:  # the user's own environment may have no state_dict; it then begins new episodes
-            env.load_state_dict(mine["env"])
-            self.moment = Moment(*(x.to(device) for x in mine["moment"]))
-        if checkpoint["device"] == device.type:
-            self.generator.set_state(mine["generator"])
+        if getattr(self.args, flag) != checkpoint["args"][flag]:  # a new value wins over the adapted one
+            self.learning_rate.fill_(getattr(self.args, flag))
+        saved = self.restore()
+        if saved["env"]:
+            self.moment = Moment(*(x.to(self.device) for x in saved["moment"]))
 
     def collect(self, policy: Callable) -> Tensor:
         """Fill the rollout of an iteration; return the order (N,) in which its environments are shuffled.
 
         The rollout gets copies, because the simulator's tensors live until its next step."""
-        rollout, moment, reward_scale = self.rollout, self.moment, self.shared.args.reward_scale
-        noise = torch.randn(rollout.action.shape, generator=self.generator, device=self.shared.device)
+        rollout, moment = self.rollout, self.moment
+        noise = torch.randn(rollout.action.shape, generator=self.generator, device=self.device)
         rollout.memory.copy_(moment.memory)
         for t in range(self.plan.num_steps):
             seen = moment.critic_obs if self.stage == "teacher" else moment.obs
@@ -1061,129 +946,42 @@ class StageRun:
                 outputs = policy(seen, moment.memory, moment.started, noise[t])
                 rollout.mean[t], rollout.action[t], env_action, memory = outputs
             with record_function("simulate"):
-                obs, reward, rollout.terminated[t], rollout.truncated[t], info = self.shared.env.step(env_action)
-            rollout.reward[t], rollout.invalid[t] = reward * reward_scale, info["invalid"]
+                obs, reward, rollout.terminated[t], rollout.truncated[t], info = self.env.step(env_action)
+            rollout.reward[t], rollout.invalid[t] = reward * self.args.reward_scale, info["invalid"]
             rollout.final_critic_obs[t] = critic_observation(info["final_obs"], info, "final_")
             started = rollout.terminated[t] | rollout.truncated[t] | rollout.invalid[t]
             moment = Moment(obs, critic_observation(obs, info), memory, started)
         self.moment = moment
-        return torch.randperm(self.shared.sizes.envs, generator=self.generator, device=self.shared.device)
-
-    def start_clock(self, names: tuple[str, ...]) -> None:
-        """Everything is compiled: open the log. names: of the terms that `end_iteration` gets."""
-        args, plan, rank = self.shared.args, self.plan, self.shared.rank
-        self.names, self.terms = names, torch.zeros(len(names), device=self.shared.device)
-        self.record, self.log, self.profiler = {}, None, None
-        self.logged_step, self.logged_seconds = self.iteration * plan.steps_per_iteration, self.train_seconds
-        self.compile_seconds = time.perf_counter() - self.began
-        if rank == 0:
-            print(
-                f"{self.stage}: {args.num_envs:,} environments x {plan.num_steps} steps = {plan.steps_per_iteration:,} "
-                f"samples, {plan.gradient_steps} gradient steps, {plan.iterations:,} times"
-            )
-            budget = plan.iterations * plan.steps_per_iteration
-            self.log = vecsim.RunLog(self.folder, dataclasses.replace(args, total_timesteps=budget), self.logged_step)
-            iterations = plan.iterations - self.iteration
-            self.profiler = vecsim.start_profiler(self.folder, iterations) if args.profile else None
-        self.clock, self.shared.stop.phase = time.perf_counter(), "during training"
+        return torch.randperm(self.sizes.envs, generator=self.generator, device=self.device)
 
     def end_iteration(self, terms: Tensor) -> None:
-        """Count the iteration; log and save if a multiple of their intervals was crossed.
-
-        terms: sums over the gradient steps of the iteration. After a signal: KeyboardInterrupt, once all is saved."""
-        self.iteration += 1
+        """Log and save, each when a multiple of its interval was crossed. terms: sums over the gradient steps."""
         self.terms += terms
         if self.profiler:
             self.profiler.step()
-        sizes, env_steps = self.shared.sizes, self.iteration * self.plan.steps_per_iteration
-        before, stopping = env_steps - self.plan.steps_per_iteration, self.shared.stop.requested()
-        last = stopping or self.iteration == self.plan.iterations
-        save_now = last or vecsim.crossed(sizes.checkpoint_every, before, env_steps)
-        if not (save_now or vecsim.crossed(sizes.log_every, before, env_steps)):
+        if not self.due(self.iteration):
             return
-        self.write_record(env_steps)
-        if save_now:
-            self.save()
-        self.clock = time.perf_counter()
-        if not last:
-            return
-        self.shared.stop.phase = f"after training the {self.stage}"
-        if self.profiler:
-            self.profiler.stop()
-        if self.log:
-            self.log.close()
-            if self.shared.args.track:
-                import wandb
-
-                wandb.finish()  # the next stage is another run
-        if stopping:
-            path = self.folder / "checkpoint.pt"
-            raise KeyboardInterrupt(f"{self.stage} stopped after {env_steps:,} steps; continue with --resume {path}")
-
-    def write_record(self, env_steps: int) -> None:
-        """Log the means since the last record. FloatingPointError if a term is not finite."""
-        gradient_steps = (env_steps - self.logged_step) // self.plan.steps_per_iteration * self.plan.gradient_steps
-        self.terms /= gradient_steps
-        names = [*self.names, "learning_rate", "action_std"]
-        numbers = torch.stack([*self.terms, self.learning_rate, self.agent.log_std.exp().mean()])
-        numbers = numbers.tolist()  # host sync
-        statistics = self.shared.env.pop_statistics()  # host sync
-        episodes = vecsim.merge_episode_statistics(statistics, self.shared.device)  # host sync
-        self.train_seconds += time.perf_counter() - self.clock
-        speed = (env_steps - self.logged_step) / (self.train_seconds - self.logged_seconds)
-        record = dict(env_steps=env_steps, wall_seconds=self.train_seconds, steps_per_second=speed) | episodes
-        record |= {name: x if math.isfinite(x) else None for name, x in zip(names, numbers, strict=True)}
-        if None in [record[name] for name in self.names]:
-            raise FloatingPointError(f"{self.stage}: training diverged by {env_steps:,} steps: {record}")
-        if self.log:
-            self.log.write(record)
-        self.record, self.logged_step, self.logged_seconds = record, env_steps, self.train_seconds
+        gradient_steps = (self.env_steps - self.logged_step) // self.plan.steps_per_iteration * self.plan.gradient_steps
+        means = dict(zip(self.names, self.terms / gradient_steps, strict=True))
+        means |= dict(learning_rate=self.learning_rate, action_std=self.agent.log_std.exp().mean())
+        self.write_record(self.agent, means, needed=self.names)
+        if self.save_now:
+            state = dict(stage=self.stage, observes=self.observes, agent=self.agent.state_dict())
+            state |= dict(description=describe_agent(self.stage, self.env, self.args))
+            state |= dict(moments=list(self.optimizer.state.values()), learning_rate=self.learning_rate)
+            state |= dict(teacher=self.teacher and self.teacher.state_dict())
+            self.save(dict(moment=list(self.moment)), **state)
         self.terms.zero_()
-
-    def save(self) -> None:
-        """Write the checkpoint, at the last record. All processes take part, each with its environments."""
-        args, device = self.shared.args, self.shared.device
-        mine = dict(env=self.shared.env.state_dict(), generator=self.generator.get_state(), moment=list(self.moment))
-        processes = vecsim.gather_from_processes(mine)
-        if self.log:
-            state = dict(algorithm="distill", stage=self.stage, env_id=args.env_id, args=dataclasses.asdict(args))
-            state |= dict(observes=self.observes, description=describe_agent(self.stage, self.shared.env, args))
-            state |= dict(device=device.type, versions=vecsim.versions(), iteration=self.iteration)
-            state |= dict(env_steps=self.logged_step, train_seconds=self.train_seconds, processes=processes)
-            state |= dict(agent=self.agent.state_dict(), moments=list(self.optimizer.state.values()))
-            state |= dict(learning_rate=self.learning_rate, teacher=self.teacher and self.teacher.state_dict())
-            vecsim.save_checkpoint(self.folder / "checkpoint.pt", state)
-
-    def evaluate(self) -> dict:
-        """Plot the curve, score the deterministic policy in vecsim and in Gymnasium, write eval.json."""
-        args, env = self.shared.args, self.shared.env
-        vecsim.plot_curve(self.folder, f"{args.env_id}, {self.stage}, seed {args.seed}")
-        evaluation = dict(env_id=args.env_id, algorithm="distill", stage=self.stage, seed=args.seed)
-        evaluation |= dict(env_steps=self.logged_step, train_seconds=self.train_seconds)
-        evaluation |= dict(compile_seconds=self.compile_seconds, vecsim=None, gymnasium=None)
-        if args.eval_episodes:
-            env.random_initial_ages = False  # whole episodes
-            act, cpu_act = vecsim.remembering(self.agent), vecsim.remembering(copy.deepcopy(self.agent).cpu())
-            evaluation["vecsim"] = vecsim.evaluate(env, act, args.seed, self.observes)
-            evaluation["gymnasium"] = vecsim.evaluate_in_gymnasium(
-                args.env_id, cpu_act, args.eval_episodes, args.seed, args.env_kwargs, self.observes
-            )
-        vecsim.write_file(self.folder / "eval.json", json.dumps(evaluation, indent=2).encode())
-        reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
-        for name in ("vecsim", "gymnasium"):
-            score = vecsim.describe(evaluation[name]) if evaluation[name] else reason
-            print(f"{self.stage}, {name}: {score}")
-        return evaluation
+        self.go_on()
 
 
 def train_by_ppo(run: StageRun) -> None:
     """The stages teacher, finetune and baseline. In finetune the policy is frozen for critic_warmup_iterations."""
-    args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
+    args, sizes, agent, rollout = run.args, run.sizes, run.agent, run.rollout
     with vecsim.first_process_first():
         functions = build_ppo(agent, run.optimizer, rollout, sizes, args)
     policy, estimate, accumulate, take_step, take_frozen_step = functions
-    run.start_clock(LossTerms._fields)
-    for iteration in range(run.iteration, run.plan.iterations):
+    for iteration in run.start_clock(run.plan.steps_per_iteration, run.plan.iterations):
         order = run.collect(policy)
 
         # Targets: values and advantages, with the observation statistics of the rollout.
@@ -1206,12 +1004,11 @@ def train_by_ppo(run: StageRun) -> None:
 
 def train_by_imitation(run: StageRun) -> None:
     """The stage student: the student acts with noise, and learns the teacher's mean action in each state it visits."""
-    args, sizes, agent, rollout = run.shared.args, run.shared.sizes, run.agent, run.rollout
+    args, sizes, agent, rollout = run.args, run.sizes, run.agent, run.rollout
     with vecsim.first_process_first():
         functions = build_imitation(agent, run.teacher, run.optimizer, rollout, sizes, args)
     policy, label, gradients, take_step = functions
-    run.start_clock(ImitationTerms._fields)
-    for iteration in range(run.iteration, run.plan.iterations):
+    for iteration in run.start_clock(run.plan.steps_per_iteration, run.plan.iterations):
         order = run.collect(policy)
         with record_function("targets"):
             labels = label()
@@ -1222,34 +1019,20 @@ def train_by_imitation(run: StageRun) -> None:
         run.end_iteration(terms)
 
 
-def train(args: Args, make_env: Callable | None = None, stop: vecsim.StopSignals | None = None) -> dict:
+def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> dict:
     """Run the stages and write their folders; return the last log record of each together with its evaluation.
 
     make_env: see the top of this file. After a signal, the iteration is finished and saved; then KeyboardInterrupt."""
     # Check everything before anything is trained.
-    stop = stop or vecsim.StopSignals()
-    device = vecsim.pick_device(args.device)
-    rank, world_size = vecsim.start_processes(device)
     check_ranges(args)
-    sizes = derive_sizes(args, world_size, device)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    run = vecsim.Run(args, "distill", make_env, stop)
+    sizes = derive_sizes(args, run.world_size, run.device)
+    checkpoint = run.checkpoint
     if checkpoint:
-        check_resumable(checkpoint, args, world_size)
+        check_resumable(checkpoint, args, run.world_size)
     stages = stages_to_run(args, checkpoint, sizes)
     resumed = checkpoint["stage"] if checkpoint and checkpoint["stage"] in stages else None
-    if make_env is None:
-        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir = vecsim.pick_run_dir(args, "distill", stages)
-    if rank == 0:
-        print(f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}: {', '.join(stages)}")
-        if resumed and checkpoint["device"] != device.type:
-            print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
-        if args.compile:
-            print(vecsim.COMPILING, flush=True)
-    if device.type == "cpu" and not args.compile:
-        torch.set_num_threads(1)  # small operations get slower with more threads
-    torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    env = make_environment(args, make_env, sizes.envs, device, args.seed)
+    env = run.start(sizes.envs, f"stages: {', '.join(stages)}", stages=stages)
     starts = {checkpoint["stage"]: checkpoint["agent"]} if checkpoint else {}
     for stage, needed in (("student", "teacher"), ("finetune", "student")):
         if stage in stages and stage != resumed and needed not in {*stages, *starts}:
@@ -1258,17 +1041,19 @@ def train(args: Args, make_env: Callable | None = None, stop: vecsim.StopSignals
     # The stages share one simulator.
     with vecsim.first_process_first():
         env.reset()
-        env.step(torch.zeros(sizes.envs, env.single_action_space.shape[0], device=device))  # compiles the physics
-    shared, results = Shared(args, sizes, env, device, rank, run_dir, stop), {}
+        env.step(torch.zeros(sizes.envs, env.single_action_space.shape[0], device=run.device))  # compiles the physics
+    results = {}
     for stage in stages:
-        run = StageRun(stage, shared, starts, checkpoint if stage == resumed else None)
+        of_stage = StageRun(stage, run, sizes, starts, stage == resumed)
         if stage == "student":
-            train_by_imitation(run)
+            train_by_imitation(of_stage)
         else:
-            train_by_ppo(run)
-        starts[stage], results[stage] = run.agent.state_dict(), run.record
-        if rank == 0:
-            results[stage] = run.record | run.evaluate()
+            train_by_ppo(of_stage)
+        starts[stage], results[stage] = of_stage.agent.state_dict(), of_stage.finish(of_stage.agent, stage, stage=stage)
+        if of_stage.log and args.track:
+            import wandb
+
+            wandb.finish()  # the next stage is another run
     env.close()
     return results
 
@@ -1325,32 +1110,13 @@ def export(path: str, checkpoint: dict) -> None:
         inputs["memory_in"], outputs = agent.empty_memory(2), ["action", "memory_out"]
         facts["memory"] = "memory_in is zero where an episode begins, then the memory_out of the step before"
     vecsim.write_file(Path(path), vecsim.to_onnx(ExportedPolicy(agent), inputs, outputs, checkpoint, **facts))
-    print(f"ONNX: {path}")
 
 
-def play(args: Args, make_env: Callable | None = None) -> dict | None:
-    """Export, score and film the policy of a checkpoint, each on request; return the score.
-
-    The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
+def play(args: Args, make_env=None) -> dict | None:
+    """Export, score and film the policy of a checkpoint, each on request; return the score."""
     check_ranges(args)
     checkpoint = load_checkpoint(args.play)
-    act, observes, score = load_policy(checkpoint), checkpoint["observes"], None
-    if args.export:
-        export(args.export, checkpoint)
-    if args.eval_episodes:
-        task = args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs
-        score = vecsim.evaluate_in_gymnasium(*task, observes)
-        if score is None:
-            args = dataclasses.replace(args, compile=False)
-            env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
-            env.random_initial_ages = False  # whole episodes
-            score = vecsim.evaluate(env, act, args.seed, observes)
-        stage, env_steps = checkpoint["stage"], checkpoint["env_steps"]
-        print(f"{args.env_id}, {stage}, {env_steps:,} steps of training: {vecsim.describe(score)}")
-    if args.capture_video:
-        path = Path(args.play).with_name("play.mp4")
-        print(f"video: {vecsim.film(args.env_id, act, path, args.seed, args.env_kwargs, observes)}")
-    return score
+    return vecsim.play_checkpoint(args, checkpoint, load_agent(checkpoint), export, make_env)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

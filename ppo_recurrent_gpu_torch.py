@@ -25,22 +25,19 @@ Sources: those of ppo_gpu_torch.py; GRU, Cho et al. 2014 (arXiv:1406.1078), in t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 import vecsim_torch as vecsim
-from vecsim_torch import InputError
+from vecsim_torch import InputError, RunningStatistics, sum_over_processes, weighted_moments
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -48,59 +45,18 @@ from vecsim_torch import InputError
 
 
 @dataclasses.dataclass
-class Args:
-    """Flags of a run. Steps are environment steps, summed over all environments, except in num_steps.
+class Args(vecsim.RunFlags):
+    """Flags of a run, on top of those that all trainers have (`vecsim_torch.RunFlags`).
 
-    These defaults are for a CPU and a task without a row in TASKS."""
+    Steps are environment steps, summed over all environments, except in num_steps. These defaults are for a CPU and a
+    task without a row in TASKS."""
 
-    env_id: str = "Ant-v5"
-    """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
     num_envs: int = 1024
     """environments that are stepped in parallel, over all processes (>= 1)"""
     total_timesteps: int = 20_000_000
     """environment steps of the whole run (>= 1; rounded up to whole iterations)"""
-    seed: int = 1
-    """seed of the weights, the environments and the noise (>= 0)"""
-    device: str = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
-    compile: bool = True
-    """compile the physics, the policy and the loss with torch.compile; takes one to three minutes the first time"""
-    cuda_graphs: bool = True
-    """capture the policy and the update in CUDA graphs (no effect on a CPU)"""
     bf16: bool = False
     """run the networks in bfloat16; the physics and the weights stay in float32"""
-    run_dir: str | None = None
-    """output folder without a run (default: runs/<env_id>__ppo_recurrent__<seed>__<time>; resumed: its old folder)"""
-    resume: str | None = None
-    """checkpoint to continue; omitted flags keep its values, also an adapted learning rate"""
-    checkpoint_every: int | None = None
-    """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
-    log_every: int | None = None
-    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
-    eval_episodes: int = 20
-    """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
-    eval_every: int | None = None
-    """steps between evaluations in Gymnasium (>= 1; default: only a final one); training times exclude them"""
-    play: str | None = None
-    """checkpoint to play deterministically on the CPU instead of training; prints its score"""
-    export: str | None = None
-    """with --play: write policy, normaliser and action scale to this ONNX file"""
-    capture_video: bool = False
-    """with --play: film one episode in Gymnasium's environment, into the checkpoint's folder"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    profile: bool = False
-    """profile iterations 4 to 6, or the last of a shorter run: print a table of the stages and write trace.json.gz"""
-
-    # the environment
-    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.2"""
-    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
-    """integrator of the training physics; Gymnasium's environments keep their own"""
-    solver_iterations: int = 4
-    """Newton iterations of the contact solver (>= 1)"""
-    reward_scale: float = 1.0
-    """factor on the rewards that the learner sees (> 0); logged returns are unscaled"""
 
     # the batch
     num_steps: int = 16
@@ -220,18 +176,12 @@ def parse_args(argv: list[str]) -> Args:
 
 def check_ranges(args: Args) -> None:
     """InputError for a flag that is out of its range."""
-    counts = "num_envs total_timesteps num_steps update_epochs num_minibatches solver_iterations"
-    counts += " memory_width memory_layers"
     rules = (  # flags, whether a value is legal, and the rule in words
-        (counts, lambda x: x >= 1, ">= 1"),
-        ("checkpoint_every log_every eval_every sequence_length", lambda x: x is None or x >= 1, ">= 1"),
-        ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
-        ("eval_episodes", lambda x: x >= 0, ">= 0"),
-        ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
-        ("eval_every", lambda x: not x or vecsim.gymnasium_id(args.env_id), f"omitted: Gymnasium has no {args.env_id}"),
+        ("num_steps update_epochs num_minibatches memory_width memory_layers", lambda x: x >= 1, ">= 1"),
+        ("sequence_length", lambda x: x is None or x >= 1, ">= 1"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("entropy_coef bounds_coef", lambda x: 0 <= x < math.inf, ">= 0 and finite"),
-        ("reward_scale learning_rate learning_rate_max", lambda x: 0 < x < math.inf, "> 0 and finite"),
+        ("learning_rate learning_rate_max", lambda x: 0 < x < math.inf, "> 0 and finite"),
         ("desired_kl", lambda x: all(0 < kl < math.inf for kl in x), "> 0 and finite"),
         ("clip_coef max_grad_norm", lambda x: x > 0, "> 0"),
         ("log_std_init log_std_min", math.isfinite, "finite"),
@@ -270,59 +220,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics and networks
+# Networks
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(x)
-    return x
-
-
-def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (), mean (k,) and variance (k,) of the valid rows of x (B, k), over all processes, in float64."""
-    rows = torch.where(valid[:, None], x, 0.0).double()
-    sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
-    mean, mean_square = (sums[1:] / sums[0].clamp(min=1.0)).chunk(2)
-    return sums[0], mean, (mean_square - mean.square()).clamp(min=0.0)
-
-
-class RunningStatistics(nn.Module):
-    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
-
-    def __init__(self, size: int, enabled: bool, limit: float = math.inf):
-        super().__init__()
-        self.enabled, self.limit = enabled, limit
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, x: Tensor, valid: Tensor) -> None:
-        """Merge in the valid rows of x (B, size) of all processes (Chan et al. 1983)."""
-        if not self.enabled:
-            return
-        count, mean, variance = weighted_moments(x, valid)
-        total = self.count + count
-        divisor = total.clamp(min=1.0)
-        shift = mean - self.mean
-        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / divisor
-        self.mean += shift * count / divisor
-        self.variance.copy_(torch.where(total > 0, squares / divisor, self.variance))  # unchanged before any valid row
-        self.count.copy_(total)
-
-    def deviation(self) -> Tensor:
-        return (self.variance + 1e-6).sqrt().float()
-
-    def normalize(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        return ((x - self.mean.float()) / self.deviation()).clamp(-self.limit, self.limit)
-
-    def denormalize(self, x: Tensor) -> Tensor:
-        return x * self.deviation() + self.mean.float() if self.enabled else x
 
 
 def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
@@ -800,15 +699,8 @@ def load_checkpoint(path: str) -> dict:
 def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
     """InputError for flags that do not fit the checkpoint's state, or that would have no effect."""
     fixed = "env_id env_kwargs num_envs num_steps seed actor_hidden critic_hidden log_std_init normalize_observations"
-    for name in f"{fixed} normalize_values memory memory_width memory_layers memory_position".split():
-        then, now = checkpoint["args"][name], getattr(args, name)
-        if now != then:
-            raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; omit that flag")
-    done, processes = checkpoint["env_steps"], len(checkpoint["processes"])
-    if args.total_timesteps <= done:
-        raise InputError(f"the checkpoint has {done:,} steps already; give a larger --total-timesteps")
-    if processes != world_size:
-        raise InputError(f"the checkpoint was written by {processes} processes, not {world_size}")
+    fixed += " normalize_values memory memory_width memory_layers memory_position"
+    vecsim.check_resumable(checkpoint, args, fixed, world_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -818,62 +710,26 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_environment(args: Args, make_env, num_envs: int, device: torch.device, seed: int):
-    """vecsim's environment, or the user's own if make_env is not None."""
-    options = dict(num_envs=num_envs, device=str(device), seed=seed) | args.env_kwargs
-    if make_env is not None:
-        return vecsim.CompletedEnv(make_env(args.env_id, **options))
-    options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
-    return vecsim.make(args.env_id, random_initial_ages=True, **options)
-
-
-def score_in_gymnasium(agent: Agent, args: Args) -> dict | None:
-    """The score in Gymnasium's own environment, which is on the CPU; None if Gymnasium has no such task."""
-    act = vecsim.remembering(copy.deepcopy(agent).cpu())
-    return vecsim.evaluate_in_gymnasium(args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs)
-
-
 def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> dict:
     """Train, write the run folder and evaluate; return the last log record together with the evaluation.
 
     make_env: see the top of this file. After a signal, training finishes the iteration and saves a checkpoint; then it
     raises KeyboardInterrupt."""
     # Check the flags before anything is allocated.
-    stop = stop or vecsim.StopSignals()
-    device = vecsim.pick_device(args.device)
-    rank, world_size = vecsim.start_processes(device)
     check_ranges(args)
-    sizes = derive_sizes(args, world_size)
-    if make_env is None:
-        vecsim.check_env_kwargs(args.env_id, args.env_kwargs)
-    run_dir = vecsim.pick_run_dir(args, "ppo_recurrent")
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
-        check_resumable(checkpoint, args, world_size)
-    first_iteration = checkpoint["iteration"] if checkpoint else 0
-    other_device = checkpoint is not None and checkpoint["device"] != device.type
-    if rank == 0:
-        print(
-            f"{args.env_id} on {device} with {world_size} process(es), into {run_dir}\n"
-            f"{args.num_envs:,} environments x {args.num_steps} steps = {sizes.steps_per_iteration:,} samples, "
-            f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
-            f"{sizes.minibatch:,} environments, in sequences of {sizes.sequence} steps"
-        )
-        if other_device:
-            print(f"the checkpoint is from {checkpoint['device']}; on {device.type} the random numbers are different")
-        if args.compile:
-            print(vecsim.COMPILING, flush=True)
+    run = vecsim.Run(args, "ppo_recurrent", make_env, stop)
+    sizes = derive_sizes(args, run.world_size)
+    if run.checkpoint:
+        check_resumable(run.checkpoint, args, run.world_size)
+    env = run.start(
+        sizes.envs,
+        f"{args.num_envs:,} environments x {args.num_steps} steps = {sizes.steps_per_iteration:,} samples, "
+        f"{sizes.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
+        f"{sizes.minibatch:,} environments, in sequences of {sizes.sequence} steps",
+    )
 
-    # Make the random generators, the environment and the networks; then load the checkpoint into the networks.
-    began = time.perf_counter()
-    if device.type == "cpu" and not args.compile:
-        torch.set_num_threads(1)  # small operations get slower with more threads
-    torch.manual_seed(args.seed)  # the initial weights, the same in every process
-    torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
-    seed = vecsim.stream_seed(args.seed, checkpoint["env_steps"], stream=2) if other_device else args.seed
-    generator = torch.Generator(device).manual_seed(vecsim.stream_seed(seed, rank, stream=0))
-    env_seed = vecsim.stream_seed(seed, rank, stream=1)
-    env = make_environment(args, make_env, sizes.envs, device, env_seed)
+    # Make the networks and the functions; then continue where the checkpoint ended.
+    device, generator = run.device, run.generator
     obs_size, action_size = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     privileged = env.single_critic_space is not None
     critic_obs_size = env.single_critic_space.shape[0] if privileged else None
@@ -881,38 +737,25 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = vecsim.make_optimizer(agent, learning_rate)
     rollout = allocate_rollout(agent, sizes, args.num_steps)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for moments, saved in zip(optimizer.state.values(), checkpoint["moments"], strict=True):
-            for name, moment in moments.items():
-                moment.copy_(saved[name])
-        if args.learning_rate == checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
-            learning_rate.copy_(checkpoint["learning_rate"])
-    logged_step = first_iteration * sizes.steps_per_iteration
-    log = vecsim.RunLog(run_dir, args, logged_step) if rank == 0 else None  # only the first process writes
+    if run.checkpoint:
+        agent.load_state_dict(run.checkpoint["agent"])
+        vecsim.load_moments(optimizer, run.checkpoint["moments"])
+        if args.learning_rate == run.checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
+            learning_rate.copy_(run.checkpoint["learning_rate"])
     with vecsim.first_process_first():
         policy, estimate, differentiate, take_step = build_functions(agent, optimizer, rollout, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
-    obs, info = env.reset(seed=env_seed)
+    obs, info = env.reset(seed=run.env_seed)
     critic_obs = info["critic_obs"] if privileged else obs
     memory, started = agent.empty_memory(sizes.envs), torch.ones(sizes.envs, dtype=torch.bool, device=device)
-    train_seconds = 0.0
-    if checkpoint:
-        mine, train_seconds = checkpoint["processes"][rank], checkpoint["train_seconds"]
-        if mine["env"]:  # the user's own environment may have no state_dict; it then begins new episodes
-            env.load_state_dict(mine["env"])
-            obs, critic_obs, memory, started, critic_memory = (x.to(device) for x in mine["moment"])
-            rollout.critic_memory.copy_(critic_memory)
-        if not other_device:
-            generator.set_state(mine["generator"])
-    compile_seconds = time.perf_counter() - began
+    saved = run.restore()
+    if saved.get("env"):
+        obs, critic_obs, memory, started, critic_memory = (x.to(device) for x in saved["moment"])
+        rollout.critic_memory.copy_(critic_memory)
 
-    terms, record, score = torch.zeros(len(LossTerms._fields), device=device), {}, None
-    profiler = vecsim.start_profiler(run_dir, sizes.iterations - first_iteration) if args.profile and log else None
-    logged_seconds, clock = train_seconds, time.perf_counter()
-    stop.phase = "during training"
-    for iteration in range(first_iteration, sizes.iterations):
+    terms = torch.zeros(len(LossTerms._fields), device=device)
+    for iteration in run.start_clock(sizes.steps_per_iteration, sizes.iterations):
         # Rollout. It copies the simulator's tensors, which the next step may overwrite.
         noise = torch.randn(args.num_steps, sizes.envs, action_size, generator=generator, device=device)
         for t in range(args.num_steps):
@@ -948,78 +791,27 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         if privileged:
             agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
-        if profiler:
-            profiler.step()
+        if run.profiler:
+            run.profiler.step()
 
         # Log, evaluate, save: each when a multiple of its interval was crossed.
-        env_steps = (iteration + 1) * sizes.steps_per_iteration
-        before = env_steps - sizes.steps_per_iteration
-        stopping = stop.requested()
-        last = stopping or iteration + 1 == sizes.iterations
-        evaluate_now = vecsim.crossed(args.eval_every, before, env_steps)
-        save_now = last or vecsim.crossed(args.checkpoint_every or args.total_timesteps / 10, before, env_steps)
-        log_now = vecsim.crossed(args.log_every or args.total_timesteps / 200, before, env_steps)
-        if not (evaluate_now or save_now or log_now):
+        if not run.due(iteration):
             continue
-        steps = env_steps - logged_step  # since the last record
-        terms /= steps // sizes.steps_per_iteration * args.update_epochs * args.num_minibatches
-        means = LossTerms(*terms)._asdict()
+        iterations = (run.env_steps - run.logged_step) // sizes.steps_per_iteration  # since the last record
+        means = LossTerms(*(terms / (iterations * args.update_epochs * args.num_minibatches)))._asdict()
         means |= dict(learning_rate=learning_rate, action_std=agent.log_std.exp().mean())
         means |= dict(explained_variance=explained_variance(value, advantage, rollout.invalid))  # of this iteration
-        numbers = torch.stack([*means.values()]).tolist()  # host sync
-        episodes = vecsim.merge_episode_statistics(env.pop_statistics(), device)  # host sync
-        train_seconds += time.perf_counter() - clock
-        speed = steps / (train_seconds - logged_seconds)
-        record = dict(env_steps=env_steps, wall_seconds=train_seconds, steps_per_second=speed) | episodes
-        record |= {name: x if math.isfinite(x) else None for name, x in zip(means, numbers, strict=True)}
-        if None in [record[name] for name in LossTerms._fields]:
-            raise FloatingPointError(f"training diverged by {env_steps:,} steps: {record}")
-        if log and evaluate_now:
-            score = score_in_gymnasium(agent, args)
-            record |= dict(gymnasium_return=score["mean"]) if score else {}
-        if log:
-            log.write(record)
-        if save_now:
+        run.write_record(agent, means, needed=LossTerms._fields)
+        if run.save_now:
             moment = [obs, critic_obs, memory, started, rollout.critic_memory]
-            mine = dict(env=env.state_dict(), generator=generator.get_state(), moment=moment)
-            processes = vecsim.gather_from_processes(mine)
-            if log:
-                state = dict(
-                    algorithm="ppo_recurrent", env_id=args.env_id, args=dataclasses.asdict(args), device=device.type
-                )
-                state |= dict(iteration=iteration + 1, env_steps=env_steps, train_seconds=train_seconds)
-                state |= dict(agent=agent.state_dict(), moments=list(optimizer.state.values()))
-                state |= dict(learning_rate=learning_rate, processes=processes, versions=vecsim.versions())
-                vecsim.save_checkpoint(run_dir / "checkpoint.pt", state)
+            state = dict(agent=agent.state_dict(), moments=list(optimizer.state.values()), learning_rate=learning_rate)
+            run.save(dict(moment=moment), **state)
         terms.zero_()
-        logged_step, logged_seconds, clock = env_steps, train_seconds, time.perf_counter()
-        if stopping:
-            if log:
-                log.close()
-            path = run_dir / "checkpoint.pt"
-            raise KeyboardInterrupt(f"stopped after {env_steps:,} steps; continue with --resume {path}")
+        run.go_on()
 
-    # Final evaluation, only in the first process, which writes.
-    stop.phase = "after training"
-    if profiler:
-        profiler.stop()
-    if not log:
-        env.close()
-        return record
-    log.close()
-    vecsim.plot_curve(run_dir, f"{args.env_id}, PPO with {args.memory}, seed {args.seed}")
-    evaluation = dict(env_id=args.env_id, algorithm="ppo_recurrent", seed=args.seed, env_steps=logged_step)
-    evaluation |= dict(train_seconds=train_seconds, compile_seconds=compile_seconds, vecsim=None, gymnasium=None)
-    if args.eval_episodes:
-        env.random_initial_ages = False  # whole episodes
-        evaluation["vecsim"] = vecsim.evaluate(env, vecsim.remembering(agent), args.seed)
-        evaluation["gymnasium"] = score if evaluate_now else score_in_gymnasium(agent, args)
+    result = run.finish(agent, f"PPO with {args.memory}")
     env.close()
-    vecsim.write_file(run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
-    reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
-    for name in ("vecsim", "gymnasium"):
-        print(f"{name}: {vecsim.describe(evaluation[name]) if evaluation[name] else reason}")
-    return record | evaluation
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1054,31 +846,13 @@ def export(path: str, checkpoint: dict) -> None:
     facts = dict(memory="memory_in is zero where an episode begins, then the memory_out of the step before")
     file = vecsim.to_onnx(agent, inputs, ["action", "memory_out"], checkpoint, script=Path(__file__).name, **facts)
     vecsim.write_file(Path(path), file)
-    print(f"ONNX: {path}")
 
 
 def play(args: Args, make_env=None) -> dict | None:
-    """Export, score and film the policy of a checkpoint, each on request; return the score.
-
-    The score comes from Gymnasium's own environment if it exists, else from the training's environment."""
+    """Export, score and film the policy of a checkpoint, each on request; return the score."""
     check_ranges(args)
-    checkpoint, score = load_checkpoint(args.play), None
-    agent = load_agent(checkpoint)
-    act = vecsim.remembering(agent)
-    if args.export:
-        export(args.export, checkpoint)
-    if args.eval_episodes:
-        score = score_in_gymnasium(agent, args)
-        if score is None:
-            args = dataclasses.replace(args, compile=False)
-            env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
-            env.random_initial_ages = False  # whole episodes
-            score = vecsim.evaluate(env, act, args.seed)
-        print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {vecsim.describe(score)}")
-    if args.capture_video:
-        path = Path(args.play).with_name("play.mp4")
-        print(f"video: {vecsim.film(args.env_id, act, path, args.seed, args.env_kwargs)}")
-    return score
+    checkpoint = load_checkpoint(args.play)
+    return vecsim.play_checkpoint(args, checkpoint, load_agent(checkpoint), export, make_env)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4383,6 +4383,52 @@ for _name, _kind in TASKS.items():
 COMPILING = "compiling, one to three minutes the first time, 20 seconds once PyTorch's cache has the code"
 
 
+@dataclass
+class RunFlags:
+    """The flags that all trainers have. Steps are environment steps, summed over all environments."""
+
+    env_id: str = "Ant-v5"
+    """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
+    seed: int = 1
+    """seed of the weights, the environments and the noise (>= 0)"""
+    device: str = "auto"
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
+    compile: bool = True
+    """compile the physics, the policy and the losses with torch.compile; takes one to three minutes the first time"""
+    cuda_graphs: bool = True
+    """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""
+    run_dir: str | None = None
+    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>; resumed: its own)"""
+    resume: str | None = None
+    """checkpoint to continue; omitted flags keep its values, also an adapted learning rate"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
+    log_every: int | None = None
+    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
+    eval_episodes: int = 20
+    """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
+    eval_every: int | None = None
+    """steps between evaluations in Gymnasium (>= 1; default: only a final one); training times exclude them"""
+    play: str | None = None
+    """checkpoint to play deterministically on the CPU instead of training; prints its score"""
+    export: str | None = None
+    """with --play: write policy, normaliser and action scale to this ONNX file"""
+    capture_video: bool = False
+    """with --play: film one episode in Gymnasium's environment, into the checkpoint's folder"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    profile: bool = False
+    """profile iterations 4 to 6 of learning, or the last: print a table of the stages and write trace.json.gz"""
+    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.2"""
+    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
+    """integrator of the training physics; Gymnasium's environments keep their own"""
+    solver_iterations: int = 4
+    """Newton iterations of the contact solver (>= 1)"""
+    reward_scale: float = 1.0
+    """factor on the rewards that the learner sees (> 0); logged returns are unscaled"""
+
+
 def parse_flags(words: list[str], default: Any, description: str | None) -> Any:
     """`default`, a dataclass of flags, changed by a command line. InputError with the parser's message on one line."""
     import tyro
@@ -4440,8 +4486,20 @@ def sizes_for_device(args: Any, scaled_flags: str, factor: int, most: int) -> An
 
 
 def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
-    """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words)."""
-    for names, legal, rule in rules:
+    """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words).
+
+    The rules for `RunFlags` come first, then those of the trainer."""
+    unscored = f"omitted: Gymnasium has no {args.env_id}"
+    shared = (
+        ("num_envs total_timesteps solver_iterations", lambda x: x >= 1, ">= 1"),
+        ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
+        ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
+        ("eval_episodes", lambda x: x >= 0, ">= 0"),
+        ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
+        ("eval_every", lambda x: not x or gymnasium_id(args.env_id), unscored),
+        ("reward_scale", lambda x: 0 < x < math.inf, "> 0 and finite"),
+    )
+    for names, legal, rule in (*shared, *rules):
         for name in names.split():
             if not legal(getattr(args, name)):
                 raise InputError(f"{name} = {getattr(args, name)} must be {rule}")
@@ -4531,6 +4589,57 @@ def first_process_first():
         distributed.barrier()
 
 
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
+
+
+def weighted_moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (), mean (k,) and variance (k,) of the valid rows of x (B, k), over all processes, in float64."""
+    rows = torch.where(valid[:, None], x, 0.0).double()
+    sums = sum_over_processes(torch.cat([valid.sum().double()[None], rows.sum(0), rows.square().sum(0)]))
+    mean, mean_square = (sums[1:] / sums[0].clamp(min=1.0)).chunk(2)
+    return sums[0], mean, (mean_square - mean.square()).clamp(min=0.0)
+
+
+class RunningStatistics(torch.nn.Module):
+    """Running mean and variance of vectors. Only `update` changes them. Checkpoints contain them: they are buffers."""
+
+    def __init__(self, size: int, enabled: bool, limit: float = math.inf):
+        super().__init__()
+        self.enabled, self.limit = enabled, limit
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor) -> None:
+        """Merge in the valid rows of x (B, size) of all processes (Chan et al. 1983)."""
+        if not self.enabled:
+            return
+        count, mean, variance = weighted_moments(x, valid)
+        total = self.count + count
+        divisor = total.clamp(min=1.0)
+        shift = mean - self.mean
+        squares = self.variance * self.count + variance * count + shift.square() * self.count * count / divisor
+        self.mean += shift * count / divisor
+        self.variance.copy_(torch.where(total > 0, squares / divisor, self.variance))  # unchanged before any valid row
+        self.count.copy_(total)
+
+    def deviation(self) -> Tensor:
+        return (self.variance + 1e-6).sqrt().float()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        return ((x - self.mean.float()) / self.deviation()).clamp(-self.limit, self.limit)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.deviation() + self.mean.float() if self.enabled else x
+
+
 def average_over_processes(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes, with one all-reduce of one flat vector."""
     if not distributed.is_initialized():
@@ -4596,6 +4705,26 @@ def load_checkpoint(path: str, algorithm: str, flags: type) -> dict[str, Any]:
     return checkpoint
 
 
+def check_resumable(checkpoint: dict[str, Any], args: Any, fixed: str, world_size: int) -> None:
+    """InputError for flags that do not fit the checkpoint's state. fixed: names of flags that must not change."""
+    for name in fixed.split():
+        then, now = checkpoint["args"][name], getattr(args, name)
+        if now != then:
+            raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; omit that flag")
+    done, processes = checkpoint["env_steps"], len(checkpoint["processes"])
+    if args.total_timesteps <= done and "stage" not in checkpoint:  # a stage of the distillation has its own budget
+        raise InputError(f"the checkpoint has {done:,} steps already; give a larger --total-timesteps")
+    if processes != world_size:
+        raise InputError(f"the checkpoint was written by {processes} processes, not {world_size}")
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: list[dict[str, Tensor]]) -> None:
+    """Copy the saved moments of Adam into its own, which keep their addresses."""
+    for moments, theirs in zip(optimizer.state.values(), saved, strict=True):
+        for name, moment in moments.items():
+            moment.copy_(theirs[name])
+
+
 def pick_run_dir(args: Any, algorithm: str, stages: Sequence[str] = ()) -> Path:
     """The folder of this run; each of its stages has a folder inside.
 
@@ -4618,7 +4747,7 @@ def pick_run_dir(args: Any, algorithm: str, stages: Sequence[str] = ()) -> Path:
 class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
 
-    def __init__(self, run_dir: Path, args: Any, first_step: int):
+    def __init__(self, run_dir: Path, args: Any, first_step: int, last_step: int):
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
@@ -4635,7 +4764,7 @@ class RunLog:
 
             wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
         self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
+        self.bar = tqdm(total=last_step, initial=first_step, unit=" steps", unit_scale=True)
 
     def write(self, record: dict[str, Any]) -> None:
         with self.metrics.open("a") as file:
@@ -4651,6 +4780,205 @@ class RunLog:
     def close(self) -> None:
         self.bar.close()
         self.tensorboard.close()
+
+
+def make_environment(args: Any, make_env: Callable | None, num_envs: int, device: torch.device, seed: int) -> Any:
+    """vecsim's environment with the flags of a trainer, or the user's own if make_env is not None."""
+    options = dict(num_envs=num_envs, device=str(device), seed=seed) | args.env_kwargs
+    if make_env is not None:
+        return CompletedEnv(make_env(args.env_id, **options))
+    options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
+    return make(args.env_id, random_initial_ages=True, **options)
+
+
+class Run:
+    """What surrounds the loop of a trainer: processes, seeds, environment, clock, log, evaluations and checkpoints.
+
+    A trainer calls `start`, `restore` and `start_clock`. In its loop it asks whether something is `due` after an
+    iteration, and then calls `write_record`, `save` if save_now, and `go_on`. It ends with `finish`. All processes call
+    all methods; the first one alone has a log, and writes."""
+
+    checkpoints = 10  # how many a run writes, if --checkpoint-every is omitted
+    observes = "obs"  # what the policy sees: obs or critic_obs
+
+    def __init__(self, args: Any, algorithm: str, make_env: Callable | None, stop: StopSignals | None):
+        """algorithm: the name that the trainer's checkpoints have."""
+        self.args, self.algorithm, self.stop, self.make_env = args, algorithm, stop or StopSignals(), make_env
+        self.device = pick_device(args.device)
+        self.rank, self.world_size = start_processes(self.device)
+        if make_env is None:
+            check_env_kwargs(args.env_id, args.env_kwargs)
+        self.checkpoint = load_checkpoint(args.resume, algorithm, type(args)) if args.resume else None
+        self.iteration, self.env_steps, self.train_seconds = 0, 0, 0.0
+        if self.checkpoint:
+            self.iteration, self.env_steps = self.checkpoint["iteration"], self.checkpoint["env_steps"]
+            self.train_seconds = self.checkpoint["train_seconds"]
+        self.record: dict[str, Any] = {}  # the last line of the log
+        self.score, self.log, self.profiler = None, None, None
+
+    def start(self, envs: int, what: str, name: str | None = None, stages: Sequence[str] = ()) -> Any:
+        """Print what the run does, seed PyTorch, and make the environment of this process with `envs` robots.
+
+        name: of the run's folder and in eval.json; default the algorithm. stages: see `pick_run_dir`."""
+        args, checkpoint, self.began = self.args, self.checkpoint, time.perf_counter()
+        self.name = name or self.algorithm
+        self.run_dir = pick_run_dir(args, self.name, stages)
+        other_device = checkpoint is not None and checkpoint["device"] != self.device.type
+        if self.rank == 0:
+            print(f"{args.env_id} on {self.device} with {self.world_size} process(es), into {self.run_dir}\n{what}")
+            if other_device:
+                old, new = checkpoint["device"], self.device.type
+                print(f"the checkpoint is from {old}; on {new} the random numbers are different")
+            if args.compile:
+                print(COMPILING, flush=True)
+        if self.device.type == "cpu" and not args.compile:
+            torch.set_num_threads(1)  # small operations get slower with more threads
+        torch.manual_seed(args.seed)  # the initial weights, the same in every process
+        torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
+        self.seed = stream_seed(args.seed, self.env_steps, stream=2) if other_device else args.seed
+        self.generator = torch.Generator(self.device).manual_seed(stream_seed(self.seed, self.rank, stream=0))
+        self.env_seed = stream_seed(self.seed, self.rank, stream=1)
+        self.env = make_environment(args, self.make_env, envs, self.device, self.env_seed)
+        return self.env
+
+    def restore(self) -> dict[str, Any]:
+        """Put environment and random generator into the checkpoint's state; return all that this process saved."""
+        if not self.checkpoint:
+            return {}
+        saved = self.checkpoint["processes"][self.rank]
+        if saved["env"]:  # the user's own environment may have no state_dict; it then begins new episodes
+            self.env.load_state_dict(saved["env"])
+        if self.checkpoint["device"] == self.device.type:
+            self.generator.set_state(saved["generator"])
+        return saved
+
+    def start_clock(self, steps_per_iteration: int, iterations: int, waiting: int = 0) -> range:
+        """Everything is compiled: open the log. Returns the iterations that are left.
+
+        waiting: how many of them come before the first gradient step, and are not profiled."""
+        self.steps_per_iteration, self.iterations = steps_per_iteration, iterations
+        self.logged_step, self.logged_seconds = self.env_steps, self.train_seconds
+        self.compile_seconds = time.perf_counter() - self.began
+        if self.rank == 0:
+            self.log = RunLog(self.run_dir, self.args, self.env_steps, iterations * steps_per_iteration)
+            if self.args.profile:
+                self.profiler = start_profiler(self.run_dir, iterations - self.iteration - waiting)
+        self.clock, self.stop.phase = time.perf_counter(), "during training"
+        return range(self.iteration, iterations)
+
+    def due(self, iteration: int) -> bool:
+        """Whether this iteration, which has ended, needs a record: a multiple of some interval was crossed."""
+        args, before = self.args, iteration * self.steps_per_iteration
+        self.iteration, self.env_steps = iteration + 1, before + self.steps_per_iteration
+        self.stopping = self.stop.requested()
+        self.last = self.stopping or self.iteration == self.iterations
+        self.evaluate_now = crossed(args.eval_every, before, self.env_steps)
+        every = args.checkpoint_every or args.total_timesteps / self.checkpoints
+        self.save_now = self.last or crossed(every, before, self.env_steps)
+        log_now = crossed(args.log_every or args.total_timesteps / 200, before, self.env_steps)
+        return self.evaluate_now or self.save_now or log_now
+
+    def write_record(self, agent: Any, means: dict[str, Tensor], needed: Sequence[str], **more: Any) -> None:
+        """Log `means` () over what happened since the last record, statistics of the episodes, and `more`.
+
+        A mean that is not finite becomes None; FloatingPointError if it is one of those `needed`."""
+        numbers = torch.stack([*means.values()]).tolist()  # host sync
+        episodes = merge_episode_statistics(self.env.pop_statistics(), self.device)  # host sync
+        self.train_seconds += time.perf_counter() - self.clock
+        speed = (self.env_steps - self.logged_step) / (self.train_seconds - self.logged_seconds)
+        record = dict(env_steps=self.env_steps, wall_seconds=self.train_seconds, steps_per_second=speed) | episodes
+        record |= {name: x if math.isfinite(x) else None for name, x in zip(means, numbers, strict=True)}
+        if None in [record[name] for name in needed]:
+            raise FloatingPointError(f"training diverged by {self.env_steps:,} steps: {record}")
+        record |= more
+        if self.log and self.evaluate_now:
+            self.score = score_in_gymnasium(agent, self.args, self.observes)
+            record |= dict(gymnasium_return=self.score["mean"]) if self.score else {}
+        if self.log:
+            self.log.write(record)
+        self.record, self.logged_step, self.logged_seconds = record, self.env_steps, self.train_seconds
+
+    def save(self, of_process: dict[str, Any], **state: Any) -> None:
+        """Write the checkpoint: `state`, and what each process adds to its environment and its random generator."""
+        mine = dict(env=self.env.state_dict(), generator=self.generator.get_state()) | of_process
+        processes = gather_from_processes(mine)
+        if self.log:
+            args = dataclasses.asdict(self.args)
+            state |= dict(algorithm=self.algorithm, env_id=self.args.env_id, args=args, device=self.device.type)
+            state |= dict(iteration=self.iteration, env_steps=self.env_steps, train_seconds=self.train_seconds)
+            save_checkpoint(self.run_dir / "checkpoint.pt", state | dict(processes=processes, versions=versions()))
+
+    def go_on(self) -> None:
+        """All is written: start the clock again, or close the log. After a signal: KeyboardInterrupt."""
+        self.clock = time.perf_counter()
+        if not self.last:
+            return
+        self.stop.phase = "after training"
+        if self.profiler:
+            self.profiler.stop()
+        if self.log:
+            self.log.close()
+        if self.stopping:
+            path = self.run_dir / "checkpoint.pt"
+            raise KeyboardInterrupt(f"stopped after {self.env_steps:,} steps; continue with --resume {path}")
+
+    def finish(self, agent: Any, title: str, **facts: Any) -> dict[str, Any]:
+        """Plot the curve, score the policy in vecsim and in Gymnasium, write eval.json; return all that is known.
+
+        title: of the plot. facts: more entries of eval.json. Only the first process scores."""
+        if not self.log:
+            return self.record
+        args = self.args
+        plot_curve(self.run_dir, f"{args.env_id}, {title}, seed {args.seed}")
+        evaluation = dict(env_id=args.env_id, algorithm=self.name, **facts, seed=args.seed, env_steps=self.env_steps)
+        evaluation |= dict(train_seconds=self.train_seconds, compile_seconds=self.compile_seconds)
+        evaluation |= dict(vecsim=None, gymnasium=None)
+        if args.eval_episodes:
+            self.env.random_initial_ages = False  # whole episodes
+            evaluation["vecsim"] = evaluate(self.env, policy_of(agent), args.seed, self.observes)
+            done = self.evaluate_now
+            evaluation["gymnasium"] = self.score if done else score_in_gymnasium(agent, args, self.observes)
+        write_file(self.run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
+        reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
+        for name in ("vecsim", "gymnasium"):
+            print(f"{title}, {name}: {describe(evaluation[name]) if evaluation[name] else reason}")
+        return self.record | evaluation
+
+
+def policy_of(agent: Any) -> Act:
+    """The deterministic policy of a trainer's agent; it keeps the memory of an agent that has one."""
+    return remembering(agent) if hasattr(agent, "empty_memory") else agent.act
+
+
+def score_in_gymnasium(agent: Any, args: Any, observes: str = "obs") -> dict[str, float] | None:
+    """The score in Gymnasium's own environment, which is on the CPU; None if Gymnasium has no such task."""
+    act = policy_of(copy.deepcopy(agent).cpu())
+    return evaluate_in_gymnasium(args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs, observes)
+
+
+def play_checkpoint(
+    args: Any, checkpoint: dict[str, Any], agent: Any, export: Callable, make_env: Callable | None
+) -> dict[str, float] | None:
+    """Export, score and film the policy of a checkpoint, each on request; return the score.
+
+    export(path, checkpoint) writes the ONNX file. The score comes from Gymnasium's own environment if it exists, else
+    from the training's environment."""
+    act, observes, score = policy_of(agent), checkpoint.get("observes", "obs"), None
+    if args.export:
+        export(args.export, checkpoint)
+        print(f"ONNX: {args.export}")
+    if args.eval_episodes:
+        score = score_in_gymnasium(agent, args, observes)
+        if score is None:
+            args = dataclasses.replace(args, compile=False)
+            env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
+            env.random_initial_ages = False  # whole episodes
+            score = evaluate(env, act, args.seed, observes)
+        print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
+    if args.capture_video:
+        path = Path(args.play).with_name("play.mp4")
+        print(f"video: {film(args.env_id, act, path, args.seed, args.env_kwargs, observes)}")
+    return score
 
 
 def plot_curve(run_dir: Path, title: str) -> None:

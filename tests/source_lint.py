@@ -10,6 +10,8 @@ import vecsim_torch as vecsim
 METHODS = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "synchronize"}
 METHODS |= {"unique", "unique_consecutive"}
 CONVERSIONS = {"float", "int", "bool"}
+SHARED = vecsim.parse_args, vecsim.pick_run_dir, vecsim.make_environment, vecsim.score_in_gymnasium
+SHARED += vecsim.RunLog, vecsim.Run, vecsim.play_checkpoint  # what reads the flags of all trainers
 
 
 def functions(source: str) -> dict[str, ast.FunctionDef]:
@@ -33,7 +35,7 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
 
 def flags_read(source: str) -> set[str]:
     """The flags that a trainer's source reads as args.NAME, and those that the functions it shares read."""
-    sources = [source, *(inspect.getsource(x) for x in (vecsim.parse_args, vecsim.pick_run_dir, vecsim.RunLog))]
+    sources = [source, *(inspect.getsource(x) for x in SHARED)]
     nodes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
     nodes = [node for node in nodes if isinstance(node.ctx, ast.Load)]
     return {node.attr for node in nodes if ast.unparse(node.value).split(".")[-1] == "args"}

@@ -495,6 +495,7 @@ def test_every_flag_has_one_help_line_and_is_read(module):
         assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr), ast.unparse(flag)
         assert "\n" not in text.value.value, flag.target.id
     flags = {field.name for field in dataclasses.fields(module.Args)}
+    assert flags > {field.name for field in dataclasses.fields(vecsim.RunFlags)}
     by_name = {"preset", "teacher", "student", "finetune_learning_rate"}  # by parse_args and getattr
     assert flags <= source_lint.flags_read(inspect.getsource(module)) | by_name
 
@@ -510,9 +511,16 @@ def test_only_the_defaults_read_a_module_variable(module):
 def test_no_host_read_without_its_comment(module):
     """test_cuda_without_gpu.py shows that there is none between the iterations that log."""
     source = inspect.getsource(module)
+    for function in source_lint.functions(source).values():
+        assert not source_lint.unmarked_host_reads(function, source), function.name
+
+
+def test_what_trainers_share_has_no_host_read_without_its_comment():
+    source = inspect.getsource(vecsim)
     functions = source_lint.functions(source)
-    unmarked = {name for name in functions if source_lint.unmarked_host_reads(functions[name], source)}
-    assert unmarked == {"StageRun.evaluate" if module is distill else "score_in_gymnasium"}  # with a copy on the CPU
+    of_statistics = [name for name in functions if name.startswith("RunningStatistics.")]
+    for name in ("sum_over_processes", "weighted_moments", *of_statistics, "Run.due", "Run.write_record"):
+        assert not source_lint.unmarked_host_reads(functions[name], source), name
 
 
 READS = ["x.item()", "float(x)", "int(x)", "bool(x)", "x.nonzero()", "torch.unique(x)", "torch.cuda.synchronize()"]
@@ -530,7 +538,7 @@ def test_the_lint_sees_a_host_read_without_its_comment(line):
 COPIES = [  # two files, and the names that they define with different meanings; all others are equal word for word
     (distill, ppo, "Args check_ranges Sizes derive_sizes Agent Rollout allocate_rollout Batch LossTerms policy_step "
      "make_batch ppo_loss accumulate_gradients apply_gradients update check_resumable train load_agent load_policy "
-     "export play"),
+     "export"),
     (sac, ppo, "Args task_defaults parse_args check_ranges Sizes derive_sizes Agent Batch policy_step build_functions "
      "update check_resumable train load_agent export"),
     (dqn, sac, "Args task_defaults parse_args check_ranges Sizes derive_sizes make_network Agent Transitions "
@@ -553,7 +561,7 @@ def test_helpers_of_two_trainers_are_equal_word_for_word(module, origin, names):
     renamed = {name: source.replace(algorithms[origin], algorithms[module]) for name, source in theirs.items()}
     shared = ours.keys() & theirs.keys()
     differ = {name for name in shared if words(ours[name]) != words(renamed[name])}
-    assert differ == set(names.split()) and len(shared - differ) >= 10
+    assert differ == set(names.split()) and len(shared - differ) >= 5
     if module is sac:
         for method in ("autocast", "to_env"):
             assert inspect.getsource(getattr(sac.Agent, method)) == inspect.getsource(getattr(ppo.Agent, method))
