@@ -4,6 +4,7 @@ tests/test_benchmark.py checks that results/README.md is what `./benchmark.sh re
 prose of both."""
 
 import csv
+import inspect
 import json
 import re
 import statistics
@@ -236,6 +237,8 @@ def test_every_flag_that_it_names_is_one():
     """In a command, of the script that it starts; elsewhere, of any of them."""
     sources = {path.name: path.read_text() for path in [*ROOT.glob("*.py"), ROOT / "tests/conftest.py"]}
     sources["benchmark.sh"] = (ROOT / "benchmarks/__main__.py").read_text()
+    shared = inspect.getsource(vecsim_torch.RunFlags)
+    sources |= {name: source + shared for name, source in sources.items() if "(vecsim.RunFlags)" in source}
 
     def is_flag(flag, source):
         field = flag.removeprefix("no-").replace("-", "_")
