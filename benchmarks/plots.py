@@ -151,12 +151,16 @@ def plot_q_learning(results: Path) -> None:
     """DQN and PQN over seconds of training, beside PPO and SAC on the same core for as long."""
     runs = with_curves(results, "dqn/*-seed*.json")
     tasks = sorted({run["env_id"] for run in runs})
-    for axis, env_id in panels(results / "dqn/curves.png", tasks, 3, (4.6, 3.1), SCORE, runs):
+    for axis, env_id in panels(results / "dqn/curves.png", tasks, 2, (5.6, 3.3), SCORE, runs):
         members = [run for run in runs if run["env_id"] == env_id]
+        minutes = max(run["train_seconds"] for run in members) / 60
         for other in with_curves(results, f"peers/{env_id}/ours-*-seed*.json"):
             members.append(other | dict(algorithm=other["contender"].removeprefix("ours-")))
+        members = [run | dict(curve=tables.in_time(run | dict(minutes=minutes))) for run in members]
         learning_curves(axis, members, 1)
         label_axes(axis, env_id, "seconds of training, compilation apart")
+        axis.set_xlim(left=0)
+        axis.set_ylim(0, 1.5 * max(point[2] for run in members for point in run["curve"]))  # room for the legend
 
 
 def plot_peers(results: Path) -> None:

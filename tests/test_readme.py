@@ -12,6 +12,7 @@ from pathlib import Path
 
 import vecsim_torch
 from benchmarks import gpu_kernels, report
+from benchmarks.tables import in_time
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -76,6 +77,19 @@ def noise_floor():
     score, points = abs(statistics.fmean(tracking)), 100 * abs(statistics.fmean(falls))
     yield f"about {score:.2f} in score and {points:.0f} points of falls"
     yield f"as much as {max(map(abs, tracking)):.2f} and {100 * max(map(abs, falls)):.0f} points"
+
+
+def at_equal_time(env_id):
+    """Medians of DQN, PQN, PPO and SAC after the minutes of the longest run of Q-learning."""
+    found = {name: [] for name in ("dqn", "pqn", "ppo", "sac")}
+    for path in [*ROOT.glob(f"results/dqn/{env_id}-*seed*.json"), *ROOT.glob(f"results/peers/{env_id}/ours-*.json")]:
+        run = json.loads(path.read_text())
+        found[run.get("algorithm") or run["contender"].removeprefix("ours-")].append(run)
+    minutes = max(run["train_seconds"] for run in found["dqn"] + found["pqn"]) / 60
+    for runs in found.values():
+        assert len(runs) == 3
+        curves = [in_time(run | dict(minutes=minutes)) for run in runs]
+        yield f"{statistics.median(curve[-1][2] for curve in curves):,.0f}"
 
 
 def claims():
@@ -170,6 +184,8 @@ def claims():
     yield f"scores {score[0]} in Gymnasium, and the PyTorch policy {score[1]} with the same clipping (100 episodes)"
     yield f"Without clipping it is {score[2]}"
     assert {onnx["episodes"], clipped["episodes"], plain["episodes"]} == {100}
+    for task in ("HalfCheetah", "Hopper", "Walker2d"):
+        yield "On {} DQN scores {} and PQN {}, PPO {} and SAC {}".format(task, *at_equal_time(f"{task}-v5"))
     kinds = "mingru", "gru", "lstm", "no-memory", "everything-observed"
     of_memory = [result(f"memory/HalfCheetah-v5/{kind}-seed1.json") for kind in kinds]
     first, second, third, without, everything = (f"{run['gymnasium']['mean']:,.0f}" for run in of_memory)
