@@ -1,5 +1,6 @@
 """The first hour on a GPU: its commands are accepted, its blocks survive each other, its predictions are by hand."""
 
+import ast
 import importlib
 import json
 import os
@@ -146,3 +147,19 @@ def test_a_gpu_has_more_robots_and_as_many_gradient_steps(trainer, flags, monkey
     assert args.num_envs >= 1024 and on_gpu.envs >= 4 * on_cpu.envs
     assert on_gpu.iterations == on_cpu.iterations
     assert getattr(on_gpu, "updates", None) == getattr(on_cpu, "updates", None)
+
+
+@pytest.mark.slow
+def test_the_code_that_pytorch_writes_for_a_gpu_computes_what_eager_pytorch_does(tmp_path):
+    """In Triton's interpreter; and the counts of that code, which become a prediction."""
+    pytest.importorskip("triton", reason='no triton; pip install -e ".[gpu-kernels]"')
+    words = [sys.executable, "-m", "benchmarks", "gpu-kernels", "--env-id", "InvertedPendulum-v5"]
+    words += ["--results", str(tmp_path)]
+    done = subprocess.run([*words, "--interpret"], cwd=ROOT, capture_output=True, text=True, check=True)
+    steps = ast.literal_eval(done.stdout.removeprefix("InvertedPendulum-v5 "))
+    for step in steps:
+        assert step["launches"] > 100 and step["flags"] == 0
+        assert max(step[name] for name in ("obs", "reward", "qpos", "qvel")) < 1e-5
+    subprocess.run(words, cwd=ROOT, check=True)
+    [task] = json.loads((tmp_path / "gpu/predicted.json").read_text())["tasks"]
+    assert 100 < task["launches"] < 300 and task["bytes"] < 100_000 and not any(task["spills"].values())
