@@ -159,6 +159,7 @@ def test_rows_hold_what_a_reader_needs_and_windows_alternate(toy):
     assert not list(toy.file.parent.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_contender_starts_with_empty_caches_and_then_with_what_it_left_there(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # the user's, which no contender may see
     for change in ({}, dict(force=True)):
@@ -277,6 +278,7 @@ def test_every_contender_is_a_file_that_says_what_it_needs():
         assert all(packages == lists[0] for packages in lists)  # files that share an environment share its list
 
 
+@pytest.mark.slow
 def test_jax_on_a_gpu_is_the_build_for_it_and_computes_there():
     for name in ("sim/mjx.py", "train/brax.py"):
         file = ROOT / "benchmarks" / name
@@ -287,6 +289,7 @@ def test_jax_on_a_gpu_is_the_build_for_it_and_computes_there():
     assert "RuntimeError: JAX computes on the cpu, not on cuda" in answer.stderr
 
 
+@pytest.mark.slow
 def test_a_failed_installation_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(environments, "CACHE", tmp_path)
     file = tmp_path / "contender.py"
@@ -318,6 +321,7 @@ def train_settings(env_id, integrator, num_envs):
     return dict(env_id=env_id, device="cpu", num_envs=2, integrator=integrator, env_kwargs={}, ours=sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integrator, code", [("euler", 0), ("rk4", 1)])
 def test_all_contenders_of_a_training_integrate_alike(integrator, code):
     """Gymnasium's environments and vecsim in the hands of others, on a task whose MJCF says RK4."""
@@ -722,6 +726,7 @@ def test_profile_has_a_file_for_each_trainer_and_stage(measure):
         assert record["steps"] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contender", ["cleanrl-ppo", "ours-ppo"])
 def test_peers_scores_a_policy_when_its_minutes_are_over(contender, tmp_path):
     contests = runs.contests("peers", options(tmp_path, "peers", "--env-id", "InvertedPendulum-v5", mode=("runs",)))

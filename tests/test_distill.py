@@ -444,6 +444,7 @@ def test_finetuning_warms_up_the_inherited_critic_then_moves_the_policy(recall_t
     assert score < -0.1 and result["vecsim"]["mean"] > score + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_a_policy_with_memory_learns_by_ppo_alone(network, tmp_path):
     args = small_args(tmp_path, stages=("baseline",), student_network=network, total_timesteps=80_000)
@@ -541,6 +542,7 @@ def test_a_finished_stage_goes_on_with_the_next_and_another_seed_is_another_run(
     assert_same(saved(tmp_path, "student")["teacher"], saved(tmp_path, "teacher")["agent"])  # inside its checkpoint
 
 
+@pytest.mark.slow
 def test_a_profile_of_each_stage_leaves_the_training_as_it_was(tmp_path, capsys):
     flags = dict(total_timesteps=8 * 384 + 8 * 768 + 1, student_timesteps=8 * 768, finetune_timesteps=1)
     for name in ("plain", "profiled"):
@@ -591,6 +593,7 @@ def test_run_folder_has_the_names_that_machines_read(whole_run):
 # Compiled, on several processes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_losses_agree():
     args = small_args(student_network="gru")
     agent, generator = make_agent(args), torch.Generator().manual_seed(0)

@@ -26,8 +26,8 @@ from mujoco import mjx  # noqa: E402
 
 import ppo_mjx_jax as ppo  # noqa: E402
 
-TASKS = list(ppo.TASKS)
 SMALL = "InvertedPendulum-v5"  # the programs of the others compile for long
+LARGE_ARE_SLOW = [x if x == SMALL else pytest.param(x, marks=pytest.mark.slow) for x in ppo.TASKS]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def errors(mine, reference):
 
 
 @pytest.mark.parametrize("env_id, integrator", [
-    ("Hopper-v5", "implicitfast"),
+    pytest.param("Hopper-v5", "implicitfast", marks=pytest.mark.slow),
     pytest.param("Ant-v5", "euler", marks=pytest.mark.slow),  # lies on near-vertical capsules: see the next test
     pytest.param("Humanoid-v5", "euler", marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -119,7 +119,7 @@ def test_mjx_itself_turns_the_friction_pyramid_of_a_near_vertical_capsule():
     assert 0 < differs.sum() < 100
 
 
-@pytest.mark.parametrize("env_id", [x if x == SMALL else pytest.param(x, marks=pytest.mark.slow) for x in TASKS])
+@pytest.mark.parametrize("env_id", LARGE_ARE_SLOW)
 def test_a_task_step_is_gymnasiums(env_id):
     """Observation, reward and termination from the same states, to 1e-5, with Gymnasium's own options."""
     options = dict.fromkeys(ppo.UNSUPPORTED, False) if env_id == "Humanoid-v5" else {}
@@ -150,7 +150,7 @@ def test_a_task_step_is_gymnasiums(env_id):
         assert abs(reward[i] - their_reward) < 1e-5 and terminated[i] == their_terminated
 
 
-@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("env_id", LARGE_ARE_SLOW)
 def test_resets_are_fresh_and_follow_the_tasks_rule(env_id):
     args = ppo.task_defaults(env_id)
     task = ppo.make_task(args)

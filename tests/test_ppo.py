@@ -64,6 +64,7 @@ def test_value_function_learns(env_id, rows, values, tmp_path):
     assert value_of(trained_agent(tmp_path), *rows) == pytest.approx(values, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_time_limit_is_bootstrapped(tmp_path):
     """Reward 1 without end is worth 1 / (1 - 0.9) = 10. As a termination it would be worth 4.1 at most."""
     ppo.train(probe_args(tmp_path, "truncation", total_timesteps=100_000), ProbeEnv)
@@ -94,7 +95,9 @@ def test_the_learner_gets_the_observation_before_the_reset(env_id, tmp_path, mon
     assert not torch.equal(stored[0], torch.stack(after[rollout]))
 
 
-@pytest.mark.parametrize("env_id", ["action", "delayed", "broken"])
+@pytest.mark.parametrize(
+    "env_id", ["action", *(pytest.param(x, marks=pytest.mark.slow) for x in ("delayed", "broken"))]
+)
 def test_policy_learns(env_id, tmp_path):
     result = ppo.train(probe_args(tmp_path, env_id), ProbeEnv)
     actions = trained_agent(tmp_path).act(torch.tensor([(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]))[:, 0].tolist()
@@ -104,11 +107,13 @@ def test_policy_learns(env_id, tmp_path):
         assert result["invalid"] == 40_448 // 64 and result["vecsim"]["episodes"] == 63
 
 
+@pytest.mark.slow
 def test_noise_stays_above_its_floor(tmp_path):
     result = ppo.train(probe_args(tmp_path, log_std_min=-1.0), ProbeEnv)
     assert result["action_std"] == pytest.approx(math.exp(-1.0), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a2c_learns(tmp_path):
     a2c, defaults = (dataclasses.asdict(args) for args in (documented_a2c(), ppo.task_defaults("Ant-v5")))
     a2c = {name: value for name, value in a2c.items() if value != defaults[name]}

@@ -113,6 +113,7 @@ def test_schedules_half_way(schedule, kl, moved, rate):
     assert np.isclose(float(found), rate)
 
 
+@pytest.mark.slow
 def test_an_iteration_of_one_gradient_step_leaves_the_adaptive_learning_rate_alone():
     _, _, sums = train_on_probe("action", 5, update_epochs=1, num_minibatches=1)
     assert np.isclose(float(sums["learning_rate"]) / 5, 3e-3)
@@ -380,6 +381,7 @@ def main_on_probe(monkeypatch, *words, **patches):
         return ppo.main()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys):
     path, write, saved = tmp_path / "checkpoint.npz", Path.write_bytes, []
 
@@ -471,6 +473,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
     assert refused > 75
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace_and_leaves_the_training_as_it_was(tmp_path, capsys):
     _, plain = run(tmp_path, "plain", probe("action"))
     _, profiled = run(tmp_path, "profiled", probe("action"), profile=True)
@@ -500,6 +503,7 @@ def test_eight_seeds_in_one_program_equal_eight_separate_runs(tmp_path):
     assert any((leaf[0] != leaf[7]).any() for name, leaf in together.items() if "kernel" in name)
 
 
+@pytest.mark.slow
 def test_a_sweep_maps_the_value(tmp_path):
     env, constant = probe("action"), dict(learning_rate_schedule="constant")
     swept = dict(sweep="learning_rate=1e-4,1e-3", num_seeds=2, eval_episodes=2)
@@ -568,6 +572,7 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
     assert list(returns) == [1000, 1000]
 
 
+@pytest.mark.slow
 def test_a_policy_of_many_agents_is_the_one_that_was_trained(tmp_path):
     args = ppo.Args(**SMALL, num_seeds=2)
     learner = Learner(ppo.make_environment(ppo.make_task(args)), num_seeds=2)

@@ -47,6 +47,7 @@ def test_critic_learns(env_id, rows, values, critic, tmp_path):
     assert value_of(trained_agent(tmp_path), rows, [0.5, -0.5]) == pytest.approx(values, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_a_time_limit_is_bootstrapped(n_step, tmp_path):
     """Reward 1 without end is worth 1 / (1 - 0.9) = 10. As a termination it would be worth 4.1 at most."""
@@ -57,17 +58,18 @@ def test_a_time_limit_is_bootstrapped(n_step, tmp_path):
     assert all(9.0 < value < 11.0 for value in values), values
 
 
+LEARNED = [
+    ("action", dict(preset="vanilla", temperature_learning_rate=1e-2, tau=0.005)),
+    ("action", dict(network="flash", critic_reduction="min", total_timesteps=40_000)),
+    ("action", dict(noise_repeat_max=16, half_precision_replay=True)),
+    ("delayed", dict(n_step=1, total_timesteps=40_000)),
+    ("delayed", dict(n_step=3)),
+    ("broken", {}),
+]
+
+
 @pytest.mark.parametrize(
-    "env_id, changes",
-    [
-        ("action", {}),
-        ("action", dict(preset="vanilla", temperature_learning_rate=1e-2, tau=0.005)),
-        ("action", dict(network="flash", critic_reduction="min", total_timesteps=40_000)),
-        ("action", dict(noise_repeat_max=16, half_precision_replay=True)),
-        ("delayed", dict(n_step=1, total_timesteps=40_000)),
-        ("delayed", dict(n_step=3)),
-        ("broken", {}),
-    ],
+    "env_id, changes", [("action", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in LEARNED)]
 )
 def test_policy_learns(env_id, changes, tmp_path):
     result = sac.train(probe_args(tmp_path, env_id, **changes), ProbeEnv)

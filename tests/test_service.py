@@ -169,6 +169,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, monkeypatch, cap
     assert status == 2 and message in err and messages(err) == [err.strip()], err
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_of_torchrun_is_one_line(tmp_path):
     command = "-m torch.distributed.run --standalone --nproc-per-node=2"
     words = [sys.executable, *command.split(), ROOT / "ppo_gpu_torch.py", "--device", "cpu", "--gamma", "2"]
