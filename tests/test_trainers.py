@@ -199,6 +199,7 @@ def test_same_seed_same_run_other_seed_other_run(trainer, tmp_path):
     assert not torch.equal(a["processes"][0]["generator"], c["processes"][0]["generator"])
 
 
+@pytest.mark.slow
 def test_resume_with_the_simulator_is_bit_for_bit(trainer, tmp_path):
     """The checkpoint holds the physics state, the warm start, the ages, the random generators and the replay."""
     small = dict(env=None, env_id="Hopper-v5", eval_episodes=0, **trainer.of_hopper)
@@ -317,14 +318,15 @@ def assert_two_runs_agree(trainer, run_dir, flag, atol, **changes):
         torch.testing.assert_close(agents[1][key], agents[0][key], rtol=1e-3, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trainer, backend, changes",
     [
-        pytest.param(PPO, "inductor", {}, marks=pytest.mark.slow),
-        pytest.param(RECURRENT, "inductor", dict(memory="gru", num_steps=4), marks=pytest.mark.slow),
+        (PPO, "inductor", {}),
+        (RECURRENT, "inductor", dict(memory="gru", num_steps=4)),
         (RECURRENT, "aot_eager", dict(memory="lstm", num_steps=4)),
         (RECURRENT, "aot_eager", dict(memory="mingru", num_steps=4)),
-        pytest.param(SAC, "inductor", dict(n_step=2), marks=pytest.mark.slow),
+        (SAC, "inductor", dict(n_step=2)),
         (SAC, "aot_eager", dict(n_step=2, network="flash", critic_reduction="min")),
         (DQN, "aot_eager", dict(n_step=2)),
         (PQN, "aot_eager", {}),
@@ -339,6 +341,7 @@ def test_compiled_and_eager_runs_agree(trainer, backend, changes, tmp_path, monk
     assert_two_runs_agree(trainer, tmp_path, "compile", 2e-4 if trainer is SAC else 1e-4, **changes)
 
 
+@pytest.mark.slow
 def test_bf16_learns_and_keeps_float32_weights(trainer, tmp_path):
     result = train(trainer, tmp_path, bf16=True)
     assert result["vecsim"]["mean"] > -0.03
@@ -411,6 +414,7 @@ def test_resume_keeps_the_checkpoints_flags_and_play_prints_the_score(name, fini
     assert score["episodes"] == 5 and "5 episodes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_profile_shows_the_stages_and_changes_nothing(trainer, tmp_path, capsys):
     flags = dict(total_timesteps=max(7 * trainer.iteration, 20 * 64), eval_episodes=0)
     flags |= {} if trainer is SAC else dict(update_epochs=1)  # fewer events to write
