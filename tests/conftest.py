@@ -33,15 +33,19 @@ def pytest_addoption(parser):
     parser.addoption("--figures", metavar="FILE", help="write the worst errors that the tests measured as JSON")
 
 
+SHARED = {"two_processes", "pendulum_run", "plain_runs", "on_fake_cuda"}  # fixtures that take long
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Groups for --dist loadgroup: a file stays on one worker, but each slow test is its own group and starts early.
 
-    Slow tests that share a fixture name their own group."""
+    Slow tests that share a fixture of SHARED are one group."""
     for item in items:
+        shared = SHARED.intersection(item.fixturenames)
         slow = item.get_closest_marker("slow")
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.replace("@", "_") if slow else item.path.name))
+        of_slow = shared.pop() if shared else item.nodeid.replace("@", "_")
+        item.add_marker(pytest.mark.xdist_group(of_slow if slow else item.path.name))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -93,6 +93,7 @@ def captured(monkeypatch, captures: bool = True, compile=lambda function, **_: f
         yield graphs
 
 
+@pytest.mark.slow
 @needs_tested_torch
 @pytest.mark.parametrize("name", RUNS)
 def test_a_captured_run_is_the_plain_run_bit_for_bit(name, plain_runs, monkeypatch, tmp_path):
@@ -129,6 +130,7 @@ OF_A_STEP = {  # a method of VecSim, a piece of its source, and a fault
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_tested_torch
 @pytest.mark.parametrize("fault", WRONG_NUMBERS)
 def test_a_captured_run_shows_wrong_numbers(fault, plain_runs, monkeypatch, tmp_path):
@@ -224,6 +226,7 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
         assert_same(steps_of(env, 3), right_steps)
 
 
+@pytest.mark.slow
 @needs_tested_torch
 @pytest.mark.parametrize("replayed", [True, False])
 @pytest.mark.parametrize("name", ["ppo", "distill"])
@@ -297,17 +300,16 @@ def on_fake_cuda(tmp_path_factory):
         process.stdin.close()
 
 
-of_one_process = [needs_tested_torch, pytest.mark.slow, pytest.mark.xdist_group("fake CUDA")]
-
-
 @needs_tested_torch
-@pytest.mark.parametrize("name", [x if x == "ppo" else pytest.param(x, marks=of_one_process) for x in fake_cuda.RUNS])
+@pytest.mark.parametrize("name", [x if x == "ppo" else pytest.param(x, marks=pytest.mark.slow) for x in fake_cuda.RUNS])
 def test_training_stays_on_the_gpu(name, on_fake_cuda):
     """No operator gets tensors of two devices, and the host reads nothing."""
     assert "operators in training" in on_fake_cuda(name)
 
 
-@pytest.mark.parametrize("fault", [pytest.param(fault, marks=of_one_process) for fault in fake_cuda.FAULTS])
+@pytest.mark.slow
+@needs_tested_torch
+@pytest.mark.parametrize("fault", fake_cuda.FAULTS)
 def test_fake_tensors_show_the_fault(fault, on_fake_cuda):
     shown = on_fake_cuda(fault)
     assert re.search("CPU and CUDA are mixed|the host reads a tensor|found at least two devices", shown), shown
@@ -318,7 +320,8 @@ def test_fake_tensors_show_the_fault(fault, on_fake_cuda):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", pytest.param("Ant-v5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Ant-v5"])
 def test_jax_translates_the_training_for_cuda(env_id, tmp_path):
     """The iterations of a training run, as `train` compiles them. Nothing computes in float64."""
     sizes = dict(num_envs=64, num_steps=4, num_minibatches=2, total_timesteps=1024)

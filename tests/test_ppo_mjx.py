@@ -335,16 +335,11 @@ def test_one_diverged_agent_does_not_stop_the_others(tmp_path):
 
 @pytest.fixture(scope="module")
 def pendulum_run(tmp_path_factory):
-    """The arrays of a short run on the pendulum."""
+    """The arrays of a short run on the pendulum, which MJX takes long to trace and compile."""
     return run(tmp_path_factory.mktemp("pendulum"), "whole", total_timesteps=512)[1]
 
 
-def on_the_pendulum(test):
-    """MJX takes long to trace and compile, so these tests share a run."""
-    return pytest.mark.slow(pytest.mark.xdist_group("MJX's pendulum")(test))
-
-
-@on_the_pendulum
+@pytest.mark.slow
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(pendulum_run, tmp_path, monkeypatch):
     """The other run is killed after its first checkpoint, at half the steps."""
 
@@ -520,7 +515,7 @@ def command(*arguments, **environment):
     return subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, timeout=400)
 
 
-@on_the_pendulum
+@pytest.mark.slow
 def test_two_devices_share_the_environments(pendulum_run, tmp_path):
     xla_flags = f"{FAST_COMPILE} --xla_force_host_platform_device_count=2"
     done = command(*TINY_RUN, "--run-dir", tmp_path, XLA_FLAGS=xla_flags)
@@ -528,7 +523,7 @@ def test_two_devices_share_the_environments(pendulum_run, tmp_path):
     assert_close(final_state(tmp_path), pendulum_run)
 
 
-@on_the_pendulum
+@pytest.mark.slow
 def test_two_processes_share_the_environments(pendulum_run, tmp_path):
     """As two hosts would. Only the first one writes a run folder."""
     with socket.socket() as probe_socket:

@@ -437,11 +437,7 @@ def two_processes(tmp_path_factory):
     return folder, [torch.load(folder / f"process-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def of_two_processes(test):
-    return pytest.mark.slow(pytest.mark.xdist_group("two processes")(test))
-
-
-@of_two_processes
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 def test_two_processes_with_half_the_data_each_equal_one(name, two_processes):
     """Equal data, split, lead to equal statistics, masks, targets and weights, after 12 to 18 steps of Adam.
@@ -462,7 +458,7 @@ def test_two_processes_with_half_the_data_each_equal_one(name, two_processes):
         torch.testing.assert_close(first["learning_rate"], single["learning_rate"])
 
 
-@of_two_processes
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_one_run_and_resume_it(name, two_processes):
     folder = two_processes[0] / name
@@ -478,7 +474,7 @@ def test_two_processes_train_one_run_and_resume_it(name, two_processes):
         assert_same(whole, state_of(folder / "stopped"))
 
 
-@of_two_processes
+@pytest.mark.slow
 def test_processes_merge_their_statistics_and_the_first_compiles_before_the_other(two_processes):
     """If they compiled at once, they would write the same cache files and read them half written."""
     first, second = two_processes[1]
