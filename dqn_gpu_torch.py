@@ -414,18 +414,11 @@ def n_step_returns(
     return total, bootstrapped * torch.full_like(total, gamma) ** length, last
 
 
-def lambda_returns(
-    reward: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    invalid: Tensor,
-    gamma: float,
-    q_lambda: float,
-) -> Tensor:
+def lambda_returns(rollout: Transitions, next_value: Tensor, gamma: float, q_lambda: float) -> Tensor:
     """Targets of Q(lambda) over (T, N) tensors (Gallici et al. 2024, section 3; Peng and Williams 1994).
 
-    next_value is the largest value in final_obs: that of the state that the step led to, before any automatic reset.
+    rollout: with scaled rewards. next_value is the largest value in final_obs: that of the state that the step led to,
+    before any automatic reset.
     The target of a step is its reward + gamma x what follows. That is
 
     - if the next step is in the same episode: (1 - lambda) x next_value + lambda x the target of the next step,
@@ -433,10 +426,11 @@ def lambda_returns(
     - after a termination, which wins over a truncation: 0.
 
     A random action does not cut the sum. The target of a quarantined step is of no use; it is finite."""
-    same_episode = ~(terminated | truncated)
+    invalid, terminated = rollout.invalid, rollout.terminated
+    same_episode = ~(terminated | rollout.truncated)
     same_episode = torch.cat([same_episode[:-1] & ~invalid[1:], torch.zeros_like(same_episode[:1])])
     decay = q_lambda * same_episode.float()
-    reward = torch.where(invalid, 0.0, reward)
+    reward = torch.where(invalid, 0.0, rollout.reward)
     next_value = torch.where(terminated | invalid, 0.0, next_value)
     target, following = torch.empty_like(reward), torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
@@ -483,9 +477,8 @@ def rollout_batch(agent: Agent, rollout: Transitions, order: Tensor, value_of: C
     """pqn: the transitions of the rollout as rows in this order, with targets of Q(lambda)."""
     next_obs = agent.obs_statistics.normalize(rollout.final_obs.flatten(0, 1))
     next_value = value_of(next_obs).view_as(rollout.reward)
-    reward = rollout.reward * (args.reward_scale / agent.reward_divisor())
-    flags = rollout.terminated, rollout.truncated, rollout.invalid
-    target = lambda_returns(reward, next_value, *flags, args.gamma, args.q_lambda)
+    scaled = rollout._replace(reward=rollout.reward * (args.reward_scale / agent.reward_divisor()))
+    target = lambda_returns(scaled, next_value, args.gamma, args.q_lambda)
     obs = agent.obs_statistics.normalize(rollout.obs.flatten(0, 1))
     rows = obs, rollout.action.flatten(0, 1).long(), target.flatten(), (~rollout.invalid).flatten().float()
     return Batch(*(x[order] for x in rows))

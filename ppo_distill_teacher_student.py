@@ -469,16 +469,7 @@ def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Te
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
 
-def advantages_gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    invalid: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
+def advantages_gae(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation over (T, N) tensors.
 
     value is V(s_t). next_value is V(final_obs): the value of the state that the step led to, never that of the state
@@ -491,9 +482,9 @@ def advantages_gae(
     - Every end stops the sum over later steps, because they belong to another episode.
     - A quarantined step (invalid) has advantage 0 and stops the sum too.
     """
-    delta = reward + gamma * torch.where(terminated, 0.0, next_value) - value
-    delta = torch.where(invalid, 0.0, delta)
-    decay = gamma * gae_lambda * (~(terminated | truncated | invalid)).float()
+    delta = rollout.reward + gamma * torch.where(rollout.terminated, 0.0, next_value) - value
+    delta = torch.where(rollout.invalid, 0.0, delta)
+    decay = gamma * gae_lambda * (~(rollout.terminated | rollout.truncated | rollout.invalid)).float()
     advantage = torch.empty_like(delta)
     following = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
@@ -514,8 +505,7 @@ def values_and_advantages(
         return agent.return_statistics.denormalize(value).view(critic_obs.shape[:2])
 
     value, next_value = value_of(rollout.critic_obs), value_of(rollout.final_critic_obs)
-    ends = rollout.terminated, rollout.truncated, rollout.invalid
-    return value, advantages_gae(rollout.reward, value, next_value, *ends, gamma, gae_lambda)
+    return value, advantages_gae(rollout, value, next_value, gamma, gae_lambda)
 
 
 @torch.no_grad()
@@ -601,33 +591,36 @@ def adapted_learning_rate(
     return (learning_rate * factor).clamp(lowest, highest)
 
 
+class Functions(NamedTuple):
+    """What build_ppo makes."""
+
+    policy: Callable  # (obs, memory, started, noise): policy_step
+    estimate: Callable  # (): values_and_advantages
+    accumulate: Callable  # (old_log_std, *batch): accumulate_gradients
+    take_step: Callable  # (): apply_gradients
+    take_frozen_step: Callable  # (): apply_gradients, which leaves the policy as it is
+
+
 def update(
-    agent: Agent,
-    batch: Batch,
-    policy_frozen: bool,
-    accumulate: Callable,
-    take_step: Callable,
-    learning_rate: Tensor,
-    sizes: Sizes,
-    args: Args,
+    agent: Agent, functions: Functions, batch: Batch, policy_frozen: bool, learning_rate: Tensor, args: Args
 ) -> Tensor:
     """All gradient steps of an iteration of PPO; returns the sum of their LossTerms, stacked.
 
-    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, takes a step.
-    accumulate and take_step are what build_ppo returns; take_step leaves the policy as it is where it is frozen."""
+    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, takes a step."""
     old_log_std = agent.log_std.detach().clone()
     total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
-    for epoch in range(args.update_epochs):
-        for start in range(0, batch.weight.shape[1], sizes.minibatch):
-            terms = accumulate(old_log_std, *(x[:, start : start + sizes.minibatch] for x in batch))
-            vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
-            policy_moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
-            if policy_moved and not policy_frozen:
-                kl = LossTerms(*terms).kl
-                rate = adapted_learning_rate(learning_rate, kl, args.desired_kl, 1e-5, args.learning_rate_max)
-                learning_rate.copy_(rate)
-            take_step()
-            total += terms
+    minibatches = list(zip(*(x.chunk(args.num_minibatches, 1) for x in batch), strict=True))
+    take_step = functions.take_frozen_step if policy_frozen else functions.take_step
+    for k, rows in enumerate(minibatches * args.update_epochs):
+        terms = functions.accumulate(old_log_std, *rows)
+        vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
+        policy_moved = k > 0  # before the first step the divergence is 0 and says nothing
+        if policy_moved and not policy_frozen:
+            kl = LossTerms(*terms).kl
+            rate = adapted_learning_rate(learning_rate, kl, args.desired_kl, 1e-5, args.learning_rate_max)
+            learning_rate.copy_(rate)
+        take_step()
+        total += terms
     return total
 
 
@@ -654,47 +647,43 @@ def imitation_loss(
     return loss, torch.stack([loss, error]).detach(), memory
 
 
-def imitation_gradients(
-    agent: Agent,
-    obs: Tensor,
-    started: Tensor,
-    memory: Tensor,
-    label: Tensor,
-    weight: Tensor,
-    loss_function: Callable,
-) -> tuple[Tensor, Tensor]:
-    """Set the gradients of the agent to those of imitation_loss; return its terms and the memory after the steps."""
-    loss, terms, memory = loss_function(agent, obs, started, memory, label, weight)
+def imitation_gradients(agent: Agent, loss_function: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Set the gradients of the agent to those of imitation_loss; return its terms and the memory after the steps.
+
+    inputs: obs, started, memory, label and weight, as for imitation_loss."""
+    loss, terms, memory = loss_function(agent, *inputs)
     agent.zero_grad(set_to_none=False)
     loss.backward()
     return terms, memory.detach()
 
 
+class ImitationFunctions(NamedTuple):
+    """What build_imitation makes."""
+
+    policy: Callable  # (obs, memory, started, noise): policy_step
+    label: Callable  # (): teacher_actions in the rollout
+    gradients: Callable  # (obs, started, memory, label, weight): imitation_gradients
+    take_step: Callable  # (): clip the gradients and take one Adam step
+
+
 def imitate(
-    agent: Agent,
-    rollout: Rollout,
-    label: Tensor,
-    order: Tensor,
-    gradients: Callable,
-    take_step: Callable,
-    sizes: Sizes,
-    args: Args,
+    agent: Agent, functions: ImitationFunctions, rollout: Rollout, label: Tensor, order: Tensor, args: Args
 ) -> Tensor:
     """All gradient steps of an iteration of imitation; returns the sum of their ImitationTerms, stacked.
 
     Each gradient step takes gradient_length consecutive steps of a minibatch of environments, in order of time. The
     memory goes on to the next gradient step, its gradient does not. label: (T, N, actions), half ranges. order: (N,)
-    permutation of the environments. gradients and take_step are what build_imitation returns."""
+    permutation of the environments."""
     sequences = agent.obs_statistics.normalize(rollout.obs), rollout.started, label, (~rollout.invalid).float()
     total = torch.zeros(len(ImitationTerms._fields), device=label.device)
     for _ in range(args.distill_epochs):
-        for envs in order.split(sizes.distill_minibatch):
+        for envs in order.chunk(args.distill_minibatches):
             memory = rollout.memory[envs]
             slices = (x[:, envs].split(args.gradient_length) for x in sequences)
             for obs, started, target, weight in zip(*slices, strict=True):
-                terms, memory = gradients(obs, started, memory, target, weight)
+                terms, memory = functions.gradients(obs, started, memory, target, weight)
                 vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
-                take_step()
+                functions.take_step()
                 total += terms
     return total
 
@@ -728,13 +717,8 @@ def prepare(
     return functions
 
 
-def build_ppo(
-    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args
-) -> list[Callable]:
-    """Make five functions of tensors, eager or compiled, and captured on a GPU:
-
-    policy(obs, memory, started, noise) is policy_step, estimate() is values_and_advantages,
-    accumulate(old_log_std, *batch) is accumulate_gradients; take_step() and take_frozen_step() are apply_gradients."""
+def build_ppo(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args) -> Functions:
+    """Make the five functions, eager or compiled, and captured on a GPU."""
     step_function, loss_function = compiled(policy_step, args), compiled(ppo_loss, args)
 
     def policy(obs: Tensor, memory: Tensor, started: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
@@ -757,16 +741,14 @@ def build_ppo(
     features = rollout.obs, rollout.started, rollout.memory[None], rollout.critic_obs, rollout.action, rollout.mean
     example = [x[:, : sizes.minibatch] for x in (*features, *[rollout.reward] * 4)]
     examples = [acting, (), (agent.log_std.detach(), *example), (), ()]
-    return prepare([policy, estimate, accumulate, take_step, take_frozen_step], examples, agent, optimizer, args)
+    functions = [policy, estimate, accumulate, take_step, take_frozen_step]
+    return Functions(*prepare(functions, examples, agent, optimizer, args))
 
 
 def build_imitation(
     agent: Agent, teacher: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args
-) -> list[Callable]:
-    """Make four functions of tensors, eager or compiled, and captured on a GPU:
-
-    policy(obs, memory, started, noise) is policy_step, label() is teacher_actions in the rollout,
-    gradients(obs, started, memory, label, weight) is imitation_gradients, take_step() clips and takes an Adam step."""
+) -> ImitationFunctions:
+    """Make the four functions, eager or compiled, and captured on a GPU."""
     step_function, loss_function = compiled(policy_step, args), compiled(imitation_loss, args)
 
     def policy(obs: Tensor, memory: Tensor, started: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
@@ -776,7 +758,7 @@ def build_imitation(
         return teacher_actions(teacher, rollout.critic_obs)
 
     def gradients(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return imitation_gradients(agent, *inputs, loss_function)
+        return imitation_gradients(agent, loss_function, *inputs)
 
     def take_step() -> None:
         nn.utils.clip_grad_norm_(agent.policy_parameters(), args.max_grad_norm)
@@ -787,7 +769,7 @@ def build_imitation(
     sequences = rollout.obs, rollout.started, rollout.action, rollout.reward
     obs, started, action, weight = (x[: args.gradient_length, envs] for x in sequences)
     examples = [acting, (), (obs, started, rollout.memory[envs], action, weight), ()]
-    return prepare([policy, label, gradients, take_step], examples, agent, optimizer, args)
+    return ImitationFunctions(*prepare([policy, label, gradients, take_step], examples, agent, optimizer, args))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -980,13 +962,12 @@ def train_by_ppo(run: StageRun) -> None:
     args, sizes, agent, rollout = run.args, run.sizes, run.agent, run.rollout
     with vecsim.first_process_first():
         functions = build_ppo(agent, run.optimizer, rollout, sizes, args)
-    policy, estimate, accumulate, take_step, take_frozen_step = functions
     for iteration in run.start_clock(run.plan.steps_per_iteration, run.plan.iterations):
-        order = run.collect(policy)
+        order = run.collect(functions.policy)
 
         # Targets: values and advantages, with the observation statistics of the rollout.
         with record_function("targets"):
-            value, advantage = estimate()
+            value, advantage = functions.estimate()
             batch = make_batch(agent, rollout, value, advantage, order)
 
         # Update. The observation statistics change only after it, so that old and new policy see equal inputs.
@@ -994,8 +975,7 @@ def train_by_ppo(run: StageRun) -> None:
         if run.stage == "finetune" and iteration <= args.critic_warmup_iterations:
             run.learning_rate.fill_(args.learning_rate if frozen else args.finetune_learning_rate)
         with record_function("update"):
-            step = take_frozen_step if frozen else take_step
-            terms = update(agent, batch, frozen, accumulate, step, run.learning_rate, sizes, args)
+            terms = update(agent, functions, batch, frozen, run.learning_rate, args)
         agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())
         if not frozen:  # other statistics would change the actions of a frozen policy
             agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
@@ -1007,14 +987,13 @@ def train_by_imitation(run: StageRun) -> None:
     args, sizes, agent, rollout = run.args, run.sizes, run.agent, run.rollout
     with vecsim.first_process_first():
         functions = build_imitation(agent, run.teacher, run.optimizer, rollout, sizes, args)
-    policy, label, gradients, take_step = functions
     for iteration in run.start_clock(run.plan.steps_per_iteration, run.plan.iterations):
-        order = run.collect(policy)
+        order = run.collect(functions.policy)
         with record_function("targets"):
-            labels = label()
+            labels = functions.label()
         run.learning_rate.fill_(args.distill_learning_rate * (1.0 - iteration / run.plan.iterations))
         with record_function("update"):
-            terms = imitate(agent, rollout, labels, order, gradients, take_step, sizes, args)
+            terms = imitate(agent, functions, rollout, labels, order, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         run.end_iteration(terms)
 

@@ -37,6 +37,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -352,16 +353,7 @@ def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Te
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
 
-def advantages_gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    invalid: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
+def advantages_gae(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation over (T, N) tensors.
 
     value is V(s_t). next_value is V(final_obs): the value of the state that the step led to, never that of the state
@@ -374,9 +366,9 @@ def advantages_gae(
     - Every end stops the sum over later steps, because they belong to another episode.
     - A quarantined step (invalid) has advantage 0 and stops the sum too.
     """
-    delta = reward + gamma * torch.where(terminated, 0.0, next_value) - value
-    delta = torch.where(invalid, 0.0, delta)
-    decay = gamma * gae_lambda * (~(terminated | truncated | invalid)).float()
+    delta = rollout.reward + gamma * torch.where(rollout.terminated, 0.0, next_value) - value
+    delta = torch.where(rollout.invalid, 0.0, delta)
+    decay = gamma * gae_lambda * (~(rollout.terminated | rollout.truncated | rollout.invalid)).float()
     advantage = torch.empty_like(delta)
     following = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
@@ -397,8 +389,7 @@ def values_and_advantages(
         return agent.return_statistics.denormalize(value).view(critic_obs.shape[:2])
 
     value, next_value = value_of(rollout.critic_obs), value_of(rollout.final_critic_obs)
-    ends = rollout.terminated, rollout.truncated, rollout.invalid
-    return value, advantages_gae(rollout.reward, value, next_value, *ends, gamma, gae_lambda)
+    return value, advantages_gae(rollout, value, next_value, gamma, gae_lambda)
 
 
 @torch.no_grad()
@@ -488,32 +479,34 @@ def adapted_learning_rate(
     return (learning_rate * factor).clamp(lowest, highest)
 
 
+class Functions(NamedTuple):
+    """What build_functions makes."""
+
+    policy: Callable  # (obs, noise): policy_step
+    estimate: Callable  # (): values_and_advantages
+    accumulate: Callable  # (old_log_std, *batch): accumulate_gradients
+    take_step: Callable  # (): apply_gradients
+
+
 def update(
-    agent: Agent,
-    batch: Batch,
-    accumulate,
-    take_step,
-    learning_rate: Tensor,
-    desired_kl: float,
-    minibatch: int,
-    args: Args,
+    agent: Agent, functions: Functions, batch: Batch, learning_rate: Tensor, desired_kl: float, args: Args
 ) -> Tensor:
     """All gradient steps of an iteration; returns the sum of their LossTerms, stacked.
 
-    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, and takes a step.
-    accumulate and take_step are accumulate_gradients and apply_gradients, as build_functions returns them."""
+    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, and takes a
+    step."""
     old_log_std = agent.log_std.detach().clone()
     total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
-    for epoch in range(args.update_epochs):
-        for start in range(0, len(batch.weight), minibatch):
-            terms = accumulate(old_log_std, *(x[start : start + minibatch] for x in batch))
-            vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
-            policy_moved = epoch > 0 or start > 0  # before the first step the divergence is 0 and says nothing
-            if args.learning_rate_schedule == "adaptive" and policy_moved:
-                kl = LossTerms(*terms).kl
-                learning_rate.copy_(adapted_learning_rate(learning_rate, kl, desired_kl, 1e-5, args.learning_rate_max))
-            take_step()
-            total += terms
+    minibatches = list(zip(*(x.chunk(args.num_minibatches) for x in batch), strict=True))
+    for k, rows in enumerate(minibatches * args.update_epochs):
+        terms = functions.accumulate(old_log_std, *rows)
+        vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
+        policy_moved = k > 0  # before the first step the divergence is 0 and says nothing
+        if args.learning_rate_schedule == "adaptive" and policy_moved:
+            kl = LossTerms(*terms).kl
+            learning_rate.copy_(adapted_learning_rate(learning_rate, kl, desired_kl, 1e-5, args.learning_rate_max))
+        functions.take_step()
+        total += terms
     return total
 
 
@@ -522,11 +515,10 @@ def update(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args):
-    """Make four functions of tensors, eager or compiled, and captured on a GPU:
-
-    policy(obs, noise) is policy_step, estimate() is values_and_advantages, accumulate(old_log_std, *batch) is
-    accumulate_gradients and take_step() is apply_gradients. Agent and optimizer have the same values afterwards."""
+def build_functions(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args
+) -> Functions:
+    """Make the four functions, eager or compiled, and captured on a GPU. agent and optimizer do not change."""
     step_function, loss_function = policy_step, ppo_loss
     if args.compile:
         step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
@@ -558,7 +550,7 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     else:  # compile now, before the clock of the training starts
         policy(obs, torch.zeros_like(action))
         accumulate(*example)
-    return policy, estimate, accumulate, take_step
+    return Functions(policy, estimate, accumulate, take_step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -630,7 +622,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if args.learning_rate == run.checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
             learning_rate.copy_(run.checkpoint["learning_rate"])
     with vecsim.first_process_first():
-        policy, estimate, accumulate, take_step = build_functions(agent, optimizer, rollout, sizes, args)
+        functions = build_functions(agent, optimizer, rollout, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, info = env.reset(seed=run.env_seed)
@@ -648,7 +640,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             if privileged:
                 rollout.critic_obs[t] = critic_obs
             with record_function("infer"):
-                rollout.mean[t], rollout.action[t], env_action = policy(obs, noise[t])
+                rollout.mean[t], rollout.action[t], env_action = functions.policy(obs, noise[t])
             with record_function("simulate"):
                 obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
             rollout.reward[t] = reward * args.reward_scale
@@ -658,7 +650,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
 
         # Targets: values and advantages, with the observation statistics of the rollout.
         with record_function("targets"):
-            value, advantage = estimate()
+            value, advantage = functions.estimate()
             order = torch.randperm(sizes.batch, generator=generator, device=device)
             batch = make_batch(agent, rollout, value, advantage, args.normalize_advantages, order)
 
@@ -668,7 +660,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if args.learning_rate_schedule == "linear":
             learning_rate.fill_(args.learning_rate * (1.0 - progress))
         with record_function("update"):
-            terms += update(agent, batch, accumulate, take_step, learning_rate, desired_kl, sizes.minibatch, args)
+            terms += update(agent, functions, batch, learning_rate, desired_kl, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         if privileged:
             agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())

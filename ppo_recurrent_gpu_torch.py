@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -473,16 +474,7 @@ def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Te
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
 
-def advantages_gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    invalid: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
+def advantages_gae(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation over (T, N) tensors.
 
     value is V(s_t). next_value is V(final_obs): the value of the state that the step led to, never that of the state
@@ -495,9 +487,9 @@ def advantages_gae(
     - Every end stops the sum over later steps, because they belong to another episode.
     - A quarantined step (invalid) has advantage 0 and stops the sum too.
     """
-    delta = reward + gamma * torch.where(terminated, 0.0, next_value) - value
-    delta = torch.where(invalid, 0.0, delta)
-    decay = gamma * gae_lambda * (~(terminated | truncated | invalid)).float()
+    delta = rollout.reward + gamma * torch.where(rollout.terminated, 0.0, next_value) - value
+    delta = torch.where(rollout.invalid, 0.0, delta)
+    decay = gamma * gae_lambda * (~(rollout.terminated | rollout.truncated | rollout.invalid)).float()
     advantage = torch.empty_like(delta)
     following = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
@@ -519,8 +511,7 @@ def values_and_advantages(
     final_obs, nowhere = rollout.final_critic_obs.flatten(0, 1)[None], torch.zeros_like(rollout.started).flatten()[None]
     next_value, _ = agent.normalized_value(normalize(final_obs), memory.flatten(0, 1), nowhere)
     value, next_value = denormalize(value), denormalize(next_value).view_as(value)
-    ends = rollout.terminated, rollout.truncated, rollout.invalid
-    return value, advantages_gae(rollout.reward, value, next_value, *ends, gamma, gae_lambda), memory
+    return value, advantages_gae(rollout, value, next_value, gamma, gae_lambda), memory
 
 
 @torch.no_grad()
@@ -616,23 +607,32 @@ def adapted_learning_rate(
     return (learning_rate * factor).clamp(lowest, highest)
 
 
+class Functions(NamedTuple):
+    """What build_functions makes."""
+
+    policy: Callable  # (obs, memory, started, noise): policy_step
+    estimate: Callable  # (): values_and_advantages
+    differentiate: Callable  # (old_log_std, *batch): compute_gradients
+    take_step: Callable  # (): apply_gradients
+
+
 def update(
-    agent: Agent, batches: list[Batch], differentiate, take_step, learning_rate: Tensor, desired_kl: float, args: Args
+    agent: Agent, functions: Functions, batches: list[Batch], learning_rate: Tensor, desired_kl: float, args: Args
 ) -> Tensor:
     """All gradient steps of an iteration; returns the sum of their LossTerms, stacked.
 
-    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, and takes a step.
-    differentiate and take_step are compute_gradients and apply_gradients, as build_functions returns them."""
+    Each minibatch measures how far the policy has moved since the rollout, adapts the learning rate, and takes a
+    step."""
     old_log_std = agent.log_std.detach().clone()
     total = torch.zeros(len(LossTerms._fields), device=old_log_std.device)
     for k, batch in enumerate(batches * args.update_epochs):
-        terms = differentiate(old_log_std, *batch)
+        terms = functions.differentiate(old_log_std, *batch)
         vecsim.average_over_processes([*(p.grad for p in agent.parameters()), terms])
         policy_moved = k > 0  # before the first step the divergence is 0 and says nothing
         if args.learning_rate_schedule == "adaptive" and policy_moved:
             kl = LossTerms(*terms).kl
             learning_rate.copy_(adapted_learning_rate(learning_rate, kl, desired_kl, 1e-5, args.learning_rate_max))
-        take_step()
+        functions.take_step()
         total += terms
     return total
 
@@ -642,12 +642,10 @@ def update(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args):
-    """Make four functions of tensors, eager or compiled, and captured on a GPU:
-
-    policy(obs, memory, started, noise) is policy_step, estimate() is values_and_advantages, differentiate(old_log_std,
-    *batch) is compute_gradients and take_step() is apply_gradients. Agent and optimizer have the same values
-    afterwards."""
+def build_functions(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args
+) -> Functions:
+    """Make the four functions, eager or compiled, and captured on a GPU. agent and optimizer do not change."""
     step_function, loss_function = policy_step, ppo_loss
     if args.compile:
         step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
@@ -683,7 +681,7 @@ def build_functions(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rol
     else:  # compile now, before the clock of the training starts
         policy(*step_example)
         differentiate(*example)
-    return policy, estimate, differentiate, take_step
+    return Functions(policy, estimate, differentiate, take_step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -743,7 +741,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if args.learning_rate == run.checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
             learning_rate.copy_(run.checkpoint["learning_rate"])
     with vecsim.first_process_first():
-        policy, estimate, differentiate, take_step = build_functions(agent, optimizer, rollout, sizes, args)
+        functions = build_functions(agent, optimizer, rollout, sizes, args)
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, info = env.reset(seed=run.env_seed)
@@ -765,7 +763,9 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             if privileged:
                 rollout.critic_obs[t] = critic_obs
             with record_function("infer"):
-                rollout.mean[t], rollout.action[t], env_action, memory = policy(obs, memory, started, noise[t])
+                rollout.mean[t], rollout.action[t], env_action, memory = functions.policy(
+                    obs, memory, started, noise[t]
+                )
             with record_function("simulate"):
                 obs, reward, rollout.terminated[t], rollout.truncated[t], info = env.step(env_action)
             rollout.reward[t] = reward * args.reward_scale
@@ -776,7 +776,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
 
         # Targets: values and advantages, with the observation statistics of the rollout.
         with record_function("targets"):
-            value, advantage, critic_memory = estimate()
+            value, advantage, critic_memory = functions.estimate()
             order = torch.randperm(sizes.envs, generator=generator, device=device)
             batches = make_batches(agent, rollout, (value, advantage, critic_memory), order, sizes, args)
             rollout.critic_memory.copy_(critic_memory[-1])  # before the first step of the next rollout
@@ -787,7 +787,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         if args.learning_rate_schedule == "linear":
             learning_rate.fill_(args.learning_rate * (1.0 - progress))
         with record_function("update"):
-            terms += update(agent, batches, differentiate, take_step, learning_rate, desired_kl, args)
+            terms += update(agent, functions, batches, learning_rate, desired_kl, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
         if privileged:
             agent.critic_obs_statistics.update(rollout.critic_obs.flatten(0, 1), ~rollout.invalid.flatten())

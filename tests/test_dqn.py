@@ -143,7 +143,8 @@ def test_q_lambda_by_hand(case):
     reward, next_value = (
         torch.where(flags[2], math.nan, torch.tensor(x)[:, None]) for x in ([1.0, 2, 4], [8.0, 16, 32])
     )
-    target = dqn.lambda_returns(reward, next_value, *flags, gamma=0.5, q_lambda=0.5).squeeze(1)
+    rollout = dqn.Transitions(None, None, None, reward, *flags)
+    target = dqn.lambda_returns(rollout, next_value, gamma=0.5, q_lambda=0.5).squeeze(1)
     assert target.isfinite().all()
     assert [x for x, y in zip(target.tolist(), expected) if y is not None] == [y for y in expected if y is not None]
 
@@ -152,7 +153,8 @@ def test_q_lambda_is_one_step_at_0_and_the_whole_rollout_at_1():
     generator = torch.Generator().manual_seed(0)
     reward, next_value = (torch.randn(6, 5, generator=generator) for _ in range(2))
     never = torch.zeros(6, 5, dtype=torch.bool)
-    targets = [dqn.lambda_returns(reward, next_value, never, never, never, 0.9, x) for x in (0.0, 1.0)]
+    rollout = dqn.Transitions(None, None, None, reward, never, never, never)
+    targets = [dqn.lambda_returns(rollout, next_value, 0.9, x) for x in (0.0, 1.0)]
     torch.testing.assert_close(targets[0], reward + 0.9 * next_value)
     discounts = 0.9 ** torch.arange(6)
     torch.testing.assert_close(targets[1][0], (discounts[:, None] * reward).sum(0) + 0.9**6 * next_value[-1])

@@ -210,15 +210,15 @@ def test_update_on_a_gpu_never_waits_for_the_host():
     floats = [torch.randn(8, 64, k, device="cuda") for k in (3, 3, 1, 1)]
     flags = [torch.zeros(8, 64, dtype=torch.bool, device="cuda") for _ in range(3)]
     rollout = ppo.Rollout(floats[0], floats[0], *floats[1:], torch.randn(8, 64, device="cuda"), *flags)
-    policy, estimate, accumulate, take_step = ppo.build_functions(agent, optimizer, rollout, sizes, args)
+    functions = ppo.build_functions(agent, optimizer, rollout, sizes, args)
     generator = torch.Generator("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        policy(rollout.obs[0], torch.randn(64, 1, generator=generator, device="cuda"))
-        value, advantage = estimate()
+        functions.policy(rollout.obs[0], torch.randn(64, 1, generator=generator, device="cuda"))
+        value, advantage = functions.estimate()
         order = torch.randperm(sizes.batch, generator=generator, device="cuda")
         batch = ppo.make_batch(agent, rollout, value, advantage, True, order)
-        ppo.update(agent, batch, accumulate, take_step, learning_rate, 0.01, sizes.minibatch, args)
+        ppo.update(agent, functions, batch, learning_rate, 0.01, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -254,9 +254,9 @@ def test_linear_learning_rate_by_value(tmp_path):
 def test_desired_kl_moves_over_the_run(tmp_path, monkeypatch):
     given, update = [], ppo.update
 
-    def recording(agent, batch, accumulate, take_step, learning_rate, desired_kl, *rest):
+    def recording(agent, functions, batch, learning_rate, desired_kl, args):
         given.append(desired_kl)
-        return update(agent, batch, accumulate, take_step, learning_rate, desired_kl, *rest)
+        return update(agent, functions, batch, learning_rate, desired_kl, args)
 
     monkeypatch.setattr(ppo, "update", recording)
     ppo.train(short_args(tmp_path, desired_kl=(0.02, 0.01)), ProbeEnv)

@@ -537,10 +537,10 @@ def test_the_lint_sees_a_host_read_without_its_comment(line):
 
 COPIES = [  # two files, and the names that they define with different meanings; all others are equal word for word
     (distill, ppo, "Args check_ranges Sizes derive_sizes Agent Rollout allocate_rollout Batch LossTerms policy_step "
-     "make_batch ppo_loss accumulate_gradients apply_gradients update check_resumable train load_agent load_policy "
-     "export"),
-    (sac, ppo, "Args task_defaults parse_args check_ranges Sizes derive_sizes Agent Batch policy_step build_functions "
-     "update check_resumable train load_agent export"),
+     "make_batch Functions ppo_loss accumulate_gradients apply_gradients update check_resumable train load_agent "
+     "load_policy export"),
+    (sac, ppo, "Args task_defaults parse_args check_ranges Sizes derive_sizes Agent Batch policy_step Functions "
+     "build_functions update check_resumable train load_agent export"),
     (dqn, sac, "Args task_defaults parse_args check_ranges Sizes derive_sizes make_network Agent Transitions "
      "allocate_replay store Batch policy_step follow_returns Functions update build_functions check_resumable "
      "filled_part train load_agent export"),
