@@ -753,7 +753,9 @@ def test_all_stages_on_the_quadruped(tmp_path, monkeypatch, capsys):
     flags += " --student-hidden 16 --student-history 2 --eval-episodes 3 --env-kwargs max_episode_steps 12"
     status, out, err = run_main(monkeypatch, capsys, *flags.split(), "--run-dir", tmp_path)
     assert status == 0, err
-    assert out.startswith(f"Quadruped-Flat on cpu with 1 process(es), into {tmp_path}: teacher, student, finetune, bas")
+    assert out.startswith(
+        f"Quadruped-Flat on cpu with 1 process(es), into {tmp_path}\nstages: teacher, student, finetune, "
+    )
     for stage in STAGES:
         evaluation = json.loads((tmp_path / stage / "eval.json").read_text())
         assert evaluation["vecsim"]["episodes"] == 8 and evaluation["gymnasium"]["episodes"] == 3
