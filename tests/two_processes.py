@@ -49,10 +49,10 @@ def updates_of_ppo(rank: int, world_size: int) -> dict:
         obs, final_obs, flags = 3 * obs + 1, 3 * final_obs + 1, [flag > 1.3 for flag in flags]
         mean = agent.policy_mean(agent.obs_statistics.normalize(obs.flatten(0, 1))).detach().view_as(action)
         rollout = ppo.Rollout(obs, obs, final_obs, action, mean, reward, *flags)
-        _, estimate, accumulate, take_step = ppo.build_functions(agent, optimizer, rollout, sizes, args)
-        value, advantage = estimate()
+        functions = ppo.build_functions(agent, optimizer, rollout, sizes, args)
+        value, advantage = functions.estimate()
         batch = ppo.make_batch(agent, rollout, value, advantage, True, torch.arange(sizes.batch))
-        terms = ppo.update(agent, batch, accumulate, take_step, learning_rate, 0.01, sizes.minibatch, args)
+        terms = ppo.update(agent, functions, batch, learning_rate, 0.01, args)
         agent.obs_statistics.update(obs.flatten(0, 1), ~rollout.invalid.flatten())
     return dict(agent=dict(agent.state_dict()), learning_rate=learning_rate, terms=terms)
 
