@@ -17,7 +17,7 @@ action is each head's best bin, and the outputs grow linearly with the actuators
     --algorithm pqn   neither replay nor target network: many environments make the batch, and layer norm keeps the
                       bootstrapped values stable; targets are Q(lambda) over the rollout
 
-Both explore epsilon-greedily with another rate in each environment.
+Both explore epsilon-greedily; each environment has its own epsilon.
 
 Scores on one AMD EPYC core, in Gymnasium's own environment: InvertedPendulum-v5 1,000 in every seed, with DQN after 25
 to 41 thousand environment steps and 23 to 38 seconds, with PQN after 164 thousand and about 24 seconds.
@@ -303,7 +303,7 @@ class Transitions(NamedTuple):
     reward: Tensor  # (S, N), unscaled
     terminated: Tensor  # (S, N) bool
     truncated: Tensor  # (S, N) bool
-    invalid: Tensor  # (S, N) bool: quarantined, masked everywhere
+    invalid: Tensor  # (S, N) bool: quarantined: the simulation diverged, and the learner ignores the step
 
 
 def allocate_replay(agent: Agent, sizes: Sizes) -> Transitions:
@@ -360,7 +360,7 @@ class Batch(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Logged by q_loss: means over a batch, in which quarantined transitions count as 0."""
+    """What q_loss returns for the log: means over a batch, in which quarantined transitions count as 0."""
 
     loss: Tensor
     value: Tensor  # Q(obs, action), in scaled rewards
@@ -425,7 +425,8 @@ def lambda_returns(rollout: Transitions, next_value: Tensor, gamma: float, q_lam
     - at the end of the rollout, after a truncation and before a quarantined step: next_value,
     - after a termination, which wins over a truncation: 0.
 
-    A random action does not cut the sum. The target of a quarantined step is of no use; it is finite."""
+    A random action does not cut the sum: this is Peng's Q(lambda). The target of a quarantined step is finite, and its
+    weight is 0."""
     invalid, terminated = rollout.invalid, rollout.terminated
     same_episode = ~(terminated | rollout.truncated)
     same_episode = torch.cat([same_episode[:-1] & ~invalid[1:], torch.zeros_like(same_episode[:1])])

@@ -111,7 +111,7 @@ class Args(vecsim.RunFlags):
     num_steps: int = 24
     """steps of each environment in an iteration (>= 1)"""
     update_epochs: int = 4
-    """passes over the samples of an iteration, which are shuffled once (>= 1)"""
+    """passes over the samples of an iteration, all in the same random order (>= 1)"""
     num_minibatches: int = 8
     """gradient steps in a pass, each on whole environments (>= 1; must divide the environments of each process)"""
     gamma: float = 0.99
@@ -398,7 +398,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: quarantined, because the simulation diverged; masked in everything that learns
+    invalid: Tensor  # (T, N) bool: quarantined: the simulation diverged, and the learner ignores the step
 
 
 def allocate_rollout(steps: int, envs: int, agent: Agent, device: torch.device) -> Rollout:
@@ -464,7 +464,7 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Exact KL(old || new) (B,) of diagonal Gaussians. Without an epsilon, small standard deviations do not bias it."""
+    """KL(old || new) (B,) of diagonal Gaussians, in closed form and without an epsilon."""
     squares = (2.0 * (old_log_std - log_std)).exp() + ((old_mean - mean) * (-log_std).exp()).square()
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
@@ -532,7 +532,7 @@ def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args
     """The loss of this (part of a) minibatch of `samples` samples, and its LossTerms, stacked; parts add up.
 
     There is no value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam
-    ignores the scale of a loss."""
+    ignores the scale of a gradient that is not clipped."""
     mean, _ = agent.policy_mean(batch.obs, batch.memory[0], batch.started)
     value = agent.normalized_value(batch.critic_obs)
     log_ratio = gaussian_log_prob(batch.action, mean, agent.log_std) - batch.log_prob
@@ -711,7 +711,7 @@ def prepare(
     before, graphs = [x.clone() for x in state], args.cuda_graphs and vecsim.has_cuda_graphs(agent.log_std.device)
     for k, example in enumerate(examples):
         functions[k] = vecsim.capture(functions[k], example) if graphs else functions[k]
-        functions[k](*example)  # a capture computes nothing, so without this call the gradients would be undefined
+        functions[k](*example)  # a capture only records; this makes the gradients that take_step reads
     for x, saved in zip(state, before, strict=True):
         x.copy_(saved)
     return functions

@@ -72,7 +72,7 @@ class Args(vecsim.RunFlags):
     num_steps: int = 16
     """steps of each environment in an iteration (>= 1)"""
     update_epochs: int = 4
-    """passes over the samples of an iteration, which are shuffled once (>= 1)"""
+    """passes over the samples of an iteration, all in the same random order (>= 1)"""
     num_minibatches: int = 8
     """gradient steps in a pass (>= 1; must divide num_envs x num_steps of each process)"""
 
@@ -294,7 +294,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: quarantined, because the simulation diverged; masked in everything that learns
+    invalid: Tensor  # (T, N) bool: quarantined: the simulation diverged, and the learner ignores the step
 
 
 def allocate_rollout(
@@ -348,7 +348,7 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Exact KL(old || new) (B,) of diagonal Gaussians. Without an epsilon, small standard deviations do not bias it."""
+    """KL(old || new) (B,) of diagonal Gaussians, in closed form and without an epsilon."""
     squares = (2.0 * (old_log_std - log_std)).exp() + ((old_mean - mean) * (-log_std).exp()).square()
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
@@ -427,11 +427,11 @@ def make_batch(
 
 
 def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, samples: int, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss () and stacked LossTerms of a minibatch, or of a part of it. Both are sums divided by `samples`, the size of
-    the whole minibatch, so that the results of its parts add up.
+    """Loss () and stacked LossTerms of a minibatch, or of a part of it: sums over its samples, divided by the size
+    `samples` of the whole minibatch. So the results of the parts add up to the means over the minibatch.
 
     There is no value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam
-    ignores the scale of a loss."""
+    ignores the scale of a gradient that is not clipped."""
     mean, value = agent.policy_mean(batch.obs), agent.normalized_value(batch.critic_obs)
     log_ratio = gaussian_log_prob(batch.action, mean, agent.log_std) - batch.log_prob
     ratio = log_ratio.exp()
@@ -543,7 +543,7 @@ def build_functions(
         before = [x.clone() for x in state]
         policy, estimate = vecsim.capture(policy, (obs, torch.zeros_like(action))), vecsim.capture(estimate, ())
         accumulate = vecsim.capture(accumulate, example)
-        accumulate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
+        accumulate(*example)  # a capture only records; this makes the gradients that take_step reads
         take_step = vecsim.capture(take_step, ())
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)

@@ -175,7 +175,7 @@ class Args:
     num_steps: int = 16
     """steps of each environment in an iteration (>= 1)"""
     update_epochs: int = 4
-    """passes over the samples of an iteration, which are shuffled once (>= 1)"""
+    """passes over the samples of an iteration, all in the same random order (>= 1)"""
     num_minibatches: int = 8
     """gradient steps per pass (>= 1; must divide num_envs x num_steps)"""
 
@@ -614,7 +614,7 @@ class Transition(NamedTuple):
     reward: jax.Array  # () unscaled
     terminated: jax.Array  # () bool
     truncated: jax.Array  # () bool
-    invalid: jax.Array  # () bool: quarantined, masked everywhere
+    invalid: jax.Array  # () bool: quarantined: the simulation diverged, and the learner ignores the step
     episode_return: jax.Array  # () return and length of the episode that this step may have ended
     length: jax.Array  # ()
     age: jax.Array  # () larger than length in an episode that began at a random age
@@ -798,7 +798,7 @@ def gaussian_log_prob(action: jax.Array, mean: jax.Array, log_std: jax.Array) ->
 
 
 def gaussian_kl(old_mean: jax.Array, old_log_std: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
-    """Exact KL(old || new) (B,) of diagonal Gaussians. Without an epsilon, so it is right for small deviations too."""
+    """KL(old || new) (B,) of diagonal Gaussians, in closed form and without an epsilon."""
     squares = jnp.exp(2 * (old_log_std - log_std)) + jnp.square((old_mean - mean) * jnp.exp(-log_std))
     return (log_std - old_log_std + 0.5 * (squares - 1)).sum(-1)
 
@@ -886,7 +886,7 @@ def ppo_loss(
     """Clipped surrogate (Schulman et al. 2017, eq. 7) + value error + bounds penalty - entropy, and their means.
 
     No value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam ignores
-    the scale of the loss."""
+    the scale of a gradient that is not clipped."""
     log_std = parameters["actor"]["log_std"]
     mean = setup.actor.apply(parameters["actor"]["network"], batch.obs)
     value = setup.critic.apply(parameters["critic"]["network"], batch.obs)[:, 0]

@@ -63,7 +63,7 @@ class Args(vecsim.RunFlags):
     num_steps: int = 16
     """steps of each environment in an iteration (>= 1)"""
     update_epochs: int = 4
-    """passes over the environments of an iteration, which are shuffled once (>= 1)"""
+    """passes over the environments of an iteration, all in the same random order (>= 1)"""
     num_minibatches: int = 8
     """gradient steps in a pass (>= 1; must divide num_envs of each process)"""
     sequence_length: int | None = None
@@ -242,7 +242,7 @@ def parallel_scan(decay: Tensor, value: Tensor) -> Tensor:
 
     Each round joins every step with what came before it, twice as far back as the last round (Hillis and Steele 1986):
     log2(T) rounds. Nothing is divided, so a decay may be 0 where an episode begins."""
-    steps, reach = len(value.unbind()), 1  # a plain number, also for the ONNX exporter
+    steps, reach = len(value.unbind()), 1  # value.shape[0] is a tensor for the ONNX exporter
     while reach < steps:
         value = torch.cat([value[:reach], value[reach:] + decay[reach:] * value[:-reach]])
         decay = torch.cat([decay[:reach], decay[reach:] * decay[:-reach]])
@@ -408,7 +408,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: quarantined, because the simulation diverged; masked in everything that learns
+    invalid: Tensor  # (T, N) bool: quarantined: the simulation diverged, and the learner ignores the step
 
 
 def allocate_rollout(agent: Agent, sizes: Sizes, steps: int) -> Rollout:
@@ -469,7 +469,7 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Exact KL(old || new) (B,) of diagonal Gaussians. Without an epsilon, small standard deviations do not bias it."""
+    """KL(old || new) (B,) of diagonal Gaussians, in closed form and without an epsilon."""
     squares = (2.0 * (old_log_std - log_std)).exp() + ((old_mean - mean) * (-log_std).exp()).square()
     return (log_std - old_log_std + 0.5 * (squares - 1.0)).sum(-1)
 
@@ -563,7 +563,7 @@ def ppo_loss(agent: Agent, batch: Batch, old_log_std: Tensor, args: Args) -> tup
     """Loss () and stacked LossTerms of a minibatch, means over its samples.
 
     There is no value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam
-    ignores the scale of a loss."""
+    ignores the scale of a gradient that is not clipped."""
     mean, _ = agent.policy_mean(batch.obs, batch.memory[0], batch.started)
     value, _ = agent.normalized_value(batch.critic_obs, batch.critic_memory[0], batch.started)
     log_ratio = gaussian_log_prob(batch.action, mean, agent.log_std) - batch.log_prob
@@ -674,7 +674,7 @@ def build_functions(
         before = [x.clone() for x in state]
         policy, estimate = vecsim.capture(policy, step_example), vecsim.capture(estimate, ())
         differentiate = vecsim.capture(differentiate, example)
-        differentiate(*example)  # a capture computes nothing, so without this call the gradients would be undefined
+        differentiate(*example)  # a capture only records; this makes the gradients that take_step reads
         take_step = vecsim.capture(take_step, ())
         for x, saved in zip(state, before, strict=True):
             x.copy_(saved)

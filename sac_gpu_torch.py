@@ -455,7 +455,7 @@ class Transitions(NamedTuple):
     reward: Tensor  # (S, N), unscaled
     terminated: Tensor  # (S, N) bool
     truncated: Tensor  # (S, N) bool
-    invalid: Tensor  # (S, N) bool: quarantined, masked everywhere
+    invalid: Tensor  # (S, N) bool: quarantined: the simulation diverged, and the learner ignores the step
     critic_obs: Tensor | None = None  # (S, N, critic obs); None if the critics see obs
     final_critic_obs: Tensor | None = None  # (S, N, critic obs); None if the critics see final_obs
 
@@ -525,7 +525,7 @@ class Batch(NamedTuple):
 
 
 class CriticTerms(NamedTuple):
-    """Logged by critic_loss: means over a batch, in which quarantined transitions count as 0."""
+    """What critic_loss returns for the log: means over a batch, in which quarantined transitions count as 0."""
 
     critic_loss: Tensor
     value: Tensor  # of the first critic, in scaled rewards
@@ -533,7 +533,7 @@ class CriticTerms(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """Logged by policy_loss: means over a batch, in which quarantined transitions count as 0."""
+    """What policy_loss returns for the log: means over a batch, in which quarantined transitions count as 0."""
 
     policy_loss: Tensor
     entropy: Tensor

@@ -16,8 +16,8 @@ The docstring of `VecSim` lists the options of an environment and says what `res
 The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
 the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
 Memory is contiguous along N. So each operation runs over all robots at once, as wide vector instructions on a CPU and
-as coalesced kernels on a GPU. PyTorch's global switch for TF32 does not change the physics, which multiplies no
-matrices; a trainer may turn it on for its networks.
+as coalesced kernels on a GPU. PyTorch's global switch for TF32 does not change the physics, which calls no
+matmul; a trainer may turn it on for its networks.
 
 MuJoCo is the specification. It compiles the MJCF; this file then computes the same smooth dynamics, the same soft
 constraints and the same integrators. The constraint problem is convex, so it has one solution, and the tests check that
@@ -4146,7 +4146,7 @@ def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Cal
 def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: Any) -> gymnasium.vector.VectorEnv:
     """A vector of the environments of `gymnasium_maker`."""
     make_one = gymnasium_maker(env_id, env_kwargs, **more)
-    mujoco.set_mju_user_warning(lambda text: None)  # a warning about half_cheetah.xml goes into MUJOCO_LOG.TXT else
+    mujoco.set_mju_user_warning(lambda text: None)  # otherwise MUJOCO_LOG.TXT gets a warning about half_cheetah.xml
     try:
         mode = gymnasium.vector.AutoresetMode.SAME_STEP
         return gymnasium.vector.SyncVectorEnv([make_one] * count, autoreset_mode=mode)
@@ -4837,7 +4837,7 @@ class Run:
         if self.device.type == "cpu" and not args.compile:
             torch.set_num_threads(1)  # small operations get slower with more threads
         torch.manual_seed(args.seed)  # the initial weights, the same in every process
-        torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics multiplies no matrices
+        torch.set_float32_matmul_precision("high")  # TF32 for the networks on a GPU; the physics calls no matmul
         self.seed = stream_seed(args.seed, self.env_steps, stream=2) if other_device else args.seed
         self.generator = torch.Generator(self.device).manual_seed(stream_seed(self.seed, self.rank, stream=0))
         self.env_seed = stream_seed(self.seed, self.rank, stream=1)
