@@ -105,15 +105,17 @@ Glossary
     step            a physics step is one timestep (`step`, MuJoCo's mj_step). An environment step, or control step, is
                     frame_skip physics steps under one action (`VecSim.step`)
     motion, force   spatial vectors, (angular, linear) and (torque, force), in world axes about `origin` (Featherstone
-                    2008, chapter 2). `origin` is the point of the world where the first link that has mass is now; it
-                    does not move. Farther points would cost digits: the inertia of a link grows with their distance
+                    2008, chapter 2). `origin` is where the first link that has mass is at this instant. Velocities
+                    about it treat it as a fixed point of the world. A point far away would cost digits: the inertia of
+                    a link about a point grows with its distance
     wrench          a spatial force
     cdof            (nv, 6, N) motion of a link and all links below it when one degree of freedom has velocity 1
     inertia         (nl, 21, N) symmetric 6x6 matrices about `origin`; `apply_symmetric` gives the order of the entries
     terrain         heights on a grid that replace the ground plane, bilinear between the grid's points
     packed          (nnz, N) a symmetric (nv, nv) matrix without the entries that are zero in every state
     J, aref, D      Jacobian, reference acceleration and weight of the constraint rows, see `Constraints`
-    contact normal  points from the plane, or from the first geom, into the second. Distance is negative in penetration
+    contact normal  points from what is fixed, or from the first geom, into the geom that moves, or into the second.
+                    Distance is negative in penetration
 
 Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.1 or newer.
 """
@@ -583,7 +585,7 @@ class Model:
         return Velocity(angular, linear + cross(angular, arm))
 
     def contact_force(self, p: Measured, **named: str) -> Tensor:
-        """Sum of the contact forces (3, N) on a body or geom that moves, N, world axes; named as in `pose`.
+        """Sum of the contact forces (3, N) on a body or geom that moves, in newton and world axes; named as in `pose`.
 
         They are those of the last evaluation of the dynamics, as in mjData after a step, and zero after a reset.
         """
@@ -1342,10 +1344,10 @@ class Constraints(NamedTuple):
 
     A row whose J x is below aref pushes with the force D (aref - J x). Its weight D is 0 where the distance to the
     other geom, or to the joint's limit, is above the margin. A contact has four rows, one for each edge of its friction
-    pyramid.
+    pyramid. An equality is two opposite rows.
 
-    Only the rows of pairs, between two moving geoms, store their J. All other rows act on one link or one dof, so J x
-    follows from its motion. MuJoCo calls 1/D the regularizer R.
+    Only the rows of pairs of moving geoms and of couplings store their J. All other rows act on one link or one dof, so
+    J x follows from its motion. MuJoCo calls 1/D the regularizer R.
     """
 
     contacts: Pyramids  # nc, with what is fixed to the world
@@ -2075,8 +2077,9 @@ def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained:
 def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
     """Packed Hessian H (nnz, N) without pairs, and right-hand sides (nv, 1 + nr, N) for `newton_direction`.
 
-    The first right-hand side is minus the gradient. The rows of pairs couple branches of the tree, so H leaves them
-    out. Each of them adds a right-hand side sqrt(D) J^T, from which `newton_direction` computes a correction.
+    The first right-hand side is minus the gradient. The rows of pairs couple branches of the tree, and H, which has the
+    tree's sparsity, is without them. Each adds a right-hand side sqrt(D) J^T, and `newton_direction` puts them back by
+    Woodbury's identity.
     """
     c = smooth.constraints
     contact, limit, pair = active_weights(c, it)
@@ -2131,10 +2134,10 @@ def derivatives(model: Model, smooth: Smooth, full: Iterate, direction: Iterate)
 
 
 def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """Move along the Newton direction. How far: 1, corrected once by Newton's method on the cost along it.
+    """Move along the Newton direction: by the length 1, after one correction by Newton's method on the cost along it.
 
-    Dry friction bends the cost both ways, so a step may come back. With it, the cost along the direction is minimised,
-    by Newton's method between bounds.
+    With dry friction one correction may overshoot. Then the cost along the direction is minimised by Newton's method
+    between bounds.
     """
     direction = newton_direction(model, smooth, it, solved)
     length, low, high = 1.0, 0.0, math.inf
@@ -2234,8 +2237,8 @@ def combine_stages(model: Model, state: State, rates: list[Tensor], qaccs: list[
     return State(qpos, state.qvel + model.timestep * qacc, qaccs[0].clone())
 
 
-# The functions of a step by name: all eager, which is the reference, or compiled by `compile_regions`. EAGER is filled
-# where the last of them is defined.
+# run.f is the function f of a step, eager or compiled. EAGER has the eager functions, which are the reference; it is
+# filled below `end_step`, the last of them. `compile_regions` makes compiled ones.
 Regions = types.SimpleNamespace
 EAGER = Regions()
 
@@ -3152,8 +3155,8 @@ def begin_episode(
 ) -> tuple[Carry, Measured, Tensors]:
     """Fresh episodes of the robots `model`: the state they begin with, what the task sees and what it senses.
 
-    ended: the final state of the previous episodes, or None before the first. limit: (N,) the largest number of steps
-    that those episodes could take: max_episode_steps, less the age at which they started.
+    ended: the final state of the previous episodes, or None before the first. limit: (N,) steps that those episodes had
+    from their start to the time limit.
     """
     task, drawn = settings.task, noise.parameters
     qpos, qvel = reset_state(task, model, noise.qpos, noise.qvel)
@@ -3307,7 +3310,7 @@ class Robots(NamedTuple):
     """Models with the randomised parameters of each robot."""
 
     now: Model  # of the episodes that run in this step
-    following: Model  # of the episodes that begin where this step ends one
+    following: Model  # of an episode that begins if this step ends one
 
 
 def end_step(
@@ -3376,7 +3379,7 @@ def end_step(
 
 PARTS = smooth_dynamics, solve_packed, solver_start, newton_system, line_search, implicit_system, semi_implicit
 WHOLE = begin_dynamics, newton_iteration, advance  # made of PARTS
-WHOLE_DOFS = 16  # Ant has 14 and gains, Humanoid has 23 and loses
+WHOLE_DOFS = 16  # a robot with more is faster in parts: Ant has 14, Humanoid has 23
 OTHERS = stage, chart_rate, combine_stages, randomized_fields, begin_step, end_step
 vars(EAGER).update((function.__name__, function) for function in (*PARTS, *WHOLE, *OTHERS))
 
@@ -3492,8 +3495,8 @@ CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmar
 def cpu_chunk(num_envs: int, cores: int, itemsize: int) -> int:
     """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
 
-    Rows that begin a multiple of 1 KiB apart fall onto the same few places of the caches and evict each other, so there
-    is one line more. HalfCheetah's Newton iteration takes 0.57 us a robot with 1,024 float32 and 0.46 us with 1,040.
+    Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
+    more. HalfCheetah's Newton iteration takes 0.57 us a robot with 1,024 float32 and 0.46 us with 1,040.
     """
     line, share = 64 // itemsize, math.ceil(num_envs / cores)
     lines = math.ceil(share / math.ceil(share / CPU_CHUNK) / line)
