@@ -264,7 +264,6 @@ def test_imitation_loss_by_hand():
 
 def test_slices_follow_one_another_in_time_with_a_detached_memory():
     args = small_args(student_network="gru", distill_steps=4, gradient_length=2, distill_epochs=1, num_envs=4)
-    sizes = distill.derive_sizes(args, 1, CPU)
     agent = make_agent(args)
     rollout = distill.allocate_rollout(4, 4, agent, CPU)
     for k, x in enumerate((rollout.obs, rollout.memory)):
@@ -282,8 +281,9 @@ def test_slices_follow_one_another_in_time_with_a_detached_memory():
     optimizer = vecsim.make_optimizer(agent, torch.tensor(1e-3))
     before = {name: x.clone() for name, x in agent.named_parameters()}
     order = torch.tensor([2, 0, 3, 1])
-    gradients = lambda *inputs: distill.imitation_gradients(agent, *inputs, recording)
-    distill.imitate(agent, rollout, torch.ones(4, 4, 2), order, gradients, optimizer.step, sizes, args)
+    gradients = lambda *inputs: distill.imitation_gradients(agent, recording, *inputs)
+    functions = distill.ImitationFunctions(None, None, gradients, optimizer.step)
+    distill.imitate(agent, functions, rollout, torch.ones(4, 4, 2), order, args)
     assert len(calls) == 4  # 2 minibatches x 2 slices
     for k, part in enumerate((order[:2], order[2:])):
         (obs_0, _, memory_0, after_0), (obs_1, started_1, memory_1, _) = calls[2 * k], calls[2 * k + 1]
@@ -347,9 +347,9 @@ def test_the_student_acts_with_noise_and_its_memory_restarts_after_a_truncation(
             taken.append(action.clone())
             return super().step(action)
 
-    def watch(agent, rollout, *rest):
+    def watch(agent, functions, rollout, *rest):
         rollouts.append(type(rollout)(*(x.clone() for x in rollout)))
-        return imitate(agent, rollout, *rest)
+        return imitate(agent, functions, rollout, *rest)
 
     monkeypatch.setattr(distill, "imitate", watch)
     steps = dict(total_timesteps=4_000, student_timesteps=1_536, finetune_timesteps=1)

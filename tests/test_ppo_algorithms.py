@@ -65,16 +65,21 @@ def as_columns(case):
     ]
 
 
+def advantages_of(reward, value, next_value, *ends):
+    rollout = ppo.Rollout(*[None] * 5, reward, *ends)
+    return ppo.advantages_gae(rollout, value, next_value, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+
+
 @pytest.mark.parametrize("case", gae_cases.CASES, ids=lambda case: case[0])
 def test_advantages_by_hand(case):
     *inputs, expected = as_columns(case)
-    advantages = ppo.advantages_gae(*inputs, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    advantages = advantages_of(*inputs)
     torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
 
 
 def test_advantages_of_all_cases_at_once_do_not_mix():
     *inputs, expected = (torch.cat(columns, 1) for columns in zip(*map(as_columns, gae_cases.CASES), strict=True))
-    advantages = ppo.advantages_gae(*inputs, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    advantages = advantages_of(*inputs)
     torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
 
 
@@ -82,7 +87,7 @@ def test_nan_of_an_invalid_step_goes_nowhere():
     reward, value, next_value, terminated, truncated, _, _ = as_columns(gae_cases.CASES[0])
     invalid = torch.tensor([[False], [True], [False]])
     reward, next_value = (torch.where(invalid, torch.nan, x) for x in (reward, next_value))
-    advantages = ppo.advantages_gae(reward, value, next_value, terminated, truncated, invalid, 0.5, 0.5)
+    advantages = advantages_of(reward, value, next_value, terminated, truncated, invalid)
     assert advantages.isfinite().all() and advantages[1] == 0
 
 
