@@ -4980,7 +4980,8 @@ def play_checkpoint(
             env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
             env.random_initial_ages = False  # whole episodes
             score = evaluate(env, act, args.seed, observes)
-        print(f"{args.env_id}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
+        name = ", ".join(filter(None, (args.env_id, checkpoint.get("stage"))))
+        print(f"{name}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         path = Path(args.play).with_name("play.mp4")
         print(f"video: {film(args.env_id, act, path, args.seed, args.env_kwargs, observes)}")
