@@ -2641,32 +2641,49 @@ class Pusher(Reacher):
 
 
 @dataclass(frozen=True)
-class Hopper(Task):
+class Locomotion(Task):
+    """Move along x: what Gymnasium's tasks of this kind have in common."""
+
+    frame_skip: int = 5
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 0.1
+    exclude_current_positions_from_observation: bool = True
+    places = 1  # coordinates that are excluded: x, or x and y
+
+    def sense(self, model: Model, p: Measured) -> Tensors:
+        return {"position": p.qpos[: self.places]}
+
+    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
+        return {"qpos": p.qpos[self.places * self.exclude_current_positions_from_observation :], "qvel": p.qvel}
+
+    def reward(self, model, p, sensed, action, velocity) -> Tensors:
+        forward = {
+            "reward_forward": self.forward_reward_weight * velocity[0],
+            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
+        }
+        return forward | dict(zip(("x_velocity", "y_velocity"), velocity.unbind(0)))
+
+
+@dataclass(frozen=True)
+class Hopper(Locomotion):
     """Hop forward on one leg."""
 
     xml_file: str = "hopper.xml"
     frame_skip: int = 4
     reset_noise_scale: float = 5e-3
-    forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 1e-3
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
     healthy_state_range: Range = (-100.0, 100.0)
     healthy_z_range: Range = (0.7, math.inf)
     healthy_angle_range: Range = (-0.2, 0.2)
-    exclude_current_positions_from_observation: bool = True
 
     def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
-        skip = int(self.exclude_current_positions_from_observation)
-        return {"qpos": p.qpos[skip:], "qvel": p.qvel.clamp(-10, 10)}
+        return super().observe(model, p, sensed) | {"qvel": p.qvel.clamp(-10, 10)}
 
     def reward(self, model, p, sensed, action, velocity) -> Tensors:
-        return {
-            "reward_forward": self.forward_reward_weight * velocity[0],
-            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
-            "reward_survive": self.healthy_reward * self.healthy(p, sensed),
-            "x_velocity": velocity[0],
-        }
+        survive = {"reward_survive": self.healthy_reward * self.healthy(p, sensed)}
+        return super().reward(model, p, sensed, action, velocity) | survive
 
     def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
         return (
@@ -2687,55 +2704,31 @@ class Walker2d(Hopper):
 
 
 @dataclass(frozen=True)
-class HalfCheetah(Task):
+class HalfCheetah(Locomotion):
     """Run forward; never terminates."""
 
     xml_file: str = "half_cheetah.xml"
-    frame_skip: int = 5
     reset_noise_scale: float = 0.1
-    forward_reward_weight: float = 1.0
-    ctrl_cost_weight: float = 0.1
-    exclude_current_positions_from_observation: bool = True
     normal_velocity_noise = True
-
-    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
-        return {"qpos": p.qpos[int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
-
-    def reward(self, model, p, sensed, action, velocity) -> Tensors:
-        return {
-            "reward_forward": self.forward_reward_weight * velocity[0],
-            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
-            "x_velocity": velocity[0],
-        }
 
 
 @dataclass(frozen=True)
-class Swimmer(HalfCheetah):
+class Swimmer(Locomotion):
     """Swim forward with three links in a viscous fluid; never terminates."""
 
     xml_file: str = "swimmer.xml"
     frame_skip: int = 4
+    reset_noise_scale: float = 0.1
     ctrl_cost_weight: float = 1e-4
-    normal_velocity_noise = False
-
-    def sense(self, model: Model, p: Measured) -> Tensors:
-        return {"position": p.qpos[:2]}
-
-    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
-        return {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
-
-    def reward(self, model, p, sensed, action, velocity) -> Tensors:
-        return super().reward(model, p, sensed, action, velocity) | {"y_velocity": velocity[1]}
+    places = 2
 
 
 @dataclass(frozen=True)
-class Ant(Task):
+class Ant(Locomotion):
     """Walk forward on four legs; contact forces are observed and penalised."""
 
     xml_file: str = "ant.xml"
-    frame_skip: int = 5
     reset_noise_scale: float = 0.1
-    forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.5
     contact_cost_weight: float = 5e-4
     contact_cost_range: Range = dataclasses.field(default=(-math.inf, math.inf), init=False)
@@ -2743,9 +2736,9 @@ class Ant(Task):
     terminate_when_unhealthy: bool = True
     healthy_z_range: Range = (0.2, 1.0)
     contact_force_range: Range = (-1.0, 1.0)
-    exclude_current_positions_from_observation: bool = True
     include_cfrc_ext_in_observation: bool = True
     normal_velocity_noise = True
+    places = 2
 
     def sense(self, model: Model, p: Measured) -> Tensors:
         if p.dynamics is None:
@@ -2755,21 +2748,15 @@ class Ant(Task):
         return {"position": xpos[0, :2], "cfrc_ext": wrenches.clamp(*self.contact_force_range)}
 
     def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
-        groups = {"qpos": p.qpos[2 * int(self.exclude_current_positions_from_observation) :], "qvel": p.qvel}
-        for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"):
-            if getattr(self, f"include_{name}_in_observation", False):
-                groups[name] = sensed[name]
-        return groups
+        names = ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+        included = [name for name in names if getattr(self, f"include_{name}_in_observation", False)]
+        return Locomotion.observe(self, model, p, sensed) | {name: sensed[name] for name in included}
 
     def reward(self, model, p, sensed, action, velocity) -> Tensors:
         contact_cost = self.contact_cost_weight * (sensed["cfrc_ext"] ** 2).sum(0)
-        return {
-            "reward_forward": self.forward_reward_weight * velocity[0],
-            "reward_ctrl": -self.ctrl_cost_weight * (action * action).sum(0),
+        return super().reward(model, p, sensed, action, velocity) | {
             "reward_contact": -contact_cost.clamp(*self.contact_cost_range),
             "reward_survive": self.healthy_reward * self.healthy(p, sensed),
-            "x_velocity": velocity[0],
-            "y_velocity": velocity[1],
         }
 
     def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
@@ -2842,6 +2829,7 @@ class HumanoidStandup(Task):
     include_cvel_in_observation: bool = True
     include_qfrc_actuator_in_observation: bool = True
     include_cfrc_ext_in_observation: bool = True
+    places = 2
     sense = Humanoid.sense
     observe = Ant.observe
 
