@@ -803,7 +803,7 @@ def gaussian_kl(old_mean: jax.Array, old_log_std: jax.Array, mean: jax.Array, lo
     return (log_std - old_log_std + 0.5 * (squares - 1)).sum(-1)
 
 
-def advantages_gae(reward, value, next_value, terminated, truncated, invalid, gamma, gae_lambda) -> jax.Array:
+def advantages_gae(rollout: Transition, value, next_value, hyper: Hyperparameters) -> jax.Array:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over (T, ...) arrays.
 
     next_value is V(final_obs): the value of the state that the step really led to, never of the state after an
@@ -811,9 +811,10 @@ def advantages_gae(reward, value, next_value, terminated, truncated, invalid, ga
     After a termination nothing follows and the bootstrap is 0; terminated wins over truncated. Any end stops the sum
     over later steps. An invalid step has advantage 0 and stops the sum too.
     """
-    delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
-    delta = jnp.where(invalid, 0.0, delta)
-    decay = jnp.where(terminated | truncated | invalid, 0.0, gamma * gae_lambda)
+    reward, ended = rollout.reward * hyper.reward_scale, rollout.terminated | rollout.truncated
+    delta = reward + hyper.gamma * jnp.where(rollout.terminated, 0.0, next_value) - value
+    delta = jnp.where(rollout.invalid, 0.0, delta)
+    decay = jnp.where(ended | rollout.invalid, 0.0, hyper.gamma * hyper.gae_lambda)
 
     def step_back(following, row):
         advantage = row[0] + row[1] * following
@@ -847,9 +848,7 @@ def make_batch(
     Also returns the return statistics, which are updated only here, before they scale the targets."""
     args = setup.args
     value, next_value = values_of(setup, state, rollout.obs), values_of(setup, state, rollout.final_obs)
-    ends = rollout.terminated, rollout.truncated, rollout.invalid
-    reward = rollout.reward * hyper.reward_scale
-    advantage = advantages_gae(reward, value, next_value, *ends, hyper.gamma, hyper.gae_lambda)
+    advantage = advantages_gae(rollout, value, next_value, hyper)
     rollout, value, advantage = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rollout, value, advantage))
 
     valid, returns = ~rollout.invalid, advantage + value

@@ -57,8 +57,11 @@ class Learner:
 def test_advantages(case):
     _, next_values, terminated, truncated, invalid, expected = case
     ends = (jnp.array(flags, bool) for flags in (terminated, truncated, invalid))
-    inputs = (jnp.array(x) for x in (gae_cases.REWARDS, gae_cases.VALUES, next_values))
-    advantage = ppo.advantages_gae(*inputs, *ends, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
+    reward, *values = (jnp.array(x) for x in (gae_cases.REWARDS, gae_cases.VALUES, next_values))
+    rollout = ppo.Transition(*[None] * 4, reward, *ends, *[None] * 3)
+    discounts = dict(gamma=gae_cases.GAMMA, gae_lambda=gae_cases.GAE_LAMBDA, reward_scale=1.0)
+    hyper = ppo.Hyperparameters(*ppo.hyperparameters(ppo.Args(**SMALL))[0])._replace(**discounts)
+    advantage = ppo.advantages_gae(rollout, *values, hyper)
     np.testing.assert_allclose(advantage, expected, rtol=1e-6)
 
 
