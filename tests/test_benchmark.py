@@ -132,6 +132,7 @@ def test_bad_input_is_one_line_and_status_2(words, complaint, capsys):
     assert printed.err.startswith("error: ") and complaint in printed.err and printed.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_shell_script_calls_the_modes_from_any_folder(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable}
     answer = run(SCRIPT, "train", "--dry-run", "--env-id", "HalfCheetah-v5", cwd=tmp_path, env=environment)
@@ -232,6 +233,7 @@ def test_a_contender_that_breaks_costs_one_line(toy, capsys):
     assert toy("", "2") == record  # complete: what stopped is measured again with --force only
 
 
+@pytest.mark.slow
 def test_a_contender_that_never_gets_ready_is_left_out(toy, capsys):
     record = toy("", "be silent", patience=3)
     assert "second: left out: no answer within 3 s" in capsys.readouterr().err
@@ -337,6 +339,7 @@ meter.tick(1)
     assert reports(answer)[0]["facts"] == dict(theirs=code, vecsim=integrator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, work, settings",
     [

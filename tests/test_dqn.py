@@ -319,6 +319,7 @@ def value_of(agent, rows):
         return (agent.values(agent.network, rows).amax(-1).mean(-1) * agent.reward_divisor()).tolist()
 
 
+@pytest.mark.slow
 @algorithms
 @pytest.mark.parametrize("env_id, values", [("constant", [1.0, 1.0]), ("value", [1.0, -1.0])])
 def test_values_are_learned(env_id, values, algorithm, tmp_path):
@@ -328,6 +329,7 @@ def test_values_are_learned(env_id, values, algorithm, tmp_path):
     assert value_of(agent, BOTH) == pytest.approx(values, abs=0.05)
 
 
+@pytest.mark.slow
 @algorithms
 def test_a_time_limit_is_bootstrapped(algorithm, tmp_path):
     """Reward 1 without end is worth 1 / (1 - 0.9) = 10. As a termination it would be worth 4.1 at most."""

@@ -89,6 +89,7 @@ def test_a_loaded_policy_acts_as_its_trainer_bit_for_bit(tmp_path, trainer, algo
         assert agent.act(obs, started).std() > 0
 
 
+@pytest.mark.slow
 def test_an_agent_of_the_jax_trainer_acts_as_there(tmp_path):
     trainer = pytest.importorskip("ppo_mjx_jax")
     args = trainer.Args(num_envs=4, num_steps=4, actor_hidden=(8,), critic_hidden=(8,), num_seeds=2)
@@ -290,11 +291,12 @@ def test_starts_that_differ_between_checkpoints_or_perturbations_are_a_defect(pl
 
 
 PAST = {"hidden_observations": "qpos", "stack_observations": 2, "delay_observations": 1}
+OF_MJX = (({}, 4), ({"hidden_observations": "qpos"}, 2))
 
 
 @pytest.mark.parametrize(
     "name, hidden, size",
-    [("mujoco_c", {}, 4), ("mujoco_c", PAST, 4), ("mjx", {}, 4), ("mjx", {"hidden_observations": "qpos"}, 2)],
+    [("mujoco_c", {}, 4), ("mujoco_c", PAST, 4), *(pytest.param("mjx", *x, marks=pytest.mark.slow) for x in OF_MJX)],
 )
 def test_simulators_agree_step_by_step(tmp_path, name, hidden, size):
     """The pendulum under a policy that tilts it: what is left is float32. MJX has Euler alone."""
@@ -511,6 +513,7 @@ def of_a_fall(seconds=0.3):
     return place | dict(scene=env.mj_model, second=0.008, trace=dict(qpos=qpos))
 
 
+@pytest.mark.slow
 def test_a_film_is_drawn(tmp_path):
     from imageio.v2 import mimread
 
