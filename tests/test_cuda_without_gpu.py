@@ -300,8 +300,9 @@ def on_fake_cuda(tmp_path_factory):
         process.stdin.close()
 
 
+@pytest.mark.slow
 @needs_tested_torch
-@pytest.mark.parametrize("name", [x if x == "ppo" else pytest.param(x, marks=pytest.mark.slow) for x in fake_cuda.RUNS])
+@pytest.mark.parametrize("name", fake_cuda.RUNS)
 def test_training_stays_on_the_gpu(name, on_fake_cuda):
     """No operator gets tensors of two devices, and the host reads nothing."""
     assert "operators in training" in on_fake_cuda(name)

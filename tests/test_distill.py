@@ -743,6 +743,7 @@ def test_another_number_of_environments_may_start_from_a_teacher(whole_run, tmp_
     assert distill.train(small_args(tmp_path, **flags, **start), RecallEnv)["student"]["vecsim"]["episodes"] == 32
 
 
+@pytest.mark.slow
 def test_all_stages_on_the_quadruped(tmp_path, monkeypatch, capsys):
     """Teacher and student are scored in vecsim and in MuJoCo C; then the student is played."""
     flags = "--env-id Quadruped-Flat --device cpu --no-compile --num-envs 8 --num-steps 4 --num-minibatches 2"

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from test_benchmark import accept
 
 import vecsim_torch
@@ -58,6 +57,7 @@ def test_bad_input_is_one_line_and_status_2(words, complaint, capsys):
     assert stop.value.code == 2 and complaint in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_rehearsal_of_the_cheapest_blocks(tmp_path):
     names = "card", "physics-Ant-v5", "ppo-InvertedPendulum-v5"
     words = ["gpu", *names, "--device", "cpu", "--quick", "--results", tmp_path]
@@ -127,26 +127,6 @@ def test_a_rate_is_predicted_by_hand():
     low, high = gpu_kernels.rates(record, "Ant-v5", 5000)
     assert low == pytest.approx(4096 / gpu_kernels.step_seconds(counted, 4096, 2.5e-6, 16_384)) and low <= high
     assert gpu_kernels.rates(record, "Hopper-v5", 5000) is None
-
-
-@pytest.mark.parametrize(
-    "trainer, flags",
-    [(name, "") for name in ("ppo_gpu_torch", "ppo_recurrent_gpu_torch", "sac_gpu_torch")]
-    + [("dqn_gpu_torch", f"--algorithm {name}") for name in ("dqn", "pqn")],
-)
-def test_a_gpu_has_more_robots_and_as_many_gradient_steps(trainer, flags, monkeypatch):
-    """Where a user gives no sizes."""
-    module, found = importlib.import_module(trainer), {}
-    for name in ("cpu", "cuda"):
-        monkeypatch.setattr(vecsim_torch, "pick_device", lambda _, name=name: torch.device(name))
-        args = module.parse_args(f"--env-id HalfCheetah-v5 {flags}".split())
-        module.check_ranges(args)
-        device = [torch.device("cpu")] if trainer == "ppo_gpu_torch" else []
-        found[name] = args, module.derive_sizes(args, 1, *device)
-    (_, on_cpu), (args, on_gpu) = found["cpu"], found["cuda"]
-    assert args.num_envs >= 1024 and on_gpu.envs >= 4 * on_cpu.envs
-    assert on_gpu.iterations == on_cpu.iterations
-    assert getattr(on_gpu, "updates", None) == getattr(on_cpu, "updates", None)
 
 
 @pytest.mark.slow

@@ -263,6 +263,7 @@ def test_episodes_that_began_at_a_random_age_are_left_out_of_the_log():
     assert 64 * 4 < sums["episodes"] < 64 * 32 / 5
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_quarantined_episodes_out_and_counts_only_the_first_of_each_environment():
     for name, episodes, length in (("truncation", 64, 5), ("broken", 32, 1)):
         learner = Learner(probe(name), eval_episodes=64)
@@ -397,6 +398,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monk
     assert ppo.load_checkpoint(str(path))["env_steps"] == 128 and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     """The signal comes in the third of four iterations."""
     records, handlers = [], [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]

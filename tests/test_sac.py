@@ -37,6 +37,7 @@ def value_of(agent, rows, actions):
 # Probe environments ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["categorical", "scalar"])
 @pytest.mark.parametrize(
     "env_id, rows, values",

@@ -29,6 +29,7 @@ from test_ppo import (
     signalled,
 )  # fmt: skip
 
+import dqn_gpu_torch as dqn
 import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
 import ppo_recurrent_gpu_torch as recurrent
@@ -38,25 +39,28 @@ import vecsim_torch as vecsim
 ROOT = Path(__file__).parent.parent
 
 
-SIZED = [(x, env_id) for x in (ppo, recurrent, sac, distill) for env_id in ("mine", *x.TASKS)]
+SIZED = [(x, f"--env-id {env_id}") for x in (ppo, recurrent, sac, distill) for env_id in ("mine", *x.TASKS)]
+SIZED += [(dqn, f"--algorithm {algorithm} --env-id {env_id}") for algorithm, env_id in dqn.TASKS]
 
 
-@pytest.mark.parametrize("module, env_id", SIZED)
-def test_a_gpu_has_more_environments_and_the_same_number_of_gradient_steps(module, env_id, monkeypatch):
-    words = ["--env-id", env_id]
+@pytest.mark.parametrize("module, flags", SIZED)
+def test_a_gpu_has_more_environments_and_the_same_number_of_gradient_steps(module, flags, monkeypatch):
+    """Where a user gives no sizes."""
+    words, most = flags.split(), 1024 if module is sac or "algorithm dqn" in flags else 4096
     small = module.parse_args([*words, "--device", "cpu"])
     monkeypatch.setattr(vecsim, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
     large, alike = module.parse_args(words), module.parse_args([*words, "--device", "cpu"])
     module.check_ranges(large)
-    assert alike == small and large.num_envs <= (1024 if module is sac else 4096)
+    assert alike == small and large.num_envs <= most
     factor = large.num_envs // small.num_envs
-    assert factor == (1 if small.num_envs == 4096 else 8 if module is sac else 4)
-    device = () if module in (sac, recurrent) else (torch.device("cuda"),)
+    assert factor == (1 if small.num_envs == 4096 else 8 if module in (sac, dqn) else 4)
+    device = () if module in (sac, dqn, recurrent) else (torch.device("cuda"),)
     sizes = [module.derive_sizes(args, 1, *device) for args in (small, large)]
     if module is distill:
         assert [plan.iterations for plan in sizes[0].plans.values()] == [x.iterations for x in sizes[1].plans.values()]
     else:
         assert sizes[0].iterations == sizes[1].iterations
+        assert getattr(sizes[0], "updates", None) == getattr(sizes[1], "updates", None)
     assert module.parse_args([*words, "--num-envs", "64"]).num_envs == 64
 
 

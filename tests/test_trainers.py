@@ -249,6 +249,7 @@ def test_a_killed_run_resumes_bit_for_bit(name, tmp_path):
         assert all(x.abs().sum() > 0 for x in killed["processes"][0]["moment"][2::2])
 
 
+@pytest.mark.slow
 def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(trainer, tmp_path, monkeypatch, capsys):
     """It comes in the middle of the 13th iteration, twice at once, as `timeout` sends it."""
     steps, iteration, flags = trainer.iteration // 64, trainer.iteration, dict(total_timesteps=24 * trainer.iteration)
@@ -269,6 +270,7 @@ def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(trainer, tmp_path,
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_device_continues_and_says_so(trainer, tmp_path, capsys):
     """test_ppo.py looks at the random numbers."""
     flags = dict(total_timesteps=12 * trainer.iteration, eval_episodes=0)

@@ -398,6 +398,7 @@ def test_options_that_can_be():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Quadruped-Rough"])
 def test_benchmark(env_id, tmp_path):
     """The command as a user starts it, also for a task that imports vecsim_torch."""
