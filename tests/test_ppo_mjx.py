@@ -337,10 +337,20 @@ def test_one_diverged_agent_does_not_stop_the_others(tmp_path):
         run(tmp_path, "alone", probe("action"), learning_rate=1e30, **options)
 
 
+TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
+TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", CACHE]
+
+
+def run_pendulum(run_dir, *words):
+    """A short run by command line; returns the arrays of its last checkpoint."""
+    ppo.train(ppo.parse_args([*TINY_RUN, "--run-dir", *map(str, (run_dir, *words))]))
+    return final_state(run_dir)
+
+
 @pytest.fixture(scope="module")
 def pendulum_run(tmp_path_factory):
-    """The arrays of a short run on the pendulum, which MJX takes long to trace and compile."""
-    return run(tmp_path_factory.mktemp("pendulum"), "whole", total_timesteps=512)[1]
+    """MJX takes long to trace and compile it."""
+    return run_pendulum(tmp_path_factory.mktemp("pendulum") / "whole")
 
 
 @pytest.mark.slow
@@ -354,19 +364,14 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(pendulum_run, tmp_path, 
     save_checkpoint = ppo.save_checkpoint
     monkeypatch.setattr(ppo, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "half", total_timesteps=512, checkpoint_every=256)
+        run_pendulum(tmp_path / "half", "--checkpoint-every", 256)
     monkeypatch.undo()
-    half = str(tmp_path / "half" / "checkpoint.npz")
-    assert ppo.load_checkpoint(half)["env_steps"] == 256
-    _, resumed = run(tmp_path, "resumed", total_timesteps=512, resume=half)
-    assert_equal(resumed, pendulum_run)
-    for change in (dict(num_steps=4), dict(seed=2), dict(actor_hidden=(8,)), dict(total_timesteps=256)):
+    half = tmp_path / "half" / "checkpoint.npz"
+    assert ppo.load_checkpoint(str(half))["env_steps"] == 256
+    assert_equal(run_pendulum(tmp_path / "resumed", "--resume", half), pendulum_run)
+    for change in ("--num-steps 4", "--seed 2", "--actor-hidden 8", "--total-timesteps 256"):
         with pytest.raises(ppo.InputError, match="omit that flag|give a larger --total-timesteps"):
-            run(tmp_path, "refused", **dict(total_timesteps=512, resume=half) | change)
-
-
-TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
-TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", CACHE]
+            run_pendulum(tmp_path / "refused", "--resume", half, *change.split())
 
 
 def main_on_probe(monkeypatch, *words, **patches):
