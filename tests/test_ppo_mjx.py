@@ -160,7 +160,6 @@ def probe(kind):
     broken      as action, but where x is 1 half the steps are NaN    its NaN must not reach the learner
     """
     number = PROBES.index(kind) if isinstance(kind, str) else kind
-    last = jnp.array([1, 1, 1, 2, 10**9, 1])[number]
 
     def reset(key):
         x = 2.0 * jax.random.bernoulli(key) - 1.0
@@ -168,6 +167,7 @@ def probe(kind):
 
     def step(state, action):
         x, age, first = state
+        last = jnp.array([1, 1, 1, 2, 10**9, 1])[number]
         first, age = jnp.where(age == 0, action[0], first), age + 1
         error = -jnp.square(first - x / 2)
         broken = jnp.where((x > 0) & (action[0] > 0.5), jnp.nan, error)
@@ -534,13 +534,14 @@ def test_two_devices_share_the_environments(pendulum_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_environments(pendulum_run, tmp_path):
-    """As two hosts would. Only the first one writes a run folder."""
+def test_two_processes_share_the_environments(tmp_path, monkeypatch):
+    """As two hosts would, on a probe. Only the first one writes a run folder."""
     with socket.socket() as probe_socket:
         probe_socket.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe_socket.getsockname()[1]}"
-    hosts = os.environ | dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", XLA_FLAGS=FAST_COMPILE)
-    program = [sys.executable, str(ROOT / "ppo_mjx_jax.py"), *TINY_RUN, "--distributed", "--run-dir"]
+    hosts = os.environ | dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", XLA_FLAGS="")
+    hosts |= dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    program = [sys.executable, "-c", MAIN_ON_PROBE, *TINY_RUN, "--distributed", "--run-dir"]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     processes = [
         subprocess.Popen([*program, str(tmp_path / rank)], env=hosts | dict(JAX_PROCESS_ID=rank), **streams)
@@ -553,7 +554,8 @@ def test_two_processes_share_the_environments(pendulum_run, tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 device(s)" in outputs[0] and not (tmp_path / "1").exists()
-    assert_close(final_state(tmp_path / "0"), pendulum_run)
+    assert main_on_probe(monkeypatch, "--run-dir", tmp_path / "one") == 0
+    assert_close(final_state(tmp_path / "0"), final_state(tmp_path / "one"))
 
 
 @pytest.mark.slow
