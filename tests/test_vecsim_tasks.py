@@ -107,6 +107,7 @@ class Feeling(vecsim.Task):
         return {"reward_force": sensed["force"][2]}
 
 
+@pytest.mark.slow
 def test_names_are_understood_by_the_compiler(monkeypatch):
     """Of the compiler only the part that traces: it understands all methods, and the results are the same."""
     monkeypatch.setitem(vecsim.TASKS, "Feeling", Feeling)
