@@ -3414,14 +3414,14 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
-    chunks side by side. Chunks fill whole vectors, so there is no code for a last part of one. The test programs that
-    ask whether the C++ compiler works are left out, and so are checks of the tables' indices in every kernel.
+    chunks side by side. The test programs that ask whether the C++ compiler works are left out, and so are checks of
+    the tables' indices in every kernel.
     """
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
     options |= {"cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "guard_filter_fn": changing_guards}
-        options |= {"cpp.enable_loop_tail_vec": False, "cpp.vec_isa_ok": True}
+        options |= {"cpp.vec_isa_ok": True}
     else:  # independent kernels become one launch
         options |= {"combo_kernels": True}
 
@@ -3432,7 +3432,7 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     run = Regions()
     whole = device.type == "cpu" and nv <= WHOLE_DOFS
     for function in (*(WHOLE if whole else PARTS), *OTHERS):
-        checked = device.type == "cpu" and function is end_step  # the task's own code may index wrongly
+        checked = device.type == "cpu" and function in (begin_step, end_step)  # a task's code may index wrongly
         own = options | {"assert_indirect_indexing": checked}
         compiled = torch.compile(private(function), fullgraph=True, dynamic=False, options=own)
         setattr(run, function.__name__, compiled)
