@@ -510,12 +510,14 @@ def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
 
 @pytest.mark.slow
 def test_compiled_chunks_and_threads_change_nothing(monkeypatch):
-    """The second chunk of 32 is one of 16 with 16 copies, which count nowhere."""
+    """The second chunk of 16 is one of 8 with 8 copies, which count nowhere. Such chunks are compiled once for this
+    test and test_compiled_equals_eager."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     options = {"compile": True, "max_episode_steps": 3, "random_initial_ages": True, **FAST}
-    whole, parts = (vecsim.make("InvertedPendulum-v5", 48, chunk=chunk, **options) for chunk in (48, 32))
+    whole, parts = (vecsim.make("InvertedPendulum-v5", 24, chunk=chunk, **options) for chunk in (24, 16))
     assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
-    assert same(rollout(whole, 5), rollout(parts, 5)) and chunk_sizes(parts) == [32, 32]
+    assert same(rollout(whole, 5), rollout(parts, 5))
+    assert chunk_sizes(whole) == [24] and chunk_sizes(parts) == [16, 16]
     assert parts._threads and not whole._threads
     assert whole.pop_statistics() == pytest.approx(parts.pop_statistics(), nan_ok=True)
 
@@ -523,9 +525,10 @@ def test_compiled_chunks_and_threads_change_nothing(monkeypatch):
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", pytest.param("Hopper-v5", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(env_id):
     # float32 rounds to 1e-7; the contact problem and the four stages amplify it by some tens
-    eager, compiled = (vecsim.make(env_id, 16, compile=flag, max_episode_steps=2) for flag in (False, True))
+    options = {"max_episode_steps": 3} | ({"integrator": "euler"} if env_id == "InvertedPendulum-v5" else {})
+    eager, compiled = (vecsim.make(env_id, 16, compile=flag, **options) for flag in (False, True))
     assert torch.equal(eager.reset(seed=0)[0], compiled.reset(seed=0)[0])
-    for t in range(2):  # an ordinary step, and one that resets
+    for t in range(3):  # the third one resets
         compiled.load_state_dict(eager.state_dict())
         for a, b in zip(rollout(eager, 1, t), rollout(compiled, 1, t), strict=True):
             assert a.dtype == b.dtype
