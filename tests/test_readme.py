@@ -186,6 +186,15 @@ def claims():
     assert {onnx["episodes"], clipped["episodes"], plain["episodes"]} == {100}
     for task in ("HalfCheetah", "Hopper", "Walker2d"):
         yield "On {} DQN scores {} and PQN {}, PPO {} and SAC {}".format(task, *at_equal_time(f"{task}-v5"))
+    middle, ends = {}, {}
+    for name in ("no-layer-norm", "default", "five-bins", "512-environments"):
+        runs = [result(f"dqn/ablation/HalfCheetah-v5/{name}-seed{seed}.json") for seed in (1, 2, 3)]
+        lowest, median, highest = sorted(run["gymnasium"]["mean"] for run in runs)
+        middle[name], ends[name] = f"{median:,.0f}", (lowest, highest)
+    assert ends["five-bins"][0] > ends["default"][1] > ends["512-environments"][0]
+    yield f"without it the median is {middle['no-layer-norm']}, with it {middle['default']}"
+    yield f"Five bins score {middle['five-bins']}, and each of their seeds is above all of the default's"
+    yield f"512 environments score {middle['512-environments']} in less time"
     kinds = "mingru", "gru", "lstm", "no-memory", "everything-observed"
     of_memory = [result(f"memory/HalfCheetah-v5/{kind}-seed1.json") for kind in kinds]
     first, second, third, without, everything = (f"{run['gymnasium']['mean']:,.0f}" for run in of_memory)
