@@ -24,7 +24,7 @@ constraints and the same integrators. The constraint problem is convex, so it ha
 both simulators find it. In float64, accelerations of Gymnasium's models and of the quadruped differ from MuJoCo C's by
 at most 4e-13 (relative, 150 to 500 states of each). Pusher's arm does not touch its object in these states: MuJoCo
 finds that contact by iteration, so not exactly, and a separate test compares it. In float32 with 4 Newton iterations,
-the 99th percentile of the error is 2e-7 to 1.2e-5, depending on the model. On one AMD EPYC core, whole environment
+the 99th percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EPYC core, whole environment
 steps run at 1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of Humanoid at 0.49 times
 (results/README.md).
 
