@@ -1390,9 +1390,9 @@ class Iterate(NamedTuple):
 
     qacc: Tensor  # (nv, N) x
     motion: Tensor  # (nl, 6, N) the part of the links' accelerations that x causes
-    contact: Tensor  # (nc, 4, N) J x - aref
-    limit: Tensor  # (2 nlim, N) J x - aref
-    pair: Tensor  # (nr, N) J x - aref
+    contact: Tensor  # (nc, 4, N) residual J x - aref
+    limit: Tensor  # (2 nlim, N) residual
+    pair: Tensor  # (nr, N) residual
 
     def plus(self, scale: Tensor, other: Iterate) -> Iterate:
         return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
@@ -2027,9 +2027,16 @@ def candidate(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
     )
 
 
-def active_weights(c: Constraints, it: Iterate) -> tuple[Tensor, Tensor, Tensor]:
-    """D of the rows that push (J x < aref), 0 for others: contacts (nc, 4, N), limits (2 nlim, N), pairs (nr, N)."""
-    return (
+class Weights(NamedTuple):
+    """D of the rows that push (J x < aref), 0 for others. D times the residual J x - aref is minus a row's force."""
+
+    contact: Tensor  # (nc, 4, N)
+    limit: Tensor  # (2 nlim, N)
+    pair: Tensor  # (nr, N)
+
+
+def active_weights(c: Constraints, it: Iterate) -> Weights:
+    return Weights(
         torch.where(it.contact < 0, c.contact_weight.unsqueeze(1), 0.0),
         torch.where(it.limit < 0, c.limit_weight, 0.0),
         torch.where(it.pair < 0, c.pair_weight, 0.0),
@@ -2057,14 +2064,14 @@ def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
 def cost(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     """The objective (N), up to the constant 1/2 a0^T M a0."""
     total = 0.5 * inner(model, smooth.inertia, it, it) - (it.qacc * smooth.qfrc_smooth).sum(0)
-    contact, limit, pair = active_weights(smooth.constraints, it)
-    total = total + 0.5 * (contact * it.contact * it.contact).sum((0, 1))
+    weight = active_weights(smooth.constraints, it)
+    total = total + 0.5 * (weight.contact * it.contact * it.contact).sum((0, 1))
     if model.has_frictionloss:
         c = smooth.constraints
         force = dry_friction(model, c, it.qacc)[0].abs()
         slack = force / model.frictionloss_weight.clamp(min=MINVAL)
         total = total + (force * ((it.qacc - c.frictionloss_reference).abs() - 0.5 * slack)).sum(0)
-    return total + 0.5 * ((limit * it.limit * it.limit).sum(0) + (pair * it.pair * it.pair).sum(0))
+    return total + 0.5 * ((weight.limit * it.limit * it.limit).sum(0) + (weight.pair * it.pair * it.pair).sum(0))
 
 
 def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor) -> Iterate:
@@ -2082,21 +2089,21 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     Woodbury's identity.
     """
     c = smooth.constraints
-    contact, limit, pair = active_weights(c, it)
-    force = contact_force(c.contacts, contact * it.contact)  # minus the force on the link: it adds to the gradient
-    diagonal = model.dof_armature + add_up(model.dof_limits, limit)
+    weight = active_weights(c, it)
+    minus_force = contact_force(c.contacts, weight.contact * it.contact)
+    diagonal = model.dof_armature + add_up(model.dof_limits, weight.limit)
     if model.has_frictionloss:
         friction, sticking = dry_friction(model, c, it.qacc)
         diagonal = diagonal + sticking
-    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_hessian(c.contacts, contact))
+    hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_hessian(c.contacts, weight.contact))
     wrench = apply_symmetric(smooth.inertia, it.motion)
-    gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.contacts.point, force))
+    gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.contacts.point, minus_force))
     gradient = gradient + model.dof_armature * it.qacc - smooth.qfrc_smooth
-    gradient = gradient + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
-    gradient = gradient + (c.pair_jacobian * (pair * it.pair).unsqueeze(1)).sum(0)
+    gradient = gradient + add_up(model.dof_limits, model.limit_sign * weight.limit * it.limit)
+    gradient = gradient + (c.pair_jacobian * (weight.pair * it.pair).unsqueeze(1)).sum(0)
     if model.has_frictionloss:
         gradient = gradient - friction
-    scaled = (c.pair_jacobian * torch.sqrt(pair).unsqueeze(1)).transpose(0, 1)
+    scaled = (c.pair_jacobian * torch.sqrt(weight.pair).unsqueeze(1)).transpose(0, 1)
     return hessian, torch.cat((-gradient.unsqueeze(1), scaled), 1)
 
 
@@ -2109,7 +2116,7 @@ def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) 
     c, qacc, y = smooth.constraints, solved[:, 0], solved[:, 1:]
     count = y.shape[1]
     if count:
-        scaled = c.pair_jacobian * torch.sqrt(active_weights(c, it)[2]).unsqueeze(1)
+        scaled = c.pair_jacobian * torch.sqrt(active_weights(c, it).pair).unsqueeze(1)
         gram = (scaled.unsqueeze(2) * y).sum(1)  # (nr, nr, N)
         entry = {(i, j): gram[i, j] + (i == j) for i in range(count) for j in range(i + 1)}
         correction = torch.stack(eliminate(entry, list((scaled * qacc).sum(1).unbind(0))))
@@ -2120,12 +2127,14 @@ def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) 
 def derivatives(model: Model, smooth: Smooth, full: Iterate, direction: Iterate) -> tuple[Tensor, Tensor]:
     """Slope and curvature (N) of the cost at `full` along `direction`."""
     c = smooth.constraints
-    contact, limit, pair = active_weights(c, full)
+    weight = active_weights(c, full)
     slope = inner(model, smooth.inertia, direction, full) - (direction.qacc * smooth.qfrc_smooth).sum(0)
-    slope = slope + (contact * full.contact * direction.contact).sum((0, 1))
-    slope = slope + (limit * full.limit * direction.limit).sum(0) + (pair * full.pair * direction.pair).sum(0)
-    curvature = inner(model, smooth.inertia, direction, direction) + (contact * direction.contact**2).sum((0, 1))
-    curvature = curvature + (limit * direction.limit**2).sum(0) + (pair * direction.pair**2).sum(0)
+    slope = slope + (weight.contact * full.contact * direction.contact).sum((0, 1))
+    slope = slope + (weight.limit * full.limit * direction.limit).sum(0)
+    slope = slope + (weight.pair * full.pair * direction.pair).sum(0)
+    curvature = inner(model, smooth.inertia, direction, direction)
+    curvature = curvature + (weight.contact * direction.contact**2).sum((0, 1))
+    curvature = curvature + (weight.limit * direction.limit**2).sum(0) + (weight.pair * direction.pair**2).sum(0)
     if model.has_frictionloss:
         friction, sticking = dry_friction(model, c, full.qacc)
         slope = slope - (friction * direction.qacc).sum(0)
@@ -2322,18 +2331,18 @@ def step(
 def normal_forces(dynamics: Dynamics) -> Tensor:
     """Normal force (nc, N) in newtons of each contact with a fixed geom."""
     c, it = dynamics.smooth.constraints, dynamics.solution
-    return -(active_weights(c, it)[0] * it.contact).sum(1)
+    return -(active_weights(c, it).contact * it.contact).sum(1)
 
 
 def constraint_force(model: Model, dynamics: Dynamics) -> Tensor:
     """qfrc_constraint (nv, N) = J^T f of all constraints, with f = -D min(J x - aref, 0)."""
     smooth, it = dynamics
     c = smooth.constraints
-    contact, limit, pair = active_weights(c, it)
-    force = force_at(c.contacts.point, contact_force(c.contacts, contact * it.contact))
-    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), force)
-    total = total + add_up(model.dof_limits, model.limit_sign * limit * it.limit)
-    total = total + (c.pair_jacobian * (pair * it.pair).unsqueeze(1)).sum(0)
+    weight = active_weights(c, it)
+    minus_force = force_at(c.contacts.point, contact_force(c.contacts, weight.contact * it.contact))
+    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), minus_force)
+    total = total + add_up(model.dof_limits, model.limit_sign * weight.limit * it.limit)
+    total = total + (c.pair_jacobian * (weight.pair * it.pair).unsqueeze(1)).sum(0)
     return dry_friction(model, c, it.qacc)[0] - total if model.has_frictionloss else -total
 
 
@@ -2364,11 +2373,11 @@ def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tens
 def contact_forces(model: Model, dynamics: Dynamics) -> tuple[Tensor, Tensor | None]:
     """Contact forces in world axes: (nc, 3, N) of fixed geoms on the geoms that move, (S, 3, N) on each second geom."""
     c, it = dynamics.smooth.constraints, dynamics.solution
-    contact, _, pair = active_weights(c, it)
-    force = -contact_force(c.contacts, contact * it.contact)
+    weight = active_weights(c, it)
+    force = -contact_force(c.contacts, weight.contact * it.contact)
     if c.pairs is None:
         return force, None
-    edge_force = -(pair * it.pair)[: model.pair_slots * model.pair_edges].unflatten(0, (model.pair_slots, -1))
+    edge_force = -(weight.pair * it.pair)[: model.pair_slots * model.pair_edges].unflatten(0, (model.pair_slots, -1))
     return force, contact_force(c.pairs, edge_force) if model.pair_edges == 4 else c.pairs.normal * edge_force
 
 
