@@ -39,8 +39,8 @@ LEARNER = """## Learner
 
 The update alone, on a filled rollout: 65,536 samples (2,048 environments x 32 steps), 5 epochs, 4 minibatches, ELU
 networks of 256-128-64, 27 observations and 8 actions for all. With a GRU it is 1,024 environments, and a GRU of 128
-before both networks, through which the gradient flows for 32 steps. SAC runs as a whole trainer with random numbers in
-place of the simulator.
+before both networks, through which the gradient flows for 32 steps: skrl makes 6,713 samples/s, rl_games 6,758 and ours
+6,336. SAC runs as a whole trainer with random numbers in place of the simulator.
 """
 
 TRAIN = """## Whole trainings

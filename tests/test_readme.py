@@ -148,6 +148,11 @@ def claims():
     yield f"makes {euler['rsl_rl']:,}. With RK4 it is {rk4['ours']:,} against {rk4['rsl_rl']:,}"
     yield f"HalfCheetah {cheetah['ours']:,} against {cheetah['rsl_rl']:,}"
     yield f"rsl_rl makes {euler['rsl_rl on vecsim']:,}"
+    gru = speeds("benchmark/learner-gru-cpu1.json")
+    ours, skrl, rl_games = (
+        gru[name] for name in ("ours with a GRU, compiled", "skrl with a GRU", "rl_games with a GRU")
+    )
+    yield f"skrl makes {skrl:,} samples/s, rl_games {rl_games:,} and ours {ours:,}"
     scores, minutes = {}, {}
     for task in ("Ant-v5", "HalfCheetah-v5"):
         runs = [result(f"ppo/{task}-seed{seed}.json") for seed in (1, 2, 3)]
