@@ -4828,6 +4828,7 @@ class Run:
         self.run_dir = pick_run_dir(args, self.name, stages)
         other_device = checkpoint is not None and checkpoint["device"] != self.device.type
         if self.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)  # fails now, not after the compilation
             print(f"{args.env_id} on {self.device} with {self.world_size} process(es), into {self.run_dir}\n{what}")
             if other_device:
                 old, new = checkpoint["device"], self.device.type
@@ -4955,7 +4956,7 @@ def policy_of(agent: Any) -> Act:
 
 def score_in_gymnasium(agent: Any, args: Any, observes: str = "obs") -> dict[str, float] | None:
     """The score in Gymnasium's own environment, which is on the CPU; None if Gymnasium has no such task."""
-    act = policy_of(copy.deepcopy(agent).cpu())
+    act = policy_of(copy.deepcopy(agent).cpu())  # host sync
     return evaluate_in_gymnasium(args.env_id, act, args.eval_episodes, args.seed, args.env_kwargs, observes)
 
 
