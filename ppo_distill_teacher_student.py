@@ -88,6 +88,14 @@ class Args(vecsim.RunFlags):
     """steps of the stage finetune (>= 1; default: 20% of total_timesteps); the teacher gets the rest"""
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a 20th of total_timesteps); the last state is always saved"""
+    resume: str | None = None
+    """checkpoint of a stage to continue, and then the later stages; omitted flags keep its values"""
+    eval_episodes: int = 20
+    """episodes of the evaluation in Gymnasium after each stage, and of --play (>= 0; 0: no evaluation)"""
+    track: bool = False
+    """log to Weights & Biases too, as one run per stage (needs `pip install wandb`)"""
+    profile: bool = False
+    """profile iterations 4 to 6 of each stage, or its last: print a table of their parts and write trace.json.gz"""
 
     # the networks
     actor_hidden: tuple[int, ...] = (256, 128, 64)
@@ -865,6 +873,7 @@ class StageRun(vecsim.Run):
         go on from the stage's own checkpoint."""
         vars(self).update(vars(whole))
         self.began, self.stage, self.run_dir = time.perf_counter(), stage, whole.run_dir / stage
+        self.label = f" the {stage}"
         self.sizes, self.plan = sizes, sizes.plans[stage]
         args, env, device, envs = self.args, self.env, self.device, sizes.envs
         if not resumed:
@@ -895,6 +904,7 @@ class StageRun(vecsim.Run):
         self.moment = Moment(obs, critic_observation(obs, info), self.agent.empty_memory(envs), started)
         if checkpoint:
             self.load(checkpoint)
+        self.open_log()
         if self.rank == 0:
             plan = self.plan
             print(

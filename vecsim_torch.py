@@ -4403,7 +4403,7 @@ class RunFlags:
     run_dir: str | None = None
     """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>; resumed: its own)"""
     resume: str | None = None
-    """checkpoint to continue; omitted flags keep its values, also an adapted learning rate"""
+    """checkpoint to continue; omitted flags keep its values"""
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     log_every: int | None = None
@@ -4548,7 +4548,7 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.time = 0, -math.inf  # of the last signal
-        self.phase = "before training"  # then "during training", then "after training"
+        self.phase = "before training"  # then "during training ...", then "after training ..."
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -4559,7 +4559,7 @@ class StopSignals:
             return
         first = self.number == 0
         self.number, self.time = number, time.monotonic()
-        if not (first and self.phase == "during training"):
+        if not (first and self.phase.startswith("during training")):
             raise KeyboardInterrupt
 
     def requested(self) -> bool:
@@ -4750,9 +4750,8 @@ def pick_run_dir(args: Any, algorithm: str, stages: Sequence[str] = ()) -> Path:
 class RunLog:
     """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
 
-    def __init__(self, run_dir: Path, args: Any, first_step: int, last_step: int):
+    def __init__(self, run_dir: Path, args: Any, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         config = dataclasses.asdict(args)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -4767,6 +4766,10 @@ class RunLog:
 
             wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
         self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
+
+    def start_bar(self, first_step: int, last_step: int) -> None:
+        from tqdm import tqdm
+
         self.bar = tqdm(total=last_step, initial=first_step, unit=" steps", unit_scale=True)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -4803,6 +4806,7 @@ class Run:
 
     checkpoints = 10  # how many a run writes, if --checkpoint-every is omitted
     observes = "obs"  # what the policy sees: obs or critic_obs
+    label = ""  # what is trained, for messages
 
     def __init__(self, args: Any, algorithm: str, make_env: Callable | None, stop: StopSignals | None):
         """algorithm: the name that the trainer's checkpoints have."""
@@ -4828,7 +4832,6 @@ class Run:
         self.run_dir = pick_run_dir(args, self.name, stages)
         other_device = checkpoint is not None and checkpoint["device"] != self.device.type
         if self.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)  # fails now, not after the compilation
             print(f"{args.env_id} on {self.device} with {self.world_size} process(es), into {self.run_dir}\n{what}")
             if other_device:
                 old, new = checkpoint["device"], self.device.type
@@ -4843,7 +4846,14 @@ class Run:
         self.generator = torch.Generator(self.device).manual_seed(stream_seed(self.seed, self.rank, stream=0))
         self.env_seed = stream_seed(self.seed, self.rank, stream=1)
         self.env = make_environment(args, self.make_env, envs, self.device, self.env_seed)
+        if not stages:
+            self.open_log()
         return self.env
+
+    def open_log(self) -> None:
+        """Before the compilation, so that a mistake in it is an error at once."""
+        if self.rank == 0:
+            self.log = RunLog(self.run_dir, self.args, self.env_steps)
 
     def restore(self) -> dict[str, Any]:
         """Put environment and random generator into the checkpoint's state; return all that this process saved."""
@@ -4857,17 +4867,17 @@ class Run:
         return saved
 
     def start_clock(self, steps_per_iteration: int, iterations: int, waiting: int = 0) -> range:
-        """Everything is compiled: open the log. Returns the iterations that are left.
+        """Everything is compiled. Returns the iterations that are left.
 
         waiting: how many of them come before the first gradient step, and are not profiled."""
         self.steps_per_iteration, self.iterations = steps_per_iteration, iterations
         self.logged_step, self.logged_seconds = self.env_steps, self.train_seconds
         self.compile_seconds = time.perf_counter() - self.began
-        if self.rank == 0:
-            self.log = RunLog(self.run_dir, self.args, self.env_steps, iterations * steps_per_iteration)
+        if self.log:
+            self.log.start_bar(self.env_steps, iterations * steps_per_iteration)
             if self.args.profile:
                 self.profiler = start_profiler(self.run_dir, iterations - self.iteration - waiting)
-        self.clock, self.stop.phase = time.perf_counter(), "during training"
+        self.clock, self.stop.phase = time.perf_counter(), f"during training{self.label}"
         return range(self.iteration, iterations)
 
     def due(self, iteration: int) -> bool:
@@ -4893,7 +4903,7 @@ class Run:
         record = dict(env_steps=self.env_steps, wall_seconds=self.train_seconds, steps_per_second=speed) | episodes
         record |= {name: x if math.isfinite(x) else None for name, x in zip(means, numbers, strict=True)}
         if None in [record[name] for name in needed]:
-            raise FloatingPointError(f"training diverged by {self.env_steps:,} steps: {record}")
+            raise FloatingPointError(f"training{self.label} diverged by {self.env_steps:,} steps: {record}")
         record |= more
         if self.log and self.evaluate_now:
             self.score = score_in_gymnasium(agent, self.args, self.observes)
@@ -4917,7 +4927,7 @@ class Run:
         self.clock = time.perf_counter()
         if not self.last:
             return
-        self.stop.phase = "after training"
+        self.stop.phase = f"after training{self.label}"
         if self.profiler:
             self.profiler.stop()
         if self.log:
