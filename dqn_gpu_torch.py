@@ -304,7 +304,7 @@ class Transitions(NamedTuple):
     reward: Tensor  # (S, N), unscaled
     terminated: Tensor  # (S, N) bool
     truncated: Tensor  # (S, N) bool
-    invalid: Tensor  # (S, N) bool: quarantined: the simulation diverged, and the learner ignores the step
+    invalid: Tensor  # (S, N) bool: the simulation diverged; such a quarantined step is ignored by the learner
 
 
 def allocate_replay(agent: Agent, sizes: Sizes) -> Transitions:

@@ -406,7 +406,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: quarantined: the simulation diverged, and the learner ignores the step
+    invalid: Tensor  # (T, N) bool: the simulation diverged; such a quarantined step is ignored by the learner
 
 
 def allocate_rollout(steps: int, envs: int, agent: Agent, device: torch.device) -> Rollout:

@@ -294,7 +294,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # (T, N), scaled
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    invalid: Tensor  # (T, N) bool: quarantined: the simulation diverged, and the learner ignores the step
+    invalid: Tensor  # (T, N) bool: the simulation diverged; such a quarantined step is ignored by the learner
 
 
 def allocate_rollout(

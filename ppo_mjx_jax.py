@@ -614,7 +614,7 @@ class Transition(NamedTuple):
     reward: jax.Array  # () unscaled
     terminated: jax.Array  # () bool
     truncated: jax.Array  # () bool
-    invalid: jax.Array  # () bool: quarantined: the simulation diverged, and the learner ignores the step
+    invalid: jax.Array  # () bool: the simulation diverged; such a quarantined step is ignored by the learner
     episode_return: jax.Array  # () return and length of the episode that this step may have ended
     length: jax.Array  # ()
     age: jax.Array  # () larger than length in an episode that began at a random age
@@ -1371,7 +1371,7 @@ def train(args: Args, env: Environment | None = None) -> dict:
             f"{args.env_id} on {setup.mesh.size} device(s), into {run_dir}: {len(seeds)} agent(s), "
             f"{args.num_envs:,} environments x {args.num_steps} steps = {steps_per_iteration:,} samples, "
             f"{setup.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches\n"
-            "compiling; this takes one to three minutes the first time",
+            "compiling; this takes one to four minutes the first time",
             flush=True,
         )
         log = RunLog(run_dir, args, counters["env_steps"])

@@ -455,7 +455,7 @@ class Transitions(NamedTuple):
     reward: Tensor  # (S, N), unscaled
     terminated: Tensor  # (S, N) bool
     truncated: Tensor  # (S, N) bool
-    invalid: Tensor  # (S, N) bool: quarantined: the simulation diverged, and the learner ignores the step
+    invalid: Tensor  # (S, N) bool: the simulation diverged; such a quarantined step is ignored by the learner
     critic_obs: Tensor | None = None  # (S, N, critic obs); None if the critics see obs
     final_critic_obs: Tensor | None = None  # (S, N, critic obs); None if the critics see final_obs
 

@@ -3207,9 +3207,11 @@ def observations(
 
 
 def show(settings: Settings, obs: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the policy sees at this observation (obs, N): the last ones, delayed, the oldest first; and the new `seen`.
+    """What the policy sees now, (stack x obs, N), and the new `seen` of `Carry`.
 
-    seen: that of `Carry`, or None at the start of an episode, where the first observation stands for those before it.
+    obs (obs, N) is the newest observation. The policy gets `stack_observations` of them, the oldest first; the newest
+    of these is `delay_observations` steps old. seen: that of `Carry`, or None when an episode starts: then copies of
+    obs take the place of past observations.
     """
     kept = settings.stack_observations - 1 + settings.delay_observations
     if seen is None:
@@ -3423,14 +3425,12 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
-    chunks side by side. The test programs that ask whether the C++ compiler works are left out, and so are checks of
-    the tables' indices in every kernel.
+    chunks side by side. The kernels of the physics do not check the tables' indices.
     """
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
     options |= {"cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "guard_filter_fn": changing_guards}
-        options |= {"cpp.vec_isa_ok": True}
     else:  # independent kernels become one launch
         options |= {"combo_kernels": True}
 
@@ -4087,7 +4087,7 @@ def gymnasium_id(env_id: str) -> str | None:
 
 
 class View(NamedTuple):
-    """What a policy sees of the observations of one of Gymnasium's environments."""
+    """What a policy sees of the observations of one of Gymnasium's environments; `show` does the same in vecsim."""
 
     columns: slice | list[int]  # without the hidden groups
     stack: int
@@ -4120,6 +4120,7 @@ class PartlyObserved(gymnasium.Wrapper):
         self.seen = deque([obs] * (self.view.stack + self.view.delay), self.view.stack + self.view.delay)
 
     def look(self, obs: np.ndarray) -> np.ndarray:
+        """What the policy sees (stack x k,) when obs (k,) is the newest observation."""
         self.seen.append(obs)
         return np.concatenate(list(self.seen)[: self.view.stack])
 
@@ -4383,7 +4384,7 @@ for _name, _kind in TASKS.items():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-COMPILING = "compiling, one to three minutes the first time, 20 seconds once PyTorch's cache has the code"
+COMPILING = "compiling, one to four minutes the first time, 20 seconds once PyTorch's cache has the code"
 
 
 @dataclass
@@ -4397,11 +4398,11 @@ class RunFlags:
     device: str = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
     compile: bool = True
-    """compile the physics, the policy and the losses with torch.compile; takes one to three minutes the first time"""
+    """compile the physics, the policy and the losses with torch.compile; takes one to four minutes the first time"""
     cuda_graphs: bool = True
     """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""
     run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>; resumed: its own)"""
+    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>, or --resume's)"""
     resume: str | None = None
     """checkpoint to continue; omitted flags keep its values"""
     checkpoint_every: int | None = None
@@ -4851,7 +4852,7 @@ class Run:
         return self.env
 
     def open_log(self) -> None:
-        """Before the compilation, so that a mistake in it is an error at once."""
+        """Called before the compilation: a folder or a W&B that does not work is an error at once."""
         if self.rank == 0:
             self.log = RunLog(self.run_dir, self.args, self.env_steps)
 
@@ -5279,7 +5280,7 @@ def check(args: BenchmarkArgs) -> int:
         print(f"  {dtype}, {iterations} iterations: {wrong.median():.1e}, {wrong.quantile(0.99):.1e}{note}")
     print("Train with --solver-iterations so large that more do not lower the error.")
     if m.nu:
-        print("Speed; compiling takes one to three minutes (--no-compile omits it)", flush=True)
+        print("Speed; compiling takes one to four minutes (--no-compile omits it)", flush=True)
         args = dataclasses.replace(args, env_id=AnyRobot, integrator=integrator_of(m))
         result = benchmark(args, xml_file=str(path))
         speeds = result["physics_steps_per_second"], result["mujoco_c_physics_steps_per_second"]

@@ -108,12 +108,13 @@ half a minute old. Other work ran on the other core. Our SAC on HalfCheetah ende
 steps were done.
 """
 
-Q_LEARNING = """## Q-learning, beside PPO and SAC for the same minutes
+Q_LEARNING = """## Q-learning, beside PPO and SAC within the same minutes
 
 Both algorithms of `dqn_gpu_torch.py` with bang-bang actions: each actuator is at one end of its range or at the other.
-PPO and SAC act continuously, on the same core for the same minutes. They are those of the tables above; on Walker2d
-they were trained for this comparison, with schedules that end with it. Full effort has its price: Gymnasium's reward on
-all but the pendulum has a control cost.
+PPO and SAC act continuously, on the same core. They are those of the tables above, cut off in the middle of longer
+schedules; on Walker2d they were trained for this comparison, with schedules that end with it. The last score within the
+minutes of the longest run of Q-learning counts, and some runs end earlier. Full effort has its price: Gymnasium's
+reward on all but the pendulum has a control cost.
 
 Medians of three seeds. On HalfCheetah DQN scores 4,670 and PQN 2,600, PPO 5,344 and SAC 4,339. On Hopper DQN scores
 1,708 and PQN 2,107, PPO 2,468 and SAC 3,128. On Walker2d DQN scores 659 and PQN 2,885, PPO 613 and SAC 413. So DQN

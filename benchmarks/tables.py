@@ -247,7 +247,8 @@ def at_equal_time(env_id: str, runs: list[dict], others: list[dict]) -> str:
     """Runs of q-learning beside our PPO and SAC of `peers`, all for as long as the longest of these runs."""
     minutes = max(run["train_seconds"] for run in runs) / 60
     ours = [run | dict(contender=f"ours-{run['algorithm']}") for run in runs]
-    return peers(env_id, [run | dict(minutes=minutes) for run in ours + others], "10 episodes, of Q-learning 20")
+    episodes = "10 episodes, of Q-learning 20" if others else "20 episodes"
+    return peers(env_id, [run | dict(minutes=minutes) for run in ours + others], episodes)
 
 
 def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:

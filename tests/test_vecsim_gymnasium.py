@@ -318,7 +318,7 @@ def test_gymnasium_hides_what_vecsim_hides():
 
 
 def shown(history, stack, delay):
-    """The last `stack` of the observations before the last `delay`; the first one stands for those before it."""
+    """The last `stack` observations without the newest `delay`; copies of the first one fill what is missing."""
     ages = reversed(range(delay, delay + stack))
     return torch.cat([history[max(0, len(history) - 1 - age)] for age in ages])
 
