@@ -16,6 +16,7 @@
 #         sizes                 ppo_gpu_torch.py with other sizes on the same budget
 #         seeds                 ppo_mjx_jax.py: eight agents in one program beside one
 #         walk distill          a quadruped in two simulators; teacher, students and baseline (hours)
+#         walk-memory           a quadruped without base velocity: no memory, a GRU, a taught student (an hour)
 #         profile               where an iteration's time goes
 #     ./benchmark.sh gpu        the first hour on a GPU, in blocks of at most 9 minutes: --dry-run lists them, and
 #                               --device cpu --quick rehearses them

@@ -42,7 +42,7 @@ def chosen(plan: Iterable[Comparison], options: Namespace) -> list[Comparison]:
     return [replace(comparison, contenders=some) for comparison, some in zip(plan, kept) if some]
 
 
-def simulators(quick: bool) -> list[Contender]:
+def simulators(options: Namespace) -> list[Contender]:
     contenders = [
         Contender("vecsim", "sim/vecsim.py"),
         Contender("MuJoCo C", "sim/mujoco_c.py"),
@@ -51,8 +51,11 @@ def simulators(quick: bool) -> list[Contender]:
         Contender("MuJoCo Warp", "sim/mujoco_warp.py"),
         Contender("mujoco-torch, eager", "sim/mujoco_torch.py", "eager"),
     ]
+    if options.device == "cpu" and units(options) > 1:  # what the further cores bring
+        contenders.insert(1, Contender("vecsim, one thread", "sim/vecsim.py", "1"))
+        contenders.insert(3, Contender("MuJoCo C, one thread", "sim/mujoco_c.py", "1"))
     slow = Contender("mujoco-torch, compiled", "sim/mujoco_torch.py", "compiled")
-    return contenders if quick else [*contenders, slow]
+    return contenders if options.quick else [*contenders, slow]
 
 
 def sim(options: Namespace) -> Iterator[Comparison]:
@@ -68,7 +71,7 @@ def sim(options: Namespace) -> Iterator[Comparison]:
                 case=case(options, env_id, place(options), many),
                 unit="physics steps/s",
                 settings=states.settings(env_id, options.device, num_envs),
-                contenders=alone if scaling else simulators(options.quick),
+                contenders=alone if scaling else simulators(options),
                 prepare=partial(states.save, env_id, num_envs),
             )
 

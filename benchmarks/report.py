@@ -267,6 +267,8 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield from picture("memory/curves.png", "score over environment steps, with and without memory")
         for members in tables.grouped(found, "folder"):
             yield tables.memories(members)
+    for folder in sorted(results.glob("walk-memory/*")):
+        yield tables.walkers(folder)
     yield QUADRUPED
     yield from map(tables.walk, load("quadruped/*.json"))
     for record in load("distill/*/evidence.json"):

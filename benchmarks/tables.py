@@ -434,6 +434,31 @@ def judged(record: dict, summary: Path) -> str:
     return table(f"{record['env_id']}: return, interquartile mean, and share of successes", ["", *policies], rows)
 
 
+def walkers(folder: Path) -> str:
+    """The policies of `runs walk-memory`, one row each: velocity error and share of falls under each perturbation.
+
+    Steps and seconds of a student include those of its teacher."""
+    rows, conditions, records = [], {}, []
+    for training in sorted(folder.glob("*/training.json")):
+        run = training.parent.name.replace("-", " ")
+        records.append(json.loads(training.read_text()))
+        with (training.parent / "panel/summary.csv").open() as file:
+            judged = list(csv.DictReader(file))
+        conditions |= dict.fromkeys(row["perturbation"] for row in judged)
+        spent, took = 0, 0.0
+        for policy, of_policy in records[-1]["policies"].items():
+            spent, took = spent + of_policy["env_steps"], took + of_policy["train_seconds"]
+            found = {row["perturbation"]: row for row in judged if policy in ("policy", row["checkpoint"])}
+            shown = [found.get(name) for name in conditions]
+            cells = [f"{float(x['tracking']):.3f} ({1 - float(x['success']):.0%})" if x else "-" for x in shown]
+            rows.append([run if policy == "policy" else policy, f"{spent:,}", f"{took:,.0f}", *cells])
+    names = ["vecsim" if name == "none" else name.replace("_", " ") for name in conditions]
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh runs walk-memory`."
+    title = f"{records[0]['env_id']} without base velocity: velocity error, m/s (falls)"
+    return table(title, ["", "environment steps", "training, s", *names], rows, note)
+
+
 def stages(record: dict) -> str:
     """What the trainings of a teacher and its students took, or that of one policy."""
     rows = [[name, f"{x['env_steps']:,}", f"{x['train_seconds']:,.0f} s"] for name, x in record["policies"].items()]

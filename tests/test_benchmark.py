@@ -620,7 +620,8 @@ from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--out") + 1])
 folder.mkdir(parents=True)
 (folder / "postmortem.md").write_text("# A panel\\n" + " ".join(sys.argv[1:]))
-(folder / "summary.csv").write_text("checkpoint,perturbation,return,success\\nppo,none,26.02,0.96\\n")
+rows = [f"{name},none,26.02,0.96,0.1" for name in ("ppo", "teacher", "student", "finetune")]
+(folder / "summary.csv").write_text("\\n".join(["checkpoint,perturbation,return,success,tracking", *rows]))
 """
 
 
@@ -703,6 +704,14 @@ def test_seeds_compares_eight_agents_with_one(measure):
     record = measure("seeds", "--repeats", "3")["mjx/seeds"]
     assert [row["num_seeds"] for row in record["rows"]] == [1, 8] and record["times_one_seed"] == 18 / 11
     assert [row["train_seconds"] for row in record["rows"]] == [[11.0] * 3, [18.0] * 3]
+
+
+def test_walk_memory_shows_each_policy_in_one_row(measure, tmp_path):
+    records = measure("walk-memory").values()
+    made = report.page(tmp_path / "results")
+    rows = [line for line in made.splitlines() if line.startswith(("| gru", "| no memory", "| teacher", "| finetune"))]
+    assert len(records) == 3 and len(rows) == 4 and all("(4%)" in row for row in rows)
+    assert [row.split(" | ")[1] for row in rows] == ["500", "500", "500", "1,500"]  # a student's include its teacher's
 
 
 @pytest.mark.parametrize("name", ["walk", "distill"])

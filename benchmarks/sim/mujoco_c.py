@@ -1,13 +1,13 @@
-"""MuJoCo C by mujoco.rollout, one thread for each core."""
+"""MuJoCo C by mujoco.rollout, one thread for each core or as many as the variant says."""
 
 import mujoco
 import numpy as np
 from mujoco import rollout
 
-from benchmarks.meter import meter, threads
+from benchmarks.meter import meter, threads, variant
 from benchmarks.sim.common import episode, frame_skip, load_model, note_errors, num_envs, states
 
-model = load_model()
+model, threads = load_model(), int(variant or threads)
 rng, (low, high) = np.random.default_rng(1), model.actuator_ctrlrange.T
 full = mujoco.mjtState.mjSTATE_FULLPHYSICS
 size = mujoco.mj_stateSize(model, full)

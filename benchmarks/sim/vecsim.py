@@ -3,12 +3,13 @@
 import torch
 
 import vecsim_torch
-from benchmarks.meter import device, meter, settings
+from benchmarks.meter import device, meter, settings, threads, variant
 from benchmarks.sim.common import episode, frame_skip, note_errors, num_envs, states, test_states
 
 # As in all simulators, a robot that fell stays down until its 200 steps are over.
 falls = settings["env_id"] in ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
 lying = dict(terminate_when_unhealthy=False) if falls else {}
+torch.set_num_threads(int(variant or threads))
 env = vecsim_torch.make(
     settings["env_id"],
     num_envs,
