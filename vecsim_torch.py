@@ -143,7 +143,7 @@ import types
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -3512,6 +3512,19 @@ def normal_tensors(method: Callable) -> Callable:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's operations use one thread inside, also in new threads.
+
+    Its further threads wait busily for the next operation, and would keep the cores from the threads of the chunks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def to_numpy(values: Any) -> Any:
     """The tensors in `values` (a tensor, dicts) as numpy arrays."""
     return map_tensors(lambda x: x.cpu().numpy(), values)  # host sync
@@ -3807,7 +3820,11 @@ class VecSim(gymnasium.vector.VectorEnv):
             *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
             info = to_numpy(info)
             return *map(to_numpy, answer), with_masks(info, info["_final_obs"])
-        actions = actions.to(self.device, self.dtype)
+        with one_thread() if self._threads else contextlib.nullcontext():
+            return self._step(actions.to(self.device, self.dtype))
+
+    def _step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """`step` from actions that are a tensor (N, nu) on the device."""
         if self.compiled and has_cuda_graphs(self.device):
             with torch.cuda.device(self.device):
                 t, copy = self._replay(actions.T), torch.clone  # the next replay overwrites its results
@@ -3823,13 +3840,17 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _step_chunks(self, action: Tensor) -> Transition:
         """`environment_step` of every chunk, from action (nu, N). Updates states and statistics in place."""
-        inputs = zip(self._carries, self._split(action), self._split(self._draw_noise()), strict=True)
-        apply_all = self._threads.map if self._threads and self._warm else map
-        outputs = apply_all(lambda parts: environment_step(self.settings, self.model, *parts, self._run), inputs)
-        carries, transitions = zip(*outputs, strict=True)
+        drawn = self._draw_noise()
+
+        def step_chunk(part: slice | Tensor, carry: Carry) -> Transition:
+            mine, noise = (map_tensors(lambda x: x[..., part].contiguous(), x) for x in (action, drawn))
+            new, transition = environment_step(self.settings, self.model, carry, mine, noise, self._run)
+            map_tensors(Tensor.copy_, carry, new)
+            return transition
+
+        threads = self._threads if self._warm else None
+        transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
         self._warm = True
-        for mine, new in zip(self._carries, carries, strict=True):
-            map_tensors(Tensor.copy_, mine, new)
         t = transitions[0]
         if len(transitions) > 1 or len(t.ended) > self.num_envs:
             t = self._join(transitions)

@@ -512,13 +512,16 @@ def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
 def test_compiled_chunks_and_threads_change_nothing(monkeypatch):
     """The second chunk of 16 is one of 8 with 8 copies, which count nowhere. Such chunks are compiled once for this
     test and test_compiled_equals_eager."""
+    chosen = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     options = {"compile": True, "max_episode_steps": 3, "random_initial_ages": True, **FAST}
     whole, parts = (vecsim.make("InvertedPendulum-v5", 24, chunk=chunk, **options) for chunk in (24, 16))
     assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
     assert same(rollout(whole, 5), rollout(parts, 5))
     assert chunk_sizes(whole) == [24] and chunk_sizes(parts) == [16, 16]
     assert parts._threads and not whole._threads
+    assert chosen == [1, 2] * 5  # a step keeps PyTorch's own threads off the cores
     assert whole.pop_statistics() == pytest.approx(parts.pop_statistics(), nan_ok=True)
 
 
