@@ -219,7 +219,7 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
     with captured(monkeypatch):
         env = make_env()
         with monkeypatch.context() as patch:
-            read = broken(vecsim.VecSim, "_step_chunks", "return t", "return t.obs[0, 0].item()")
+            read = broken(vecsim.VecSim, "_step_chunks", "return t\n", "return t.obs[0, 0].item()\n")
             patch.setattr(vecsim.VecSim, "_step_chunks", read)
             with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
                 env.step(torch.zeros(6, 1))
