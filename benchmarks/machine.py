@@ -29,7 +29,7 @@ def cpu_cores(cores: str) -> int:
     """Number of CPU cores in a list as taskset writes it ("0-3,6"); of all that this process may use where it is ""."""
     if not cores:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(output("taskset", "-c", cores, "nproc") or 0)
+    return int(output("env", "-u", "OMP_NUM_THREADS", "taskset", "-c", cores, "nproc") or 0)  # nproc obeys it
 
 
 def processor() -> str:
