@@ -32,6 +32,7 @@ Read in this order: arguments, physics, tasks, auto-reset, networks, algorithm, 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -109,115 +110,80 @@ def require(condition: bool, rule: str):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# The flags that enter the program as data, one value per agent. --sweep maps over one of them.
+Hyperparameters = collections.namedtuple(
+    "Hyperparameters",
+    "learning_rate learning_rate_max desired_kl gamma gae_lambda clip_coef entropy_coef bounds_coef max_grad_norm "
+    "log_std_init log_std_min reward_scale",
+)
+
+
 @dataclasses.dataclass
 class Args:
     """Flags of a run. All numbers of steps are environment steps of one agent, summed over its environments.
 
     A row in TASKS changes some of these defaults."""
 
-    env_id: str = "InvertedPendulum-v5"
-    """task: one of TASKS, which sets the other defaults"""
-    num_envs: int = 1024
-    """environments of each agent that are stepped in parallel, over all devices (>= 1)"""
-    total_timesteps: int = 20_000_000
-    """environment steps of the whole run (>= 1; rounded up to whole iterations)"""
-    seed: int = 1
-    """seed of the weights, the environments and the noise (0 to 2,000,000,000)"""
-    device: str = "auto"
-    """auto (JAX's choice), cpu or cuda; all devices of that kind share the environments"""
-    run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__ppo_mjx__<seed>__<time>, or that of --resume)"""
-    resume: str | None = None
-    """checkpoint to continue; omitted flags keep its values, and an omitted --learning-rate its adapted rate"""
-    checkpoint_every: int | None = None
-    """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
-    log_every: int | None = None
-    """steps between log lines (>= 1; default: total_timesteps / 200); the program runs that long without the host"""
-    eval_episodes: int = 20
-    """episodes of an evaluation, in MJX and in Gymnasium (>= 0; 0: no evaluation)"""
-    eval_every: int | None = None
-    """steps between evaluations in Gymnasium (>= 1; default: only a final one); the clock of the run stops for them"""
-    play: str | None = None
-    """checkpoint to play deterministically instead of training; prints its scores"""
-    capture_video: bool = False
-    """with --play: film one episode of the best agent in Gymnasium's environment, into the checkpoint's folder"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    profile: bool = False
-    """before training, trace one iteration into RUN_DIR/profile; open it in TensorBoard or ui.perfetto.dev"""
+    env_id: str = "InvertedPendulum-v5"  # task: one of TASKS, which sets the other defaults
+    num_envs: int = 1024  # environments of each agent that are stepped in parallel, over all devices (>= 1)
+    total_timesteps: int = 20_000_000  # environment steps of the whole run (>= 1; rounded up to whole iterations)
+    seed: int = 1  # seed of the weights, the environments and the noise (0 to 2,000,000,000)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: JAX's choice; all devices of a kind share the environments
+    run_dir: str | None = None  # output folder without a run in it (default: runs/<env_id>__ppo_mjx__<seed>__<time>)
+    resume: str | None = None  # checkpoint to continue in its folder; omitted flags keep its values
+    checkpoint_every: int | None = None  # steps between checkpoints (>= 1; default: a tenth of the run)
+    log_every: int | None = None  # steps between log lines (>= 1; default: total_timesteps / 200)
+    eval_episodes: int = 20  # episodes of an evaluation in Gymnasium (>= 0; 0: no evaluation)
+    eval_every: int | None = None  # steps between evaluations (>= 1; default: only a final one); the run's clock stops
+    play: str | None = None  # checkpoint to play deterministically instead of training; prints its scores
+    capture_video: bool = False  # with --play: film one episode of the best agent, into the checkpoint's folder
+    track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
+    profile: bool = False  # trace one iteration before training into RUN_DIR/profile, for TensorBoard or Perfetto
+    compilation_cache: str = "~/.cache/onefile-gpu-rl/jax"  # folder that keeps compiled programs ("" keeps none)
 
     # many agents in one program
-    num_seeds: int = 1
-    """independent agents, with seeds seed, seed + 1, ... (>= 1)"""
-    sweep: str | None = None
-    """NAME=V1,V2,...: train every agent once with each value of this number (one of the fields of Hyperparameters)"""
-    distributed: bool = False
-    """share the environments with the job's other processes, one per host: found through Slurm, Open MPI, Kubernetes or
-    a TPU pod, otherwise by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
-    compilation_cache: str = "~/.cache/onefile-gpu-rl/jax"
-    """folder that keeps compiled programs between runs ("" keeps none)"""
+    num_seeds: int = 1  # independent agents, with seeds seed, seed + 1, ... (>= 1)
+    sweep: Literal[Hyperparameters._fields] | None = None  # train every agent with each of sweep_values
+    sweep_values: tuple[float, ...] = ()  # values of the flag that --sweep names
 
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """options of the task, on top of those in TASKS, for example --env-kwargs ctrl_cost_weight 0.1"""
-    integrator: Literal["euler", "implicitfast"] = "euler"
-    """integrator of the training physics; Gymnasium's environments keep their own"""
-    solver_iterations: int = 4
-    """Newton iterations of the contact solver (>= 1)"""
-    ls_iterations: int = 2
-    """line-search steps of each Newton iteration, at most (>= 1)"""
-    self_collision: bool = False
-    """let the robot's own limbs collide (matters for Hopper and Humanoid; contact with the ground is always on)"""
-    reward_scale: float = 1.0
-    """factor on the rewards that the learner sees (> 0); logged returns are unscaled"""
+    integrator: Literal["euler", "implicitfast"] = "euler"  # of the training physics; Gymnasium keeps its own
+    solver_iterations: int = 4  # Newton iterations of the contact solver (>= 1)
+    ls_iterations: int = 2  # line-search steps of each Newton iteration, at most (>= 1)
+    self_collision: bool = False  # let the robot's limbs collide with each other (matters for Hopper and Humanoid)
+    reward_scale: float = 1.0  # factor on the rewards that the learner sees (> 0); logged returns are unscaled
 
     # the batch
-    num_steps: int = 16
-    """steps of each environment in an iteration (>= 1)"""
-    update_epochs: int = 4
-    """passes over the samples of an iteration, all in the same random order (>= 1)"""
-    num_minibatches: int = 8
-    """gradient steps per pass (>= 1; must divide num_envs x num_steps)"""
+    num_steps: int = 16  # steps of each environment in an iteration (>= 1)
+    update_epochs: int = 4  # passes over the samples of an iteration, all in the same random order (>= 1)
+    num_minibatches: int = 8  # gradient steps per pass (>= 1; must divide num_envs x num_steps)
 
     # the networks
-    actor_hidden: tuple[int, ...] = (256, 128, 64)
-    """hidden layer sizes of the policy"""
-    critic_hidden: tuple[int, ...] = (256, 128, 64)
-    """hidden layer sizes of the value function"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of the policy, in units of half the action range"""
-    log_std_min: float = -2.3
-    """lowest log standard deviation, in the same units"""
-    normalize_observations: bool = True
-    """scale observations by their running mean and standard deviation"""
-    normalize_values: bool = True
-    """train the value function on returns that are scaled by their running mean and standard deviation"""
+    actor_hidden: tuple[int, ...] = (256, 128, 64)  # hidden layer sizes of the policy
+    critic_hidden: tuple[int, ...] = (256, 128, 64)  # hidden layer sizes of the value function
+    log_std_init: float = 0.0  # initial log standard deviation of the policy, in units of half the action range
+    log_std_min: float = -2.3  # lowest log standard deviation, in the same units
+    normalize_observations: bool = True  # scale observations by their running mean and standard deviation
+    normalize_values: bool = True  # train the value function on returns scaled by their running mean and deviation
 
     # the objective
-    gamma: float = 0.99
-    """discount per environment step (0 to 1)"""
-    gae_lambda: float = 0.95
-    """decay of generalised advantage estimation (0 to 1)"""
-    clip_coef: float = 0.2
-    """clipping range of the probability ratio (> 0; inf: no clipping)"""
-    normalize_advantages: bool = True
-    """scale the advantages of an iteration to mean 0 and standard deviation 1"""
-    entropy_coef: float = 0.0
-    """weight of the entropy bonus (>= 0)"""
-    bounds_coef: float = 1e-4
-    """weight of the penalty on mean actions beyond 1.1 half ranges from the centre (>= 0)"""
-    max_grad_norm: float = 1.0
-    """largest gradient norm, for policy and value function separately (> 0; inf: no clipping)"""
+    gamma: float = 0.99  # discount per environment step (0 to 1)
+    gae_lambda: float = 0.95  # decay of generalised advantage estimation (0 to 1)
+    clip_coef: float = 0.2  # clipping range of the probability ratio (> 0; inf: no clipping)
+    normalize_advantages: bool = True  # scale the advantages of an iteration to mean 0 and standard deviation 1
+    entropy_coef: float = 0.0  # weight of the entropy bonus (>= 0)
+    bounds_coef: float = 1e-4  # weight of the penalty on mean actions beyond 1.1 half ranges from the centre (>= 0)
+    max_grad_norm: float = 1.0  # largest gradient norm of each of the two networks (> 0; inf: no clipping)
 
     # the learning rate
-    learning_rate: float = 1e-3
-    """initial learning rate of Adam (> 0)"""
+    learning_rate: float = 1e-3  # initial learning rate of Adam (> 0); a new one replaces the adapted one on --resume
     learning_rate_schedule: Literal["adaptive", "linear", "constant"] = "adaptive"
     """adaptive: keep the KL divergence of an update near desired_kl; linear: decay to 0 over the run; constant"""
+    learning_rate_max: float = 5e-3  # adaptive schedule: highest learning rate (> 0); the lowest is 1e-5
     desired_kl: tuple[float, float] = (0.01, 0.01)
     """adaptive schedule: KL(old policy || new policy) to aim at, at the start and at the end of the run (> 0)"""
-    learning_rate_max: float = 5e-3
-    """adaptive schedule: highest learning rate (> 0); the lowest is 1e-5"""
 
 
 # Options of Humanoid that this script does not have.
@@ -268,31 +234,12 @@ def parse_args(argv: list[str]) -> Args:
     path = given.resume or given.play
     default = saved_args(load_checkpoint(path)) if path else task_defaults(given.env_id)
     args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
-    words = {"true": True, "false": False}
-    options = {name: words.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
-    return dataclasses.replace(args, env_kwargs=default.env_kwargs | options)
+    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes and checks
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Hyperparameters(NamedTuple):
-    """The numbers that enter the program as data, one value per agent. --sweep maps over one of them."""
-
-    learning_rate: jax.Array
-    learning_rate_max: jax.Array
-    desired_kl: jax.Array  # (2,): at the start and at the end of the run; a swept value is both
-    gamma: jax.Array
-    gae_lambda: jax.Array
-    clip_coef: jax.Array
-    entropy_coef: jax.Array
-    bounds_coef: jax.Array
-    max_grad_norm: jax.Array
-    log_std_init: jax.Array
-    log_std_min: jax.Array
-    reward_scale: jax.Array
 
 
 def check_flags(args: Args):
@@ -310,7 +257,6 @@ def check_flags(args: Args):
         ("clip_coef max_grad_norm", lambda x: x > 0, "> 0"),
         ("log_std_init log_std_min", np.isfinite, "finite"),
         ("actor_hidden critic_hidden", lambda x: all(size >= 1 for size in x), "sizes >= 1"),
-        ("device", lambda x: x in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
     )
     for names, legal, rule in rules:
         for name in names.split():
@@ -318,39 +264,26 @@ def check_flags(args: Args):
     require(not args.eval_every or args.eval_episodes, "eval_every needs eval_episodes >= 1; use --eval-episodes 20")
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
-        near = range(1, min(batch, 10**6) + 1)  # a search without end helps nobody
-        legal = sorted((n for n in near if batch % n == 0), key=lambda n: abs(n - args.num_minibatches))
-        raise InputError(
-            f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches; "
-            f"use {' or '.join(str(n) for n in sorted(legal[:2]))}"
-        )
-    swept, values = parse_sweep(args.sweep)
-    for value in values if swept else []:
-        check_flags(dataclasses.replace(args, sweep=None, **{swept: (value,) * 2 if swept == "desired_kl" else value}))
+        nearest = next(n for n in range(min(batch, args.num_minibatches), 0, -1) if batch % n == 0)
+        split = f"num_envs x num_steps = {batch:,} does not split into {args.num_minibatches} minibatches"
+        raise InputError(f"{split}; use {nearest}")
+    require(bool(args.sweep) == bool(args.sweep_values), "--sweep names a flag, --sweep-values its values; give both")
+    for one in swept(args) if args.sweep else []:
+        check_flags(one)
 
 
-def parse_sweep(sweep: str | None) -> tuple[str | None, list[float]]:
-    """learning_rate=1e-4,3e-4 -> ("learning_rate", [1e-4, 3e-4]); no sweep is one unnamed value."""
-    if sweep is None:
-        return None, [0.0]
-    name, _, values = sweep.partition("=")
-    require(name in Hyperparameters._fields, f"sweep takes one of {', '.join(Hyperparameters._fields)}, not {name!r}")
-    try:
-        return name, [float(value) for value in values.split(",")]
-    except ValueError:
-        raise InputError(f"sweep must be NAME=V1,V2,... with numbers, not {sweep!r}") from None
+def swept(args: Args) -> list[Args]:
+    """The flags for each value of the sweep. A value of desired_kl holds from the start to the end of the run."""
+    values = [(x, x) if args.sweep == "desired_kl" else x for x in args.sweep_values]
+    return [dataclasses.replace(args, sweep=None, sweep_values=(), **{args.sweep: x}) for x in values] or [args]
 
 
 def hyperparameters(args: Args) -> tuple[Hyperparameters, np.ndarray]:
     """The hyperparameters of all agents, (agents, ...) each, and their seeds: every swept value with every seed."""
-    swept, values = parse_sweep(args.sweep)
-    seeds = np.tile(args.seed + np.arange(args.num_seeds), len(values))
+    agents = [one for one in swept(args) for _ in range(args.num_seeds)]
     dtype = jnp.zeros(()).dtype  # float32, or float64 under JAX_ENABLE_X64
-    fields = {name: np.array([getattr(args, name)] * len(seeds), dtype) for name in Hyperparameters._fields}
-    if swept:
-        # Transposed, so that one value fills both ends of desired_kl.
-        fields[swept].T[:] = np.repeat(values, args.num_seeds)
-    return Hyperparameters(**fields), seeds
+    fields = {name: np.array([getattr(one, name) for one in agents], dtype) for name in Hyperparameters._fields}
+    return Hyperparameters(**fields), np.tile(args.seed + np.arange(args.num_seeds), len(agents) // args.num_seeds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
