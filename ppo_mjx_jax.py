@@ -40,16 +40,14 @@ import functools
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import re
 import signal
 import sys
-import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,20 +69,12 @@ import mujoco
 import numpy as np
 import optax
 import tyro
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from mujoco import mjx
 from tensorboard.summary import Writer
 from tqdm import tqdm
-
-try:
-    from jax import shard_map
-
-    shard_map = functools.partial(shard_map, check_vma=False)
-except ImportError:  # before jax 0.6
-    from jax.experimental.shard_map import shard_map
-
-    shard_map = functools.partial(shard_map, check_rep=False)
 
 
 def show_mujoco_warning(text: str):
@@ -232,7 +222,10 @@ def parse_args(argv: list[str]) -> Args:
     require(not (given.resume and given.play), "--resume continues a run and --play plays one: give one of them")
     require(bool(given.play) or not given.capture_video, "--capture-video needs a checkpoint; give it with --play")
     path = given.resume or given.play
-    default = saved_args(load_checkpoint(path)) if path else task_defaults(given.env_id)
+    default = task_defaults(given.env_id)
+    if path:
+        of_one_command = dict(run_dir=None, resume=None, play=None, capture_video=False, profile=False)
+        default = Args(**load_checkpoint(path)["args"] | of_one_command)
     args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
 
@@ -324,7 +317,7 @@ def make_task(args: Args) -> Task:
         collides = (model.geom_contype | model.geom_conaffinity) != 0
         model.geom_contype[:] = ~is_floor & collides
         model.geom_conaffinity[:] = is_floor & collides
-    device = jax.config.jax_default_device or jax.local_devices()[0]  # MJX's default is the first device of all hosts
+    device = jax.config.jax_default_device  # MJX would take the first GPU
     return Task(
         args.env_id, options, model, mjx.put_model(model, device=device, impl="jax"),
         mjx.make_data(model, device=device, impl="jax"), env.unwrapped.frame_skip, env.spec.max_episode_steps,
@@ -553,11 +546,11 @@ class Transition(NamedTuple):
     age: jax.Array  # () larger than length in an episode that began at a random age
 
 
-def first_slot(env: Environment, random_age: bool, key: jax.Array) -> Slot:
-    """A new environment. A random first age, as in training, keeps environments from timing out together."""
+def first_slot(env: Environment, key: jax.Array) -> Slot:
+    """A new environment. Its random first age keeps the environments from timing out together."""
     key_state, key_age = jax.random.split(key)
     state, obs = env.reset(key_state)
-    age = jax.random.randint(key_age, (), 0, env.max_episode_steps) if random_age else jnp.array(0)
+    age = jax.random.randint(key_age, (), 0, env.max_episode_steps)
     return Slot(state, obs, age, jnp.array(0), jnp.zeros((), obs.dtype))
 
 
@@ -622,6 +615,9 @@ class Statistics(NamedTuple):
         return x * self.deviation() + self.mean
 
 
+ADAM = optax.scale_by_adam()  # Adam's direction; `update_minibatch` multiplies it by the agent's learning rate
+
+
 class MLP(nn.Module):
     """ELU layers, orthogonal weights, zero biases."""
 
@@ -661,7 +657,7 @@ class Setup(NamedTuple):
 
 
 def make_setup(env: Environment, args: Args, devices: list | None = None) -> Setup:
-    mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("envs",))
+    mesh = Mesh(np.array(devices or jax.devices()[:1]), ("envs",))
     nearest = max(1, round(args.num_envs / mesh.size)) * mesh.size
     rule = f"num_envs = {args.num_envs:,} does not split over {mesh.size} devices; use {nearest:,}"
     require(args.num_envs % mesh.size == 0, rule)
@@ -686,11 +682,6 @@ def values_of(setup: Setup, state: AgentState, obs: jax.Array) -> jax.Array:
     return state.return_statistics.denormalize(value[..., 0])
 
 
-def adam() -> optax.GradientTransformation:
-    """Adam's direction. `update_minibatch` multiplies it by the agent's learning rate."""
-    return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
-
-
 def initialise(setup: Setup, hyper: Hyperparameters, seed: jax.Array) -> AgentState:
     """One agent before its first step."""
     args, env = setup.args, setup.env
@@ -702,8 +693,8 @@ def initialise(setup: Setup, hyper: Hyperparameters, seed: jax.Array) -> AgentSt
         "critic": {"network": setup.critic.init(key_critic, obs)},
     }
     statistics = [Statistics(jnp.zeros(size), jnp.ones(size), jnp.zeros(())) for size in (env.observation_size, 1)]
-    slots = jax.vmap(functools.partial(first_slot, env, True))(jax.random.split(key_slots, args.num_envs))
-    return AgentState(parameters, adam().init(parameters), hyper.learning_rate, *statistics, slots, key, jnp.array(0))
+    slots = jax.vmap(functools.partial(first_slot, env))(jax.random.split(key_slots, args.num_envs))
+    return AgentState(parameters, ADAM.init(parameters), hyper.learning_rate, *statistics, slots, key, jnp.array(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -761,7 +752,9 @@ def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Tran
     """num_steps steps of every environment: the slots afterwards, and all transitions (T, N, ...)."""
     args, spec = setup.args, PartitionSpec("envs")
     step = jax.vmap(functools.partial(autoreset_step, setup.env))
-    step = shard_map(step, mesh=setup.mesh, in_specs=spec, out_specs=spec)  # no robot talks to another device
+    step = jax.shard_map(
+        step, mesh=setup.mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )  # no robot talks to another device
 
     def rollout_step(slots: Slot, key: jax.Array) -> tuple[Slot, Transition]:
         key_noise, key_reset = jax.random.split(key)
@@ -866,7 +859,7 @@ def update_minibatch(
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
         scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
         gradients[name] = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
-    direction, adam_state = adam().update(gradients, state.adam)
+    direction, adam_state = ADAM.update(gradients, state.adam)
     learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"], moved)
     parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
     parameters["actor"]["log_std"] = jnp.maximum(parameters["actor"]["log_std"], hyper.log_std_min)
@@ -910,9 +903,9 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
     ended = (rollout.terminated | rollout.truncated) & (rollout.age == rollout.length)
     metrics = {name: term.mean() for name, term in terms.items()} | dict(
         episodes=ended.sum(),
-        success_sum=(ended & ~rollout.terminated).sum(),
-        return_sum=jnp.where(ended, rollout.episode_return, 0.0).sum(),
-        length_sum=(rollout.length * ended).sum(),
+        success=(ended & ~rollout.terminated).sum(),
+        episode_return=jnp.where(ended, rollout.episode_return, 0.0).sum(),
+        episode_length=(rollout.length * ended).sum(),
         invalid=rollout.invalid.sum(),
         learning_rate=state.learning_rate,
         action_std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
@@ -935,37 +928,22 @@ def advance(setup: Setup, hyper: Hyperparameters, state: AgentState, iterations:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Devices, hosts and signals
+# Devices, signals, checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def configure(args: Args):
-    """JAX's own settings, before it looks for devices. Compiled programs are kept on disk for the next run."""
+def configure(args: Args) -> list[jax.Device]:
+    """Set JAX's options; return all devices of the wanted kind. The first one runs all that is not sharded."""
     # NVIDIA GPUs since Ampere would round the inputs of matrix products to TF32's 10 bits, which ruins the physics.
     jax.config.update("jax_default_matmul_precision", "highest")
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(args.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def join_hosts():
-    """Slurm, Open MPI, Kubernetes and TPU pods tell JAX who takes part; elsewhere three environment variables do."""
-    processes, rank = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # the default of newer releases
-    try:  # JAX reads JAX_COORDINATOR_ADDRESS itself
-        jax.distributed.initialize(num_processes=processes and int(processes), process_id=rank and int(rank))
-    except ValueError as error:
-        names = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        raise InputError(f"distributed found no cluster manager; set {names} ({error})") from None
-
-
-def pick_devices(args: Args) -> list:
-    """All devices of the wanted kind, of all hosts. This host's first one runs all that is not sharded."""
     try:
         devices = jax.devices(None if args.device == "auto" else args.device)
     except RuntimeError:
         raise InputError(f"device = {args.device}: JAX sees none here; use --device auto") from None
-    jax.config.update("jax_default_device", next(one for one in devices if one.process_index == jax.process_index()))
+    jax.config.update("jax_default_device", devices[0])
     return devices
 
 
@@ -977,39 +955,20 @@ def shardings(setup: Setup, state: AgentState) -> AgentState:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first Ctrl-C or SIGTERM, so that the run can save itself. A second one ends the process.
-
-    With several processes signals keep their usual effect: one must not stop alone while the others wait for it."""
+def noted_signals() -> Iterator[list[int]]:
+    """A list that receives Ctrl-C and SIGTERM, so that the run can save itself when the program returns to Python."""
     received, numbers = [], (signal.SIGINT, signal.SIGTERM)
-
-    def receive(number: int, _):
-        received.append(number)
-        for one in numbers:
-            signal.signal(one, signal.SIG_DFL)
-
-    handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-    usual = {number: signal.signal(number, receive) for number in numbers} if handles else {}
+    usual = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
     try:
         yield received
     finally:
-        for number, handler in usual.items():
+        for number, handler in zip(numbers, usual):
             signal.signal(number, handler)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoint
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
     names = "jax jaxlib flax optax mujoco mujoco-mjx gymnasium numpy".split()
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
-def hardware() -> str:
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    return f"{len(jax.local_devices(backend=device.platform))} x {device.device_kind}, {cores} CPU cores"
 
 
 def write_file(path: Path, data: bytes):
@@ -1023,58 +982,48 @@ def write_file(path: Path, data: bytes):
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def named_arrays(state: AgentState) -> dict[str, jax.Array]:
+    """Every array of the state, (agents, ...), by its path: parameters/actor/log_std."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(state)}
+
+
 def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
-    """One .npz of plain arrays: every leaf of the state (axis 0: the agents) under its own name, and a JSON header."""
-    leaves = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    """One .npz: the arrays of the state by name, and a header in JSON."""
     header = dict(algorithm="ppo_mjx", env_id=args.env_id, args=dataclasses.asdict(args), versions=versions())
-    header |= counters
     archive = io.BytesIO()
-    np.savez(archive, header=np.array(json.dumps(header)), **leaves)
+    np.savez(archive, header=json.dumps(header | counters), **named_arrays(state))
     write_file(path, archive.getvalue())
 
 
 def load_checkpoint(path: str) -> dict:
-    """algorithm, env_id, args, env_steps, train_seconds, compile_seconds, versions; `arrays` by name, `path`."""
+    """The header of a checkpoint, and its `arrays`. InputError if it is damaged, or not of this script."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            require(file.zip.testzip() is None, "an array differs from its checksum")
-            header = dict(json.loads(str(file["header"])))
-            arrays = {name: file[name] for name in file.files if name != "header"}
-        require({"algorithm", "env_id", "args", "env_steps", "versions"} <= header.keys(), "the header is not whole")
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile):
-        raise InputError(f"{path} is not a checkpoint of this script, or it is damaged") from None
-    return header | dict(arrays=arrays, path=path)
-
-
-def saved_args(checkpoint: dict) -> Args:
-    """The flags that a checkpoint was written with, except those that say what to do with it."""
-    saved = {name: tuple(x) if isinstance(x, list) else x for name, x in checkpoint["args"].items()}
-    try:
-        return Args(**saved | dict(run_dir=None, resume=None, play=None, capture_video=False, profile=False))
-    except TypeError as error:
-        raise InputError(f"{checkpoint['path']} is from another version of this script: {error}") from None
+        with np.load(path) as file:
+            arrays = dict(file)  # this compares the checksums
+        checkpoint = json.loads(str(arrays.pop("header"))) | dict(arrays=arrays)
+        saved = {name: tuple(x) if isinstance(x, list) else x for name, x in checkpoint["args"].items()}
+    except Exception as error:  # NumPy raises many types
+        raise InputError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
+    known = {field.name for field in dataclasses.fields(Args)}
+    require(saved.keys() <= known, f"checkpoint {path} was not written by this version of the script")
+    return checkpoint | dict(args=saved)
 
 
 def check_resumable(checkpoint: dict, args: Args):
     """Refuse flags that do not fit the run of a checkpoint."""
-    then, done = saved_args(checkpoint), checkpoint["env_steps"]
-    kept = "env_id env_kwargs num_envs num_steps num_seeds sweep seed actor_hidden critic_hidden log_std_init"
+    kept = (
+        "env_id env_kwargs num_envs num_steps num_seeds sweep sweep_values seed actor_hidden critic_hidden log_std_init"
+    )
     for name in f"{kept} normalize_observations normalize_values".split():
-        old, new = getattr(then, name), getattr(args, name)
+        old, new = checkpoint["args"][name], getattr(args, name)
         require(old == new, f"the checkpoint was trained with {name} = {old}, not {new}; omit that flag")
+    done = checkpoint["env_steps"]
     require(done < args.total_timesteps, f"the checkpoint already has {done:,} steps; give a larger --total-timesteps")
 
 
 def load_state(checkpoint: dict, like: AgentState) -> AgentState:
     """The arrays of a checkpoint, in the structure of `like`."""
-    shapes = {jax.tree_util.keystr(name): leaf.shape for name, leaf in jax.tree_util.tree_leaves_with_path(like)}
-    saved = {name: x.shape for name, x in checkpoint["arrays"].items()}
-    differ = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-    rule = f"{checkpoint['path']} does not fit these flags: {', '.join(differ[:3])} have other shapes"
-    require(not differ, rule)
-    return jax.tree.unflatten(jax.tree.structure(like), [checkpoint["arrays"][name] for name in shapes])
+    return jax.tree.unflatten(jax.tree.structure(like), [checkpoint["arrays"][name] for name in named_arrays(like)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1084,18 +1033,17 @@ def load_state(checkpoint: dict, like: AgentState) -> AgentState:
 
 def pick_run_dir(args: Args) -> Path:
     """The folder of this run. Only a resumed run may continue in a folder that has a run: its own."""
-    if args.resume and not args.run_dir:
-        return Path(args.resume).parent
     name = f"{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    own = args.resume and Path(args.resume).resolve().parent == run_dir.resolve()
+    resumed = Path(args.resume).parent if args.resume else None
+    run_dir = Path(args.run_dir) if args.run_dir else resumed or Path("runs", name)
+    own = resumed and resumed.resolve() == run_dir.resolve()
     rule = f"run_dir = {run_dir} contains a run; choose another, or --resume its checkpoint.npz"
     require(bool(own) or not (run_dir / "metrics.jsonl").exists(), rule)
     return run_dir
 
 
 class RunLog:
-    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run. Only the first process has one."""
+    """Progress bar, metrics.jsonl, TensorBoard and W&B of one run."""
 
     def __init__(self, run_dir: Path, args: Args, first_step: int):
         config = dataclasses.asdict(args)
@@ -1111,10 +1059,7 @@ class RunLog:
 
             wandb.init(project="onefile-gpu-rl", name=run_dir.name, config=config, sync_tensorboard=True)
         self.tensorboard = Writer(str(run_dir))
-        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two drawings of the bar
-        self.bar = tqdm(
-            total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True, mininterval=pause
-        )
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", unit_scale=True)
 
     def write(self, record: dict):
         """record: numbers, None where no episode ended, and lists over agents, which only metrics.jsonl holds."""
@@ -1137,300 +1082,95 @@ def crossed(every: int | None, before: int, after: int) -> bool:
     return every is not None and after // every > before // every
 
 
-def next_stop(done: int, end: int, steps_per_iteration: int, intervals: tuple[int | None, ...]) -> int:
-    """The first iteration after `done` that crosses a multiple of one of the intervals, in environment steps."""
-    next_multiples = [(done * steps_per_iteration // every + 1) * every for every in intervals if every]
-    return min(end, *(-(-multiple // steps_per_iteration) for multiple in next_multiples))
-
-
 def metrics_record(sums: dict, iterations: int, counters: dict, steps_per_second: float) -> dict:
     """Sums over an interval, (agents,) each -> means over agents and iterations; None where there is nothing finite.
 
     env_steps are those of each agent, steps_per_second those of all together."""
-
-    def mean(values: np.ndarray) -> float | None:
-        finite = values[np.isfinite(values)]  # an agent that diverged does not hide the others
-        return float(finite.mean()) if len(finite) else None
-
-    sums = {name: np.asarray(value, dtype=np.float64) for name, value in sums.items()}  # host sync
-    names = "episodes return_sum length_sum invalid success_sum"
-    episodes, returns, lengths, invalid, successes = (sums.pop(name) for name in names.split())
-    total = episodes.sum()
-    row = dict(
-        env_steps=counters["env_steps"],
-        wall_seconds=counters["train_seconds"],
-        steps_per_second=steps_per_second,
-        episode_return=returns.sum() / total if total else None,
-        episode_length=lengths.sum() / total if total else None,
-        episodes=int(total),
-        success=successes.sum() / total if total else None,
-        invalid=int(invalid.sum()),
-    ) | {name: mean(value / iterations) for name, value in sums.items()}
-    if len(episodes) > 1:
-        row["agent_episode_return"] = [float(r / n) if n else None for r, n in zip(returns, episodes)]
-    return row
+    sums = {name: np.asarray(x, np.float64) for name, x in sums.items()}  # host sync
+    episodes, invalid = sums.pop("episodes"), sums.pop("invalid")
+    record = dict(env_steps=counters["env_steps"], wall_seconds=counters["train_seconds"])
+    record |= dict(steps_per_second=steps_per_second, episodes=int(episodes.sum()), invalid=int(invalid.sum()))
+    for name in ("episode_return", "episode_length", "success"):
+        total = sums.pop(name)
+        record[name] = total.sum() / episodes.sum() if record["episodes"] else None
+        if name == "episode_return" and len(episodes) > 1:
+            record["agent_episode_return"] = [x / n if n else None for x, n in zip(total, episodes)]
+    for name, total in sums.items():
+        finite = total[np.isfinite(total)]  # an agent that diverged does not hide the others
+        record[name] = finite.mean() / iterations if len(finite) else None
+    return record
 
 
 def plot_curve(run_dir: Path, title: str):
     """curve.png from metrics.jsonl: training returns over environment steps; median and range of many agents."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["episode_return"] is not None]
-    if not rows:
-        return
-    steps = [row["env_steps"] for row in rows]
     returns = [row.get("agent_episode_return", [row["episode_return"]]) for row in rows]
     returns = np.array(returns, dtype=float)  # None becomes NaN
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, np.nanmedian(returns, axis=1))
-    axes.fill_between(steps, np.nanmin(returns, axis=1), np.nanmax(returns, axis=1), alpha=0.2)
+    if rows:
+        steps = [row["env_steps"] for row in rows]
+        axes.plot(steps, np.nanmedian(returns, axis=1))
+        axes.fill_between(steps, np.nanmin(returns, axis=1), np.nanmax(returns, axis=1), alpha=0.2)
     axes.set(title=title, xlabel="environment steps", ylabel="episode return while training")
     axes.grid(alpha=0.3)
     figure.savefig(run_dir / "curve.png", dpi=120)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: deterministic, statistics frozen, the first episode of each environment
+# Policy and evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
 EVALUATION_SEED = 1_000_000  # added to an agent's seed, so that evaluation starts in states that training has not drawn
 
 
-def evaluate_in_mjx(setup: Setup, parameters: dict, statistics: Statistics, key: jax.Array) -> list[jax.Array]:
-    """One agent in the training physics: return, length and whether it was quarantined (eval_episodes,) of each."""
-    episodes, step = setup.args.eval_episodes, jax.vmap(functools.partial(autoreset_step, setup.env))
-
-    def body(slots: Slot, key: jax.Array) -> tuple[Slot, tuple]:
-        mean = policy_mean(setup, parameters, statistics, slots.obs)
-        slots, now = step(slots, mean, mean, jax.random.split(key, episodes))
-        return slots, (now.terminated | now.truncated | now.invalid, now.episode_return, now.length, now.invalid)
-
-    key, key_slots = jax.random.split(key)
-    slots = jax.vmap(functools.partial(first_slot, setup.env, False))(jax.random.split(key_slots, episodes))
-    _, (ended, *rows) = jax.lax.scan(body, slots, jax.random.split(key, setup.env.max_episode_steps))
-    first = ended.argmax(0)[None]  # the time limit ends every episode by the last step
-    return [jnp.take_along_axis(x, first, 0)[0] for x in rows]
-
-
-def evaluate_in_gymnasium(args: Args, act: Callable, seed: int) -> list[np.ndarray]:
-    """The same in gymnasium.make(env_id): MuJoCo C with the MJCF's own integrator and solver."""
-    envs = [gymnasium.make(args.env_id, **args.env_kwargs) for _ in range(args.eval_episodes)]
-    obs = np.stack([one.reset(seed=seed + i)[0] for i, one in enumerate(envs)])
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
-    while running.any():
-        action = np.asarray(act(obs))
-        for i in np.flatnonzero(running):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
-            returns[i] += reward
-            lengths[i] += 1
-            running[i] = not (terminated or truncated)
-    for one in envs:
-        one.close()
-    return [returns, lengths, running]  # all False: none is quarantined
-
-
-def summary(returns: np.ndarray, lengths: np.ndarray, failed: np.ndarray) -> dict | None:
-    """Over the episodes that were not quarantined; None where none is left."""
-    returns, lengths = (np.asarray(x)[~np.asarray(failed)] for x in (returns, lengths))
-    if not len(returns):
-        return None
-    moments = dict(mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()))
-    return moments | dict(episodes=len(returns), mean_length=float(lengths.mean()))
-
-
-def score_in_gymnasium(setup: Setup, state: AgentState, seeds: np.ndarray) -> list[dict | None]:
-    """Every agent in Gymnasium's own environment; None for one that diverged."""
-    policies, env, scores = jax.device_get((state.parameters, state.obs_statistics)), setup.env, []
-
-    @jax.jit
-    def act(parameters: dict, statistics: Statistics, obs: jax.Array) -> jax.Array:
-        return to_env(env.action_low, env.action_high, policy_mean(setup, parameters, statistics, obs))
-
-    for i, seed in enumerate(seeds):
-        policy, score = jax.tree.map(lambda x, i=i: x[i], policies), None
-        if all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
-            act_of_agent = functools.partial(act, *policy)
-            score = summary(*evaluate_in_gymnasium(setup.args, act_of_agent, int(seed) + EVALUATION_SEED))
-        scores.append(score)
-    return scores
-
-
-def evaluate(setup: Setup, state: AgentState, own_env: bool) -> list[dict]:
-    """Score every agent in MJX and, unless the environment is the caller's own, in Gymnasium."""
-    (_, seeds), (_, values) = hyperparameters(setup.args), parse_sweep(setup.args.sweep)
-    keys = jax.vmap(jax.random.PRNGKey)(seeds + EVALUATION_SEED)
-    in_mjx = jax.jit(jax.vmap(functools.partial(evaluate_in_mjx, setup)))
-    in_mjx = jax.device_get(in_mjx(*jax.device_get((state.parameters, state.obs_statistics)), keys))
-    in_gymnasium = [None] * len(seeds) if own_env else score_in_gymnasium(setup, state, seeds)
-    agents = []
-    for i, seed in enumerate(seeds):
-        agent = dict(seed=int(seed), mjx=summary(*(x[i] for x in in_mjx)), gymnasium=in_gymnasium[i])
-        known = {name: agent[name] for name in ("mjx", "gymnasium") if agent[name]}
-        decisive = agent["mjx" if own_env else "gymnasium"]
-        agent |= {"value": values[i // setup.args.num_seeds]} if setup.args.sweep else {}
-        agents.append(agent | dict(score=decisive and decisive["mean"]))
-        scores = ["{} {mean:.1f} +- {std:.1f} (worst {min:.1f})".format(name, **x) for name, x in known.items()]
-        value = f", value {agent['value']:g}" if setup.args.sweep else ""
-        print(f"seed {seed}{value}: {', '.join(scores) or 'no score, because it diverged'}")
-    return agents
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Train
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args, env: Environment | None = None) -> dict:
-    """The whole run; returns the content of eval.json. `env` replaces the task by the caller's own environment."""
-    # Set-up
-    check_flags(args)
-    own_env = env is not None
-    require(not own_env or args.eval_every is None, "eval_every: Gymnasium has no such environment; omit that flag")
-    configure(args)
-    counters = dict(env_steps=0, train_seconds=0.0, compile_seconds=0.0)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
-        check_resumable(checkpoint, args)
-        counters = {name: checkpoint[name] for name in counters}
-    if args.distributed:
-        join_hosts()
-    devices = pick_devices(args)
-    run_dir, leads = pick_run_dir(args), jax.process_index() == 0  # the first process alone writes files
-    setup = make_setup(env or make_environment(make_task(args)), args, devices)
-    hyper, seeds = hyperparameters(args)
-    steps_per_iteration = args.num_envs * args.num_steps
-    if leads:
-        print(
-            f"{args.env_id} on {setup.mesh.size} device(s), into {run_dir}: {len(seeds)} agent(s), "
-            f"{args.num_envs:,} environments x {args.num_steps} steps = {steps_per_iteration:,} samples, "
-            f"{setup.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches\n"
-            "compiling; this takes one to four minutes the first time",
-            flush=True,
-        )
-        log = RunLog(run_dir, args, counters["env_steps"])
-
-    # Compile
-    started = time.perf_counter()
-    create = jax.vmap(functools.partial(initialise, setup))
-    shapes = jax.eval_shape(create, hyper, seeds)
-    placement, whole = shardings(setup, shapes), NamedSharding(setup.mesh, PartitionSpec())
-    if checkpoint:
-        state = load_state(checkpoint, shapes)
-        if args.learning_rate != checkpoint["args"]["learning_rate"]:  # a new rate replaces the adapted one
-            state = state._replace(learning_rate=hyper.learning_rate)
-        state = jax.device_put(state, placement)
-    else:
-        state = jax.jit(create, out_shardings=placement)(hyper, seeds)
-    run = jax.vmap(functools.partial(advance, setup), in_axes=(0, 0, None))
-    run = jax.jit(run, in_shardings=(whole, placement, whole), out_shardings=(placement, whole))
-    run = run.lower(hyper, state, np.int32(1)).compile()
-    counters["compile_seconds"] += time.perf_counter() - started
-    gather = jax.jit(lambda state: state, out_shardings=whole)  # on every device and host
-    if args.profile:  # the results are thrown away, so the training is as without it
-        jax.block_until_ready(run(hyper, state, np.int32(1)))  # warm-up
-        with jax.profiler.trace(run_dir / "profile"):
-            jax.block_until_ready(run(hyper, state, np.int32(1)))  # host sync
-        print(f"profile: a trace of one iteration is in {run_dir / 'profile'}")
-
-    # Train: the program runs until the host has something to do
-    done = counters["env_steps"] // steps_per_iteration
-    log_every = args.log_every or max(1, args.total_timesteps // 200)
-    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
-    intervals = log_every, args.eval_every, checkpoint_every
-    # Another thread waits for XLA, so that this one can receive signals.
-    with stop_signals() as stopped, ThreadPoolExecutor(1) as waiter:
-        while done < setup.iterations:
-            iterations = next_stop(done, setup.iterations, steps_per_iteration, intervals) - done
-            started = time.perf_counter()
-            program = waiter.submit(lambda: jax.block_until_ready(run(hyper, state, np.int32(iterations))))
-            state, sums = program.result()  # host sync
-            seconds = time.perf_counter() - started
-            before, after = done * steps_per_iteration, (done + iterations) * steps_per_iteration
-            done += iterations
-            counters |= dict(env_steps=after, train_seconds=counters["train_seconds"] + seconds)
-            record = metrics_record(sums, iterations, counters, len(seeds) * (after - before) / seconds)
-            if None in (record[name] for name in ("policy_loss", "value_loss", "kl")):  # of every agent
-                raise FloatingPointError(f"training diverged by {after:,} steps: {record}")
-            last = done == setup.iterations
-            evaluate_now = args.eval_every and (last or crossed(args.eval_every, before, after))
-            save_now = last or crossed(checkpoint_every, before, after)
-            snapshot = gather(state) if evaluate_now or save_now else None  # all hosts take part
-            if leads and evaluate_now and not stopped:
-                scores = [score and score["mean"] for score in score_in_gymnasium(setup, snapshot, seeds)]
-                known = [score for score in scores if score is not None]
-                record["gymnasium_return"] = float(np.mean(known)) if known else None
-                record |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
-            if leads:
-                log.write(record)
-            if leads and (save_now or stopped):
-                save_checkpoint(run_dir / "checkpoint.npz", args, snapshot or gather(state), counters)
-            if stopped:
-                log.close()
-                print(f"stopped after {after:,} steps; continue with --resume {run_dir / 'checkpoint.npz'}")
-                raise KeyboardInterrupt
-
-    # Evaluate
-    state = gather(state)
-    if not leads:
-        return {}
-    log.close()
-    plot_curve(run_dir, f"{args.env_id}, {len(seeds)} agent(s)")
-    print(f"trained {counters['env_steps']:,} steps in {counters['train_seconds']:.1f} s, "
-          f"compiled in {counters['compile_seconds']:.1f} s")  # fmt: skip
-    agents = evaluate(setup, state, own_env) if args.eval_episodes else []
-    scored = sorted((agent for agent in agents if agent["score"] is not None), key=lambda agent: agent["score"])
-    median = scored[(len(scored) - 1) // 2] if scored else dict(seed=args.seed, mjx=None, gymnasium=None)
-    result = dict(env_id=args.env_id, algorithm="ppo_mjx", seed=median["seed"], **counters, vecsim=None)
-    result |= dict(mjx=median["mjx"], gymnasium=median["gymnasium"], versions=versions(), hardware=hardware())
-    result |= dict(agents=agents) if len(agents) > 1 else {}
-    write_file(run_dir / "eval.json", json.dumps(result, indent=2).encode())
-    return result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy and play
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
     """act(obs, started) -> action, deterministic, NumPy in and out. `started` is ignored: the policy has no memory.
 
-    checkpoint: from load_checkpoint; agent: which of its agents, from 0; obs: (N, observation); action: (N, actions),
-    in the units of Gymnasium's action space."""
-    args, arrays = saved_args(checkpoint), checkpoint["arrays"]
-    agents = len(arrays[".learning_rate"])
+    checkpoint: a dict with args and arrays; agent: which of its agents, from 0; obs: (N, observation); action:
+    (N, actions), in the units of Gymnasium's action space."""
+    args, agents = Args(**checkpoint["args"]), len(checkpoint["arrays"]["learning_rate"])
     require(agent < agents, f"agent = {agent}: the checkpoint holds {agents}, numbered from 0")
+    saved = unflatten_dict({name: x[agent] for name, x in checkpoint["arrays"].items()}, sep="/")
     space = gymnasium.make(args.env_id, **args.env_kwargs).action_space
-    actor = MLP(args.actor_hidden, space.shape[0], 0.01)
-    layer = ".parameters['actor']['network']['params']['Dense_{}']['{}']"
-    layers = {
-        f"Dense_{i}": {name: arrays[layer.format(i, name)][agent] for name in ("kernel", "bias")}
-        for i in range(len(args.actor_hidden) + 1)
-    }
-    statistics = Statistics(*(arrays[f".obs_statistics.{name}"][agent] for name in Statistics._fields))
+    actor, network = MLP(args.actor_hidden, space.shape[0], 0.01), saved["parameters"]["actor"]["network"]
+    statistics = Statistics(**saved["obs_statistics"])
 
     @jax.jit
     def policy(obs: jax.Array) -> jax.Array:
-        mean = actor.apply({"params": layers}, network_input(args, statistics, obs))
-        return to_env(space.low, space.high, mean)
+        return to_env(space.low, space.high, actor.apply(network, network_input(args, statistics, obs)))
 
     return lambda obs, started=None: np.array(policy(np.asarray(obs, np.float32)))
 
 
-def play(args: Args) -> list[dict]:
-    """Score the agents of a checkpoint. With capture_video also film one episode of the best of them."""
-    check_flags(args)
-    require(args.eval_episodes >= 1, "--play needs episodes; use --eval-episodes 20")
-    configure(args)
-    checkpoint = load_checkpoint(args.play)
-    setup = make_setup(make_environment(make_task(args)), args, pick_devices(args)[:1])
-    shapes = jax.eval_shape(jax.vmap(functools.partial(initialise, setup)), *hyperparameters(args))
-    agents = evaluate(setup, load_state(checkpoint, shapes), own_env=False)
-    if args.capture_video:
-        best = max(range(len(agents)), key=lambda i: -np.inf if agents[i]["score"] is None else agents[i]["score"])
-        path = Path(args.play).with_name("play.mp4")
-        film(args, load_policy(checkpoint, best), path)
-        print(f"video: {path}")
+def score_in_gymnasium(args: Args, act: Callable, seed: int) -> dict | None:
+    """Returns of the first episode of each of eval_episodes environments, which Gymnasium simulates in MuJoCo C with
+    the MJCF's own integrator and solver; None for an agent that diverged."""
+    envs = gymnasium.make_vec(args.env_id, args.eval_episodes, **args.env_kwargs)
+    obs, _ = envs.reset(seed=seed)
+    returns, lengths, running = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int), np.ones(envs.num_envs, bool)
+    if not np.isfinite(act(obs)).all():
+        return None
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(act(obs))
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    envs.close()
+    moments = dict(mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()))
+    return moments | dict(episodes=len(returns), mean_length=float(lengths.mean()))
+
+
+def evaluate(args: Args, checkpoint: dict) -> list[dict]:
+    """Score every agent and print its score. checkpoint: a dict with args and arrays."""
+    agents, values = [], args.sweep_values or (None,)
+    for k, seed in enumerate(hyperparameters(args)[1]):
+        score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed) + EVALUATION_SEED)
+        agents.append(dict(seed=int(seed), value=values[k // args.num_seeds], gymnasium=score))
+        swept = f", {args.sweep} = {agents[-1]['value']:g}" if args.sweep else ""
+        shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**score) if score else "no score, because it diverged"
+        tqdm.write(f"{args.env_id} in Gymnasium, seed {seed}{swept}: {shown}")
     return agents
 
 
@@ -1453,8 +1193,116 @@ def film(args: Args, act: Callable, path: Path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Main
+# Train and play
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, env: Environment | None = None) -> dict:
+    """The whole run; returns the content of eval.json. `env` replaces the task by your own, which is not evaluated."""
+    # Set-up
+    check_flags(args)
+    devices, run_dir = configure(args), pick_run_dir(args)
+    counters = dict(env_steps=0, train_seconds=0.0, compile_seconds=0.0)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint:
+        check_resumable(checkpoint, args)
+        counters = {name: checkpoint[name] for name in counters}
+    setup = make_setup(env or make_environment(make_task(args)), args, devices)
+    hyper, seeds = hyperparameters(args)
+    steps_per_iteration = args.num_envs * args.num_steps
+    print(
+        f"{args.env_id} on {setup.mesh.size} device(s), into {run_dir}: {len(seeds)} agent(s), "
+        f"{args.num_envs:,} environments x {args.num_steps} steps = {steps_per_iteration:,} samples, "
+        f"{setup.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches\n"
+        "compiling; this takes one to four minutes the first time",
+        flush=True,
+    )
+    log = RunLog(run_dir, args, counters["env_steps"])
+
+    # Compile
+    started = time.perf_counter()
+    create = jax.vmap(functools.partial(initialise, setup))
+    shapes = jax.eval_shape(create, hyper, seeds)
+    placement, whole = shardings(setup, shapes), NamedSharding(setup.mesh, PartitionSpec())
+    if checkpoint:
+        state = load_state(checkpoint, shapes)
+        if args.learning_rate != checkpoint["args"]["learning_rate"]:  # a new rate replaces the adapted one
+            state = state._replace(learning_rate=hyper.learning_rate)
+        state = jax.device_put(state, placement)
+    else:
+        state = jax.jit(create, out_shardings=placement)(hyper, seeds)
+    run = jax.vmap(functools.partial(advance, setup), in_axes=(0, 0, None))
+    run = jax.jit(run, in_shardings=(whole, placement, whole), out_shardings=(placement, whole))
+    run = run.lower(hyper, state, np.int32(1)).compile()
+    counters["compile_seconds"] += time.perf_counter() - started
+    if args.profile:  # the results are thrown away, so the training is as without it
+        jax.block_until_ready(run(hyper, state, np.int32(1)))  # warm-up
+        with jax.profiler.trace(run_dir / "profile"):
+            jax.block_until_ready(run(hyper, state, np.int32(1)))  # host sync
+        print(f"profile: a trace of one iteration is in {run_dir / 'profile'}")
+
+    # Train: the program runs until the host has something to do
+    done, path = counters["env_steps"] // steps_per_iteration, run_dir / "checkpoint.npz"
+    log_every = args.log_every or max(1, args.total_timesteps // 200)
+    checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
+    stretch = math.ceil(min(log_every, checkpoint_every, args.eval_every or log_every) / steps_per_iteration)
+    agents = []
+    with noted_signals() as signals:
+        while done < setup.iterations:
+            iterations = min(stretch, setup.iterations - done)
+            started = time.perf_counter()
+            state, sums = jax.block_until_ready(run(hyper, state, np.int32(iterations)))  # host sync
+            seconds = time.perf_counter() - started
+            before, after = done * steps_per_iteration, (done + iterations) * steps_per_iteration
+            done += iterations
+            counters |= dict(env_steps=after, train_seconds=counters["train_seconds"] + seconds)
+            record = metrics_record(sums, iterations, counters, len(seeds) * (after - before) / seconds)
+            if None in (record[name] for name in ("policy_loss", "value_loss", "kl")):  # of every agent
+                raise FloatingPointError(f"training diverged by {after:,} steps: {record}")
+            stopped = bool(signals)
+            last = done == setup.iterations or stopped
+            evaluate_now = args.eval_every and not env and (last or crossed(args.eval_every, before, after))
+            if last or evaluate_now or crossed(checkpoint_every, before, after):
+                save_checkpoint(path, args, state, counters)
+            if evaluate_now and not stopped:
+                agents = evaluate(args, load_checkpoint(path))
+                scores = [agent["gymnasium"] and agent["gymnasium"]["mean"] for agent in agents]
+                known = [score for score in scores if score is not None]
+                record["gymnasium_return"] = float(np.mean(known)) if known else None
+                record |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
+            log.write(record)
+            if stopped:
+                log.close()
+                raise KeyboardInterrupt(f"stopped after {after:,} steps; continue with --resume {path}")
+
+    # Evaluate
+    log.close()
+    plot_curve(run_dir, f"{args.env_id}, {len(seeds)} agent(s)")
+    print(f"trained {counters['env_steps']:,} steps in {counters['train_seconds']:.1f} s, "
+          f"compiled in {counters['compile_seconds']:.1f} s")  # fmt: skip
+    if args.eval_episodes and not env and not agents:
+        agents = evaluate(args, load_checkpoint(path))
+    scored = sorted((x for x in agents if x["gymnasium"]), key=lambda agent: agent["gymnasium"]["mean"])
+    median = scored[(len(scored) - 1) // 2] if scored else dict(seed=args.seed, gymnasium=None)
+    result = dict(env_id=args.env_id, algorithm="ppo_mjx", **median, **counters, versions=versions())
+    result |= dict(agents=agents) if len(agents) > 1 else {}
+    write_file(run_dir / "eval.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+def play(args: Args) -> list[dict]:
+    """Score the agents of a checkpoint. With capture_video also film one episode of the best of them."""
+    check_flags(args)
+    configure(args)
+    checkpoint = load_checkpoint(args.play)
+    require(args.eval_episodes >= 1, "--play needs episodes; use --eval-episodes 20")
+    agents = evaluate(args, checkpoint)
+    if args.capture_video:
+        means = [agent["gymnasium"]["mean"] if agent["gymnasium"] else -np.inf for agent in agents]
+        path = Path(args.play).with_name("play.mp4")
+        film(args, load_policy(checkpoint, int(np.argmax(means))), path)
+        print(f"video: {path}")
+    return agents
 
 
 def main() -> int:
@@ -1467,7 +1315,8 @@ def main() -> int:
     except (InputError, OSError) as error:  # a user's mistake, or a full disk
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped")
         return 128 + signal.SIGINT  # as shells report a process that a signal ended
     return 0
 
