@@ -2,7 +2,7 @@
 
     python ppo_mjx_jax.py                                                   InvertedPendulum-v5, ends at 1000
     python ppo_mjx_jax.py --num-seeds 8                                     eight agents in one program
-    python ppo_mjx_jax.py --sweep learning_rate=1e-4,3e-4,1e-3 --num-seeds 3 --learning-rate-schedule constant
+    python ppo_mjx_jax.py --sweep gae_lambda --sweep-values 0.9 0.95 1 --num-seeds 3
     python ppo_mjx_jax.py --env-id HalfCheetah-v5 --num-envs 256 --num-steps 64 --total-timesteps 3000000
     python ppo_mjx_jax.py --env-id Ant-v5 --num-envs 4096                   on a GPU
     python ppo_mjx_jax.py --resume runs/NAME/checkpoint.npz --total-timesteps 40000000
@@ -11,23 +11,19 @@
 The first command reaches 1000 in all 20 episodes of Gymnasium's own environment. On one AMD EPYC core it takes 24 s to
 compile and 2 s to train; a test runs it. Other measured results are in results/mjx/, each with versions and hardware.
 
-One iteration is one program: MJX steps, resets to fresh random states, rollout, advantages, epochs over minibatches,
-learning rate, sums for the log. `train` runs as many iterations as possible before the host must log, evaluate or save.
-An agent is a pure function of its hyperparameters and its seed, so `vmap` trains many agents at once.
+An iteration is one program: rollout with MJX, resets, advantages, epochs over minibatches, learning rate, sums for the
+log. `train` runs as many iterations as possible before the host must log, evaluate or save. An agent is a pure function
+of its hyperparameters and its seed, so `vmap` trains many agents at once.
 
 The tasks are Gymnasium's: model and options come from gymnasium.make; observation, reward and termination follow its
-source. The physics is MuJoCo's: with a converged solver in float64, one step equals MuJoCo C's to 1e-9. MJX alone does
-not reach that, because it builds another friction pyramid for near-vertical capsules; `align_capsules` corrects it.
-Training uses cheaper physics: Euler where the MJCF asks for RK4, 4 Newton iterations, 2 line-search steps, no
-collisions between the robot's own limbs, float32. A policy that exploits the difference is exposed by its score in
-Gymnasium, which runs MuJoCo C with the MJCF's own settings.
+source. With a converged solver in float64, one step equals MuJoCo C's to 1e-9. Training uses cheaper physics: Euler
+where the MJCF asks for RK4, 4 Newton iterations, 2 line-search steps, no collisions between the robot's own limbs,
+float32. A policy that exploits the difference is exposed by its score in Gymnasium, which runs MuJoCo C with the
+MJCF's own settings.
 
 Sources: Schulman et al. 2016 (GAE, eq. 16) and 2017 (PPO, eq. 7); Pardo et al. 2018 (time limits); Rudin et al. 2022
 (the adaptive learning rate of rsl_rl); Lu et al. 2022 (PureJaxRL: training as one function). ppo_gpu_torch.py is the
-same algorithm in PyTorch; the flags that both scripts have are alike, with the same defaults for a task. This file
-imports no other file of the project.
-
-Read in this order: arguments, physics, tasks, auto-reset, networks, algorithm, evaluation, log, train.
+same algorithm in PyTorch, with the same flags and defaults. This file imports no other file of the project.
 """
 
 from __future__ import annotations
@@ -55,11 +51,9 @@ from typing import Any, Literal, NamedTuple
 # On a CPU, MJX's batched Cholesky factorisations can fill XLA's thread pool with threads that wait for each other (seen
 # with jaxlib 0.10.2 on two cores). A larger pool and single-threaded calls prevent that. XLA reads both variables once.
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-xla_flags = os.environ.get("XLA_FLAGS", "")
-if 1 < cores < 16 or "xla_force_host_platform_device_count" in xla_flags:
+if 1 < cores < 16:
     os.environ.setdefault("NPROC", "16")
-if "xla_cpu_multi_thread_eigen" not in xla_flags:
-    os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_multi_thread_eigen=false"
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")  # the last one wins
 
 import flax.linen as nn
 import gymnasium
@@ -70,6 +64,7 @@ import numpy as np
 import optax
 import tyro
 from flax.traverse_util import unflatten_dict
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from mujoco import mjx
@@ -99,7 +94,21 @@ def require(condition: bool, rule: str):
 # Arguments
 # ----------------------------------------------------------------------------------------------------------------------
 
-
+# Options of Humanoid that this script does not have.
+UNSUPPORTED = ("include_cinert_in_observation", "include_cvel_in_observation", "include_qfrc_actuator_in_observation")
+TASKS = {  # flags of a task that differ from the defaults
+    "InvertedPendulum-v5": dict(
+        num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
+    "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
+    "HalfCheetah-v5": dict(total_timesteps=5_000_000),
+    "Ant-v5": dict(
+        total_timesteps=9_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
+        log_std_init=-0.7, log_std_min=-1.7, desired_kl=(0.015, 0.009)),
+    "Humanoid-v5": dict(
+        total_timesteps=4_500_000,
+        env_kwargs=dict.fromkeys((*UNSUPPORTED, "include_cfrc_ext_in_observation"), False)),
+}  # fmt: skip
 # The flags that enter the program as data, one value per agent. --sweep maps over one of them.
 Hyperparameters = collections.namedtuple(
     "Hyperparameters",
@@ -114,7 +123,7 @@ class Args:
 
     A row in TASKS changes some of these defaults."""
 
-    env_id: str = "InvertedPendulum-v5"  # task: one of TASKS, which sets the other defaults
+    env_id: Literal[tuple(TASKS)] = "InvertedPendulum-v5"  # task; it sets the other defaults
     num_envs: int = 1024  # environments of each agent that are stepped in parallel, over all devices (>= 1)
     total_timesteps: int = 20_000_000  # environment steps of the whole run (>= 1; rounded up to whole iterations)
     seed: int = 1  # seed of the weights, the environments and the noise (0 to 2,000,000,000)
@@ -176,29 +185,8 @@ class Args:
     """adaptive schedule: KL(old policy || new policy) to aim at, at the start and at the end of the run (> 0)"""
 
 
-# Options of Humanoid that this script does not have.
-UNSUPPORTED = ("include_cinert_in_observation", "include_cvel_in_observation", "include_qfrc_actuator_in_observation")
-TASKS = {  # what is different for a task
-    "InvertedPendulum-v5": dict(
-        num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)
-    ),
-    "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
-    "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
-    "HalfCheetah-v5": dict(total_timesteps=5_000_000),
-    "Ant-v5": dict(
-        total_timesteps=9_000_000, gamma=0.98, gae_lambda=0.9, log_std_init=-0.7, log_std_min=-1.7,
-        desired_kl=(0.015, 0.009), env_kwargs={"include_cfrc_ext_in_observation": False},
-    ),
-    "Humanoid-v5": dict(
-        total_timesteps=4_500_000,
-        env_kwargs=dict.fromkeys((*UNSUPPORTED, "include_cfrc_ext_in_observation"), False),
-    ),
-}  # fmt: skip
-
-
 def task_defaults(env_id: str) -> Args:
     """The defaults of a task: its row in TASKS on top of those of Args."""
-    require(env_id in TASKS, f"env_id {env_id!r} is unknown; use one of {', '.join(TASKS)}")
     return Args(env_id=env_id, **TASKS[env_id])
 
 
@@ -230,13 +218,8 @@ def parse_args(argv: list[str]) -> Args:
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sizes and checks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def check_flags(args: Args):
-    """InputError names the rule that a flag breaks and, if it can, the nearest legal values."""
+    """InputError names the rule that a flag breaks and, if it can, a legal value that is near."""
     counts = "num_envs total_timesteps num_seeds num_steps update_epochs num_minibatches"
     rules = (  # flags, whether a value is legal, and the rule in words
         (f"{counts} solver_iterations ls_iterations", lambda x: x >= 1, ">= 1"),
@@ -351,20 +334,17 @@ def align_capsules(task: Task, data: mjx.Data) -> mjx.Data:
 
 def forward(task: Task, data: mjx.Data) -> mjx.Data:
     """State and control -> acceleration: mj_forward, with the capsule contacts of MuJoCo C."""
-    data = mjx.fwd_position(task.model, data)
-    data = align_capsules(task, data)
-    data = mjx.fwd_velocity(task.model, data)
-    data = mjx.fwd_actuation(task.model, data)
-    data = mjx.fwd_acceleration(task.model, data)
-    return mjx.solve(task.model, data)
+    data = align_capsules(task, mjx.fwd_position(task.model, data))
+    for stage in (mjx.fwd_velocity, mjx.fwd_actuation, mjx.fwd_acceleration, mjx.solve):
+        data = stage(task.model, data)
+    return data
 
 
 def physics_step(task: Task, data: mjx.Data) -> mjx.Data:
     """One timestep: mj_step. Only qpos and qvel are new afterwards; all else in `data` is of the state before."""
-    data = forward(task, data)
-    if task.mj_model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER:
-        return mjx.euler(task.model, data)
-    return mjx.implicit(task.model, data)
+    integrate = mjx.euler if task.mj_model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER else mjx.implicit
+    later = integrate(task.model, forward(task, data))
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), later, data)  # in float64, MJX widens some integers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -375,13 +355,13 @@ def physics_step(task: Task, data: mjx.Data) -> mjx.Data:
 class RobotState(NamedTuple):
     """What one robot keeps between two environment steps."""
 
-    qpos: jax.Array  # (nq,) m and rad; a free joint is position, then quaternion (w, x, y, z)
-    qvel: jax.Array  # (nv,) m/s and rad/s
-    qacc_warmstart: jax.Array  # (nv,) where the solver starts
-    x_position: jax.Array  # () m: Gymnasium's forward coordinate after the last step; its difference gives the speed
+    qpos: Array  # (nq,) m and rad; a free joint is position, then quaternion (w, x, y, z)
+    qvel: Array  # (nv,) m/s and rad/s
+    qacc_warmstart: Array  # (nv,) where the solver starts
+    x_position: Array  # () m: Gymnasium's forward coordinate after the last step; its difference gives the speed
 
 
-def x_position(task: Task, data: mjx.Data) -> jax.Array:
+def x_position(task: Task, data: mjx.Data) -> Array:
     """(): forward coordinate, m. Ant's and Humanoid's are Cartesian positions, which mj_step does not refresh: they lag
     one physics step behind qpos."""
     if task.env_id == "Ant-v5":
@@ -392,7 +372,7 @@ def x_position(task: Task, data: mjx.Data) -> jax.Array:
     return data.qpos[0]
 
 
-def is_healthy(task: Task, data: mjx.Data) -> jax.Array:
+def is_healthy(task: Task, data: mjx.Data) -> Array:
     """() bool. Bounds are open, except for Ant and the pendulum."""
     options, qpos, state = task.options, data.qpos, jnp.concatenate([data.qpos, data.qvel])
     if task.env_id == "InvertedPendulum-v5":
@@ -412,7 +392,7 @@ def is_healthy(task: Task, data: mjx.Data) -> jax.Array:
     return healthy
 
 
-def observe(task: Task, data: mjx.Data) -> jax.Array:
+def observe(task: Task, data: mjx.Data) -> Array:
     """(observation,): positions without the root's x (and y), velocities, and contact wrenches if the options ask."""
     options = task.options
     free_root = task.env_id in ("Ant-v5", "Humanoid-v5")
@@ -425,7 +405,7 @@ def observe(task: Task, data: mjx.Data) -> jax.Array:
     return jnp.concatenate(groups)
 
 
-def reward_of(task: Task, data: mjx.Data, action: jax.Array, x_velocity: jax.Array) -> jax.Array:
+def reward_of(task: Task, data: mjx.Data, action: Array, x_velocity: Array) -> Array:
     """(): forward speed and health, minus control and contact cost."""
     options, healthy = task.options, is_healthy(task, data).astype(x_velocity.dtype)
     if task.env_id == "InvertedPendulum-v5":
@@ -446,7 +426,7 @@ def with_contact_wrenches(task: Task, data: mjx.Data) -> mjx.Data:
     return mjx.rne_postconstraint(task.model, data) if read else data
 
 
-def task_reset(task: Task, key: jax.Array) -> tuple[RobotState, jax.Array]:
+def task_reset(task: Task, key: Array) -> tuple[RobotState, Array]:
     """A random initial state by the task's own rule, and its observation."""
     options, (key_position, key_velocity) = task.options, jax.random.split(key)
     scale, nv = options["reset_noise_scale"], task.mj_model.nv
@@ -459,30 +439,20 @@ def task_reset(task: Task, key: jax.Array) -> tuple[RobotState, jax.Array]:
     return state_at(task, qpos, qvel)
 
 
-def state_at(task: Task, qpos: jax.Array, qvel: jax.Array) -> tuple[RobotState, jax.Array]:
+def state_at(task: Task, qpos: Array, qvel: Array) -> tuple[RobotState, Array]:
     """The state with these coordinates, as after Gymnasium's set_state, and its observation."""
     data = forward(task, task.blank.replace(qpos=qpos, qvel=qvel))  # the compiler drops what nobody reads
     data = with_contact_wrenches(task, data)
     return RobotState(qpos, qvel, jnp.zeros_like(qvel), x_position(task, data)), observe(task, data)
 
 
-def simulate(task: Task, state: RobotState, action: jax.Array) -> mjx.Data:
-    """frame_skip physics steps under one control, which MuJoCo clamps to the control range."""
-
-    def body(data, _):
-        later = physics_step(task, data)
-        # In float64, MJX widens some integers.
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), later, data), None
-
-    start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc_warmstart)
-    data = task.blank.replace(**start, ctrl=action)
-    return jax.lax.scan(body, data, None, length=task.frame_skip)[0]
-
-
-def task_step(task: Task, state: RobotState, action: jax.Array) -> tuple[RobotState, jax.Array, jax.Array, jax.Array]:
+def task_step(task: Task, state: RobotState, action: Array) -> tuple[RobotState, Array, Array, Array]:
     """Next state, observation, reward, terminated. `action` is in the units of Gymnasium's action space. Like there, it
     may exceed that space, and the control cost then counts the whole action."""
-    data = with_contact_wrenches(task, simulate(task, state, action))
+    start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc_warmstart)
+    data = task.blank.replace(**start, ctrl=action)  # MuJoCo clamps ctrl to the control range
+    data = jax.lax.fori_loop(0, task.frame_skip, lambda _, data: physics_step(task, data), data)
+    data = with_contact_wrenches(task, data)
     x = x_position(task, data)
     seconds = task.mj_model.opt.timestep * task.frame_skip
     reward = reward_of(task, data, action, (x - state.x_position) / seconds)
@@ -501,7 +471,7 @@ class Environment(NamedTuple):
     max_episode_steps: int
 
 
-def to_env(low: np.ndarray, high: np.ndarray, action: jax.Array) -> jax.Array:
+def to_env(low: np.ndarray, high: np.ndarray, action: Array) -> Array:
     """Half ranges, in which the policy acts, to the environment's units: -1 becomes low, +1 becomes high."""
     half_range, centre = (high - low) / 2, (high + low) / 2
     return (centre + half_range * action).astype(action.dtype)
@@ -524,29 +494,29 @@ class Slot(NamedTuple):
     """One of the parallel environments: its robot and its episode so far."""
 
     state: Any
-    obs: jax.Array  # (observation,)
-    age: jax.Array  # () environment steps on the time limit's clock; the first episode may start late
-    length: jax.Array  # () environment steps of this episode
-    episode_return: jax.Array  # () unscaled
+    obs: Array  # (observation,)
+    age: Array  # () environment steps on the time limit's clock; the first episode may start late
+    length: Array  # () environment steps of this episode
+    episode_return: Array  # () unscaled
 
 
 class Transition(NamedTuple):
     """One environment step. In a rollout every field gets the axes (T, N) in front: T = num_steps, N = num_envs."""
 
-    obs: jax.Array  # (observation,)
-    final_obs: jax.Array  # (observation,): what the step led to, before any auto-reset
-    action: jax.Array  # (actions,), half ranges
-    mean: jax.Array  # (actions,), half ranges: the policy's mean when it acted
-    reward: jax.Array  # () unscaled
-    terminated: jax.Array  # () bool
-    truncated: jax.Array  # () bool
-    invalid: jax.Array  # () bool: the simulation diverged; such a quarantined step is ignored by the learner
-    episode_return: jax.Array  # () return and length of the episode that this step may have ended
-    length: jax.Array  # ()
-    age: jax.Array  # () larger than length in an episode that began at a random age
+    obs: Array  # (observation,)
+    final_obs: Array  # (observation,): what the step led to, before any auto-reset
+    action: Array  # (actions,), half ranges
+    mean: Array  # (actions,), half ranges: the policy's mean when it acted
+    reward: Array  # () unscaled
+    terminated: Array  # () bool
+    truncated: Array  # () bool
+    invalid: Array  # () bool: the simulation diverged; such a quarantined step is ignored by the learner
+    episode_return: Array  # () return and length of the episode that this step may have ended
+    length: Array  # ()
+    age: Array  # () larger than length in an episode that began at a random age
 
 
-def first_slot(env: Environment, key: jax.Array) -> Slot:
+def first_slot(env: Environment, key: Array) -> Slot:
     """A new environment. Its random first age keeps the environments from timing out together."""
     key_state, key_age = jax.random.split(key)
     state, obs = env.reset(key_state)
@@ -554,9 +524,7 @@ def first_slot(env: Environment, key: jax.Array) -> Slot:
     return Slot(state, obs, age, jnp.array(0), jnp.zeros((), obs.dtype))
 
 
-def autoreset_step(
-    env: Environment, slot: Slot, action: jax.Array, mean: jax.Array, key: jax.Array
-) -> tuple[Slot, Transition]:
+def autoreset_step(env: Environment, slot: Slot, action: Array, mean: Array, key: Array) -> tuple[Slot, Transition]:
     """Step one environment. Where its episode ended, start the next one from a fresh random state.
 
     An environment that is not finite or has run away is quarantined: it is reset and its transition is marked invalid,
@@ -586,12 +554,12 @@ def autoreset_step(
 class Statistics(NamedTuple):
     """Running mean and variance of vectors. They are part of the agent's state, so every checkpoint holds them."""
 
-    mean: jax.Array  # (k,)
-    variance: jax.Array  # (k,)
-    count: jax.Array  # ()
+    mean: Array  # (k,)
+    variance: Array  # (k,)
+    count: Array  # ()
 
     @staticmethod
-    def of(x: jax.Array, valid: jax.Array) -> Statistics:
+    def of(x: Array, valid: Array) -> Statistics:
         """Of the valid rows of x: (B, k). Without a valid row the count is 0, and `merge` ignores the result."""
         count = valid.sum().astype(x.dtype)
         mean = jnp.where(valid[:, None], x, 0.0).sum(0) / jnp.maximum(count, 1.0)
@@ -605,13 +573,13 @@ class Statistics(NamedTuple):
         variance = self.variance * (1 - share) + other.variance * share + jnp.square(shift) * share * (1 - share)
         return Statistics(self.mean + shift * share, variance, count)
 
-    def deviation(self) -> jax.Array:
+    def deviation(self) -> Array:
         return jnp.sqrt(self.variance + 1e-6)
 
-    def normalize(self, x: jax.Array) -> jax.Array:
+    def normalize(self, x: Array) -> Array:
         return (x - self.mean) / self.deviation()
 
-    def denormalize(self, x: jax.Array) -> jax.Array:
+    def denormalize(self, x: Array) -> Array:
         return x * self.deviation() + self.mean
 
 
@@ -626,7 +594,7 @@ class MLP(nn.Module):
     last_gain: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         for size in self.hidden:
             x = nn.elu(nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5))(x))
         return nn.Dense(self.outputs, kernel_init=nn.initializers.orthogonal(self.last_gain))(x)
@@ -637,12 +605,12 @@ class AgentState(NamedTuple):
 
     parameters: dict  # actor: {network, log_std (actions,)}, critic: {network}
     adam: Any
-    learning_rate: jax.Array
+    learning_rate: Array
     obs_statistics: Statistics
     return_statistics: Statistics
     slots: Slot  # (N, ...)
-    key: jax.Array
-    iteration: jax.Array  # () finished so far
+    key: Array
+    iteration: Array  # () finished so far
 
 
 class Setup(NamedTuple):
@@ -658,31 +626,30 @@ class Setup(NamedTuple):
 
 def make_setup(env: Environment, args: Args, devices: list | None = None) -> Setup:
     mesh = Mesh(np.array(devices or jax.devices()[:1]), ("envs",))
-    nearest = max(1, round(args.num_envs / mesh.size)) * mesh.size
-    rule = f"num_envs = {args.num_envs:,} does not split over {mesh.size} devices; use {nearest:,}"
+    rule = f"num_envs = {args.num_envs:,} does not split over {mesh.size} devices; use a multiple of {mesh.size}"
     require(args.num_envs % mesh.size == 0, rule)
     actor, critic = MLP(args.actor_hidden, len(env.action_low), 0.01), MLP(args.critic_hidden, 1, 1.0)
     return Setup(env, actor, critic, args, mesh, -(-args.total_timesteps // (args.num_envs * args.num_steps)))
 
 
-def network_input(args: Args, statistics: Statistics, obs: jax.Array) -> jax.Array:
+def network_input(args: Args, statistics: Statistics, obs: Array) -> Array:
     """What both networks see of obs: (..., observation): normalised and clipped at 10 deviations, or obs itself."""
     return jnp.clip(statistics.normalize(obs), -10.0, 10.0) if args.normalize_observations else obs
 
 
-def policy_mean(setup: Setup, parameters: dict, statistics: Statistics, obs: jax.Array) -> jax.Array:
+def policy_mean(setup: Setup, parameters: dict, statistics: Statistics, obs: Array) -> Array:
     """obs: (B, observation) -> (B, actions), half ranges. Deterministic evaluation uses it as the action."""
     return setup.actor.apply(parameters["actor"]["network"], network_input(setup.args, statistics, obs))
 
 
-def values_of(setup: Setup, state: AgentState, obs: jax.Array) -> jax.Array:
+def values_of(setup: Setup, state: AgentState, obs: Array) -> Array:
     """V: (..., observation) -> (...), in scaled reward units."""
     seen = network_input(setup.args, state.obs_statistics, obs)
     value = setup.critic.apply(state.parameters["critic"]["network"], seen)
     return state.return_statistics.denormalize(value[..., 0])
 
 
-def initialise(setup: Setup, hyper: Hyperparameters, seed: jax.Array) -> AgentState:
+def initialise(setup: Setup, hyper: Hyperparameters, seed: Array) -> AgentState:
     """One agent before its first step."""
     args, env = setup.args, setup.env
     key, key_actor, key_critic, key_slots = jax.random.split(jax.random.PRNGKey(seed), 4)
@@ -705,29 +672,29 @@ def initialise(setup: Setup, hyper: Hyperparameters, seed: jax.Array) -> AgentSt
 class Batch(NamedTuple):
     """The B samples of one update. What the old policy and value function said about them is frozen here."""
 
-    obs: jax.Array  # (B, observation), normalised
-    action: jax.Array  # (B, actions), half ranges
-    mean: jax.Array  # (B, actions), old policy
-    log_prob: jax.Array  # (B,), old policy
-    value: jax.Array  # (B,), old value function, normalised
-    target: jax.Array  # (B,), return to regress on, normalised
-    advantage: jax.Array  # (B,)
-    weight: jax.Array  # (B,): 0 for a quarantined transition, otherwise such that the mean is 1
+    obs: Array  # (B, observation), normalised
+    action: Array  # (B, actions), half ranges
+    mean: Array  # (B, actions), old policy
+    log_prob: Array  # (B,), old policy
+    value: Array  # (B,), old value function, normalised
+    target: Array  # (B,), return to regress on, normalised
+    advantage: Array  # (B,)
+    weight: Array  # (B,): 0 for a quarantined transition, otherwise such that the mean is 1
 
 
-def gaussian_log_prob(action: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+def gaussian_log_prob(action: Array, mean: Array, log_std: Array) -> Array:
     """log density (B,) of diagonal Gaussians."""
     z = (action - mean) * jnp.exp(-log_std)
     return (-0.5 * jnp.square(z) - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
 
 
-def gaussian_kl(old_mean: jax.Array, old_log_std: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+def gaussian_kl(old_mean: Array, old_log_std: Array, mean: Array, log_std: Array) -> Array:
     """KL(old || new) (B,) of diagonal Gaussians, in closed form and without an epsilon."""
     squares = jnp.exp(2 * (old_log_std - log_std)) + jnp.square((old_mean - mean) * jnp.exp(-log_std))
     return (log_std - old_log_std + 0.5 * (squares - 1)).sum(-1)
 
 
-def advantages_gae(rollout: Transition, value, next_value, hyper: Hyperparameters) -> jax.Array:
+def advantages_gae(rollout: Transition, value, next_value, hyper: Hyperparameters) -> Array:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over (T, ...) arrays.
 
     next_value is V(final_obs): the value of the state that the step really led to, never of the state after an
@@ -748,15 +715,14 @@ def advantages_gae(rollout: Transition, value, next_value, hyper: Hyperparameter
     return advantage
 
 
-def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Transition]:
+def collect(setup: Setup, state: AgentState, key: Array) -> tuple[Slot, Transition]:
     """num_steps steps of every environment: the slots afterwards, and all transitions (T, N, ...)."""
     args, spec = setup.args, PartitionSpec("envs")
     step = jax.vmap(functools.partial(autoreset_step, setup.env))
-    step = jax.shard_map(
-        step, mesh=setup.mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )  # no robot talks to another device
+    # No robot talks to another device.
+    step = jax.shard_map(step, mesh=setup.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
-    def rollout_step(slots: Slot, key: jax.Array) -> tuple[Slot, Transition]:
+    def rollout_step(slots: Slot, key: Array) -> tuple[Slot, Transition]:
         key_noise, key_reset = jax.random.split(key)
         mean = policy_mean(setup, state.parameters, state.obs_statistics, slots.obs)
         noise = jax.random.normal(key_noise, mean.shape, mean.dtype)
@@ -767,7 +733,7 @@ def collect(setup: Setup, state: AgentState, key: jax.Array) -> tuple[Slot, Tran
 
 
 def make_batch(
-    setup: Setup, hyper: Hyperparameters, state: AgentState, rollout: Transition, key: jax.Array
+    setup: Setup, hyper: Hyperparameters, state: AgentState, rollout: Transition, key: Array
 ) -> tuple[Batch, Statistics]:
     """Values, advantages and targets, normalised and shuffled once: every epoch uses the same minibatches.
 
@@ -798,7 +764,7 @@ def make_batch(
     return jax.tree.map(lambda x: x[order], batch), statistics  # (minibatches, B, ...)
 
 
-def explained_variance(batch: Batch) -> jax.Array:
+def explained_variance(batch: Batch) -> Array:
     """(): 1 - Var[target - value] / Var[target], over the transitions that were not quarantined."""
     columns = jnp.stack([batch.target - batch.value, batch.target], -1)
     error, spread = Statistics.of(columns.reshape(-1, 2), batch.weight.ravel() > 0).variance
@@ -806,8 +772,8 @@ def explained_variance(batch: Batch) -> jax.Array:
 
 
 def ppo_loss(
-    setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batch, old_log_std: jax.Array
-) -> tuple[jax.Array, dict]:
+    setup: Setup, hyper: Hyperparameters, parameters: dict, batch: Batch, old_log_std: Array
+) -> tuple[Array, dict]:
     """Clipped surrogate (Schulman et al. 2017, eq. 7) + value error + bounds penalty - entropy, and their means.
 
     No value_coef: policy and value function share no weights, their gradients are clipped separately, and Adam ignores
@@ -831,9 +797,7 @@ def ppo_loss(
     return loss, terms
 
 
-def scheduled_learning_rate(
-    setup: Setup, hyper: Hyperparameters, state: AgentState, kl: jax.Array, moved: jax.Array
-) -> jax.Array:
+def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentState, kl: Array, moved: Array) -> Array:
     """Adaptive: 1.5 times less where the KL is over twice the desired one, 1.5 times more where it is under half of it.
 
     moved: () bool, false before the first gradient step of an iteration, when the KL is 0 and says nothing."""
@@ -850,7 +814,7 @@ def scheduled_learning_rate(
 
 
 def update_minibatch(
-    setup: Setup, hyper: Hyperparameters, old_log_std: jax.Array, state: AgentState, batch: Batch, moved: jax.Array
+    setup: Setup, hyper: Hyperparameters, old_log_std: Array, state: AgentState, batch: Batch, moved: Array
 ) -> tuple[AgentState, dict]:
     """One gradient step: clip both networks' gradients separately, Adam, floor of the deviation."""
     loss_and_gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)
@@ -870,7 +834,7 @@ def update(setup: Setup, hyper: Hyperparameters, state: AgentState, batch: Batch
     """All gradient steps on a batch (minibatches, B, ...); the loss terms of each."""
     args, old_log_std = setup.args, state.parameters["actor"]["log_std"]
 
-    def gradient_step(state: AgentState, step: jax.Array) -> tuple[AgentState, dict]:
+    def gradient_step(state: AgentState, step: Array) -> tuple[AgentState, dict]:
         minibatch = jax.tree.map(lambda x: x[step % args.num_minibatches], batch)
         return update_minibatch(setup, hyper, old_log_std, state, minibatch, moved=step > 0)
 
@@ -881,21 +845,15 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
     """Rollout, targets, update; also sums and means for the log."""
     args, (key, key_collect, key_batch) = setup.args, jax.random.split(state.key, 3)
 
-    # Rollout
     with jax.named_scope("rollout"):
         slots, rollout = collect(setup, state, key_collect)
-
-    # Targets: values and advantages, under the statistics of the rollout
     with jax.named_scope("targets"):
         batch, return_statistics = make_batch(setup, hyper, state, rollout, key_batch)
-        explained = explained_variance(batch)
     state = state._replace(slots=slots, return_statistics=return_statistics, key=key)
-
-    # Update. The observation statistics follow it, so that its ratios compare like with like.
     with jax.named_scope("update"):
         state, terms = update(setup, hyper, state, batch)
     obs_statistics = state.obs_statistics
-    if args.normalize_observations:
+    if args.normalize_observations:  # after the update, so that old and new policy see equal inputs
         rows = rollout.obs.reshape(-1, rollout.obs.shape[-1])
         obs_statistics = obs_statistics.merge(Statistics.of(rows, ~rollout.invalid.ravel()))
 
@@ -909,12 +867,12 @@ def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[Ag
         invalid=rollout.invalid.sum(),
         learning_rate=state.learning_rate,
         action_std=jnp.exp(state.parameters["actor"]["log_std"]).mean(),
-        explained_variance=explained,
+        explained_variance=explained_variance(batch),
     )
     return state._replace(obs_statistics=obs_statistics, iteration=state.iteration + 1), metrics
 
 
-def advance(setup: Setup, hyper: Hyperparameters, state: AgentState, iterations: jax.Array) -> tuple[AgentState, dict]:
+def advance(setup: Setup, hyper: Hyperparameters, state: AgentState, iterations: Array) -> tuple[AgentState, dict]:
     """Run `iterations` iterations without the host; the metrics are summed over them."""
 
     def body(_, carry):
@@ -928,7 +886,7 @@ def advance(setup: Setup, hyper: Hyperparameters, state: AgentState, iterations:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Devices, signals, checkpoint
+# Around a training: devices, signals, checkpoint, log
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -947,52 +905,22 @@ def configure(args: Args) -> list[jax.Device]:
     return devices
 
 
-def shardings(setup: Setup, state: AgentState) -> AgentState:
-    """Where each array lives: environments (agents, N, ...) are split over the devices, all else is on every device."""
-    split, whole = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(None, "envs"), PartitionSpec()))
-    everywhere = jax.tree.map(lambda _: whole, state)
-    return everywhere._replace(slots=jax.tree.map(lambda _: split, state.slots))
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """A list that receives Ctrl-C and SIGTERM, so that the run can save itself when the program returns to Python."""
-    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    usual = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, usual):
-            signal.signal(number, handler)
-
-
 def versions() -> dict[str, str]:
     names = "jax jaxlib flax optax mujoco mujoco-mjx gymnasium numpy".split()
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
-def write_file(path: Path, data: bytes):
-    """Write beside `path`, then rename: a failed write leaves the old file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def named_arrays(state: AgentState) -> dict[str, jax.Array]:
+def named_arrays(state: AgentState) -> dict[str, Array]:
     """Every array of the state, (agents, ...), by its path: parameters/actor/log_std."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(state)}
 
 
 def save_checkpoint(path: Path, args: Args, state: AgentState, counters: dict):
-    """One .npz: the arrays of the state by name, and a header in JSON."""
+    """One .npz: the arrays of the state by name, and a header in JSON. A failed write leaves the old file as it was."""
     header = dict(algorithm="ppo_mjx", env_id=args.env_id, args=dataclasses.asdict(args), versions=versions())
-    archive = io.BytesIO()
-    np.savez(archive, header=json.dumps(header | counters), **named_arrays(state))
-    write_file(path, archive.getvalue())
+    unfinished = path.with_name("unfinished.npz")
+    np.savez(unfinished, header=json.dumps(header | counters), **named_arrays(state))
+    unfinished.replace(path)
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1021,24 +949,13 @@ def check_resumable(checkpoint: dict, args: Args):
     require(done < args.total_timesteps, f"the checkpoint already has {done:,} steps; give a larger --total-timesteps")
 
 
-def load_state(checkpoint: dict, like: AgentState) -> AgentState:
-    """The arrays of a checkpoint, in the structure of `like`."""
-    return jax.tree.unflatten(jax.tree.structure(like), [checkpoint["arrays"][name] for name in named_arrays(like)])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Log
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def pick_run_dir(args: Args) -> Path:
     """The folder of this run. Only a resumed run may continue in a folder that has a run: its own."""
-    name = f"{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    resumed = Path(args.resume).parent if args.resume else None
-    run_dir = Path(args.run_dir) if args.run_dir else resumed or Path("runs", name)
-    own = resumed and resumed.resolve() == run_dir.resolve()
-    rule = f"run_dir = {run_dir} contains a run; choose another, or --resume its checkpoint.npz"
-    require(bool(own) or not (run_dir / "metrics.jsonl").exists(), rule)
+    resumed = args.resume and Path(args.resume).parent
+    new = f"runs/{args.env_id}__ppo_mjx__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or resumed or new)
+    if (run_dir / "metrics.jsonl").exists() and not (resumed and run_dir.samefile(resumed)):
+        raise InputError(f"run_dir = {run_dir} contains a run; choose another, or --resume its checkpoint.npz")
     return run_dir
 
 
@@ -1048,12 +965,12 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, first_step: int):
         config = dataclasses.asdict(args)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+        (run_dir / "config.json").write_text(json.dumps(config, indent=2))
         self.metrics = run_dir / "metrics.jsonl"
         if self.metrics.exists():  # drop what will be logged again, and the half line that a killed run may leave
-            lines = self.metrics.read_text().split("\n")[:-1]
-            kept = [f"{line}\n" for line in lines if json.loads(line)["env_steps"] <= first_step]
-            write_file(self.metrics, "".join(kept).encode())
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["env_steps"] <= first_step]
+            os.truncate(self.metrics, sum(map(len, kept)))
         if args.track:
             import wandb
 
@@ -1075,11 +992,6 @@ class RunLog:
     def close(self):
         self.bar.close()
         self.tensorboard.close()
-
-
-def crossed(every: int | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; False if `every` is None."""
-    return every is not None and after // every > before // every
 
 
 def metrics_record(sums: dict, iterations: int, counters: dict, steps_per_second: float) -> dict:
@@ -1138,7 +1050,7 @@ def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
     statistics = Statistics(**saved["obs_statistics"])
 
     @jax.jit
-    def policy(obs: jax.Array) -> jax.Array:
+    def policy(obs: Array) -> Array:
         return to_env(space.low, space.high, actor.apply(network, network_input(args, statistics, obs)))
 
     return lambda obs, started=None: np.array(policy(np.asarray(obs, np.float32)))
@@ -1169,7 +1081,7 @@ def evaluate(args: Args, checkpoint: dict) -> list[dict]:
         score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed) + EVALUATION_SEED)
         agents.append(dict(seed=int(seed), value=values[k // args.num_seeds], gymnasium=score))
         swept = f", {args.sweep} = {agents[-1]['value']:g}" if args.sweep else ""
-        shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**score) if score else "no score, because it diverged"
+        shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**score) if score else "no score: it diverged"
         tqdm.write(f"{args.env_id} in Gymnasium, seed {seed}{swept}: {shown}")
     return agents
 
@@ -1210,22 +1122,22 @@ def train(args: Args, env: Environment | None = None) -> dict:
     setup = make_setup(env or make_environment(make_task(args)), args, devices)
     hyper, seeds = hyperparameters(args)
     steps_per_iteration = args.num_envs * args.num_steps
-    print(
-        f"{args.env_id} on {setup.mesh.size} device(s), into {run_dir}: {len(seeds)} agent(s), "
-        f"{args.num_envs:,} environments x {args.num_steps} steps = {steps_per_iteration:,} samples, "
-        f"{setup.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches\n"
-        "compiling; this takes one to four minutes the first time",
-        flush=True,
-    )
+    print(f"{args.env_id} on {setup.mesh.size} device(s), into {run_dir}: {len(seeds)} agent(s), "
+          f"{args.num_envs:,} environments x {args.num_steps} steps = {steps_per_iteration:,} samples, "
+          f"{setup.iterations:,} times; {args.update_epochs} epochs x {args.num_minibatches} minibatches\n"
+          "compiling; this takes one to four minutes the first time", flush=True)  # fmt: skip
     log = RunLog(run_dir, args, counters["env_steps"])
 
     # Compile
     started = time.perf_counter()
     create = jax.vmap(functools.partial(initialise, setup))
     shapes = jax.eval_shape(create, hyper, seeds)
-    placement, whole = shardings(setup, shapes), NamedSharding(setup.mesh, PartitionSpec())
+    # The environments (agents, N, ...) are split over the devices; all else is on every device.
+    split, whole = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(None, "envs"), PartitionSpec()))
+    placement = jax.tree.map(lambda _: whole, shapes)._replace(slots=jax.tree.map(lambda _: split, shapes.slots))
     if checkpoint:
-        state = load_state(checkpoint, shapes)
+        arrays = [checkpoint["arrays"][name] for name in named_arrays(shapes)]
+        state = jax.tree.unflatten(jax.tree.structure(shapes), arrays)
         if args.learning_rate != checkpoint["args"]["learning_rate"]:  # a new rate replaces the adapted one
             state = state._replace(learning_rate=hyper.learning_rate)
         state = jax.device_put(state, placement)
@@ -1247,11 +1159,12 @@ def train(args: Args, env: Environment | None = None) -> dict:
     checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
     stretch = math.ceil(min(log_every, checkpoint_every, args.eval_every or log_every) / steps_per_iteration)
     agents = []
-    with noted_signals() as signals:
+    try:
         while done < setup.iterations:
             iterations = min(stretch, setup.iterations - done)
             started = time.perf_counter()
-            state, sums = jax.block_until_ready(run(hyper, state, np.int32(iterations)))  # host sync
+            state, sums = run(hyper, state, np.int32(iterations))
+            jax.block_until_ready(state)  # host sync
             seconds = time.perf_counter() - started
             before, after = done * steps_per_iteration, (done + iterations) * steps_per_iteration
             done += iterations
@@ -1259,24 +1172,26 @@ def train(args: Args, env: Environment | None = None) -> dict:
             record = metrics_record(sums, iterations, counters, len(seeds) * (after - before) / seconds)
             if None in (record[name] for name in ("policy_loss", "value_loss", "kl")):  # of every agent
                 raise FloatingPointError(f"training diverged by {after:,} steps: {record}")
-            stopped = bool(signals)
-            last = done == setup.iterations or stopped
-            evaluate_now = args.eval_every and not env and (last or crossed(args.eval_every, before, after))
-            if last or evaluate_now or crossed(checkpoint_every, before, after):
+            last, crossed = done == setup.iterations, lambda every: after // every > before // every
+            evaluate_now = args.eval_every and not env and (last or crossed(args.eval_every))
+            if last or evaluate_now or crossed(checkpoint_every):
                 save_checkpoint(path, args, state, counters)
-            if evaluate_now and not stopped:
+            if evaluate_now:
                 agents = evaluate(args, load_checkpoint(path))
                 scores = [agent["gymnasium"] and agent["gymnasium"]["mean"] for agent in agents]
                 known = [score for score in scores if score is not None]
                 record["gymnasium_return"] = float(np.mean(known)) if known else None
                 record |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
             log.write(record)
-            if stopped:
-                log.close()
-                raise KeyboardInterrupt(f"stopped after {after:,} steps; continue with --resume {path}")
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM; it comes when the program has returned to Python
+        counters["env_steps"] = int(state.iteration[0]) * steps_per_iteration
+        save_checkpoint(path, args, state, counters)
+        message = f"stopped after {counters['env_steps']:,} steps; continue with --resume {path}"
+        raise KeyboardInterrupt(message) from None
+    finally:
+        log.close()
 
     # Evaluate
-    log.close()
     plot_curve(run_dir, f"{args.env_id}, {len(seeds)} agent(s)")
     print(f"trained {counters['env_steps']:,} steps in {counters['train_seconds']:.1f} s, "
           f"compiled in {counters['compile_seconds']:.1f} s")  # fmt: skip
@@ -1286,7 +1201,7 @@ def train(args: Args, env: Environment | None = None) -> dict:
     median = scored[(len(scored) - 1) // 2] if scored else dict(seed=args.seed, gymnasium=None)
     result = dict(env_id=args.env_id, algorithm="ppo_mjx", **median, **counters, versions=versions())
     result |= dict(agents=agents) if len(agents) > 1 else {}
-    write_file(run_dir / "eval.json", json.dumps(result, indent=2).encode())
+    (run_dir / "eval.json").write_text(json.dumps(result, indent=2))
     return result
 
 
@@ -1306,6 +1221,7 @@ def play(args: Args) -> list[dict]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it raises KeyboardInterrupt
     try:
         args = parse_args(sys.argv[1:])
         if args.play:
