@@ -43,7 +43,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,14 +71,8 @@ from mujoco import mjx
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-
-def show_mujoco_warning(text: str):
-    """Print MuJoCo's warnings instead of writing MUJOCO_LOG.TXT. half_cheetah.xml always raises the skipped one."""
-    if "settotalmass" not in text:
-        print(f"MuJoCo: {text.strip()}", file=sys.stderr)
-
-
-mujoco.set_mju_user_warning(show_mujoco_warning)
+# MuJoCo would write its warnings to MUJOCO_LOG.TXT. half_cheetah.xml always raises the one that is skipped.
+mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
 
 
 class InputError(ValueError):
@@ -257,8 +251,7 @@ def swept(args: Args) -> list[Args]:
 def hyperparameters(args: Args) -> tuple[Hyperparameters, np.ndarray]:
     """The hyperparameters of all agents, (agents, ...) each, and their seeds: every swept value with every seed."""
     agents = [one for one in swept(args) for _ in range(args.num_seeds)]
-    dtype = jnp.zeros(()).dtype  # float32, or float64 under JAX_ENABLE_X64
-    fields = {name: np.array([getattr(one, name) for one in agents], dtype) for name in Hyperparameters._fields}
+    fields = {name: np.array([getattr(one, name) for one in agents], float) for name in Hyperparameters._fields}
     return Hyperparameters(**fields), np.tile(args.seed + np.arange(args.num_seeds), len(agents) // args.num_seeds)
 
 
@@ -939,10 +932,8 @@ def load_checkpoint(path: str) -> dict:
 
 def check_resumable(checkpoint: dict, args: Args):
     """Refuse flags that do not fit the run of a checkpoint."""
-    kept = (
-        "env_id env_kwargs num_envs num_steps num_seeds sweep sweep_values seed actor_hidden critic_hidden log_std_init"
-    )
-    for name in f"{kept} normalize_observations normalize_values".split():
+    kept = "env_id env_kwargs num_envs num_steps num_seeds sweep sweep_values seed actor_hidden critic_hidden"
+    for name in f"{kept} log_std_init normalize_observations normalize_values".split():
         old, new = checkpoint["args"][name], getattr(args, name)
         require(old == new, f"the checkpoint was trained with {name} = {old}, not {new}; omit that flag")
     done = checkpoint["env_steps"]
@@ -1080,9 +1071,9 @@ def evaluate(args: Args, checkpoint: dict) -> list[dict]:
     for k, seed in enumerate(hyperparameters(args)[1]):
         score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed) + EVALUATION_SEED)
         agents.append(dict(seed=int(seed), value=values[k // args.num_seeds], gymnasium=score))
-        swept = f", {args.sweep} = {agents[-1]['value']:g}" if args.sweep else ""
+        value = f", {args.sweep} {agents[-1]['value']:g}" if args.sweep else ""
         shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**score) if score else "no score: it diverged"
-        tqdm.write(f"{args.env_id} in Gymnasium, seed {seed}{swept}: {shown}")
+        tqdm.write(f"{args.env_id} in Gymnasium, seed {seed}{value}: {shown}")
     return agents
 
 
@@ -1154,25 +1145,24 @@ def train(args: Args, env: Environment | None = None) -> dict:
         print(f"profile: a trace of one iteration is in {run_dir / 'profile'}")
 
     # Train: the program runs until the host has something to do
-    done, path = counters["env_steps"] // steps_per_iteration, run_dir / "checkpoint.npz"
+    path, first = run_dir / "checkpoint.npz", counters["env_steps"] // steps_per_iteration
     log_every = args.log_every or max(1, args.total_timesteps // 200)
     checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
     stretch = math.ceil(min(log_every, checkpoint_every, args.eval_every or log_every) / steps_per_iteration)
     agents = []
     try:
-        while done < setup.iterations:
+        for done in range(first, setup.iterations, stretch):
             iterations = min(stretch, setup.iterations - done)
             started = time.perf_counter()
             state, sums = run(hyper, state, np.int32(iterations))
             jax.block_until_ready(state)  # host sync
             seconds = time.perf_counter() - started
             before, after = done * steps_per_iteration, (done + iterations) * steps_per_iteration
-            done += iterations
             counters |= dict(env_steps=after, train_seconds=counters["train_seconds"] + seconds)
             record = metrics_record(sums, iterations, counters, len(seeds) * (after - before) / seconds)
             if None in (record[name] for name in ("policy_loss", "value_loss", "kl")):  # of every agent
                 raise FloatingPointError(f"training diverged by {after:,} steps: {record}")
-            last, crossed = done == setup.iterations, lambda every: after // every > before // every
+            last, crossed = done + iterations == setup.iterations, lambda every: after // every > before // every
             evaluate_now = args.eval_every and not env and (last or crossed(args.eval_every))
             if last or evaluate_now or crossed(checkpoint_every):
                 save_checkpoint(path, args, state, counters)
