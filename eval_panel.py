@@ -499,7 +499,6 @@ class Mjx(Vecsim):
             solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
         )  # fmt: skip
         trainer.configure(settings)
-        trainer.pick_devices(settings)
         task = trainer.make_task(settings)
         self.limit = task.max_episode_steps
         self.begin = trainer.jax.jit(trainer.jax.vmap(functools.partial(trainer.state_at, task)))

@@ -33,7 +33,7 @@ def pytest_addoption(parser):
     parser.addoption("--figures", metavar="FILE", help="write the worst errors that the tests measured as JSON")
 
 
-SHARED = {"two_processes", "pendulum_run", "plain_runs", "on_fake_cuda"}  # fixtures that take long
+SHARED = {"two_processes", "plain_run", "plain_runs", "on_fake_cuda"}  # fixtures that take long
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
