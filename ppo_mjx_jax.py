@@ -131,7 +131,6 @@ class Args:
     play: str | None = None  # checkpoint to play deterministically instead of training; prints its scores
     capture_video: bool = False  # with --play: film one episode of the best agent, into the checkpoint's folder
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
-    profile: bool = False  # trace one iteration before training into RUN_DIR/profile, for TensorBoard or Perfetto
     compilation_cache: str = "~/.cache/onefile-gpu-rl/jax"  # folder that keeps compiled programs ("" keeps none)
 
     # many agents in one program
@@ -206,7 +205,7 @@ def parse_args(argv: list[str]) -> Args:
     path = given.resume or given.play
     default = task_defaults(given.env_id)
     if path:
-        of_one_command = dict(run_dir=None, resume=None, play=None, capture_video=False, profile=False)
+        of_one_command = dict(run_dir=None, resume=None, play=None, capture_video=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
     args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
@@ -1138,11 +1137,6 @@ def train(args: Args, env: Environment | None = None) -> dict:
     run = jax.jit(run, in_shardings=(whole, placement, whole), out_shardings=(placement, whole))
     run = run.lower(hyper, state, np.int32(1)).compile()
     counters["compile_seconds"] += time.perf_counter() - started
-    if args.profile:  # the results are thrown away, so the training is as without it
-        jax.block_until_ready(run(hyper, state, np.int32(1)))  # warm-up
-        with jax.profiler.trace(run_dir / "profile"):
-            jax.block_until_ready(run(hyper, state, np.int32(1)))  # host sync
-        print(f"profile: a trace of one iteration is in {run_dir / 'profile'}")
 
     # Train: the program runs until the host has something to do
     path, first = run_dir / "checkpoint.npz", counters["env_steps"] // steps_per_iteration
