@@ -308,8 +308,6 @@ def align_capsules(task: Task, data: mjx.Data) -> mjx.Data:
     axis, hence another pyramid and another friction force. (MJX keeps contacts and cfrc_ext only in `_impl`.)
     """
     contact = data._impl.contact  # frame: (contacts, 3, 3), rows normal and two tangents
-    if contact.frame.shape[0] == 0:
-        return data
     geom_type = jnp.asarray(task.mj_model.geom_type)
     plane, capsule = int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_CAPSULE)
     is_pair = (geom_type[contact.geom[:, 0]] == plane) & (geom_type[contact.geom[:, 1]] == capsule)
@@ -575,7 +573,7 @@ class Statistics(NamedTuple):
         return x * self.deviation() + self.mean
 
 
-ADAM = optax.scale_by_adam()  # Adam's direction; `update_minibatch` multiplies it by the agent's learning rate
+ADAM = optax.scale_by_adam()  # Adam's direction; `update` multiplies it by the agent's learning rate
 
 
 class MLP(nn.Module):
@@ -805,30 +803,25 @@ def scheduled_learning_rate(setup: Setup, hyper: Hyperparameters, state: AgentSt
     return jnp.where(moved, adapted, state.learning_rate)
 
 
-def update_minibatch(
-    setup: Setup, hyper: Hyperparameters, old_log_std: Array, state: AgentState, batch: Batch, moved: Array
-) -> tuple[AgentState, dict]:
-    """One gradient step: clip both networks' gradients separately, Adam, floor of the deviation."""
-    loss_and_gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)
-    (_, terms), gradients = loss_and_gradients(setup, hyper, state.parameters, batch, old_log_std)
-    for name, gradient in gradients.items():
-        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
-        scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
-        gradients[name] = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
-    direction, adam_state = ADAM.update(gradients, state.adam)
-    learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"], moved)
-    parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
-    parameters["actor"]["log_std"] = jnp.maximum(parameters["actor"]["log_std"], hyper.log_std_min)
-    return state._replace(parameters=parameters, adam=adam_state, learning_rate=learning_rate), terms
-
-
 def update(setup: Setup, hyper: Hyperparameters, state: AgentState, batch: Batch) -> tuple[AgentState, dict]:
-    """All gradient steps on a batch (minibatches, B, ...); the loss terms of each."""
+    """All gradient steps on a batch (minibatches, B, ...); the loss terms of each.
+
+    A step clips both networks' gradients separately, and keeps the deviation of the policy above its floor."""
     args, old_log_std = setup.args, state.parameters["actor"]["log_std"]
+    loss_and_gradients = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)
 
     def gradient_step(state: AgentState, step: Array) -> tuple[AgentState, dict]:
         minibatch = jax.tree.map(lambda x: x[step % args.num_minibatches], batch)
-        return update_minibatch(setup, hyper, old_log_std, state, minibatch, moved=step > 0)
+        (_, terms), gradients = loss_and_gradients(setup, hyper, state.parameters, minibatch, old_log_std)
+        for name, gradient in gradients.items():
+            norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
+            scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))
+            gradients[name] = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
+        direction, adam_state = ADAM.update(gradients, state.adam)
+        learning_rate = scheduled_learning_rate(setup, hyper, state, terms["kl"], moved=step > 0)
+        parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
+        parameters["actor"]["log_std"] = jnp.maximum(parameters["actor"]["log_std"], hyper.log_std_min)
+        return state._replace(parameters=parameters, adam=adam_state, learning_rate=learning_rate), terms
 
     return jax.lax.scan(gradient_step, state, jnp.arange(args.update_epochs * args.num_minibatches))
 
@@ -921,12 +914,11 @@ def load_checkpoint(path: str) -> dict:
         with np.load(path) as file:
             arrays = dict(file)  # this compares the checksums
         checkpoint = json.loads(str(arrays.pop("header"))) | dict(arrays=arrays)
-        saved = {name: tuple(x) if isinstance(x, list) else x for name, x in checkpoint["args"].items()}
+        args = {name: tuple(x) if isinstance(x, list) else x for name, x in checkpoint["args"].items()}
+        Args(**args)  # TypeError for a flag of another version
     except Exception as error:  # NumPy raises many types
         raise InputError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
-    known = {field.name for field in dataclasses.fields(Args)}
-    require(saved.keys() <= known, f"checkpoint {path} was not written by this version of the script")
-    return checkpoint | dict(args=saved)
+    return checkpoint | dict(args=args)
 
 
 def check_resumable(checkpoint: dict, args: Args):
@@ -1004,17 +996,12 @@ def metrics_record(sums: dict, iterations: int, counters: dict, steps_per_second
 
 
 def plot_curve(run_dir: Path, title: str):
-    """curve.png from metrics.jsonl: training returns over environment steps; median and range of many agents."""
+    """curve.png from metrics.jsonl: training returns over environment steps, a line for each agent."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["episode_return"] is not None]
     returns = [row.get("agent_episode_return", [row["episode_return"]]) for row in rows]
-    returns = np.array(returns, dtype=float)  # None becomes NaN
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    if rows:
-        steps = [row["env_steps"] for row in rows]
-        axes.plot(steps, np.nanmedian(returns, axis=1))
-        axes.fill_between(steps, np.nanmin(returns, axis=1), np.nanmax(returns, axis=1), alpha=0.2)
+    axes.plot([row["env_steps"] for row in rows], np.array(returns, dtype=float))  # None becomes NaN
     axes.set(title=title, xlabel="environment steps", ylabel="episode return while training")
     axes.grid(alpha=0.3)
     figure.savefig(run_dir / "curve.png", dpi=120)
@@ -1162,10 +1149,8 @@ def train(args: Args, env: Environment | None = None) -> dict:
                 save_checkpoint(path, args, state, counters)
             if evaluate_now:
                 agents = evaluate(args, load_checkpoint(path))
-                scores = [agent["gymnasium"] and agent["gymnasium"]["mean"] for agent in agents]
-                known = [score for score in scores if score is not None]
-                record["gymnasium_return"] = float(np.mean(known)) if known else None
-                record |= {"agent_gymnasium_return": scores} if len(scores) > 1 else {}
+                means = [agent["gymnasium"]["mean"] for agent in agents if agent["gymnasium"]]
+                record["gymnasium_return"] = float(np.mean(means)) if means else None
             log.write(record)
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM; it comes when the program has returned to Python
         counters["env_steps"] = int(state.iteration[0]) * steps_per_iteration
@@ -1208,10 +1193,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it raises KeyboardInterrupt
     try:
         args = parse_args(sys.argv[1:])
-        if args.play:
-            play(args)
-        else:
-            train(args)
+        command = play if args.play else train
+        command(args)
     except (InputError, OSError) as error:  # a user's mistake, or a full disk
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
