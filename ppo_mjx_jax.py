@@ -30,15 +30,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
 import io
 import json
-import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -105,17 +102,13 @@ TASKS = {  # flags of a task that differ from the defaults
 }  # fmt: skip
 # The flags that enter the program as data, one value per agent. --sweep maps over one of them.
 Hyperparameters = collections.namedtuple(
-    "Hyperparameters",
-    "learning_rate learning_rate_max desired_kl gamma gae_lambda clip_coef entropy_coef bounds_coef max_grad_norm "
-    "log_std_init log_std_min reward_scale",
-)
+    "Hyperparameters", "learning_rate learning_rate_max desired_kl gamma gae_lambda clip_coef entropy_coef bounds_coef "
+    "max_grad_norm log_std_init log_std_min reward_scale")  # fmt: skip
 
 
 @dataclasses.dataclass
 class Args:
-    """Flags of a run. All numbers of steps are environment steps of one agent, summed over its environments.
-
-    A row in TASKS changes some of these defaults."""
+    """Flags of a run. All numbers of steps are environment steps of one agent, summed over its environments."""
 
     env_id: Literal[tuple(TASKS)] = "InvertedPendulum-v5"  # task; it sets the other defaults
     num_envs: int = 1024  # environments of each agent that are stepped in parallel, over all devices (>= 1)
@@ -196,8 +189,7 @@ def parse_args(argv: list[str]) -> Args:
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            printable = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())
-            raise InputError(" ".join(printable.split())) from None
+            raise InputError(re.sub(r"[^\x21-\x7e]+", " ", complaint.getvalue()).strip()) from None
 
     given = parse([word for word in argv if word not in ("-h", "--help")], Args())
     require(not (given.resume and given.play), "--resume continues a run and --play plays one: give one of them")
@@ -282,7 +274,7 @@ def make_task(args: Args) -> Task:
     options = {p.name: p.default for p in signature if p.default is not p.empty} | args.env_kwargs
     for name in UNSUPPORTED:
         require(not options.get(name), f"env_kwargs: this script has no {name}; use --env-kwargs {name} False")
-    model = copy.copy(env.unwrapped.model)
+    model = env.unwrapped.model
     model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
     model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid's MJCF asks for PGS, which MJX does not have
     model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
@@ -829,7 +821,6 @@ def update(setup: Setup, hyper: Hyperparameters, state: AgentState, batch: Batch
 def iterate(setup: Setup, hyper: Hyperparameters, state: AgentState) -> tuple[AgentState, dict]:
     """Rollout, targets, update; also sums and means for the log."""
     args, (key, key_collect, key_batch) = setup.args, jax.random.split(state.key, 3)
-
     with jax.named_scope("rollout"):
         slots, rollout = collect(setup, state, key_collect)
     with jax.named_scope("targets"):
@@ -892,7 +883,7 @@ def configure(args: Args) -> list[jax.Device]:
 
 def versions() -> dict[str, str]:
     names = "jax jaxlib flax optax mujoco mujoco-mjx gymnasium numpy".split()
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in names}
 
 
 def named_arrays(state: AgentState) -> dict[str, Array]:
@@ -1011,8 +1002,6 @@ def plot_curve(run_dir: Path, title: str):
 # Policy and evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
-EVALUATION_SEED = 1_000_000  # added to an agent's seed, so that evaluation starts in states that training has not drawn
-
 
 def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
     """act(obs, started) -> action, deterministic, NumPy in and out. `started` is ignored: the policy has no memory.
@@ -1055,7 +1044,7 @@ def evaluate(args: Args, checkpoint: dict) -> list[dict]:
     """Score every agent and print its score. checkpoint: a dict with args and arrays."""
     agents, values = [], args.sweep_values or (None,)
     for k, seed in enumerate(hyperparameters(args)[1]):
-        score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed) + EVALUATION_SEED)
+        score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed))
         agents.append(dict(seed=int(seed), value=values[k // args.num_seeds], gymnasium=score))
         value = f", {args.sweep} {agents[-1]['value']:g}" if args.sweep else ""
         shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**score) if score else "no score: it diverged"
@@ -1129,7 +1118,7 @@ def train(args: Args, env: Environment | None = None) -> dict:
     path, first = run_dir / "checkpoint.npz", counters["env_steps"] // steps_per_iteration
     log_every = args.log_every or max(1, args.total_timesteps // 200)
     checkpoint_every = args.checkpoint_every or max(1, args.total_timesteps // 10)
-    stretch = math.ceil(min(log_every, checkpoint_every, args.eval_every or log_every) / steps_per_iteration)
+    stretch = -(-min(log_every, checkpoint_every, args.eval_every or log_every) // steps_per_iteration)
     agents = []
     try:
         for done in range(first, setup.iterations, stretch):
