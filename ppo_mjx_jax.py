@@ -177,9 +177,7 @@ def task_defaults(env_id: str) -> Args:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Read the flags. Omitted ones are those of the task, or of the checkpoint with --resume and --play.
-
-    InputError with the parser's message on one line."""
+    """Read the flags. Omitted ones are those of the task, or of the checkpoint with --resume and --play."""
 
     def parse(words: list[str], default: Args) -> Args:
         complaint = io.StringIO()
@@ -1004,10 +1002,9 @@ def plot_curve(run_dir: Path, title: str):
 
 
 def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
-    """act(obs, started) -> action, deterministic, NumPy in and out. `started` is ignored: the policy has no memory.
+    """act(obs (N, observation), started) -> action (N, actions) of a checkpoint's agent, in the units of Gymnasium.
 
-    checkpoint: a dict with args and arrays; agent: which of its agents, from 0; obs: (N, observation); action:
-    (N, actions), in the units of Gymnasium's action space."""
+    It is deterministic, with NumPy in and out. `started` is ignored: the policy has no memory."""
     args, agents = Args(**checkpoint["args"]), len(checkpoint["arrays"]["learning_rate"])
     require(agent < agents, f"agent = {agent}: the checkpoint holds {agents}, numbered from 0")
     saved = unflatten_dict({name: x[agent] for name, x in checkpoint["arrays"].items()}, sep="/")
@@ -1023,8 +1020,7 @@ def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
 
 
 def score_in_gymnasium(args: Args, act: Callable, seed: int) -> dict | None:
-    """Returns of the first episode of each of eval_episodes environments, which Gymnasium simulates in MuJoCo C with
-    the MJCF's own integrator and solver; None for an agent that diverged."""
+    """Statistics of eval_episodes episodes, the first of each environment; None for a policy that diverged."""
     envs = gymnasium.make_vec(args.env_id, args.eval_episodes, **args.env_kwargs)
     obs, _ = envs.reset(seed=seed)
     returns, lengths, running = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int), np.ones(envs.num_envs, bool)
@@ -1041,7 +1037,7 @@ def score_in_gymnasium(args: Args, act: Callable, seed: int) -> dict | None:
 
 
 def evaluate(args: Args, checkpoint: dict) -> list[dict]:
-    """Score every agent and print its score. checkpoint: a dict with args and arrays."""
+    """Score every agent of a checkpoint and print its score."""
     agents, values = [], args.sweep_values or (None,)
     for k, seed in enumerate(hyperparameters(args)[1]):
         score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed))

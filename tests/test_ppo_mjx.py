@@ -252,26 +252,15 @@ def test_final_obs_is_the_state_before_the_reset_and_resets_differ():
     assert (slots.obs[:, 0] != second.obs[:, 0]).mean() > 0.3 and not np.asarray(slots.obs[:, 1:]).any()
 
 
-def dot_precisions(jaxpr):
-    """The precision of every matrix product in a jaxpr, including its loops and calls."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            found.append(equation.params["precision"])
-        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-        found += [precision for x in inner if hasattr(x, "eqns") for precision in dot_precisions(x)]
-    return found
-
-
 def test_the_matrix_products_of_the_physics_are_true_float32():
-    """A GPU would otherwise take TF32. Looked up in the traced step: nothing is compiled."""
+    """A GPU would otherwise take TF32. Nothing is compiled."""
     args = ppo.task_defaults("Ant-v5")
     ppo.configure(dataclasses.replace(args, compilation_cache=CACHE))
     env = ppo.make_environment(ppo.make_task(args))
     state, _ = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    precisions = dot_precisions(jax.make_jaxpr(env.step)(state, jnp.zeros(len(env.action_low))).jaxpr)
-    highest = jax.lax.Precision.HIGHEST
-    assert len(precisions) > 3 and set(precisions) == {(highest, highest)}
+    text = jax.jit(env.step).lower(state, jnp.zeros(len(env.action_low))).as_text()
+    products = re.findall("dot_general .*", text)
+    assert len(products) > 3 and all("precision = [HIGHEST, HIGHEST]" in product for product in products)
 
 
 # Whole runs, on a probe
@@ -287,16 +276,10 @@ def run(run_dir, **changes):
     return final_state(run_dir)
 
 
-def assert_equal(found, expected):
+def assert_same(found, expected, tolerance=0.0):
     assert found.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-
-
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +297,7 @@ def test_a_sweep_trains_every_seed_with_every_value_and_a_diverged_agent_does_no
     together = run(tmp_path / "together", **swept)
     alone = final_state(plain_run), run(tmp_path / "alone", seed=2)
     for k in (0, 1):
-        assert_close({name: x[[k]] for name, x in together.items()}, alone[k])
+        assert_same({name: x[[k]] for name, x in together.items()}, alone[k], tolerance=1e-3)
     kernels = [x for name, x in together.items() if name.startswith("parameters") and "kernel" in name]
     assert all((x[0] != x[1]).any() and not np.isfinite(x[2:]).all() for x in kernels)
     lines = (tmp_path / "together" / "metrics.jsonl").read_text()
@@ -357,7 +340,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_resumes_bit_for_bi
     assert "error: [Errno 28] No space left on device\n" in capsys.readouterr().err
     assert ppo.load_checkpoint(path)["env_steps"] == 256
     assert main_on_probe(monkeypatch, "--resume", path) == 0
-    assert_equal(final_state(tmp_path), final_state(plain_run))
+    assert_same(final_state(tmp_path), final_state(plain_run))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["env_steps"] for row in rows] == [128, 256, 384, 512]
 
@@ -377,7 +360,7 @@ def test_a_stopped_run_saves_its_state_and_goes_on_bit_for_bit(plain_run, tmp_pa
     assert f"stopped after 384 steps; continue with --resume {path}" in capsys.readouterr().out
     assert ppo.load_checkpoint(path)["env_steps"] == 384
     assert main_on_probe(monkeypatch, "--resume", path) == 0
-    assert_equal(final_state(tmp_path), final_state(plain_run))
+    assert_same(final_state(tmp_path), final_state(plain_run))
 
 
 @pytest.mark.slow
@@ -388,27 +371,6 @@ def test_a_checkpoint_gives_the_flags_and_refuses_those_that_do_not_fit(plain_ru
     for change in ("--num-steps 4", "--seed 2", "--actor-hidden 8", "--total-timesteps 512"):
         with pytest.raises(ppo.InputError, match="omit that flag|give a larger --total-timesteps"):
             ppo.train(ppo.parse_args(["--resume", path, *change.split()]))
-
-
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    """Either the file is refused, or everything that is read from it is as it was saved."""
-    learner = Learner(probe("action"))
-    whole, path, rng, refused = tmp_path / "whole.npz", tmp_path / "flipped.npz", np.random.default_rng(0), 0
-    counters = dict(env_steps=128, train_seconds=1.0, compile_seconds=1.0)
-    ppo.save_checkpoint(whole, learner.args, learner.state, counters)
-    content, expected = whole.read_bytes(), ppo.load_checkpoint(str(whole))
-    for place in rng.choice(len(content), 150, replace=False):
-        flipped = bytearray(content)
-        flipped[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(flipped)
-        try:
-            found = ppo.load_checkpoint(str(path))
-        except ppo.InputError:
-            refused += 1
-            continue
-        assert_equal(found["arrays"], expected["arrays"])
-        assert found["args"] == expected["args"] and found["env_steps"] == 128
-    assert refused > 75
 
 
 ON_PROBE = """
@@ -433,7 +395,7 @@ def command(program, *arguments, xla_flags):
 @pytest.mark.slow
 def test_two_devices_share_the_environments(plain_run, tmp_path):
     command(["-c", ON_PROBE], *TINY_RUN, "--run-dir", tmp_path, xla_flags=FAST_COMPILE)
-    assert_close(final_state(tmp_path), final_state(plain_run))
+    assert_same(final_state(tmp_path), final_state(plain_run), tolerance=1e-3)
 
 
 @pytest.mark.slow
@@ -509,12 +471,16 @@ def test_a_video_is_a_film_of_one_episode(tmp_path):
 # Command line
 
 
-@pytest.mark.parametrize("damage", ["nothing", "one array", "no flags", "a list"])
+@pytest.mark.parametrize("damage", ["nothing", "one array", "no flags", "a list", "another byte"])
 def test_a_damaged_checkpoint_is_one_line(damage, tmp_path, monkeypatch, capsys):
     path = tmp_path / "checkpoint.npz"
     with open(path, "wb") as file:
         if damage == "one array":
             np.save(file, np.zeros(3))
+        elif damage == "another byte":
+            np.savez(file, header=json.dumps(dict(args={})), weights=np.full(1000, 1.0))
+            file.seek(4000)
+            file.write(b"!")
         elif damage != "nothing":
             np.savez(file, header=json.dumps([] if damage == "a list" else {"env_steps": 1}))
     monkeypatch.setattr(sys, "argv", ["ppo_mjx_jax.py", "--play", str(path)])
