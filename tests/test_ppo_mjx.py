@@ -20,7 +20,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -38,15 +37,9 @@ SMALL = dict(
 )
 
 
-class Learner:
-    """One agent before its first step, with what its functions need."""
-
-    def __init__(self, env, **changes):
-        self.args = ppo.Args(**SMALL | changes)
-        ppo.check_flags(self.args)
-        self.setup = ppo.make_setup(env, self.args)
-        self.hyper = ppo.Hyperparameters(*(jnp.asarray(x[0]) for x in ppo.hyperparameters(self.args)[0]))
-        self.state = jax.jit(functools.partial(ppo.initialise, self.setup))(self.hyper, 1)
+def hyper_of(args):
+    """The hyperparameters of one agent."""
+    return ppo.Hyperparameters(*(jnp.asarray(x[0]) for x in ppo.hyperparameters(args)[0]))
 
 
 # Hand-computed cases
@@ -58,8 +51,7 @@ def test_advantages(case):
     ends = (jnp.array(flags, bool) for flags in (terminated, truncated, invalid))
     reward, *values = (jnp.array(x) for x in (gae_cases.REWARDS, gae_cases.VALUES, next_values))
     rollout = ppo.Transition(*[None] * 4, reward, *ends, *[None] * 3)
-    discounts = dict(gamma=gae_cases.GAMMA, gae_lambda=gae_cases.GAE_LAMBDA, reward_scale=1.0)
-    hyper = ppo.Hyperparameters(*ppo.hyperparameters(ppo.Args(**SMALL))[0])._replace(**discounts)
+    hyper = hyper_of(ppo.Args(gamma=gae_cases.GAMMA, gae_lambda=gae_cases.GAE_LAMBDA))
     advantage = ppo.advantages_gae(rollout, *values, hyper)
     np.testing.assert_allclose(advantage, expected, rtol=1e-6)
 
@@ -108,11 +100,10 @@ def test_explained_variance_leaves_quarantined_transitions_out():
 def test_schedules_half_way(schedule, kl, moved, rate):
     """The fourth iteration of eight, so desired_kl is 0.015."""
     options = dict(desired_kl=(0.01, 0.02), learning_rate_schedule=schedule, total_timesteps=1024)
-    learner = Learner(probe("constant"), **options)
-    assert learner.setup.iterations == 8
-    state = learner.state._replace(iteration=jnp.array(4))
-    found = ppo.scheduled_learning_rate(learner.setup, learner.hyper, state, jnp.array(kl), jnp.array(moved))
-    assert np.isclose(float(found), rate)
+    args = ppo.Args(**SMALL | options)
+    state = ppo.AgentState(*[None] * 8)._replace(iteration=4, learning_rate=1e-3)
+    found = ppo.scheduled_learning_rate(ppo.make_setup(probe("constant"), args), hyper_of(args), state, kl, moved)
+    assert np.isclose(found, rate)
 
 
 @pytest.mark.parametrize("normalized, expected", [(True, [10.0, -3.0, 0.0]), (False, [50.0, -3.0, 0.0])])
@@ -164,27 +155,19 @@ def probe(kind):
     return ppo.Environment(reset, step, 3, np.array([-2.0]), np.array([2.0]), max_episode_steps=5)
 
 
-class Trained(NamedTuple):
-    """What the agents of all probes learned, by probe."""
-
-    values: np.ndarray  # where x is -1 and 1
-    action: np.ndarray  # the same
-    sums: dict  # of the log
-
-
 @pytest.fixture(scope="module")
 def trained():
-    """trained(name, iterations): one program trains an agent on each probe."""
+    """trained(name, iterations): V where x is -1 and 1, the actions there, the log; one program trains all probes."""
     sizes = dict(num_envs=64, num_steps=16, update_epochs=4, num_minibatches=2, log_std_init=-0.7, gamma=0.8)
     args = ppo.Args(**SMALL | sizes | dict(learning_rate=3e-3, desired_kl=(0.02, 0.02)))
-    hyper = ppo.Hyperparameters(*(x[0] for x in ppo.hyperparameters(args)[0]))
+    hyper = hyper_of(args)
 
     def train(number, iterations):
         setup = ppo.make_setup(probe(number), args)
         state, sums = ppo.advance(setup, hyper, ppo.initialise(setup, hyper, 1), iterations)
         obs = jnp.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
         action = 2.0 * ppo.policy_mean(setup, state.parameters, state.obs_statistics, obs)[:, 0]
-        return Trained(ppo.values_of(setup, state, obs), action, sums)
+        return ppo.values_of(setup, state, obs), action, sums
 
     program = jax.jit(jax.vmap(train, in_axes=(0, None)))
     program = functools.cache(functools.partial(program, np.arange(len(PROBES))))
@@ -193,12 +176,12 @@ def trained():
 
 @pytest.mark.parametrize("name, values", [("constant", [1, 1]), ("value", [-1, 1]), ("truncation", [5, 5])])
 def test_the_value_function_learns(name, values, trained):
-    np.testing.assert_allclose(trained(name, 250).values, values, rtol=0.06, atol=0.06)
+    np.testing.assert_allclose(trained(name, 250)[0], values, rtol=0.06, atol=0.06)
 
 
 @pytest.mark.parametrize("name", ["action", "delayed"])
 def test_the_policy_learns(name, trained):
-    np.testing.assert_allclose(trained(name, 250).action, [-0.5, 0.5], atol=0.12)
+    np.testing.assert_allclose(trained(name, 250)[1], [-0.5, 0.5], atol=0.12)
 
 
 def test_a_nan_is_quarantined_and_never_learned_from(trained):
@@ -209,15 +192,16 @@ def test_a_nan_is_quarantined_and_never_learned_from(trained):
 
 def test_episodes_that_began_at_a_random_age_are_left_out_of_the_log(trained):
     """The truncation probe pays 1 for each of its 5 steps: whole episodes return 5, shortened ones less."""
-    sums = trained("truncation", 2).sums
+    _, _, sums = trained("truncation", 2)
     assert sums["episode_return"] == 5 * sums["episodes"] == sums["episode_length"]
     assert sums["success"] == sums["episodes"] and 64 * 4 < sums["episodes"] < 64 * 32 / 5
 
 
 def test_a_quarantined_step_changes_neither_loss_nor_gradient_nor_statistics():
     """Whatever its observation, action and reward are. The only gradient step leaves the adaptive learning rate."""
-    learner = Learner(probe("action"), update_epochs=1, num_minibatches=1)
-    args, setup, hyper, state = learner.args, learner.setup, learner.hyper, learner.state
+    args = ppo.Args(**SMALL, update_epochs=1, num_minibatches=1)
+    setup, hyper = ppo.make_setup(probe("action"), args), hyper_of(args)
+    state = jax.jit(functools.partial(ppo.initialise, setup))(hyper, 1)
     rng, shape = np.random.default_rng(0), (args.num_steps, args.num_envs)
     draw = lambda *k: jnp.asarray(rng.normal(size=(*shape, *k)), jnp.float32)  # noqa: E731
     invalid, never = jnp.asarray(rng.random(shape) < 0.3), jnp.zeros(shape, bool)
