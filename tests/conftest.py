@@ -9,14 +9,17 @@ import json
 import os
 import shlex
 import signal
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+xla_flags = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"  # tests compile more than they run
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + xla_flags
 os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs"))
 
 
 @pytest.fixture(autouse=True)

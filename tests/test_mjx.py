@@ -3,29 +3,19 @@
 One state sequence per task drives everything: random actions in Gymnasium's own environment, contacts included.
 """
 
-import os
-import tempfile
-
-CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-# The tests compile more than they compute.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
-
 import copy
 import dataclasses
 import functools
 
 import gymnasium
+import jax
+import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
+from mujoco import mjx
 
-jax = pytest.importorskip("jax")
-pytest.importorskip("mujoco.mjx")
-import jax.numpy as jnp  # noqa: E402
-import mujoco  # noqa: E402
-from mujoco import mjx  # noqa: E402
-
-import ppo_mjx_jax as ppo  # noqa: E402
+import ppo_mjx_jax as ppo
 
 
 @pytest.fixture(autouse=True)

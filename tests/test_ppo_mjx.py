@@ -1,18 +1,11 @@
 """The learner of ppo_mjx_jax.py: hand-computed cases, probe environments, many agents, resume, command line."""
 
-import os
-import tempfile
-
-CACHE = os.path.join(tempfile.gettempdir(), "onefile-gpu-rl-test-programs")
-FAST_COMPILE = "--xla_backend_optimization_level=0"  # the tests compile more than they compute
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
-
 import ast
 import dataclasses
 import errno
 import functools
 import json
+import os
 import re
 import shlex
 import signal
@@ -21,20 +14,16 @@ import sys
 import types
 from pathlib import Path
 
+import gae_cases
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
-pytest.importorskip("mujoco.mjx")
-import gae_cases  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-import ppo_mjx_jax as ppo  # noqa: E402
+import ppo_mjx_jax as ppo
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(
-    num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache=CACHE
-)
+SMALL = dict(num_envs=16, num_steps=8, actor_hidden=(16,), critic_hidden=(16,), eval_episodes=0, compilation_cache="")
 
 
 def hyper_of(args):
@@ -239,7 +228,7 @@ def test_final_obs_is_the_state_before_the_reset_and_resets_differ():
 def test_the_matrix_products_of_the_physics_are_true_float32():
     """A GPU would otherwise take TF32. Nothing is compiled."""
     args = ppo.task_defaults("Ant-v5")
-    ppo.configure(dataclasses.replace(args, compilation_cache=CACHE))
+    ppo.configure(dataclasses.replace(args, compilation_cache=""))
     env = ppo.make_environment(ppo.make_task(args))
     state, _ = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
     text = jax.jit(env.step).lower(state, jnp.zeros(len(env.action_low))).as_text()
@@ -291,7 +280,7 @@ def test_a_sweep_trains_every_seed_with_every_value_and_a_diverged_agent_does_no
 
 
 TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
-TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", CACHE]
+TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", ""]
 
 
 def main_on_probe(monkeypatch, *words, **patches):
@@ -367,7 +356,7 @@ sys.exit(ppo.main())
 """
 
 
-def command(program, *arguments, xla_flags):
+def command(program, *arguments, xla_flags=""):
     """Run Python in a process that sees two devices."""
     xla_flags += " --xla_force_host_platform_device_count=2"
     environment = os.environ | dict(XLA_FLAGS=xla_flags, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
@@ -378,14 +367,14 @@ def command(program, *arguments, xla_flags):
 
 @pytest.mark.slow
 def test_two_devices_share_the_environments(plain_run, tmp_path):
-    command(["-c", ON_PROBE], *TINY_RUN, "--run-dir", tmp_path, xla_flags=FAST_COMPILE)
+    command(["-c", ON_PROBE], *TINY_RUN, "--run-dir", tmp_path, xla_flags=os.environ["XLA_FLAGS"])
     assert_same(final_state(tmp_path), final_state(plain_run), tolerance=1e-3)
 
 
 @pytest.mark.slow
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path, capsys):
     """The first command of the header, end to end, on two devices. Then its checkpoint is played."""
-    command([ROOT / "ppo_mjx_jax.py"], "--run-dir", tmp_path, "--compilation-cache", CACHE, xla_flags="")
+    command([ROOT / "ppo_mjx_jax.py"], "--run-dir", tmp_path, "--compilation-cache", "")
     result = json.loads((tmp_path / "eval.json").read_text())
     names = "env_id algorithm seed env_steps train_seconds compile_seconds versions".split()
     assert set(names) <= result.keys()
