@@ -4,7 +4,6 @@ One state sequence per task drives everything: random actions in Gymnasium's own
 """
 
 import copy
-import dataclasses
 import functools
 
 import gymnasium
@@ -25,18 +24,6 @@ def float64():
     jax.config.update("jax_enable_x64", False)
 
 
-def converged_args(env_id, **changes):
-    """Flags for a solver that converges, so that a remaining difference is one of the equations."""
-    return dataclasses.replace(ppo.task_defaults(env_id), solver_iterations=100, ls_iterations=50, **changes)
-
-
-def like(reference, model):
-    """Give a MuJoCo C model the options of the MJX task: integrator, solver, collision filter."""
-    for name in "integrator solver jacobian iterations ls_iterations tolerance".split():
-        setattr(reference.opt, name, getattr(model.opt, name))
-    reference.geom_contype[:], reference.geom_conaffinity[:] = model.geom_contype, model.geom_conaffinity
-
-
 def random_states(model, count, seed=0):
     """(qpos, qvel, qacc_warmstart, ctrl), (count, ...) each: robots that fall, land and lie, under random controls."""
     rng, data, rows = np.random.default_rng(seed), mujoco.MjData(model), []
@@ -54,23 +41,22 @@ def random_states(model, count, seed=0):
     return [np.array(column) for column in zip(*rows[:count])]
 
 
-def batched(function, task, states):
-    """function(data) for every state, as NumPy arrays with the states on axis 0."""
+def accelerations(forward, task, states):
+    """qacc (count, nv) after forward(data), for every state."""
 
     def one(qpos, qvel, warmstart, ctrl):
-        return function(task.blank.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=ctrl))
+        return forward(task.blank.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=ctrl)).qacc
 
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(*states))
+    return np.asarray(jax.jit(jax.vmap(one))(*states))
 
 
-def in_mujoco(function, model, states, names):
-    """These fields of mjData after MuJoCo C's function(model, data), for every state."""
+def accelerations_in_c(model, states):
+    """The same after mj_forward."""
     data, rows = mujoco.MjData(model), []
-    for row in zip(*states):
-        data.qpos, data.qvel, data.qacc_warmstart, data.ctrl = row
-        function(model, data)
-        rows.append([getattr(data, name).copy() for name in names])
-    return [np.array(column) for column in zip(*rows)]
+    for data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] in zip(*states):
+        mujoco.mj_forward(model, data)
+        rows.append(data.qacc.copy())
+    return np.array(rows)
 
 
 def errors(mine, reference):
@@ -91,11 +77,12 @@ def test_a_task_step_is_gymnasiums(env_id, integrator):
 
     A step of Ant and Humanoid is one physics step, because more of them amplify the error."""
     options = dict.fromkeys(ppo.UNSUPPORTED, False) if env_id == "Humanoid-v5" else {}
-    task = ppo.make_task(converged_args(env_id, env_kwargs=options, integrator=integrator))
+    converged = dict(solver_iterations=100, ls_iterations=50)  # so that a remaining difference is one of the equations
+    task = ppo.make_task(ppo.Args(env_id=env_id, env_kwargs=options, integrator=integrator, **converged))
     env = gymnasium.make(env_id, **options).unwrapped
+    env.model, env.data = task.mj_model, mujoco.MjData(task.mj_model)  # integrator, solver, collision filter
     if env_id in ("Ant-v5", "Humanoid-v5"):
         task, env.frame_skip = task._replace(frame_skip=1), 1
-    like(env.model, task.mj_model)
     qpos, qvel, _, ctrl = random_states(task.mj_model, 64)
     if task.mj_model.nq > task.mj_model.nv:
         qpos[::8, 2] += 0.7  # some that have left the ground,
@@ -136,9 +123,9 @@ def test_mjx_itself_turns_the_friction_pyramid_of_a_near_vertical_capsule():
     qpos[:, 2] = 0.09 + 0.2 * np.cos(tilt)  # the lower end is 1 cm deep
     qpos[:, 3:6] = np.c_[np.cos(tilt / 2), np.sin(tilt / 2) * np.cos(heading), np.sin(tilt / 2) * np.sin(heading)]
     states = qpos, qvel, np.zeros((64, 6)), np.zeros((64, 0))
-    (reference,) = in_mujoco(mujoco.mj_forward, model, states, ["qacc"])
-    assert errors(batched(lambda data: ppo.forward(task, data).qacc, task, states), reference).max() < 1e-9
-    wrong = errors(batched(lambda data: mjx.forward(task.model, data).qacc, task, states), reference) > 1e-6
+    reference = accelerations_in_c(model, states)
+    assert errors(accelerations(functools.partial(ppo.forward, task), task, states), reference).max() < 1e-9
+    wrong = errors(accelerations(functools.partial(mjx.forward, task.model), task, states), reference) > 1e-6
     assert not wrong[tilt > np.pi / 6].any() and wrong[tilt < np.pi / 6].mean() > 0.5
 
 
@@ -163,6 +150,6 @@ def test_float32_and_few_iterations_stay_close_on_contact_states():
     states = [x.astype(np.float32) for x in random_states(task.mj_model, 200)]
     converged = copy.copy(task.mj_model)
     converged.opt.iterations, converged.opt.ls_iterations, converged.opt.tolerance = 100, 50, 0.0
-    (reference,) = in_mujoco(mujoco.mj_forward, converged, states, ["qacc"])
-    found = errors(batched(lambda data: ppo.forward(task, data).qacc, task, states), reference)
+    reference = accelerations_in_c(converged, states)
+    found = errors(accelerations(functools.partial(ppo.forward, task), task, states), reference)
     assert np.median(found) < 1e-5 and np.percentile(found, 99) < 1e-3
