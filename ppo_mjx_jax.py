@@ -259,7 +259,6 @@ class Task(NamedTuple):
     blank: mjx.Data  # all zeros; every step starts from it
     frame_skip: int  # physics steps per environment step
     max_episode_steps: int
-    observation_size: int
 
 
 def make_task(args: Args) -> Task:
@@ -286,7 +285,6 @@ def make_task(args: Args) -> Task:
     return Task(
         args.env_id, options, model, mjx.put_model(model, device=device, impl="jax"),
         mjx.make_data(model, device=device, impl="jax"), env.unwrapped.frame_skip, env.spec.max_episode_steps,
-        env.observation_space.shape[0],
     )  # fmt: skip
 
 
@@ -445,7 +443,6 @@ class Environment(NamedTuple):
 
     reset: Callable  # key -> state, observation (observation,)
     step: Callable  # state, action (actions,) -> state, observation, reward (), terminated () bool
-    observation_size: int
     action_low: np.ndarray  # (actions,)
     action_high: np.ndarray  # (actions,)
     max_episode_steps: int
@@ -460,7 +457,7 @@ def to_env(low: np.ndarray, high: np.ndarray, action: Array) -> Array:
 def make_environment(task: Task) -> Environment:
     low, high = task.mj_model.actuator_ctrlrange.T
     reset, step = functools.partial(task_reset, task), functools.partial(task_step, task)
-    return Environment(reset, step, task.observation_size, low, high, task.max_episode_steps)
+    return Environment(reset, step, low, high, task.max_episode_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -633,14 +630,13 @@ def initialise(setup: Setup, hyper: Hyperparameters, seed: Array) -> AgentState:
     """One agent before its first step."""
     args, env = setup.args, setup.env
     key, key_actor, key_critic, key_slots = jax.random.split(jax.random.PRNGKey(seed), 4)
-    obs = jnp.zeros((1, env.observation_size))
-    log_std = hyper.log_std_init * jnp.ones(len(env.action_low))
+    slots = jax.vmap(functools.partial(first_slot, env))(jax.random.split(key_slots, args.num_envs))
+    obs, log_std = jnp.zeros_like(slots.obs[:1]), hyper.log_std_init * jnp.ones(len(env.action_low))
     parameters = {
         "actor": {"network": setup.actor.init(key_actor, obs), "log_std": log_std},
         "critic": {"network": setup.critic.init(key_critic, obs)},
     }
-    statistics = [Statistics(jnp.zeros(size), jnp.ones(size), jnp.zeros(())) for size in (env.observation_size, 1)]
-    slots = jax.vmap(functools.partial(first_slot, env))(jax.random.split(key_slots, args.num_envs))
+    statistics = [Statistics(jnp.zeros(size), jnp.ones(size), jnp.zeros(())) for size in (obs.size, 1)]
     return AgentState(parameters, ADAM.init(parameters), hyper.learning_rate, *statistics, slots, key, jnp.array(0))
 
 
@@ -1019,15 +1015,15 @@ def load_policy(checkpoint: dict, agent: int = 0) -> Callable:
     return lambda obs, started=None: np.array(policy(np.asarray(obs, np.float32)))
 
 
-def score_in_gymnasium(args: Args, act: Callable, seed: int) -> dict | None:
-    """Statistics of eval_episodes episodes, the first of each environment; None for a policy that diverged."""
-    envs = gymnasium.make_vec(args.env_id, args.eval_episodes, **args.env_kwargs)
+def score(envs: gymnasium.vector.VectorEnv, act: Callable, seed: int) -> dict | None:
+    """Statistics of the first episode of each environment; None for a policy that diverged."""
     obs, _ = envs.reset(seed=seed)
     returns, lengths, running = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int), np.ones(envs.num_envs, bool)
-    if not np.isfinite(act(obs)).all():
-        return None
     while running.any():
-        obs, reward, terminated, truncated, _ = envs.step(act(obs))
+        action = act(obs)
+        if not np.isfinite(action).all():
+            return None
+        obs, reward, terminated, truncated, _ = envs.step(action)
         returns += reward * running
         lengths += running
         running &= ~(terminated | truncated)
@@ -1037,13 +1033,14 @@ def score_in_gymnasium(args: Args, act: Callable, seed: int) -> dict | None:
 
 
 def evaluate(args: Args, checkpoint: dict) -> list[dict]:
-    """Score every agent of a checkpoint and print its score."""
+    """Score every agent of a checkpoint in Gymnasium's own environment, and print the scores."""
     agents, values = [], args.sweep_values or (None,)
     for k, seed in enumerate(hyperparameters(args)[1]):
-        score = score_in_gymnasium(args, load_policy(checkpoint, k), int(seed))
-        agents.append(dict(seed=int(seed), value=values[k // args.num_seeds], gymnasium=score))
+        envs = gymnasium.make_vec(args.env_id, args.eval_episodes, **args.env_kwargs)
+        found = score(envs, load_policy(checkpoint, k), int(seed))
+        agents.append(dict(seed=int(seed), value=values[k // args.num_seeds], gymnasium=found))
         value = f", {args.sweep} {agents[-1]['value']:g}" if args.sweep else ""
-        shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**score) if score else "no score: it diverged"
+        shown = "{mean:.1f} ± {std:.1f} (worst {min:.1f})".format(**found) if found else "no score: it diverged"
         tqdm.write(f"{args.env_id} in Gymnasium, seed {seed}{value}: {shown}")
     return agents
 
@@ -1055,15 +1052,15 @@ def film(args: Args, act: Callable, path: Path):
     if "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # headless; use osmesa where EGL is missing
     # "track" follows the robot; Gymnasium uses its free camera where the model has no camera of this name.
-    env = gymnasium.make(args.env_id, render_mode="rgb_array", camera_name="track", **args.env_kwargs)
-    obs, _ = env.reset(seed=args.seed)
-    frames, ended = [], False
-    while not ended:
-        frames.append(env.render())
-        obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
-        ended = terminated or truncated
-    env.close()
-    imageio.mimwrite(path, frames, fps=env.metadata["render_fps"], macro_block_size=8)
+    envs = gymnasium.make_vec(args.env_id, 1, render_mode="rgb_array", camera_name="track", **args.env_kwargs)
+    frames = []
+
+    def draw_and_act(obs: np.ndarray) -> np.ndarray:
+        frames.append(envs.render()[0])
+        return act(obs)
+
+    score(envs, draw_and_act, args.seed)
+    imageio.mimwrite(path, frames, fps=envs.metadata["render_fps"], macro_block_size=8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

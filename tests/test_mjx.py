@@ -97,7 +97,7 @@ def test_a_task_step_is_gymnasiums(env_id, integrator):
         return (state.qpos if reads_contacts else first, jnp.concatenate([after.qpos, after.qvel]), *outcome)
 
     found = [np.asarray(x) for x in jax.jit(jax.vmap(one))(qpos, qvel, 1.2 * ctrl)]
-    assert found[2].shape[1] == task.observation_size
+    assert found[2].shape[1:] == env.observation_space.shape
     assert found[4].any() != (env_id == "HalfCheetah-v5") and not found[4].all()
     for k, (first, after, obs, reward, terminated) in enumerate(zip(*found)):
         mujoco.mj_resetData(env.model, env.data)
@@ -118,7 +118,7 @@ CAPSULE = """<mujoco><option jacobian="dense" tolerance="1e-12" iterations="100"
 def test_mjx_itself_turns_the_friction_pyramid_of_a_near_vertical_capsule():
     """Why align_capsules exists. If the last line fails, MJX has been corrected and align_capsules can go."""
     model, rng, tilt = mujoco.MjModel.from_xml_string(CAPSULE), np.random.default_rng(0), np.linspace(0.1, 1.0, 64)
-    task = ppo.Task("capsule", {}, model, mjx.put_model(model, impl="jax"), mjx.make_data(model, impl="jax"), 1, 1, 0)
+    task = ppo.Task("capsule", {}, model, mjx.put_model(model, impl="jax"), mjx.make_data(model, impl="jax"), 1, 1)
     qpos, qvel, heading = np.zeros((64, 7)), rng.normal(size=(64, 6)), rng.uniform(-np.pi, np.pi, 64)
     qpos[:, 2] = 0.09 + 0.2 * np.cos(tilt)  # the lower end is 1 cm deep
     qpos[:, 3:6] = np.c_[np.cos(tilt / 2), np.sin(tilt / 2) * np.cos(heading), np.sin(tilt / 2) * np.sin(heading)]

@@ -141,7 +141,7 @@ def probe(kind):
         reward = jnp.stack([jnp.ones(()), x, error, error * (age == 2), jnp.ones(()), broken])[number]
         return (x, age, first), jnp.array([x, age, first]), jnp.asarray(reward, x.dtype), age >= last
 
-    return ppo.Environment(reset, step, 3, np.array([-2.0]), np.array([2.0]), max_episode_steps=5)
+    return ppo.Environment(reset, step, np.array([-2.0]), np.array([2.0]), max_episode_steps=5)
 
 
 @pytest.fixture(scope="module")
