@@ -953,7 +953,8 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self.tensorboard.add_scalar(name, value, record["env_steps"])
         episode_return = record["episode_return"]
-        self.bar.set_postfix_str("no whole episode" if episode_return is None else f"return {episode_return:.1f}")
+        shown = "no whole episode" if episode_return is None else f"return {episode_return:.1f}"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(record["env_steps"] - self.bar.n)
 
     def close(self):
