@@ -279,8 +279,8 @@ def test_a_sweep_trains_every_seed_with_every_value_and_a_diverged_agent_does_no
         run(tmp_path / "diverged", learning_rate=1e30)
 
 
-TINY_RUN = "--num-envs 16 --num-steps 8 --actor-hidden 16 --critic-hidden 16 --eval-episodes 0 --total-timesteps 512"
-TINY_RUN = [*TINY_RUN.split(), "--compilation-cache", ""]
+TINY_RUN = "--num-envs 16 --num-steps 8 --num-minibatches 8 --actor-hidden 16 --critic-hidden 16 --total-timesteps 512"
+TINY_RUN = [*TINY_RUN.split(), "--eval-episodes", "0", "--compilation-cache", ""]  # as SMALL
 
 
 def main_on_probe(monkeypatch, *words, **patches):
