@@ -120,7 +120,7 @@ def test_mjx_itself_turns_the_friction_pyramid_of_a_near_vertical_capsule():
     model, rng, tilt = mujoco.MjModel.from_xml_string(CAPSULE), np.random.default_rng(0), np.linspace(0.1, 1.0, 64)
     task = ppo.Task("capsule", {}, model, mjx.put_model(model, impl="jax"), mjx.make_data(model, impl="jax"), 1, 1)
     qpos, qvel, heading = np.zeros((64, 7)), rng.normal(size=(64, 6)), rng.uniform(-np.pi, np.pi, 64)
-    qpos[:, 2] = 0.09 + 0.2 * np.cos(tilt)  # the lower end is 1 cm deep
+    qpos[:, 2], qvel[:, 2] = 0.09 + 0.2 * np.cos(tilt), -0.1  # the lower end is 1 cm deep, and slides
     qpos[:, 3:6] = np.c_[np.cos(tilt / 2), np.sin(tilt / 2) * np.cos(heading), np.sin(tilt / 2) * np.sin(heading)]
     states = qpos, qvel, np.zeros((64, 6)), np.zeros((64, 0))
     reference = accelerations_in_c(model, states)

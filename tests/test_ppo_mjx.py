@@ -356,9 +356,9 @@ sys.exit(ppo.main())
 """
 
 
-def command(program, *arguments, xla_flags=""):
+def command(program, *arguments):
     """Run Python in a process that sees two devices."""
-    xla_flags += " --xla_force_host_platform_device_count=2"
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = os.environ | dict(XLA_FLAGS=xla_flags, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     words = [sys.executable, *program, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=400)
@@ -367,7 +367,7 @@ def command(program, *arguments, xla_flags=""):
 
 @pytest.mark.slow
 def test_two_devices_share_the_environments(plain_run, tmp_path):
-    command(["-c", ON_PROBE], *TINY_RUN, "--run-dir", tmp_path, xla_flags=os.environ["XLA_FLAGS"])
+    command(["-c", ON_PROBE], *TINY_RUN, "--run-dir", tmp_path)
     assert_same(final_state(tmp_path), final_state(plain_run), tolerance=1e-3)
 
 
