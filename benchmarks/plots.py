@@ -231,7 +231,7 @@ def plot_speed(results: Path) -> None:
     size = 6.6, 0.36 * max((len(record["rows"]) for record in records), default=0) + 1.0
     title = "Medians, with the lowest and highest window; 0.5×: half as fast as the first"
     for axis, record in panels(results / "speed.png", records, 2, size, title, records):
-        rows, (_, reference) = record["rows"], tables.reference(record)
+        rows, reference = record["rows"], tables.reference(record)
         colours = [OURS if row["contender"].startswith(("ours", "vecsim")) else THEIRS for row in rows]
         names = [textwrap.fill(row["contender"], 28) for row in rows]
         axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)

@@ -7,19 +7,13 @@ import json
 import re
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC", "dqn": "DQN", "pqn": "PQN"}
-PEERS = {
-    "ours-ppo": "ours, PPO",
-    "ours-sac": "ours, SAC",
-    "ours-dqn": "ours, DQN",
-    "ours-pqn": "ours, PQN",
-    "sb3-ppo": "SB3, PPO",
-    "sb3-sac": "SB3, SAC",
-    "cleanrl-ppo": "CleanRL-style, PPO",
-}
+PEERS = {f"ours-{name}": f"ours, {ALGORITHMS[name]}" for name in ("ppo", "sac", "dqn", "pqn")}
+PEERS |= {"sb3-ppo": "SB3, PPO", "sb3-sac": "SB3, SAC", "cleanrl-ppo": "CleanRL-style, PPO"}
 PEERS_GOALS = {"InvertedPendulum-v5": 1000, "HalfCheetah-v5": 3000, "Hopper-v5": 2500, "Walker2d-v5": 2500}
 REMOVED_FLAG = "--weight-projection"  # of sac_gpu_torch.py; one row of the ablation was measured with it
 NOT_SETTINGS = "env_id env_kwargs device states xml hidden ours".split()
@@ -38,19 +32,37 @@ def grouped(runs: list[dict], *keys: str) -> list[list[dict]]:
     return [list(members) for _, members in groupby(runs, key=lambda run: [run[key] for key in keys])]
 
 
-def table(title: str, header: list[str], rows: list[list[str]], note: str = "") -> str:
-    lines = [f"**{title}**", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+def table(title: str, rows: list[dict], note: str = "") -> str:
+    """rows: cells by heading. Headings that differ in spaces at the end look alike."""
+    lines = [f"**{title}**", ""]
+    if rows:
+        lines += ["| " + " | ".join(map(str.rstrip, rows[0])) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     return "\n".join([*lines, "", note] if note else lines) + "\n"
 
 
-def each(values: list, form: str = ",.0f") -> str:
+def each(values: Iterable, form: str = ",.0f") -> str:
     """Values of the seeds; "-" for one that is missing."""
     return " / ".join("-" if value is None else f"{value:{form}}" for value in values)
 
 
+def of_each(runs: list[dict], key: str, form: str = ",.0f") -> str:
+    return each((run.get(key) for run in runs), form)
+
+
+def scores_of(runs: list[dict]) -> list[float]:
+    """The final score of each run in Gymnasium."""
+    return [run["gymnasium"]["mean"] for run in runs]
+
+
 def made_by(record: dict, command: str | None = None) -> str:
     return f"Commit {record['commit']}, `{command or record['command']}`."
+
+
+def made_in_turn(records: list[dict], command: str) -> str:
+    """`made_by` for files that one command may have written at several commits."""
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    return f"Commits {commits}, `{command}`"
 
 
 def package_list(versions: dict) -> str:
@@ -71,10 +83,9 @@ def memory(row: dict) -> str:
     return ", ".join(f"{value / 1024:.1f} GiB {where}" for where, value in row["peak_memory_mib"].items())
 
 
-def reference(record: dict) -> tuple[str, dict | None]:
-    """Name and row of the contender that the others are compared with; no row if it was not measured."""
-    name = record.get("reference", record["rows"][0]["contender"])
-    return name, next((row for row in record["rows"] if row["contender"] == name), None)
+def reference(record: dict) -> dict | None:
+    """The row of the contender that the others are compared with; None if it was not measured."""
+    return next((row for row in record["rows"] if row["contender"] == record["reference"]), None)
 
 
 def ratio(first: dict | None, row: dict) -> str:
@@ -94,52 +105,51 @@ def protocol(record: dict) -> str:
     cores = f"{row['cores']} core{'s' if row['cores'] > 1 else ''}"
     settings = [f"{k.replace('_', ' ')} {v}" for k, v in record["settings"].items() if k not in NOT_SETTINGS]
     windows = f"{max(len(row['values']) for row in rows)} windows of {record['seconds']} s in turn"
-    packages = sorted({item for row in rows for item in row["versions"].items()})
+    packages = sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})
     lines = [
         f"{cores} of {record['hardware']}; {', '.join(settings)}; {windows}.",
-        f"{', '.join(f'{name} {version}' for name, version in packages)}. {made_by(record)}",
+        f"{', '.join(packages)}. {made_by(record)}",
     ]
-    lines += [f"{name} is missing: {reason.split(' (log:')[0]}." for name, reason in record["failed"].items()]
+    lines += [f"{name} is missing: {reason}." for name, reason in record["failed"].items()]
     for row in rows:
         if "stopped" in row:
-            stopped = row["stopped"].split(" (log:")[0]
-            lines.append(f"{row['contender']} has {len(row['values'])} of them; it stopped: {stopped}.")
+            lines.append(f"{row['contender']} has {len(row['values'])} of them; it stopped: {row['stopped']}.")
     return "\n".join(lines)
 
 
 def comparison(record: dict, dollars_per_hour: float | None = None) -> str:
-    name, first = reference(record)
-    errors = {"error of one step, median": "step_error_p50", "p99": "step_error_p99"} if record["mode"] == "sim" else {}
-    starts = {"first start": "first_start_seconds", "second start": "warmup_seconds"}
-    if not any("first_start_seconds" in row for row in record["rows"]):  # the contenders of an older file started once
-        starts = {}
     rows = []
     for row in record["rows"]:
-        seconds = [f"{row[key]:.0f} s" if "first_start_seconds" in row else "-" for key in starts.values()]
-        cells = [row["contender"], speed(row), ratio(first, row), *(small(row, key) for key in errors.values())]
-        price = [f"{row['median'] * 3600 / dollars_per_hour / 1e6:,.1f} M"] if dollars_per_hour else []
-        rows.append([*cells, *seconds, memory(row), *price])
-    price = [f"steps per dollar, at {dollars_per_hour:g} an hour"] if dollars_per_hour else []
-    header = ["", record["unit"], f"{name} / this row", *errors, *starts, "memory", *price]
-    return table(f"{record['mode']}, {record['case']}", header, rows, protocol(record))
+        cells = {"": row["contender"], record["unit"]: speed(row)}
+        cells[f"{record['reference']} / this row"] = ratio(reference(record), row)
+        if record["mode"] == "sim":
+            errors = [small(row, f"step_error_{quantile}") for quantile in ("p50", "p99")]
+            cells |= {"error of one step, median": errors[0], "p99": errors[1]}
+        starts = [f"{row[key]:.0f} s" for key in ("first_start_seconds", "warmup_seconds")]
+        cells |= {"first start": starts[0], "second start": starts[1], "memory": memory(row)}
+        if dollars_per_hour:
+            steps = row["median"] * 3600 / dollars_per_hour
+            cells[f"steps per dollar, at {dollars_per_hour:g} an hour"] = f"{steps / 1e6:,.1f} M"
+        rows.append(cells)
+    return table(f"{record['mode']}, {record['case']}", rows, protocol(record))
 
 
 def scaling(records: list[dict]) -> str:
     """One row for each number of environments; each is a comparison with one contender."""
-    records = sorted(records, key=lambda record: int(record["rows"][0]["contender"].split()[0]))
-    rows = []
+    records = sorted(records, key=lambda record: record["settings"]["num_envs"])
+    first, rows = records[0], []
     for row in (record["rows"][0] for record in records):
-        kernels = f"{row['kernels_per_physics_step']:.1f}" if "kernels_per_physics_step" in row else "-"
-        rows.append([row["contender"], speed(row), kernels, f"{row['warmup_seconds']:.0f} s", memory(row)])
-    first = records[0]
+        cells = {"": row["contender"], first["unit"]: speed(row)}
+        kernels = row.get("kernels_per_physics_step")  # only older files have it
+        cells["kernels per physics step"] = f"{kernels:.1f}" if kernels else "-"
+        rows.append(cells | {"imports and compilation": f"{row['warmup_seconds']:.0f} s", "memory": memory(row)})
     settings = {name: value for name, value in first["settings"].items() if name != "num_envs"}
-    header = ["", first["unit"], "kernels per physics step", "imports and compilation", "memory"]
-    return table(f"scaling, {family(first)}", header, rows, protocol(first | dict(settings=settings)))
+    return table(f"scaling, {family(first)}", rows, protocol(first | dict(settings=settings)))
 
 
 def family(record: dict) -> str:
     """The case of a scaling record without its number of environments."""
-    return re.sub(r"-\d+-(envs|processes)", r"-\1", record["case"])
+    return re.sub(r"-\d+-envs", "-envs", record["case"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,41 +165,31 @@ def parity(record: dict) -> str:
         row |= worst | ({"task": model} if "-" in model else {})
     columns = ["qacc", *(f"qpos after a step of {name}" for name in ("euler", "implicitfast", "rk4"))]
     columns.append("observation of Gymnasium")
-    cells = [[row["task"], *(small(row, column) for column in columns)] for row in rows.values()]
+    cells = [dict(task=row["task"]) | {column: small(row, column) for column in columns} for row in rows.values()]
     note = f"`{record['command']}`, {package_list(record['versions'])}."
-    return table("worst relative error against MuJoCo C, float64", ["task", *columns], cells, note)
+    return table("worst relative error against MuJoCo C, float64", cells, note)
 
 
 def mjcf(records: list[dict]) -> str:
     """Files of other packages that the simulator accepts, and the rules that refuse the others: before, and now."""
-    now, earlier = records[-1], records[0]
+    earlier, now = records[0], records[-1]
 
-    def counts(key: str, of: dict) -> Counter:
-        return Counter(row.get(key, "accepted") for row in of["rows"])
+    def counts(record: dict, key: str, of: str) -> Counter:
+        """How many rows that have `of`, by their `key`."""
+        return Counter(row[key] for row in record["rows"] if of in row)
 
-    def of_package(name: str, record: dict) -> list[dict]:
-        return [row for row in record["rows"] if row["package"] == name and "error" in row]
-
-    rows = []
-    for name, files in counts("package", now).items():
-        accepted = of_package(name, now)
-        worst = f"{max(row['error'] for row in accepted):.0e}" if accepted else "-"
-        rows.append([name, str(files), str(len(of_package(name, earlier))), str(len(accepted)), worst])
+    commit, rows = f"commit {earlier['commit']}", []
+    before, accepted = (counts(record, "package", "error") for record in (earlier, now))
+    for name, files in counts(now, "package", "file").items():
+        row = {"package": name, "files": files, f"accepted, {commit}": before[name], "accepted": accepted[name]}
+        errors = [row["error"] for row in now["rows"] if row["package"] == name and "error" in row]
+        rows.append(row | {"worst error of qacc": f"{max(errors):.0e}" if errors else "-"})
     note = f"{made_by(now)} {package_list(now['versions'])}."
-    first = table(
-        "MJCF files of public packages",
-        ["package", "files", f"accepted, commit {earlier['commit']}", "accepted", "worst error of qacc"],
-        rows,
-        note,
-    )
-    rules, before = counts("refused", now), counts("refused", earlier)
-    names = sorted((rules | before).keys() - {"accepted"}, key=lambda name: (-rules[name], name))
-    rows = [[name, str(before[name]), str(rules[name])] for name in names]
-    return (
-        first
-        + "\n"
-        + table("files by the first rule that refuses them", ["rule", f"commit {earlier['commit']}", "now"], rows)
-    )
+    first = table("MJCF files of public packages", rows, note)
+    before, rules = (counts(record, "refused", "refused") for record in (earlier, now))
+    names = sorted(rules | before, key=lambda name: (-rules[name], name))
+    rows = [{"rule": name, commit: before[name], "now": rules[name]} for name in names]
+    return first + "\n" + table("files by the first rule that refuses them", rows)
 
 
 def physics(records: list[dict]) -> str:
@@ -197,13 +197,13 @@ def physics(records: list[dict]) -> str:
     rows = []
     for run in records:
         ours, theirs = run["physics_steps_per_second"], run["mujoco_c_physics_steps_per_second"]
-        errors = [f"{run['qacc_error_p99_by_iterations'][count]:.0e}" for count in "234"]
+        row = {"task": run["env_id"], "vecsim, physics steps/s": f"{ours:,.0f}", "MuJoCo C": f"{theirs:,.0f}"}
+        row |= {"vecsim / MuJoCo C": f"{ours / theirs:.2f}", "compiled in": f"{run['compile_seconds']:.0f} s"}
+        for words, count in (("error of qacc, 99th percentile, 2", "2"), ("3", "3"), ("4", "4")):
+            row[f"{words} iterations"] = f"{run['qacc_error_p99_by_iterations'][count]:.0e}"
         where = f"{run['threads']} of {run['hardware']}" if run["device"] == "cpu" else run["hardware"]
-        speeds = [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}", f"{run['compile_seconds']:.0f} s"]
-        rows.append([run["env_id"], *speeds, *errors, where])
-    header = ["task", "vecsim, physics steps/s", "MuJoCo C", "vecsim / MuJoCo C", "compiled in"]
-    header += ["error of qacc, 99th percentile, 2 iterations", "3 iterations", "4 iterations", "cores"]
-    return table("vecsim, whole environment steps, beside MuJoCo C's physics alone on one core", header, rows)
+        rows.append(row | {"cores": where})
+    return table("vecsim, whole environment steps, beside MuJoCo C's physics alone on one core", rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,28 +214,24 @@ def physics(records: list[dict]) -> str:
 def scores(name: str, runs: list[dict]) -> str:
     """A row for the seeds of a task that trained for as many steps. Where cores were shared, times do not count."""
     shared = any(run.get("cores_shared") for run in runs)
+    unit, reached = ("environment steps", "steps_to_threshold") if shared else ("s", "seconds_to_threshold")
     rows = []
     for members in grouped(runs, "name", "env_steps"):
-        first = members[0]
-        simulated = [run.get("vecsim") or run.get("mjx") for run in members]
-        reached = [run.get("steps_to_threshold" if shared else "seconds_to_threshold") for run in members]
-        row = [first["env_id"], ALGORITHMS[first["algorithm"]], each([run["seed"] for run in members], "d")]
-        row.append(f"{first['env_steps']:,}")
+        first, scored = members[0], [run["gymnasium"] for run in members]
+        row = {"task": first["env_id"], "algorithm": ALGORITHMS[first["algorithm"]]}
+        row |= {"seeds": of_each(members, "seed", "d"), "environment steps": f"{first['env_steps']:,}"}
         if not shared:
-            row.append(each([run["train_seconds"] for run in members]))
-            row.append(each([run.get("compile_seconds") for run in members]))
-        form = ",.0f" if abs(first["gymnasium"]["mean"]) >= 100 else ".1f"
-        scored = [run["gymnasium"] for run in members]
-        row.append(" / ".join(f"{x['mean']:{form}} ± {x['std']:{form}}" for x in scored))
-        row.append(" / ".join(f"{x['mean']:{form}} ({x['min']:{form}})" if x else "-" for x in simulated))
-        if "threshold" in first:
-            row += [f"{first['threshold']:,}", each(reached).replace("-", "not reached")]
-        rows.append(row + ["-", "-"] * ("threshold" not in first))
-    times = [] if shared else ["training, s", "compiled in, s"]
-    header = ["task", "algorithm", "seeds", "environment steps", *times, "score of each seed (20 episodes)"]
-    header += ["in the training simulator, mean (lowest)", "threshold"]
-    header += ["reached after, environment steps" if shared else "reached after, s"]
-    return table(f"scores in Gymnasium's own environments, {name}", header, rows)
+            times = [of_each(members, key) for key in ("train_seconds", "compile_seconds")]
+            row |= {"training, s": times[0], "compiled in, s": times[1]}
+        form = ",.0f" if abs(scored[0]["mean"]) >= 100 else ".1f"
+        texts = (f"{x['mean']:{form}} ± {x['std']:{form}}" for x in scored)
+        row["score of each seed (20 episodes)"] = " / ".join(texts)
+        simulated = (run.get("vecsim") or run.get("mjx") for run in members)
+        texts = (f"{x['mean']:{form}} ({x['min']:{form}})" if x else "-" for x in simulated)
+        row["in the training simulator, mean (lowest)"] = " / ".join(texts)
+        row["threshold"] = f"{first['threshold']:,}"
+        rows.append(row | {f"reached after, {unit}": of_each(members, reached).replace("-", "not reached")})
+    return table(f"scores in Gymnasium's own environments, {name}", rows)
 
 
 def in_time(run: dict) -> list:
@@ -260,15 +256,15 @@ def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:
             continue
         curves = [in_time(run) for run in members]
         reached = [next((t for _, t, score in curve if score >= goal), None) for curve in curves]
-        compiled = [run["compile_seconds"] for run in members]
         steps = statistics.median_low(curve[-1][0] for curve in curves)
-        row = [title, str(len(members)), f"{steps:,}", each([curve[-1][2] for curve in curves])]
-        rows.append([*row, each(reached), each(compiled) if any(compiled) else "0"])
-    header = ["", "seeds", "environment steps", f"score of each seed ({episodes})"]
-    header += [f"{goal:,} reached after, s", "compilation, s"]
+        row = {"": title, "seeds": len(members), "environment steps": f"{steps:,}"}
+        row[f"score of each seed ({episodes})"] = each(curve[-1][2] for curve in curves)
+        row[f"{goal:,} reached after, s"] = each(reached)
+        compiled = any(run["compile_seconds"] for run in members)
+        rows.append(row | {"compilation, s": of_each(members, "compile_seconds") if compiled else "0"})
     minutes = max(run["minutes"] for run in runs)
     title = f"{env_id}, {minutes:.3g} minute{'s' if minutes != 1 else ''} of training on one core"
-    return table(title, header, rows)
+    return table(title, rows)
 
 
 def flags_of(run: dict, end: str) -> str:
@@ -280,15 +276,14 @@ def candidates(runs: list[dict], words: str) -> str:
     """Settings of one algorithm: scores after the whole budget, and the time that they take."""
     rows, first = [], runs[0]
     for members in grouped(runs, "name"):
-        final = [run["gymnasium"]["mean"] for run in members]
         name = members[0]["name"].removeprefix(f"{first['env_id']}-").replace("-", " ")
-        times = [each([run[key] for run in members]) for key in ("train_seconds", "seconds_to_threshold")]
+        row = {"": name, "score, median": f"{statistics.median_low(scores_of(members)):,.0f}"}
+        row["score of each seed (20 episodes)"] = each(scores_of(members))
+        row["training, s"] = of_each(members, "train_seconds")
+        row[f"{first['threshold']:,} reached after, s"] = of_each(members, "seconds_to_threshold")
         flags = flags_of(members[0], "--seed").strip()
-        rows.append([name, f"{statistics.median_low(final):,.0f}", each(final), *times, f"`{flags}`" if flags else ""])
-    header = ["", "score, median", "score of each seed (20 episodes)", "training, s"]
-    header += [f"{first['threshold']:,} reached after, s", "flags"]
-    title = f"{words}, {first['env_id']}, {first['env_steps']:,} environment steps of each"
-    return table(title, header, rows)
+        rows.append(row | {"flags": f"`{flags}`" if flags else ""})
+    return table(f"{words}, {first['env_id']}, {first['env_steps']:,} environment steps of each", rows)
 
 
 def ablation(runs: list[dict]) -> str:
@@ -300,53 +295,52 @@ def ablation(runs: list[dict]) -> str:
     others = [members for members in grouped(runs, "name") if "vanilla" not in members[0]["command"]]
     rows, below = [], ""
     for members in ladder + others:
-        final = [run["gymnasium"]["mean"] for run in members]
+        final = scores_of(members)
         over_curve = [statistics.fmean(score for _, _, score in run["curve"]) for run in members]
-        numbers = [statistics.median(final), min(final), statistics.median(over_curve), min(over_curve)]
+        numbers = {"score, median": statistics.median(final), "worst": min(final)}
+        numbers |= {"mean over the curve, median": statistics.median(over_curve), "worst ": min(over_curve)}
         flags, name = flags_of(members[0], " --num-envs"), members[0]["name"].replace("-", " ")
         added = f"`{flags.removeprefix(below).strip()}`"
         if REMOVED_FLAG in flags:
             added += ", a flag that has been removed since"
         if members in ladder:
             name, below = "+ " * bool(below) + name, flags
-        rows.append([name, *(f"{number:,.0f}" for number in numbers), str(len(members)), added])
-    header = ["", "score, median", "worst", "mean over the curve, median", "worst", "seeds", "flags"]
+        row = {"": name} | {heading: f"{number:,.0f}" for heading, number in numbers.items()}
+        rows.append(row | {"seeds": len(members), "flags": added})
     title = f"SAC, trick upon trick, {runs[0]['env_id']}, {runs[0]['env_steps']:,} environment steps of each"
     note = "Scores of 20 episodes in Gymnasium's own environment. " + made_by(runs[-1], "./benchmark.sh runs ablate")
-    return table(title, header, rows, note)
+    return table(title, rows, note)
 
 
 def memories(runs: list[dict]) -> str:
     """PPO without and with a memory on the same budget, where it sees no velocities; the best first."""
     rows, first = [], runs[0]
-    for members in grouped(runs, "name"):
-        scores = " / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members)
-        middle = statistics.median(run["gymnasium"]["mean"] for run in members)
-        times = [each([run[key] for run in members]) for key in ("train_seconds", "compile_seconds")]
-        reached = each([run["steps_to_threshold"] for run in members]).replace("-", "not reached")
-        rows.append((-middle, [members[0]["name"].replace("-", " "), scores, reached, *times]))
-    header = ["", "score of each seed (20 episodes)", f"{first['threshold']:,} reached after, environment steps"]
+    best_first = sorted(grouped(runs, "name"), key=lambda members: -statistics.median(scores_of(members)))
+    for members in best_first:
+        texts = " / ".join("{mean:,.0f} ± {std:,.0f}".format(**run["gymnasium"]) for run in members)
+        row = {"": members[0]["name"].replace("-", " "), "score of each seed (20 episodes)": texts}
+        reached = of_each(members, "steps_to_threshold").replace("-", "not reached")
+        row[f"{first['threshold']:,} reached after, environment steps"] = reached
+        times = [of_each(members, key) for key in ("train_seconds", "compile_seconds")]
+        rows.append(row | {"training, s": times[0], "compiled in, s": times[1]})
     title = f"memory, {first['env_id']} without velocities, {first['env_steps']:,} environment steps of each"
-    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
-    note = f"{first['hardware']}. Commits {commits}, `./benchmark.sh runs memory`."
-    return table(title, [*header, "training, s", "compiled in, s"], [cells for _, cells in sorted(rows)], note)
+    return table(title, rows, f"{first['hardware']}. {made_in_turn(runs, './benchmark.sh runs memory')}.")
 
 
 def sizes(runs: list[dict]) -> str:
     """PPO with other sizes on the same budget, from few environments to many."""
+
+    def numbers(members: list[dict]) -> list[int]:  # environments, steps, minibatches, layers
+        return [int(word) for word in flags_of(members[0], " --seed").split() if word.isdecimal()]
+
     rows, first = [], runs[0]
-    for members in grouped(runs, "name"):
-        final = [run["gymnasium"]["mean"] for run in members]
-        seconds = statistics.median(run["train_seconds"] for run in members)
-        flags = flags_of(members[0], " --seed")
-        numbers = [int(word) for word in flags.split() if word.isdecimal()]  # environments, steps, minibatches, layers
-        cells = [f"`{flags}`", f"{statistics.median(final):,.0f}", f"{min(final):,.0f}", f"{seconds:,.0f}"]
-        rows.append((numbers, cells))
-    header = ["sizes", "score, median", "worst", "training, s"]
+    for members in sorted(grouped(runs, "name"), key=numbers):
+        final, seconds = scores_of(members), statistics.median(run["train_seconds"] for run in members)
+        row = {"sizes": f"`{flags_of(members[0], ' --seed')}`", "score, median": f"{statistics.median(final):,.0f}"}
+        rows.append(row | {"worst": f"{min(final):,.0f}", "training, s": f"{seconds:,.0f}"})
     note = f"{len(members)} seeds of each. Scores of 20 episodes in Gymnasium's own environment. {first['hardware']}. "
     title = f"PPO by its sizes, {first['env_id']}, {first['env_steps']:,} environment steps"
-    cells = [cells for _, cells in sorted(rows)]
-    return table(title, header, cells, note + made_by(first, "./benchmark.sh runs sizes"))
+    return table(title, rows, note + made_by(first, "./benchmark.sh runs sizes"))
 
 
 def agents(record: dict) -> str:
@@ -359,27 +353,27 @@ def agents(record: dict) -> str:
     for row in record["rows"]:
         seconds, middle = row["train_seconds"], row["median_train_seconds"]
         spread = f"{middle:,.1f} s ({min(seconds):,.1f} to {max(seconds):,.1f})"
-        cells = [str(row["num_seeds"]), spread, f"{middle / one['median_train_seconds']:.2f}"]
-        cells += [f"{row['median_compile_seconds']:,.1f} s", f"{both(row):,.1f} s", f"{both(row) / both(one):.2f}"]
-        rows.append([*cells, f"{row['env_steps']:,}"])
-    header = ["agents", "training time", "training, times one agent", "compiled in", "both"]
-    header += ["both, times one agent", "environment steps of each"]
+        cells = {"agents": row["num_seeds"], "training time": spread}
+        cells["training, times one agent"] = f"{middle / one['median_train_seconds']:.2f}"
+        cells |= {"compiled in": f"{row['median_compile_seconds']:,.1f} s", "both": f"{both(row):,.1f} s"}
+        cells["both, times one agent"] = f"{both(row) / both(one):.2f}"
+        rows.append(cells | {"environment steps of each": f"{row['env_steps']:,}"})
     note = f"{record['hardware']}; {len(seconds)} trainings of each in turn. {package_list(record['versions'])}. "
     note += made_by(record, f"{record['command']} --num-seeds K")
-    return table(f"agents in one program, {record['env_id']}", header, rows, note)
+    return table(f"agents in one program, {record['env_id']}", rows, note)
 
 
 def profile(records: list[dict]) -> str:
-    names, rows = ("simulate", "infer", "targets", "sample", "update", "the rest"), []
+    rows = []
     for run in records:
-        stages = [run["stages"].get(name) for name in names]
-        cells = [f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-" for stage in stages]
         script = f"`{run['script']}`" + (f", {run['stage']}" if run.get("stage") else "")
-        rows.append([script, run["env_id"], f"{run['steps']:,}", *cells])
-    commits = ", ".join(dict.fromkeys(run["commit"] for run in records))
-    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh runs profile` (all but the JAX script)."
-    header = ["script", "task", "steps per iteration", *names]
-    return table("where an iteration's time goes", header, rows, note)
+        row = {"script": script, "task": run["env_id"], "steps per iteration": f"{run['steps']:,}"}
+        for name in ("simulate", "infer", "targets", "sample", "update", "the rest"):
+            stage = run["stages"].get(name)
+            row[name] = f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-"
+        rows.append(row)
+    note = f"{records[0]['hardware']}. {made_in_turn(records, './benchmark.sh runs profile')} (all but the JAX script)."
+    return table("where an iteration's time goes", rows, note)
 
 
 def walk(record: dict) -> str:
@@ -387,51 +381,44 @@ def walk(record: dict) -> str:
     rows = []
     for name, key in (("vecsim", "vecsim"), ("MuJoCo C", "mujoco")):
         found = record["walk"][key]
-        errors = [f"{found[error]:.3f}" for error in ("velocity_error", "yaw_error")]
-        share, score = f"{found['without_a_fall']:.0%}", f"{found['episode_return']:.1f}"
-        rows.append([name, str(found["episodes"]), share, *errors, score])
-    header = [
-        "simulator",
-        "episodes of 20 s",
-        "without a fall",
-        "velocity error, m/s",
-        "turning error, rad/s",
-        "return",
-    ]
+        row = {"simulator": name, "episodes of 20 s": found["episodes"]}
+        row["without a fall"] = f"{found['without_a_fall']:.0%}"
+        row["velocity error, m/s"] = f"{found['velocity_error']:.3f}"
+        row["turning error, rad/s"] = f"{found['yaw_error']:.3f}"
+        rows.append(row | {"return": f"{found['episode_return']:.1f}"})
     trained = f"{record['env_steps']:,} environment steps in {record['train_seconds']:,.0f} s"
     note = f"{record['hardware']}. {made_by(record)}"
-    return table(f"a quadruped trained in vecsim, {trained}", header, rows, note)
+    return table(f"a quadruped trained in vecsim, {trained}", rows, note)
 
 
 def distill(record: dict) -> str:
     """Tracking score and share of falls of each policy under each perturbation."""
-    summary, policies = record["summary"], list(record["policies"])
-    teacher, others = policies[0], policies[1:]
-    rows = []
+    summary, (teacher, *others), rows = record["summary"], list(record["policies"]), []
     for name in record["perturbations"]:
-        cells = [
-            f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})" for policy in policies
-        ]
-        shares = [f"{summary[policy][name]['tracking_of_teacher']:.0%}" for policy in others]
-        if summary[teacher][name]["tracking"] < 0.05:  # a share of almost nothing says nothing
-            shares = ["-"] * len(others)
-        rows.append([name.replace("_", " "), *cells, *shares])
+        row = {"": name.replace("_", " ")}
+        for policy in (teacher, *others):
+            row[policy] = f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})"
+        failed = summary[teacher][name]["tracking"] < 0.05  # a share of almost nothing says nothing
+        for policy in others:
+            share = summary[policy][name]["tracking_of_teacher"]
+            row[f"{policy}, of teacher"] = "-" if failed else f"{share:.0%}"
+        rows.append(row)
     title = f"teacher and students, {record['env_id']}: tracking score (falls), and share of the teacher's score"
-    header = ["", *policies, *(f"{policy}, of teacher" for policy in others)]
-    return table(title, header, rows) + "\n" + stages(record)
+    return table(title, rows) + "\n" + stages(record)
 
 
 def judged(record: dict, summary: Path) -> str:
     """The panel that `runs walk` and `runs distill` leave beside the record of their training: return (success)."""
     with summary.open() as file:
         cells = {(row["perturbation"], row["checkpoint"]): row for row in csv.DictReader(file)}
-    policies = list(dict.fromkeys(policy for _, policy in cells))
-    rows = []
+    policies, rows = dict.fromkeys(policy for _, policy in cells), []
     for perturbation in dict.fromkeys(name for name, _ in cells):
-        found = [cells.get((perturbation, policy)) for policy in policies]
-        shown = [f"{float(row['return']):,.1f} ({float(row['success']):.0%})" if row else "-" for row in found]
-        rows.append([perturbation.replace("_", " "), *shown])
-    return table(f"{record['env_id']}: return, interquartile mean, and share of successes", ["", *policies], rows)
+        row = {"": perturbation.replace("_", " ")}
+        for policy in policies:
+            found = cells.get((perturbation, policy))
+            row[policy] = f"{float(found['return']):,.1f} ({float(found['success']):.0%})" if found else "-"
+        rows.append(row)
+    return table(f"{record['env_id']}: return, interquartile mean, and share of successes", rows)
 
 
 def walkers(folder: Path) -> str:
@@ -461,10 +448,12 @@ def walkers(folder: Path) -> str:
 
 def stages(record: dict) -> str:
     """What the trainings of a teacher and its students took, or that of one policy."""
-    rows = [[name, f"{x['env_steps']:,}", f"{x['train_seconds']:,.0f} s"] for name, x in record["policies"].items()]
-    header = ["", "environment steps", "training"]
+    rows = [
+        {"": name, "environment steps": f"{x['env_steps']:,}", "training": f"{x['train_seconds']:,.0f} s"}
+        for name, x in record["policies"].items()
+    ]
     title = f"{'trainings of teacher and students' if len(rows) > 1 else 'training'}, {record['env_id']}"
-    return table(title, header, rows, f"{record['hardware']}. {made_by(record)}")
+    return table(title, rows, f"{record['hardware']}. {made_by(record)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -475,16 +464,16 @@ def stages(record: dict) -> str:
 def predicted(record: dict) -> str:
     """What gpu_kernels.py counted and predicts: one row for each task, then one for each region of a task."""
     rows, tasks = [], record["tasks"]
-    sizes = list(tasks[0]["rates"])
     for task in tasks:
-        ranges = [" to ".join(f"{rate / 1e6:.2f}" for rate in task["rates"][size]) for size in sizes]
-        launches = f"{task['launches']:,} + {task['outside']}"
-        rows.append([task["env_id"], "predicted", launches, f"{task['bytes'] / 1e3:,.0f} KB", *ranges])
-    header = ["task", "", "launches of an environment step, in regions + outside", "traffic of an environment and step"]
-    header += [f"million environment steps/s at {int(size):,}" for size in sizes]
-    commits = ", ".join(dict.fromkeys(task["commit"] for task in tasks))
-    note = f"{record['hardware']}; {package_list(record['versions'])}. Commits {commits}, `{record['command']}`."
-    return table("an environment step on an H100", header, rows, note) + "\n" + kernels(tasks)
+        row = {"task": task["env_id"], "": "predicted"}
+        row["launches of an environment step, in regions + outside"] = f"{task['launches']:,} + {task['outside']}"
+        row["traffic of an environment and step"] = f"{task['bytes'] / 1e3:,.0f} KB"
+        for size, rates in task["rates"].items():
+            heading = f"million environment steps/s at {int(size):,}"
+            row[heading] = " to ".join(f"{rate / 1e6:.2f}" for rate in rates)
+        rows.append(row)
+    note = f"{record['hardware']}; {package_list(record['versions'])}. {made_in_turn(tasks, record['command'])}."
+    return table("an environment step on an H100", rows, note) + "\n" + kernels(tasks)
 
 
 def kernels(tasks: list[dict]) -> str:
@@ -493,13 +482,12 @@ def kernels(tasks: list[dict]) -> str:
         for region in task["regions"]:
             best = min(region["registers"], key=lambda configuration: configuration["stack"])
             worst = max(configuration["stack"] for configuration in region["registers"])
-            launches = f"{len(region['bytes'])} x {region['calls']}"
-            moved = f"{sum(region['bytes']) / 1e3:.1f} KB"
-            cells = [launches, moved, str(best["registers"]), f"{best['stack']} B", f"{worst} B"]
-            rows.append([f"{task['env_id']}, {region['region']}", "predicted", *cells])
-    header = ["task and region", "", "launches x calls in a step", "traffic of an environment and call"]
-    header += ["registers of the heaviest kernel", "its stack", "its stack in the worst configuration"]
-    return table("regions", header, rows)
+            row = {"task and region": f"{task['env_id']}, {region['region']}", "": "predicted"}
+            row["launches x calls in a step"] = f"{len(region['bytes'])} x {region['calls']}"
+            row["traffic of an environment and call"] = f"{sum(region['bytes']) / 1e3:.1f} KB"
+            row |= {"registers of the heaviest kernel": best["registers"], "its stack": f"{best['stack']} B"}
+            rows.append(row | {"its stack in the worst configuration": f"{worst} B"})
+    return table("regions", rows)
 
 
 def first_hour(records: list[dict]) -> str:
@@ -509,8 +497,9 @@ def first_hour(records: list[dict]) -> str:
     rows = []
     for record in records:
         for name, (found, expected) in record["figures"].items():
-            rows.append([record["block"], name, shown(found), "-" if expected is None else shown(expected)])
-    rows += [[record["block"], record["status"], "-", "-"] for record in records if record["status"] != "done"]
-    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
-    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh gpu`."
-    return table("the first hour", ["block", "figure", "found", "predicted"], rows, note)
+            row = {"block": record["block"], "figure": name, "found": shown(found)}
+            rows.append(row | {"predicted": "-" if expected is None else shown(expected)})
+    for record in records:
+        if record["status"] != "done":
+            rows.append({"block": record["block"], "figure": record["status"], "found": "-", "predicted": "-"})
+    return table("the first hour", rows, f"{records[0]['hardware']}. {made_in_turn(records, './benchmark.sh gpu')}.")
