@@ -147,3 +147,25 @@ def score(act, episodes=10):
 
 
 meter = ScoreMeter() if "curve" in settings else Meter()
+
+
+def count_steps(env, num_steps, work):
+    """Make a vector environment call meter.tick(work) where an iteration of num_steps begins; return it.
+
+    Steps count from its last reset on."""
+    reset, step, taken = env.reset, env.step, 0
+
+    def counted_reset(**options):
+        nonlocal taken
+        taken = 0
+        return reset(**options)
+
+    def counted_step(actions):
+        nonlocal taken
+        if taken and taken % num_steps == 0:
+            meter.tick(work)
+        taken += 1
+        return step(actions)
+
+    env.reset, env.step = counted_reset, counted_step
+    return env

@@ -71,7 +71,7 @@ obs, done = tensor(envs.reset(seed=seed)[0]), torch.zeros(num_envs, device=devic
 
 def act(obs):
     """The deterministic action for one raw observation; the first environment's wrapper holds the running moments."""
-    env = envs.env.envs[0]
+    env = envs.envs[0]
     while not isinstance(env, wrappers.NormalizeObservation):
         env = env.env
     obs = (obs - env.obs_rms.mean) / np.sqrt(env.obs_rms.var + env.epsilon)

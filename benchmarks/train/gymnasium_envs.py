@@ -3,7 +3,7 @@
 import gymnasium
 import mujoco
 
-from benchmarks.meter import meter, settings
+from benchmarks.meter import count_steps, settings
 
 num_envs = settings["num_envs"]
 
@@ -17,23 +17,11 @@ def make_one(*wrappers):
     return env
 
 
-class CountedSteps(gymnasium.vector.VectorWrapper):
-    def __init__(self, env, num_steps):
-        super().__init__(env)
-        self.num_steps, self.taken = num_steps, 0
-
-    def step(self, actions):
-        if self.taken and self.taken % self.num_steps == 0:
-            meter.tick(self.num_steps * self.num_envs)
-        self.taken += 1
-        return self.env.step(actions)
-
-
 def make_vector(num_steps, kind, *wrappers):
-    functions, options = (
-        [lambda: make_one(*wrappers)] * num_envs,
-        dict(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP),
-    )
+    functions = [lambda: make_one(*wrappers)] * num_envs
+    options = dict(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
     if kind == "async":
-        return CountedSteps(gymnasium.vector.AsyncVectorEnv(functions, context="fork", **options), num_steps)
-    return CountedSteps(gymnasium.vector.SyncVectorEnv(functions, **options), num_steps)
+        envs = gymnasium.vector.AsyncVectorEnv(functions, context="fork", **options)
+    else:
+        envs = gymnasium.vector.SyncVectorEnv(functions, **options)
+    return count_steps(envs, num_steps, num_steps * num_envs)

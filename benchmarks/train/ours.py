@@ -12,7 +12,7 @@ import tempfile
 
 import torch
 
-from benchmarks.meter import device, meter, settings, threads, variant
+from benchmarks.meter import count_steps, device, settings, threads, variant
 
 count, *hidden = variant.split(",")
 processes = int(count)
@@ -24,12 +24,8 @@ if processes > 1 and "RANK" not in os.environ:
     os.environ |= dict(RANK="0", LOCAL_RANK="0")
     for other in range(1, processes):
         environment = os.environ | dict(RANK=str(other), LOCAL_RANK=str(other))
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train.ours"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-        )
+        silent = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, "-m", "benchmarks.train.ours"], env=environment, **silent)
 
 import ppo_gpu_torch as ppo
 import vecsim_torch
@@ -39,29 +35,8 @@ flags += ["--total-timesteps", str(10**12), "--log-every", "150000", "--eval-epi
 flags += ["--run-dir", tempfile.mkdtemp(dir=".")]
 if hidden:
     flags += ["--actor-hidden", *hidden, "--critic-hidden", *hidden]
-num_steps = settings["ours"]["num_steps"]
-
-
-class CountedSteps:
-    """A vecsim environment whose steps are counted from its last reset on."""
-
-    def __init__(self, env):
-        self.env, self.taken = env, 0
-
-    def __getattr__(self, name):
-        return getattr(self.env, name)
-
-    def reset(self, **options):
-        self.taken = 0
-        return self.env.reset(**options)
-
-    def step(self, action):
-        if rank == 0 and self.taken and self.taken % num_steps == 0:
-            meter.tick(num_steps * settings["ours"]["num_envs"])
-        self.taken += 1
-        return self.env.step(action)
-
-
-make = vecsim_torch.make
-vecsim_torch.make = lambda *words, **options: CountedSteps(make(*words, **options))
+if rank == 0:
+    make, sizes = vecsim_torch.make, settings["ours"]
+    work = sizes["num_steps"] * sizes["num_envs"]
+    vecsim_torch.make = lambda *words, **options: count_steps(make(*words, **options), sizes["num_steps"], work)
 ppo.train(ppo.parse_args(flags))

@@ -15,13 +15,13 @@ from benchmarks.adapters.skrl import Envs
 from benchmarks.learner.skrl_models import Policy, Value
 from benchmarks.meter import device
 from benchmarks.train.gymnasium_envs import make_vector
-from benchmarks.train.vecsim_envs import VecsimEnvs, num_envs, on_vecsim, ours_sizes
+from benchmarks.train.vecsim_envs import make_envs, num_envs, on_vecsim, ours_sizes
 
 config.torch.device = device
 num_steps, epochs, minibatches, hidden = 1024, 10, 32, [64, 64]
 if on_vecsim:
     num_steps, epochs, minibatches, hidden = ours_sizes
-env = Envs(VecsimEnvs()) if on_vecsim else wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
+env = Envs(make_envs(num_steps)) if on_vecsim else wrap_env(make_vector(num_steps, "sync"), wrapper="gymnasium")
 spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device=device)
 agent = PPO(
     models={"policy": Policy(spaces, hidden).to(device), "value": Value(spaces, hidden).to(device)},
