@@ -104,8 +104,8 @@ def learner(options: Namespace) -> Iterator[Comparison]:
         unit="samples/s",
         settings=dict(device=options.device) | ppo | sizes | hidden | dict(num_envs=1024, memory_width=128),
         contenders=[
-            Contender("ours with a GRU, compiled", "learner/ours_gru.py", "compiled"),
-            Contender("ours with a GRU, eager", "learner/ours_gru.py", "eager"),
+            Contender("ours with a GRU, compiled", "learner/ours.py", "compiled"),
+            Contender("ours with a GRU, eager", "learner/ours.py", "eager"),
             Contender("skrl with a GRU", "learner/skrl.py"),
             Contender("rl_games with a GRU", "learner/rl_games.py"),
         ],

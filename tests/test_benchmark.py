@@ -344,7 +344,7 @@ meter.tick(1)
     "module, work, settings",
     [
         ("learner.ours", 8 * 4, dict(num_envs=8, num_steps=4, epochs=2, minibatches=2)),
-        ("learner.ours_gru", 8 * 4, dict(num_envs=8, num_steps=4, epochs=2, minibatches=2, memory_width=4)),
+        ("learner.ours", 8 * 4, dict(num_envs=8, num_steps=4, epochs=2, minibatches=2, memory_width=4)),
         ("learner.sac_ours", 2, dict(num_envs=8, batch_size=16, updates_per_step=2, first_steps=4, replay_steps=10)),
         ("train.ours", 8 * 4, None),
     ],

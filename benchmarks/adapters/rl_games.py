@@ -15,7 +15,7 @@ import torch
 from rl_games.common.ivecenv import IVecEnv
 
 import vecsim_torch
-from benchmarks.learner.rl_games_agent import make_agent
+from benchmarks.learner.rl_games_agent import describe_spaces, make_agent
 
 
 class Envs(IVecEnv):
@@ -25,8 +25,7 @@ class Envs(IVecEnv):
         self.env = env
 
     def get_env_info(self):
-        spaces = dict(observation_space=self.env.single_observation_space, action_space=self.env.single_action_space)
-        return spaces | dict(agents=1, value_size=1)
+        return describe_spaces(self.env.single_observation_space, self.env.single_action_space)
 
     def reset(self):
         return self.env.reset(seed=1)[0]

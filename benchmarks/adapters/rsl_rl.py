@@ -16,6 +16,7 @@ from rsl_rl.runners import OnPolicyRunner
 from tensordict import TensorDict
 
 import vecsim_torch
+from benchmarks.learner.rsl_rl_config import configuration
 
 
 class Envs(VecEnv):
@@ -42,16 +43,7 @@ class Envs(VecEnv):
 
 def train(iterations):
     env = Envs(vecsim_torch.make("InvertedPendulum-v5", num_envs=512, integrator="euler", random_initial_ages=True))
-    network = dict(class_name="MLPModel", hidden_dims=[64, 64], activation="elu", obs_normalization=True)
-    config = dict(
-        algorithm=dict(class_name="PPO", num_learning_epochs=5, num_mini_batches=4, schedule="adaptive"),
-        actor=network | dict(distribution_cfg=dict(class_name="GaussianDistribution", init_std=1.0)),
-        critic=network,
-        obs_groups=dict(actor=["policy"], critic=["policy"]),
-        num_steps_per_env=24,
-        save_interval=10**9,
-    )
-    runner = OnPolicyRunner(env, config, device="cpu")
+    runner = OnPolicyRunner(env, configuration(24, epochs=5, minibatches=4, hidden=[64, 64]), device="cpu")
     runner.learn(iterations)
     policy = runner.get_inference_policy()
     return lambda obs, started: env.scale(policy(TensorDict({"policy": obs}, batch_size=[len(obs)])))

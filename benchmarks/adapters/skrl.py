@@ -11,15 +11,11 @@ on one AMD EPYC core."""
 import sys
 
 import torch
-from skrl.agents.torch.ppo import PPO
 from skrl.envs.wrappers.torch import Wrapper
-from skrl.memories.torch import RandomMemory
-from skrl.resources.preprocessors.torch import RunningStandardScaler
-from skrl.resources.schedulers.torch import KLAdaptiveLR
 from skrl.trainers.torch import SequentialTrainer
 
 import vecsim_torch
-from benchmarks.learner.skrl_models import Policy, Value
+from benchmarks.learner.skrl_agent import make_agent
 
 
 class Envs(Wrapper):
@@ -27,6 +23,7 @@ class Envs(Wrapper):
 
     observation_space = property(lambda self: self._env.single_observation_space)
     action_space = property(lambda self: self._env.single_action_space)
+    state = render = close = lambda self: None
 
     def reset(self):
         return self._env.reset(seed=1)
@@ -35,32 +32,11 @@ class Envs(Wrapper):
         obs, reward, terminated, truncated, info = self._env.step(actions)
         return obs, reward[:, None], terminated[:, None], truncated[:, None], info
 
-    def state(self):
-        return None
-
-    def render(self):
-        pass
-
-    def close(self):
-        pass
-
 
 def train(iterations, num_steps=32):
     env = Envs(vecsim_torch.make("InvertedPendulum-v5", num_envs=512, integrator="euler", random_initial_ages=True))
     spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device=env.device)
-    agent = PPO(
-        models={"policy": Policy(spaces, [64, 64]), "value": Value(spaces, [64, 64])},
-        memory=RandomMemory(memory_size=num_steps, num_envs=env.num_envs, device=env.device),
-        **spaces,
-        cfg=dict(
-            rollouts=num_steps, learning_epochs=5, mini_batches=4, learning_rate=1e-3,
-            learning_rate_scheduler=KLAdaptiveLR, learning_rate_scheduler_kwargs={"kl_threshold": 0.01},
-            observation_preprocessor=RunningStandardScaler,
-            observation_preprocessor_kwargs={"size": env.observation_space, "device": env.device},
-            value_preprocessor=RunningStandardScaler, value_preprocessor_kwargs={"size": 1, "device": env.device},
-            experiment={"write_interval": 0, "checkpoint_interval": 0},
-        ),
-    )  # fmt: skip
+    agent = make_agent(spaces, env.num_envs, num_steps, epochs=5, minibatches=4, hidden=[64, 64])
     limits = {"timesteps": iterations * num_steps, "headless": True, "disable_progressbar": True}
     SequentialTrainer(env=env, agents=agent, cfg=limits).train()
     agent.enable_training_mode(False)

@@ -3,21 +3,18 @@
 # ///
 """rl_games' train_epoch, its rollout replaced by one that it collected before."""
 
-import gymnasium
-import numpy as np
 import torch
 from rl_games.common.ivecenv import IVecEnv
 
-from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
+from benchmarks.learner.common import epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
 from benchmarks.learner.rl_games_agent import describe_spaces, make_agent
+from benchmarks.learner.spaces import action_space, obs_space
 from benchmarks.meter import device, meter, settings
 
 
 class RandomNumbers(IVecEnv):
     def get_env_info(self):
-        bound = np.full(obs_size, np.inf, np.float32)
-        limit = np.ones(action_size, np.float32)
-        return describe_spaces(gymnasium.spaces.Box(-bound, bound), gymnasium.spaces.Box(-limit, limit))
+        return describe_spaces(obs_space, action_space)
 
     def reset(self):
         return torch.randn(num_envs, obs_size, device=device)

@@ -5,14 +5,14 @@
 
 The models are those of its documentation."""
 
-import numpy as np
 import torch
 from skrl.agents.torch.sac import SAC
 from skrl.memories.torch import RandomMemory
 from skrl.models.torch import DeterministicMixin, Model
 
-from benchmarks.learner.common import action_size, hidden, num_envs, obs_size
-from benchmarks.learner.skrl_models import Policy, box, mlp
+from benchmarks.learner.common import hidden, num_envs, obs_size
+from benchmarks.learner.skrl_agent import Policy, mlp
+from benchmarks.learner.spaces import action_space, obs_space
 from benchmarks.meter import device, meter, settings
 
 
@@ -31,7 +31,7 @@ class Critic(DeterministicMixin, Model):
         return self.net(torch.cat([inputs["observations"], inputs["taken_actions"]], dim=1)), {}
 
 
-spaces = dict(observation_space=box(obs_size, np.inf), action_space=box(action_size, 1.0), device=device)
+spaces = dict(observation_space=obs_space, action_space=action_space, device=device)
 critics = ("critic_1", "critic_2", "target_critic_1", "target_critic_2")
 updates = settings["updates_per_step"]
 agent = SAC(

@@ -1,11 +1,13 @@
-"""Policy and value function of skrl, as its documentation builds them, without and with a GRU."""
+"""skrl's PPO, with policy and value function as its documentation builds them, without and with a GRU."""
 
 from itertools import pairwise
 
-import gymnasium
-import numpy as np
 import torch
+from skrl.agents.torch.ppo import PPO, PPO_RNN
+from skrl.memories.torch import RandomMemory
 from skrl.models.torch import DeterministicMixin, GaussianMixin, Model
+from skrl.resources.preprocessors.torch import RunningStandardScaler
+from skrl.resources.schedulers.torch import KLAdaptiveLR
 from torch import nn
 
 
@@ -89,5 +91,23 @@ class RecurrentValue(Value):
         return value, {"rnn": [state]}
 
 
-def box(size, limit):
-    return gymnasium.spaces.Box(-limit, limit, (size,), np.float32)
+def make_agent(spaces, num_envs, num_steps, epochs, minibatches, hidden, desired_kl=0.01, memory_width=None, **more):
+    """skrl's PPO, or with memory_width its PPO_RNN; options as in its Gymnasium examples."""
+    kinds, memory = (Policy, Value), ()
+    if memory_width:
+        kinds, memory = (RecurrentPolicy, RecurrentValue), (memory_width, num_steps, num_envs)
+    device = spaces["device"]
+    policy, value = (kind(spaces, hidden, *memory).to(device) for kind in kinds)
+    return (PPO_RNN if memory_width else PPO)(
+        models={"policy": policy, "value": value},
+        memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device=device),
+        **spaces,
+        cfg=dict(
+            rollouts=num_steps, learning_epochs=epochs, mini_batches=minibatches, learning_rate=1e-3,
+            learning_rate_scheduler=KLAdaptiveLR, learning_rate_scheduler_kwargs={"kl_threshold": desired_kl},
+            observation_preprocessor=RunningStandardScaler,
+            observation_preprocessor_kwargs={"size": spaces["observation_space"], "device": device},
+            value_preprocessor=RunningStandardScaler, value_preprocessor_kwargs={"size": 1, "device": device},
+            experiment={"write_interval": 0, "checkpoint_interval": 0}, **more,
+        ),
+    )  # fmt: skip
