@@ -23,13 +23,8 @@ def full_states(qpos, qvel):
 
 with rollout.Rollout(nthread=threads) as pool:
     data = [mujoco.MjData(model) for _ in range(threads)]
-    after, _ = pool.rollout(
-        model,
-        data,
-        full_states(states["qpos"], states["qvel"]),
-        states["ctrl"][:, None],
-        initial_warmstart=states["warmstart"],
-    )
+    tests = full_states(states["qpos"], states["qvel"])
+    after, _ = pool.rollout(model, data, tests, states["ctrl"][:, None], initial_warmstart=states["warmstart"])
     note_errors(after[:, 0, 1 + model.nq : 1 + model.nq + model.nv])  # a state is time, qpos, qvel
     start, length = full_states(states["start"], states["start_qvel"]), 10
     while True:

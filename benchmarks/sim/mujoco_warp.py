@@ -16,34 +16,30 @@ low, high = model.actuator_ctrlrange.T
 rng = np.random.default_rng(1)
 
 
-def simulation(qpos, qvel, warmstart):
-    """A model and its data, with these rows as the state."""
-    data = mujoco_warp.make_data(model, nworld=len(qpos))
-    for name, rows in (("qpos", qpos), ("qvel", qvel), ("qacc_warmstart", warmstart)):
-        getattr(data, name).assign(rows.astype(np.float32))
-    mx = mujoco_warp.put_model(model)
-    mx.opt.warn_overflow = 0  # else it prints whenever a robot uses all its solver iterations
-    return mx, data
+def assign(data, **rows):
+    for name, values in rows.items():
+        getattr(data, name).assign(values.astype(np.float32))
 
 
 with warp.ScopedDevice(device):
-    mx, data = simulation(states["qpos"], states["qvel"], states["warmstart"])
-    data.ctrl.assign(states["ctrl"].astype(np.float32))
+    mx = mujoco_warp.put_model(model)
+    mx.opt.warn_overflow = 0  # else it prints whenever a robot uses all its solver iterations
+    data = mujoco_warp.make_data(model, nworld=len(states["qpos"]))
+    assign(data, qpos=states["qpos"], qvel=states["qvel"], qacc_warmstart=states["warmstart"], ctrl=states["ctrl"])
     mujoco_warp.step(mx, data)
     note_errors(data.qvel.numpy())
-    rest = np.zeros((num_envs, model.nv))
-    mx, data = simulation(states["start"], states["start_qvel"], rest)
-    graph = None
+    data, graph = mujoco_warp.make_data(model, nworld=num_envs), None
+    start = dict(qpos=states["start"], qvel=states["start_qvel"], qacc_warmstart=np.zeros((num_envs, model.nv)))
+    assign(data, **start)
     if device == "cuda":
         mujoco_warp.step(mx, data)
         with warp.ScopedCapture() as capture:
             mujoco_warp.step(mx, data)
         graph = capture.graph
     while True:
-        for name, rows in (("qpos", states["start"]), ("qvel", states["start_qvel"]), ("qacc_warmstart", rest)):
-            getattr(data, name).assign(rows.astype(np.float32))
+        assign(data, **start)
         for _ in range(episode):
-            data.ctrl.assign(rng.uniform(low, high, (num_envs, model.nu)).astype(np.float32))
+            assign(data, ctrl=rng.uniform(low, high, (num_envs, model.nu)))
             for _ in range(frame_skip):
                 warp.capture_launch(graph) if graph else mujoco_warp.step(mx, data)
             warp.synchronize()

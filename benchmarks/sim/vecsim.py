@@ -11,23 +11,13 @@ falls = settings["env_id"] in ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v
 lying = dict(terminate_when_unhealthy=False) if falls else {}
 torch.set_num_threads(int(variant or threads))
 env = vecsim_torch.make(
-    settings["env_id"],
-    num_envs,
-    device=device,
-    seed=1,
-    integrator="euler",
-    iterations=settings["iterations"],
-    max_episode_steps=episode,
-    random_initial_ages=True,
-    compile=True,
-    **lying,
-)
+    settings["env_id"], num_envs, device=device, seed=1, integrator="euler", iterations=settings["iterations"],
+    max_episode_steps=episode, random_initial_ages=True, compile=True, **lying,
+)  # fmt: skip
 chunk = len(torch.arange(num_envs)[env._parts[0]])  # the compiled functions that are timed below take so many robots
-qpos, qvel, warmstart, ctrl = (
-    torch.tensor(rows.T, dtype=env.dtype, device=device).contiguous() for rows in test_states(chunk)
-)
+tests = [torch.tensor(rows.T, dtype=env.dtype, device=device).contiguous() for rows in test_states(chunk)]
 with torch.no_grad():
-    state = vecsim_torch.State(qpos, qvel, warmstart)
+    state, ctrl = vecsim_torch.State(*tests[:3]), tests[3]
     after, _ = vecsim_torch.step(env.model, state, ctrl, "euler", settings["iterations"], env._run)
 note_errors(after.qvel.T.cpu())
 env.reset(seed=1)
