@@ -79,6 +79,12 @@ def with_curves(results: Path, pattern: str) -> list[dict]:
     return [run for run in tables.load(results, pattern) if run.get("curve")]
 
 
+def by_task(runs: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Each task with its runs, in the order of the runs."""
+    tasks = dict.fromkeys(run["env_id"] for run in runs)
+    return [(env_id, [run for run in runs if run["env_id"] == env_id]) for env_id in tasks]
+
+
 def learning_curves(axis: Axes, runs: list[dict], over: int, scale: float = 1.0) -> None:
     """One line for each seed, one colour and one label for each algorithm.
 
@@ -107,9 +113,7 @@ def plot_curves(results: Path) -> None:
     """Scores over training time, PPO and SAC, one panel for each task."""
     runs = [run for run in with_curves(results, "*/*-seed*.json") if run["folder"] in ("ppo", "sac")]
     runs = [run for run in runs if not run["name"].endswith("-ppo") and not run.get("cores_shared")]
-    tasks = list(dict.fromkeys(run["env_id"] for run in runs))
-    for axis, env_id in panels(results / "curves.png", tasks, 3, (4.2, 3.1), SCORE, runs):
-        members = [run for run in runs if run["env_id"] == env_id]
+    for axis, (env_id, members) in panels(results / "curves.png", by_task(runs), 3, (4.2, 3.1), SCORE, runs):
         longest = max(run["curve"][-1][1] for run in members)
         scale, unit = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
         learning_curves(axis, members, 1, scale)
@@ -121,20 +125,17 @@ def plot_curves(results: Path) -> None:
 def plot_twins(results: Path) -> None:
     """ppo_mjx_jax.py beside ppo_gpu_torch.py on the same task and batch, over environment steps and over time."""
     runs = with_curves(results, "mjx/*-seed*.json")
-    tasks = sorted({run["env_id"] for run in runs}, reverse=True)
-    items, title = list(itertools.product(tasks, (0, 1))), f"{SCORE}; same task, batch and flags"
-    for axis, (env_id, over) in panels(results / "mjx/curves.png", items, 2, (4.5, 3.1), title, runs):
-        learning_curves(axis, [run for run in runs if run["env_id"] == env_id], over)
+    items, title = list(itertools.product(by_task(runs)[::-1], (0, 1))), f"{SCORE}; same task, batch and flags"
+    for axis, ((env_id, members), over) in panels(results / "mjx/curves.png", items, 2, (4.5, 3.1), title, runs):
+        learning_curves(axis, members, over)
         label_axes(axis, env_id, ("environment steps", "seconds of training, compilation apart")[over])
         axis.set_xlim(left=0)
 
 
 def plot_off_policy(results: Path) -> None:
     """SAC beside PPO over environment steps; PPO's curve is cut where both have reached the threshold."""
-    runs = with_curves(results, "sac/*-seed*.json")
-    tasks = sorted({run["env_id"] for run in runs if run["algorithm"] == "sac"})
-    for axis, env_id in panels(results / "sac/curves.png", tasks, 3, (4.6, 3.1), SCORE):
-        members = [run for run in runs if run["env_id"] == env_id]
+    runs = by_task(with_curves(results, "sac/*-seed*.json"))
+    for axis, (env_id, members) in panels(results / "sac/curves.png", runs, 3, (4.6, 3.1), SCORE):
         if all(run["algorithm"] == "sac" for run in members):  # PPO was not trained for this comparison: its usual run
             members += with_curves(results, f"ppo/{env_id}-seed*.json")
         learning_curves(axis, members, 0)
@@ -150,9 +151,7 @@ def plot_off_policy(results: Path) -> None:
 def plot_q_learning(results: Path) -> None:
     """DQN and PQN over seconds of training, beside PPO and SAC on the same core for as long."""
     runs = with_curves(results, "dqn/*-seed*.json")
-    tasks = sorted({run["env_id"] for run in runs})
-    for axis, env_id in panels(results / "dqn/curves.png", tasks, 2, (5.6, 3.3), SCORE, runs):
-        members = [run for run in runs if run["env_id"] == env_id]
+    for axis, (env_id, members) in panels(results / "dqn/curves.png", by_task(runs), 2, (5.6, 3.3), SCORE, runs):
         minutes = max(run["train_seconds"] for run in members) / 60
         for other in with_curves(results, f"peers/{env_id}/ours-*-seed*.json"):
             members.append(other | dict(algorithm=other["contender"].removeprefix("ours-")))
@@ -166,12 +165,12 @@ def plot_q_learning(results: Path) -> None:
 def plot_peers(results: Path) -> None:
     """Scores over minutes of training beside other libraries: thin lines are seeds, a thick one is the median seed."""
     runs = tables.load(results, "peers/*/*-seed*.json")
-    tasks = [task for task in tables.PEERS_GOALS if any(run["env_id"] == task for run in runs)]
+    tasks = sorted(by_task(runs), key=lambda task: list(tables.PEERS_GOALS).index(task[0]))
     between = "; " if len(tasks) > 1 else ";\n"  # a single panel is narrow
     title = f"Score in gymnasium.make(task) on one CPU core{between}thick: the median seed"
-    for axis, env_id in panels(results / "peers.png", tasks, 3, (4.4, 3.3), title, runs):
+    for axis, (env_id, members) in panels(results / "peers.png", tasks, 3, (4.4, 3.3), title, runs):
         for contender, colour in PEER_COLOURS.items():
-            seeds = [run for run in runs if (run["env_id"], run["contender"]) == (env_id, contender)]
+            seeds = [run for run in members if run["contender"] == contender]
             seeds.sort(key=lambda run: run["curve"][-1][2])
             for rank, run in enumerate(seeds):
                 x = [0.0, *(seconds / 60 for _, seconds, _ in run["curve"])]
@@ -180,19 +179,17 @@ def plot_peers(results: Path) -> None:
                 style = middle if rank == len(seeds) // 2 else dict(lw=0.9, alpha=0.5)
                 axis.plot(x, scores, ".-", color=colour, ms=4, **style)
         label_axes(axis, env_id, "minutes of training, compilation apart")
-        axis.set_xlim(0, max(run["minutes"] for run in runs if run["env_id"] == env_id) * 1.05)
-        if env_id == tasks[-1]:
+        axis.set_xlim(0, max(run["minutes"] for run in members) * 1.05)
+        if env_id == tasks[-1][0]:
             axis.legend(frameon=False, fontsize=8)
 
 
 def plot_memory(results: Path) -> None:
     """Scores without velocities over environment steps, without and with a memory."""
     runs = with_curves(results, "memory/*/*-seed*.json")
-    tasks = list(dict.fromkeys(run["env_id"] for run in runs))
-    for axis, env_id in panels(results / "memory/curves.png", tasks, 3, (5.4, 3.6), SCORE, runs):
-        of_task = [run for run in runs if run["env_id"] == env_id]
-        for colour, members in enumerate(tables.grouped(of_task, "name")):
-            for k, run in enumerate(members):
+    for axis, (env_id, members) in panels(results / "memory/curves.png", by_task(runs), 3, (5.4, 3.6), SCORE, runs):
+        for colour, seeds in enumerate(tables.grouped(members, "name")):
+            for k, run in enumerate(seeds):
                 label = None if k else run["name"].replace("-", " ")
                 x, scores = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
                 axis.plot(x, scores, ".-", color=f"C{colour}", lw=1.6, alpha=0.8, ms=4, label=label)
@@ -205,13 +202,12 @@ def plot_stages(results: Path) -> None:
     """Of each quadruped: errors, and terrain level where there is terrain, over the steps of each stage."""
     titles = dict(velocity_error="velocity error, m/s", terrain_level="mean terrain level")
     titles |= dict(imitation_loss="imitation loss of the student")
-    for path in [*results.glob("distill/*/evidence.json"), *results.glob("*/*/training.json")]:
-        [record] = tables.load(path.parent, path.name)
+    for record in [*tables.load(results, "distill/*/evidence.json"), *tables.load(results, "*/*/training.json")]:
         column = {name: k for k, name in enumerate(record["curve_columns"])}
         rows = [row for stage in record["curves"].values() for row in stage]
         shown = [name for name in titles if any(row[column[name]] is not None for row in rows)]
         title = f"{record['env_id']}: training, with exploration noise and randomised robots"
-        for axis, name in panels(path.with_name("curves.png"), shown, 3, (4.4, 2.9), title):
+        for axis, name in panels(record["path"].with_name("curves.png"), shown, 3, (4.4, 2.9), title):
             for stage, lines in record["curves"].items():
                 points = [(row[column["env_steps"]], row[column[name]]) for row in lines]
                 points = [point for point in points if point[1] is not None]

@@ -205,8 +205,7 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield from picture("robots.gif", "trained robots in Gymnasium's environments")
     yield from picture("speed.png", "simulators, learners and whole trainings side by side")
     yield SIMULATOR
-    if (results / "parity.json").exists():
-        yield tables.parity(json.loads((results / "parity.json").read_text()))
+    yield from map(tables.parity, load("parity.json"))
     if found := [*load("mjcf-before.json"), *load("mjcf.json")]:
         yield MJCF
         yield tables.mjcf(found)
@@ -224,10 +223,9 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield tables.comparison(record, dollars_per_hour)
     if found := load("profile/*.json"):
         yield tables.profile(found)
-    predictions = results / "gpu/predicted.json"
-    if predictions.exists():
+    for predictions in load("gpu/predicted.json"):
         yield GPU
-        yield tables.predicted(json.loads(predictions.read_text()))
+        yield tables.predicted(predictions)
     measured = [record for record in load("gpu/*.json") if "block" in record and not record["name"].endswith("-quick")]
     if measured:
         yield MEASURED
@@ -245,41 +243,35 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     if found := load("peers/*/*-seed*.json"):
         yield PEERS
         yield from picture("peers.png", "score over minutes of training, beside other libraries")
-        for members in tables.grouped(found, "env_id"):
-            yield tables.peers(members[0]["env_id"], members)
+        yield from map(tables.peers, tables.grouped(found, "env_id"))
     if found := load("dqn/*-seed*.json"):
         yield Q_LEARNING
         for members in tables.grouped(found, "env_id"):
-            env_id = members[0]["env_id"]
-            yield tables.at_equal_time(env_id, members, load(f"peers/{env_id}/ours-*-seed*.json"))
+            yield tables.at_equal_time(members, load(f"peers/{members[0]['env_id']}/ours-*-seed*.json"))
         for members in tables.grouped(load("dqn/ablation/*/*-seed*.json"), "folder"):
             yield Q_ABLATION
             yield tables.candidates(members, "DQN with one thing changed")
     yield SETTINGS
     if found := load("sac/candidates/*-seed*.json"):
         yield tables.candidates(found, "candidates for SAC's default")
-    for members in tables.grouped(load("sac/ablation/*/*-seed*.json"), "folder"):
-        yield tables.ablation(members)
-    for members in tables.grouped(load("ppo/sizes/*/*-seed*.json"), "folder"):
-        yield tables.sizes(members)
+    yield from map(tables.ablation, tables.grouped(load("sac/ablation/*/*-seed*.json"), "folder"))
+    yield from map(tables.sizes, tables.grouped(load("ppo/sizes/*/*-seed*.json"), "folder"))
     if found := load("memory/*/*-seed*.json"):
         yield MEMORY
         yield from picture("memory/curves.png", "score over environment steps, with and without memory")
-        for members in tables.grouped(found, "folder"):
-            yield tables.memories(members)
-    for folder in sorted(results.glob("walk-memory/*")):
-        yield tables.walkers(folder)
+        yield from map(tables.memories, tables.grouped(found, "folder"))
+    yield from map(tables.walkers, sorted(results.glob("walk-memory/*")))
     yield QUADRUPED
     yield from map(tables.walk, load("quadruped/*.json"))
     for record in load("distill/*/evidence.json"):
         yield tables.distill(record)
         yield from picture(f"distill/{record['env_id']}/curves.png", "training of teacher and students")
-    for path in [*results.glob("quadruped/*/training.json"), *results.glob("distill/*/training.json")]:
-        [record] = tables.load(path.parent, path.name)
-        if (summary := path.with_name("panel") / "summary.csv").exists():
+    for record in [*load("quadruped/*/training.json"), *load("distill/*/training.json")]:
+        folder = record["path"].parent
+        if (summary := folder / "panel/summary.csv").exists():
             yield tables.judged(record, summary)
         yield tables.stages(record)
-        yield from picture(path.with_name("curves.png").relative_to(results).as_posix(), "training of the policies")
+        yield from picture(f"{folder.relative_to(results)}/curves.png", "training of the policies")
     if found := sorted(results.glob("**/postmortem.md")):
         yield PANELS
         heads = [(path, path.read_text().splitlines()[0].lstrip("# ")) for path in found]

@@ -23,7 +23,8 @@ def load(results: Path, pattern: str) -> list[dict]:
     """The files that match, in the order of their names; `name` is a file's name without its ending and its seed."""
     found = []
     for path in sorted(results.glob(pattern)):
-        found.append(json.loads(path.read_text()) | dict(name=path.stem.split("-seed")[0], folder=path.parent.name))
+        place = dict(path=path, name=path.stem.split("-seed")[0], folder=path.parent.name)
+        found.append(json.loads(path.read_text()) | place)
     return found
 
 
@@ -239,17 +240,18 @@ def in_time(run: dict) -> list:
     return [point for point in run["curve"] if point[1] <= 1.02 * 60 * run["minutes"]]
 
 
-def at_equal_time(env_id: str, runs: list[dict], others: list[dict]) -> str:
+def at_equal_time(runs: list[dict], others: list[dict]) -> str:
     """Runs of q-learning beside our PPO and SAC of `peers`, all for as long as the longest of these runs."""
     minutes = max(run["train_seconds"] for run in runs) / 60
     ours = [run | dict(contender=f"ours-{run['algorithm']}") for run in runs]
     episodes = "10 episodes, of Q-learning 20" if others else "20 episodes"
-    return peers(env_id, [run | dict(minutes=minutes) for run in ours + others], episodes)
+    return peers([run | dict(minutes=minutes) for run in ours + others], episodes)
 
 
-def peers(env_id: str, runs: list[dict], episodes: str = "10 episodes") -> str:
+def peers(runs: list[dict], episodes: str = "10 episodes") -> str:
     """Scores after the same minutes of training on the same core, and seconds to a score."""
-    rows, goal = [], PEERS_GOALS[env_id]
+    rows, env_id = [], runs[0]["env_id"]
+    goal = PEERS_GOALS[env_id]
     for contender, title in PEERS.items():
         members = [run for run in runs if run["contender"] == contender]
         if not members:

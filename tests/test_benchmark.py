@@ -491,14 +491,11 @@ def test_scores_have_a_row_for_the_seeds_of_a_task():
 
 def test_q_learning_stands_beside_ppo_and_sac_of_the_same_minutes():
     """Its runs count as long as theirs: an evaluation after their minutes does not."""
-    runs = [
-        sample_run(
-            algorithm="dqn", train_seconds=180.0, curve=[[7, 90.0, 50.0], [9, 150.0, 3500.0]], compile_seconds=20.0
-        )
-    ]
-    runs += [sample_run(algorithm="pqn", curve=[[8, 179.0, 1000.0], [9, 200.0, 9000.0]], compile_seconds=20.0)]
+    shared = dict(env_id="HalfCheetah-v5", compile_seconds=20.0)
+    runs = [sample_run(algorithm="dqn", train_seconds=180.0, curve=[[7, 90.0, 50.0], [9, 150.0, 3500.0]], **shared)]
+    runs += [sample_run(algorithm="pqn", curve=[[8, 179.0, 1000.0], [9, 200.0, 9000.0]], **shared)]
     others = [dict(contender="ours-sac", minutes=3, compile_seconds=90.0, curve=[[5, 100.0, 3000.0]])]
-    text = tables.at_equal_time("HalfCheetah-v5", runs, others)
+    text = tables.at_equal_time(runs, others)
     assert "| ours, SAC | 1 | 5 | 3,000 | 100 | 90 |\n| ours, DQN | 1 | 9 | 3,500 | 150 | 20 |" in text
     assert "| ours, PQN | 1 | 8 | 1,000 | - | 20 |" in text and "(10 episodes, of Q-learning 20)" in text
 
@@ -787,9 +784,8 @@ def test_a_command_that_a_trainer_refuses_is_found(name, change, tmp_path):
 
 
 def test_a_score_after_the_minutes_does_not_count():
-    runs = [
-        dict(contender="ours-ppo", minutes=3, compile_seconds=90.0, curve=[[5, 100.0, 20.0], [9, 205.0, 4000.0]]),
-        dict(contender="sb3-ppo", minutes=3, compile_seconds=0.0, curve=[[4, 90.0, 10.0], [8, 182.0, 3100.0]]),
-    ]
-    text = tables.peers("HalfCheetah-v5", runs)
+    shared = dict(env_id="HalfCheetah-v5", minutes=3)
+    ours = dict(contender="ours-ppo", compile_seconds=90.0, curve=[[5, 100.0, 20.0], [9, 205.0, 4000.0]])
+    theirs = dict(contender="sb3-ppo", compile_seconds=0.0, curve=[[4, 90.0, 10.0], [8, 182.0, 3100.0]])
+    text = tables.peers([shared | ours, shared | theirs])
     assert "| ours, PPO | 1 | 5 | 20 | - | 90 |" in text and "| SB3, PPO | 1 | 8 | 3,100 | 182 | 0 |" in text
