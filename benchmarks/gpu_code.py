@@ -23,7 +23,6 @@ os.environ |= dict(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_COMPILE_THREA
 os.environ |= dict(TRITON_INTERPRET="1") if INTERPRET else {}
 
 import contextlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -53,31 +52,19 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20, gcnArchName="", is_integrated=False, uuid="", memory_bus_width=5120, clock_rate=1980000,
 )  # fmt: skip
+PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
 
 class Driver(DriverBase):
     """Triton's view of the card."""
 
-    def __init__(self):
-        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-        self.utils = types.SimpleNamespace(get_device_properties=lambda _: properties)
-        self.get_current_device, self.get_current_stream = lambda: 0, lambda _=None: 0
-
-    def get_current_target(self):
-        return TARGET
-
-    def get_active_torch_device(self):
-        return torch.device("cuda", 0)
-
-    @staticmethod
-    def is_active():
-        return True
-
-    def map_python_to_cpp_type(self, name):
-        return name
-
-    def get_benchmarker(self):
-        return None
+    utils = types.SimpleNamespace(get_device_properties=lambda _: PROPERTIES)
+    is_active = staticmethod(lambda: True)
+    get_current_target = lambda self: TARGET
+    get_active_torch_device = lambda self: torch.device("cuda", 0)
+    get_current_device = get_current_stream = lambda self, _=None: 0
+    map_python_to_cpp_type = lambda self, name: name
+    get_benchmarker = lambda self: None
 
 
 def pretend_to_have_a_gpu() -> None:
@@ -180,35 +167,31 @@ def number(kernel: str, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def load_source(kernel: str) -> dict:
+    """The names that the source of a kernel defines, and the kernel itself as "kernel"."""
+    path, names = Path(tempfile.mkdtemp()) / "kernel.py", {"__name__": "kernel"}
+    path.write_text(kernel)  # Triton reads it there
+    exec(compile(kernel, path, "exec"), names)
+    names["kernel"] = names[re.search(r"def (triton_\w+)\(", kernel)[1]]
+    return names
+
+
 def registers(name: str, kernel: str) -> list[dict]:
     """Registers, and bytes of the stack of a thread, for each configuration that Inductor would try."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.py"
-        path.write_text(kernel)
-        spec = importlib.util.spec_from_file_location("kernel", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        tuner, found = getattr(module, re.search(r"def (triton_\w+)\(", kernel)[1]), []
-        for config in tuner.configs:
-            meta, function = tuner.triton_meta, tuner.fn
-            constants = {(function.arg_names.index(k),): v for k, v in (meta["constants"] | config.kwargs).items()}
-            signature = meta["signature"] | dict.fromkeys(config.kwargs, "constexpr")
-            attributes = {tuple(k): v for k, v in meta["configs"][0].items()} if meta["configs"] else {}
-            options = dict(
-                num_warps=config.num_warps, num_stages=config.num_stages, debug=True, sanitize_overflow=False
-            )
-            compiled = triton.compile(
-                triton.compiler.ASTSource(function, signature, constants, attributes), target=TARGET, options=options
-            )
-            binary = Path(folder) / "kernel.cubin"
-            binary.write_bytes(compiled.asm["cubin"])
-            tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
-            usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-            used = {
-                key: int(re.search(rf"{word}:(\d+)", usage)[1])
-                for key, word in (("registers", "REG"), ("stack", "STACK"))
-            }
-            found.append(dict(kernel=name, **config.kwargs, warps=config.num_warps) | used)
+    tuner, found = load_source(kernel)["kernel"], []
+    meta, function, binary = tuner.triton_meta, tuner.fn, Path(tempfile.mkdtemp()) / "kernel.cubin"
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+    for config in tuner.configs:
+        constants = {(function.arg_names.index(k),): v for k, v in (meta["constants"] | config.kwargs).items()}
+        signature = meta["signature"] | dict.fromkeys(config.kwargs, "constexpr")
+        attributes = {tuple(k): v for k, v in meta["configs"][0].items()} if meta["configs"] else {}
+        source = triton.compiler.ASTSource(function, signature, constants, attributes)
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, debug=True, sanitize_overflow=False)
+        binary.write_bytes(triton.compile(source, target=TARGET, options=options).asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+        words = (("registers", "REG"), ("stack", "STACK"))
+        used = {key: int(re.search(rf"{word}:(\d+)", usage)[1]) for key, word in words}
+        found.append(dict(kernel=name, **config.kwargs, warps=config.num_warps) | used)
     return found
 
 
@@ -234,9 +217,8 @@ def count(env_id: str) -> dict:
     found, now, results, counting = [], [""], {}, False
 
     def make_call(graph, source):
-        outputs = [
-            (list(map(int, x.get_size())), list(map(int, x.get_stride())), x.get_dtype()) for x in graph.graph_outputs
-        ]
+        integers = lambda sizes: [int(size) for size in sizes]
+        outputs = [(integers(x.get_size()), integers(x.get_stride()), x.get_dtype()) for x in graph.graph_outputs]
         record = dict(region=now[0], calls=0, source=source)
         found.append(record)
 
@@ -300,17 +282,11 @@ def through_numpy(function, boolean: bool = False):
 def load_kernel(name: str, source: str, launched: Counter):
     """An object whose `run` runs this kernel in the interpreter."""
     head, body = source[: source.index("@triton_heuristics")], source[source.index("@triton.jit") :]
-    folder = tempfile.mkdtemp()
-    path = Path(folder) / "kernel.py"
-    path.write_text(f"{head}\n{body}")
-    spec = importlib.util.spec_from_file_location("kernel", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loaded = load_source(f"{head}\n{body}")
     names = dict(rsqrt=lambda x: 1 / np.sqrt(x), sqrt=np.sqrt, exp=np.exp, hypot=np.hypot, tanh=np.tanh)
     library = {key: through_numpy(function) for key, function in names.items()}
     library |= {key: through_numpy(getattr(np, key), boolean=True) for key in ("isnan", "isinf")}
-    module.libdevice = type("Libdevice", (), library)
-    function = getattr(module, re.search(r"def (triton_\w+)\(", body)[1])
+    loaded["libdevice"], function = type("Libdevice", (), library), loaded["kernel"]
     arguments = re.search(r"def triton_\w+\((.*?)\):", body, re.DOTALL)[1]
     rows, columns = (re.search(rf"\b{word} = (\d+)", body) for word in ("xnumel", "r0_numel"))
 
@@ -345,9 +321,8 @@ def interpreted(source: str, launched: Counter):
     }
     for old, new in replaced.items():
         source = re.sub(old, new, source)
-    compiler = types.SimpleNamespace(
-        triton=lambda name, kernel, device_str: load_kernel(name, kernel, launched), wait=lambda scope: None
-    )
+    load = lambda name, kernel, device_str: load_kernel(name, kernel, launched)
+    compiler = types.SimpleNamespace(triton=load, wait=lambda scope: None)
     space = dict(get_raw_stream=lambda _: 0, COMPILE=compiler, contextlib=contextlib, __name__="", __file__="")
     exec(source.split("if __name__ ==")[0], space)
     return space["call"] if "call" in space else space["runner"].call

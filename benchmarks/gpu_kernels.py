@@ -66,11 +66,7 @@ def predict(counted: dict, chunk: int) -> dict:
         num_envs: [num_envs / step_seconds(counted, num_envs, launch, chunk) for launch in reversed(LAUNCH)]
         for num_envs in SIZES
     }
-    spills = {}  # bytes of the stack of a thread in the best configuration of each region's heaviest kernel
-    for region in regions:
-        best = min(region["registers"], key=lambda configuration: configuration["stack"])
-        spills[region["region"]] = max(best["stack"], spills.get(region["region"], 0))
-    return counted | dict(launches=launches, bytes=moved, spills=spills, rates=found)
+    return counted | dict(launches=launches, bytes=moved, rates=found)
 
 
 def rates(predicted: dict, env_id: str, num_envs: int) -> list[float] | None:

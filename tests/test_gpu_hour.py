@@ -114,7 +114,7 @@ def test_the_counts_of_pytest_are_read(tmp_path):
 
 def test_a_rate_is_predicted_by_hand():
     """Three launches: two of a region, one outside. At 1,000 environments all take the time of a launch."""
-    regions = [dict(region="a", calls=2, bytes=[30_000.0], registers=[dict(registers=40, stack=0)])]
+    regions = [dict(region="a", calls=2, bytes=[30_000.0])]
     counted = dict(env_id="Ant-v5", regions=regions, outside=1)
     assert gpu_kernels.step_seconds(counted, 100, 2e-6, chunk=16_384) == pytest.approx(3 * 2e-6)
     large = 2 * 30_000 * 2000 / gpu_kernels.MEMORY  # 60 MB do not fit the cache
@@ -122,7 +122,7 @@ def test_a_rate_is_predicted_by_hand():
     in_cache = 2 * 30_000 * 1000 / gpu_kernels.CACHE  # 30 MB do
     assert gpu_kernels.step_seconds(counted, 4000, 2e-6, chunk=1000) == pytest.approx(4 * (in_cache + 2e-6))
     task = gpu_kernels.predict(counted, chunk=16_384)
-    assert task["launches"] == 2 and task["bytes"] == 60_000 and task["spills"] == {"a": 0}
+    assert task["launches"] == 2 and task["bytes"] == 60_000
     record = json.loads(json.dumps(dict(tasks=[task])))
     low, high = gpu_kernels.rates(record, "Ant-v5", 5000)
     assert low == pytest.approx(4096 / gpu_kernels.step_seconds(counted, 4096, 2.5e-6, 16_384)) and low <= high
@@ -142,4 +142,5 @@ def test_the_code_that_pytorch_writes_for_a_gpu_computes_what_eager_pytorch_does
         assert max(step[name] for name in ("obs", "reward", "qpos", "qvel")) < 1e-5
     subprocess.run(words, cwd=ROOT, check=True)
     [task] = json.loads((tmp_path / "gpu/predicted.json").read_text())["tasks"]
-    assert 100 < task["launches"] < 300 and task["bytes"] < 100_000 and not any(task["spills"].values())
+    assert 100 < task["launches"] < 300 and task["bytes"] < 100_000
+    assert all(any(tried["stack"] == 0 for tried in region["registers"]) for region in task["regions"])  # no spills
