@@ -67,9 +67,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     running.add_argument("--dry-run", action="store_true", help="say what would run; run nothing")
     running.add_argument("--force", action="store_true", help="measure again what is complete")
     measuring = argparse.ArgumentParser(add_help=False, parents=[running])
-    measuring.add_argument(
-        "--cores", default="", help="CPU cores to use, as taskset writes them: 0 or 0,1 or 0-7 (all)"
-    )
+    cores = "CPU cores to use, as taskset writes them: 0 or 0,1 or 0-7 (all)"
+    measuring.add_argument("--cores", default="", help=cores)
     measuring.add_argument("--env-id", type=tasks, default=[], help="tasks, separated by commas")
     measuring.add_argument("--repeats", type=repeats, help="windows of each contender, at least 3 (5; with --quick 3)")
     comparing = argparse.ArgumentParser(add_help=False, parents=[measuring])
@@ -134,19 +133,16 @@ def check_blocks(options: argparse.Namespace, parser: Parser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    options = parse_args(argv)
+    options, done = parse_args(argv), True
     if options.mode == "report":
         report.write(options)
-        return 0
-    if options.mode == "mjcf":
+    elif options.mode == "mjcf":
         from benchmarks import mjcf
 
         mjcf.measure(options)
-        return 0
-    if options.mode == "gpu-kernels":
+    elif options.mode == "gpu-kernels":
         gpu_kernels.write(options)
-        return 0
-    if options.mode == "gpu":
+    elif options.mode == "gpu":
         done = gpu.run(options)
     elif options.mode == "runs":
         done = runs.run_set(options.set, options)

@@ -33,9 +33,8 @@ def measure(device: torch.device) -> dict:
             small.add_(1.0)
 
     on_gpu = vecsim_torch.has_cuda_graphs(device)
-    found = dict(
-        hardware=machine.hardware(device.type), versions=vecsim_torch.versions() | dict(cuda=torch.version.cuda)
-    )
+    versions = vecsim_torch.versions() | dict(cuda=torch.version.cuda)
+    found = dict(hardware=machine.hardware(device.type), versions=versions)
     found |= dict(launch_seconds=seconds(launches) / LAUNCHES, graph_launch_seconds=None)
     if on_gpu:
         found["graph_launch_seconds"] = seconds(vecsim_torch.capture(launches, ())) / LAUNCHES

@@ -144,39 +144,32 @@ def train(options: Namespace) -> Iterator[Comparison]:
     count = units(options)
     words = f", {count} processes" if count > 1 else ""
     processes = [Contender(f"ours{words}", "train/ours.py", str(count))] if count > 1 else []
+    euler = [
+        Contender("ours", "train/ours.py", "1"),
+        *processes,
+        Contender(f"ours{words}, networks 64-64 as theirs", "train/ours.py", f"{count},64,64"),
+        Contender("rsl_rl on vecsim", "train/rsl_rl.py", "vecsim"),
+        Contender("skrl on vecsim", "train/skrl.py", "vecsim"),
+        Contender("rl_games on vecsim", "train/rl_games.py", "vecsim"),
+        Contender("SB3, DummyVecEnv", "train/sb3.py", "dummy"),
+        Contender("SB3, SubprocVecEnv", "train/sb3.py", "subproc"),
+        Contender("CleanRL-style, SyncVectorEnv", "train/cleanrl.py", "sync"),
+        Contender("CleanRL-style, AsyncVectorEnv", "train/cleanrl.py", "async"),
+        Contender("skrl", "train/skrl.py"),
+        Contender("rsl_rl", "train/rsl_rl.py"),
+        Contender("rl_games", "train/rl_games.py"),
+        Contender("Brax, its own model, generalized", "train/brax.py", "generalized"),
+        Contender("Brax, its own model, spring", "train/brax.py", "spring"),
+    ]
+    fewer = ("ours", "SB3, DummyVecEnv", "CleanRL-style, SyncVectorEnv", "skrl", "rsl_rl")
+    rk4 = [contender for contender in euler if contender.name in fewer]
     for env_id in options.env_id or (["Ant-v5"] if options.quick else ["Ant-v5", "HalfCheetah-v5"]):
-        contenders = {
-            "euler": [
-                Contender("ours", "train/ours.py", "1"),
-                *processes,
-                Contender(f"ours{words}, networks 64-64 as theirs", "train/ours.py", f"{count},64,64"),
-                Contender("rsl_rl on vecsim", "train/rsl_rl.py", "vecsim"),
-                Contender("skrl on vecsim", "train/skrl.py", "vecsim"),
-                Contender("rl_games on vecsim", "train/rl_games.py", "vecsim"),
-                Contender("SB3, DummyVecEnv", "train/sb3.py", "dummy"),
-                Contender("SB3, SubprocVecEnv", "train/sb3.py", "subproc"),
-                Contender("CleanRL-style, SyncVectorEnv", "train/cleanrl.py", "sync"),
-                Contender("CleanRL-style, AsyncVectorEnv", "train/cleanrl.py", "async"),
-                Contender("skrl", "train/skrl.py"),
-                Contender("rsl_rl", "train/rsl_rl.py"),
-                Contender("rl_games", "train/rl_games.py"),
-                Contender("Brax, its own model, generalized", "train/brax.py", "generalized"),
-                Contender("Brax, its own model, spring", "train/brax.py", "spring"),
-            ]
-        }
-        if env_id != "HalfCheetah-v5":
-            contenders["rk4"] = [
-                Contender("ours", "train/ours.py", "1"),
-                Contender("SB3, DummyVecEnv", "train/sb3.py", "dummy"),
-                Contender("CleanRL-style, SyncVectorEnv", "train/cleanrl.py", "sync"),
-                Contender("skrl", "train/skrl.py"),
-                Contender("rsl_rl", "train/rsl_rl.py"),
-            ]
-        for integrator, members in contenders.items():
-            yield Comparison(
-                mode="train",
-                case=case(options, env_id, integrator, place(options)),
-                unit="environment steps/s",
-                settings=train_settings(env_id, integrator, options.device),
-                contenders=members,
-            )
+        for integrator, contenders in (("euler", euler), ("rk4", rk4)):
+            if (env_id, integrator) != ("HalfCheetah-v5", "rk4"):
+                yield Comparison(
+                    mode="train",
+                    case=case(options, env_id, integrator, place(options)),
+                    unit="environment steps/s",
+                    settings=train_settings(env_id, integrator, options.device),
+                    contenders=contenders,
+                )

@@ -66,8 +66,6 @@ def draw(options: Namespace) -> None:
     timing = dict(duration=1000 // PER_SECOND, loop=0, optimize=True)
     film[0].save(path, save_all=True, append_images=film[1:], **timing)
     versions = {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "pillow")}
-    save(
-        path.with_suffix(".json"),
-        dict(command=options.command, commit=machine.commit(), runs=filmed, versions=versions),
-    )
+    record = dict(command=options.command, commit=machine.commit(), runs=filmed, versions=versions)
+    save(path.with_suffix(".json"), record)
     print(path)

@@ -232,9 +232,8 @@ def execute(words: list[str], log: Path) -> str:
     environment = os.environ | dict(PYTHON=sys.executable, PYTHONPATH=str(machine.ROOT), PYTHONUNBUFFERED="1")
     words = [sys.executable, *words[1:]] if words[0] == "python" else words
     with log.open("w") as out:
-        process = subprocess.Popen(
-            words, cwd=machine.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        options = dict(cwd=machine.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, **options, start_new_session=True)
     try:
         status = process.wait(LIMIT)
         last = log.read_text(errors="replace").strip().splitlines() or ["no message"]

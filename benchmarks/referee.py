@@ -95,11 +95,11 @@ class Process:
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it keeps only what took a second
         replies, of_contender = os.pipe()
         environment["BENCHMARK_REPLIES"] = str(of_contender)
-        pipes = dict(
-            stdin=subprocess.PIPE, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, pass_fds=[of_contender]
-        )
         words = [*on_cores(options), python, "-m", contender.module]
-        self.process = subprocess.Popen(words, **pipes, env=environment, cwd=scratch, start_new_session=True)
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, pass_fds=[of_contender],
+            env=environment, cwd=scratch, start_new_session=True,
+        )  # fmt: skip
         os.close(of_contender)
         self.replies = os.fdopen(replies)
         try:
@@ -148,9 +148,8 @@ def save(path: Path, record: dict) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         print(json.dumps(record))  # on standard output, so that nothing measured is lost
-        raise SystemExit(
-            f"error: {path} cannot be written ({error.strerror}); its content was printed instead"
-        ) from None
+        reason = f"error: {path} cannot be written ({error.strerror}); its content was printed instead"
+        raise SystemExit(reason) from None
 
 
 class Measurement:
@@ -161,16 +160,14 @@ class Measurement:
         self.path, self.commit = comparison.path(options), machine.commit()
         self.hardware = machine.hardware(options.device)
         self.rows, self.failed, self.running = {}, {}, {}
-        earlier = json.loads(self.path.read_text()) if self.path.exists() and not options.force else None
-        complete = (
-            [len(row["values"]) >= options.repeats for row in earlier["rows"] if "stopped" not in row]
-            if earlier
-            else []
-        )
-        self.complete = bool(complete) and all(complete)
-        if earlier and not self.complete and earlier["commit"] == self.commit:
-            self.rows = {row["contender"]: row for row in earlier["rows"]}
-            self.failed = earlier["failed"]
+        self.complete = False
+        if self.path.exists() and not options.force:
+            earlier = json.loads(self.path.read_text())
+            windows = [len(row["values"]) for row in earlier["rows"] if "stopped" not in row]
+            self.complete = min(windows, default=0) >= options.repeats
+            if not self.complete and earlier["commit"] == self.commit:
+                self.rows = {row["contender"]: row for row in earlier["rows"]}
+                self.failed = earlier["failed"]
 
     def leave_out(self, name: str, reason: str) -> None:
         """Say why a contender measures no more; the file keeps the reason without the path of a log."""
