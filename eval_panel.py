@@ -206,17 +206,16 @@ WALK = (
     "sensors, command, last action; servo targets; follow the command smoothly; trunk on the ground or tilted 1.2 rad"
 )
 HEIGHT = (2, "torso height, m")
+RAIL = SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9)
 CONTRACTS = {
     "InvertedPendulum-v5": Contract(
         "positions and speeds; force on the cart; 1 for each step; the pole leans more than 0.2 rad",
-        SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9),
-        (1, "pole angle, rad"),
+        RAIL, (1, "pole angle, rad"),
     ),
     "InvertedDoublePendulum-v5": Contract(
         "position, sines and cosines of the angles, speeds; force on the cart; 10 for each step, less the distance of "
         "the tip from its place above the middle; the tip falls under 1 m",
-        SafetyLimit("the cart stays within 0.9 m of the middle of its 2 m rail", "qpos", slice(0, 1), 0.9),
-        (1, "angle of the lower pole, rad"),
+        RAIL, (1, "angle of the lower pole, rad"),
     ),
     "Reacher-v5": Contract(
         "angles and speeds of the arm, target; joint torques; minus distance to the target and squared action; never",
@@ -292,24 +291,19 @@ class Subject(NamedTuple):
     versions: dict
 
 
-def algorithm_of(path: str) -> str:
-    """The checkpoint's field `algorithm`. InputError if the file cannot be read or no trainer here wrote it."""
+def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
+    """The checkpoint and its policy, which takes and returns tensors on any device.
+
+    InputError if the file cannot be read or no trainer here wrote it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            is_numpy = "header.npy" in archive.namelist()
-        algorithm = "ppo_mjx" if is_numpy else torch.load(path, map_location="cpu", weights_only=True)["algorithm"]
+            in_numpy = "header.npy" in archive.namelist()
+        algorithm = "ppo_mjx" if in_numpy else torch.load(path, map_location="cpu", weights_only=True)["algorithm"]
     except Exception as error:  # torch.load raises many types
         raise InputError(f"checkpoint {path} cannot be read: {type(error).__name__}: {str(error)[:100]}") from None
     if algorithm not in TRAINERS:
         raise InputError(f"checkpoint {path} has the algorithm {algorithm!r}; the panel knows {', '.join(TRAINERS)}")
-    return algorithm
-
-
-def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
-    """The checkpoint and its policy, which takes and returns tensors on any device."""
-    algorithm = algorithm_of(path)
     trainer = importlib.import_module(TRAINERS[algorithm])
-    in_numpy = algorithm == "ppo_mjx"
     try:
         checkpoint = trainer.load_checkpoint(path)
         policy = trainer.load_policy(checkpoint, args.agent) if in_numpy else trainer.load_policy(checkpoint)
@@ -335,9 +329,8 @@ def load_subjects(args: Args) -> list[Subject]:
         options = vecsim.gymnasium_options(checkpoint["args"]["env_kwargs"]) | contract_of(env_id).options
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         observes = checkpoint.get("observes", "obs")
-        subject = Subject(
-            label, path, env_id, options, act, observes, checkpoint["env_steps"], digest, checkpoint["versions"]
-        )
+        facts = checkpoint["env_steps"], digest, checkpoint["versions"]
+        subject = Subject(label, path, env_id, options, act, observes, *facts)
         subjects.append(subject)
         first, mine = ({n: x for n, x in s.options.items() if "observation" not in n} for s in (subjects[0], subject))
         if (env_id, mine) != (subjects[0].env_id, first):
@@ -415,10 +408,6 @@ class Vecsim:
         missing = torch.full_like(reward, math.nan)
         speed, tracking = (info.get(name, missing) for name in ("x_velocity", "velocity_error"))
         return Step(self.look(obs, info), reward, terminated, truncated, info["invalid"], speed, tracking)
-
-    def scene(self) -> mujoco.MjModel:
-        """The model to draw."""
-        return self.env.task.drawn_model(self.env.model, self.env.mj_model)
 
 
 class MujocoC(Vecsim):
@@ -731,7 +720,7 @@ def choose_worst(episodes: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def trace_worst(subjects: list[Subject], episodes: pd.DataFrame, args: Args) -> list[dict]:
-    """The chosen rows, with the replayed episode as `trace`, its return as `replay_return`, `scene` and `second`."""
+    """The chosen rows, with the replayed episode as `trace`, its return as `replay_return`, and vecsim's `env`."""
     traced = []
     for subject in subjects:
         own = episodes[episodes["checkpoint"] == subject.label]
@@ -745,8 +734,8 @@ def trace_worst(subjects: list[Subject], episodes: pd.DataFrame, args: Args) -> 
             trace["time"] = np.arange(length) * simulator.seconds
             action = torch.as_tensor(trace["action"], device=simulator.env.device)
             trace["unit_action"] = simulator.unit_action(action).cpu().numpy()
-            row |= dict(trace=trace, replay_return=replay["return"][place].item(), second=simulator.seconds)
-            traced.append(row | dict(scene=simulator.scene()))
+            replay_return = replay["return"][place].item()
+            traced.append(row | dict(trace=trace, replay_return=replay_return, env=simulator.env))
     return traced
 
 
@@ -828,22 +817,18 @@ def plot_worst(path: Path, traced: list[dict], contract: Contract) -> None:
 def film(path: Path, row: dict) -> str:
     """Draw the last 10 s of a traced episode; returns what the film shows. Raises what MuJoCo's renderers raise."""
     import imageio.v2 as imageio
-    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
     if "DISPLAY" not in os.environ:
         # Without a screen MuJoCo draws through EGL; where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
-    model, seconds = row["scene"], row["second"]
-    data = mujoco.MjData(model)
-    # "track" follows the robot; Gymnasium takes its free camera where the model has no camera of this name.
-    renderer = MujocoRenderer(model, data, width=480, height=360, camera_name="track")
+    renderer, seconds = vecsim.make_renderer(row["env"]), row["env"].control_step
     states = row["trace"]["qpos"][-round(10 / seconds) :]
     slower = max(1, math.ceil(2.0 / (len(states) * seconds)))  # stretch a short fall to about 2 s
     every = max(1, round(0.04 / slower / seconds))
     frames = []
     for qpos in states[::every]:
-        data.qpos[:] = qpos
-        mujoco.mj_forward(model, data)
+        renderer.data.qpos[:] = qpos
+        mujoco.mj_forward(renderer.model, renderer.data)
         frames.append(renderer.render("rgb_array"))
     renderer.close()
     imageio.mimwrite(path, frames, fps=1 / (every * seconds * slower), macro_block_size=8)
@@ -967,14 +952,11 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
     """record.json, except the film and the time taken."""
     first, contract = subjects[0], contract_of(subjects[0].env_id)
     simulators = dict.fromkeys(PERTURBATIONS[name].simulator for _, name, _ in cells)
-    env = vecsim.make(
-        first.env_id, 1, integrator=None if args.integrator == "mjcf" else args.integrator, **first.options
-    )
+    env = open_simulator(first, "none", args).env
     limit, jax = env.settings.max_episode_steps, {}
     for name in ("jax", "jaxlib", "mujoco-mjx"):  # from the packages' metadata: importing jax would take GPU memory
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             jax[name] = importlib.metadata.version(name)
-    on_gpu = args.device.startswith("cuda")
     return dict(
         env_id=first.env_id,
         task=dict(
@@ -994,7 +976,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},
         versions=vecsim.versions() | jax,
         simulator=simulator_hash(),
-        hardware=torch.cuda.get_device_name(args.device) if on_gpu else vecsim.cpu_name(),
+        hardware=vecsim.cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         threads=torch.get_num_threads(),
     )
 
@@ -1014,9 +996,8 @@ def evaluate(args: Args) -> Path:
         raise InputError(f"out = {out} holds a finished panel or is a file; choose another folder")
     args = dataclasses.replace(args, out=str(out))
     total = len(subjects) * len(args.perturbations) * len(args.seeds)
-    print(
-        f"{total} cells of {args.episodes} episodes into {out}; --out {out} continues after an interruption", flush=True
-    )
+    words = f"{total} cells of {args.episodes} episodes into {out}; --out {out} continues after an interruption"
+    print(words, flush=True)
     cells, left_out = run_panel(subjects, args, out / "cells")
     episodes = episode_table(cells)
     episodes.to_csv(out / "episodes.csv", index=False, float_format="%.6g")

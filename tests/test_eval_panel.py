@@ -510,7 +510,7 @@ def of_a_fall(seconds=0.3):
     qpos = np.tile(env.mj_model.qpos0, (round(seconds / 0.008), 1))
     qpos[:, 1] -= np.linspace(0, 0.8, len(qpos))
     place = dict(checkpoint="ppo", perturbation="none", seed=3, episode=0)
-    return place | dict(scene=env.mj_model, second=0.008, trace=dict(qpos=qpos))
+    return place | dict(env=env, trace=dict(qpos=qpos))
 
 
 @pytest.mark.slow
@@ -525,7 +525,7 @@ def test_a_film_is_drawn(tmp_path):
         pytest.skip(f"no offscreen rendering on this machine: {error}")
     assert words == "the last 0.3 s of ppo/none/3/0, 7 times slower"
     frames = np.array(mimread(tmp_path / "worst.mp4"))
-    assert frames.shape[1:3] == (360, 480) and len(frames) >= 30
+    assert frames.shape[1:3] == (480, 480) and len(frames) >= 30
     assert frames[0].std() > 5 and np.abs(frames[0].astype(float) - frames[-1]).mean() > 1, "it sinks in sight"
 
 
