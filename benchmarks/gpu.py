@@ -47,10 +47,6 @@ def simulation(env_id: str, num_envs: int) -> list[float] | None:
     return gpu_kernels.rates(read_json(path), env_id, num_envs) if path.exists() else None
 
 
-def threshold(trainer: str, env_id: str) -> float | None:
-    return runs.SETS[trainer]["runs"].get(env_id, {}).get("threshold")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading what a command left in its folder `out`; its output is in out/log
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,7 +110,8 @@ def training(out: Path) -> Figures:
     """The speed of a training, its scores in Gymnasium and when they reached the threshold of runs.toml."""
     log, config = runs.lines_of(out / "run/metrics.jsonl"), read_json(out / "run/config.json")
     trainer, env_id = "sac" if "replay_capacity" in config else "ppo", config["env_id"]
-    goal, curve = threshold(trainer, env_id), runs.curve_of(out / "run/metrics.jsonl")
+    goal = runs.SETS[trainer]["runs"].get(env_id, {}).get("threshold")
+    curve = runs.curve_of(out / "run/metrics.jsonl")
     limit = simulation(env_id, config["num_envs"])
     middle = log[len(log) // 2]
     figures = {"environment steps/s": (middle["steps_per_second"], limit and [0, limit[1]])}

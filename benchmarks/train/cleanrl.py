@@ -26,14 +26,8 @@ def clip_reward(env):
     return wrappers.TransformReward(env, lambda reward: float(np.clip(reward, -10, 10)))
 
 
-chain = (
-    wrappers.RecordEpisodeStatistics,
-    wrappers.ClipAction,
-    wrappers.NormalizeObservation,
-    clip_observation,
-    wrappers.NormalizeReward,
-    clip_reward,
-)
+chain = [wrappers.RecordEpisodeStatistics, wrappers.ClipAction, wrappers.NormalizeObservation, clip_observation]
+chain += [wrappers.NormalizeReward, clip_reward]
 envs = make_vector(num_steps, variant, *chain)
 obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
