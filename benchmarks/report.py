@@ -260,7 +260,7 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield MEMORY
         yield from picture("memory/curves.png", "score over environment steps, with and without memory")
         yield from map(tables.memories, tables.grouped(found, "folder"))
-    yield from map(tables.walkers, sorted(results.glob("walk-memory/*")))
+    yield from map(tables.walkers, tables.grouped(load("walk-memory/*/*/training.json"), "env_id"))
     yield QUADRUPED
     yield from map(tables.walk, load("quadruped/*.json"))
     for record in load("distill/*/evidence.json"):

@@ -34,11 +34,10 @@ def grouped(runs: list[dict], *keys: str) -> list[list[dict]]:
 
 
 def table(title: str, rows: list[dict], note: str = "") -> str:
-    """rows: cells by heading. Headings that differ in spaces at the end look alike."""
-    lines = [f"**{title}**", ""]
-    if rows:
-        lines += ["| " + " | ".join(map(str.rstrip, rows[0])) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
+    """rows: cells by heading; "-" for one that is missing. Headings that differ in spaces at the end look alike."""
+    headings = dict.fromkeys(heading for row in rows for heading in row)
+    lines = [f"**{title}**", "", "| " + " | ".join(map(str.rstrip, headings)) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(str(row.get(heading, "-")) for heading in headings) + " |" for row in rows]
     return "\n".join([*lines, "", note] if note else lines) + "\n"
 
 
@@ -402,8 +401,8 @@ def distill(record: dict) -> str:
             row[policy] = f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})"
         failed = summary[teacher][name]["tracking"] < 0.05  # a share of almost nothing says nothing
         for policy in others:
-            share = summary[policy][name]["tracking_of_teacher"]
-            row[f"{policy}, of teacher"] = "-" if failed else f"{share:.0%}"
+            share = f"{summary[policy][name]['tracking_of_teacher']:.0%}"
+            row[f"{policy}, of teacher"] = "-" if failed else share
         rows.append(row)
     title = f"teacher and students, {record['env_id']}: tracking score (falls), and share of the teacher's score"
     return table(title, rows) + "\n" + stages(record)
@@ -411,41 +410,35 @@ def distill(record: dict) -> str:
 
 def judged(record: dict, summary: Path) -> str:
     """The panel that `runs walk` and `runs distill` leave beside the record of their training: return (success)."""
+    rows = {}
     with summary.open() as file:
-        cells = {(row["perturbation"], row["checkpoint"]): row for row in csv.DictReader(file)}
-    policies, rows = dict.fromkeys(policy for _, policy in cells), []
-    for perturbation in dict.fromkeys(name for name, _ in cells):
-        row = {"": perturbation.replace("_", " ")}
-        for policy in policies:
-            found = cells.get((perturbation, policy))
-            row[policy] = f"{float(found['return']):,.1f} ({float(found['success']):.0%})" if found else "-"
-        rows.append(row)
-    return table(f"{record['env_id']}: return, interquartile mean, and share of successes", rows)
+        for found in csv.DictReader(file):
+            row = rows.setdefault(found["perturbation"], {"": found["perturbation"].replace("_", " ")})
+            row[found["checkpoint"]] = f"{float(found['return']):,.1f} ({float(found['success']):.0%})"
+    return table(f"{record['env_id']}: return, interquartile mean, and share of successes", list(rows.values()))
 
 
-def walkers(folder: Path) -> str:
+def walkers(records: list[dict]) -> str:
     """The policies of `runs walk-memory`, one row each: velocity error and share of falls under each perturbation.
 
     Steps and seconds of a student include those of its teacher."""
-    rows, conditions, records = [], {}, []
-    for training in sorted(folder.glob("*/training.json")):
-        run = training.parent.name.replace("-", " ")
-        records.append(json.loads(training.read_text()))
-        with (training.parent / "panel/summary.csv").open() as file:
+    rows = []
+    for record in records:
+        run = record["folder"].replace("-", " ")
+        with (record["path"].parent / "panel/summary.csv").open() as file:
             judged = list(csv.DictReader(file))
-        conditions |= dict.fromkeys(row["perturbation"] for row in judged)
         spent, took = 0, 0.0
-        for policy, of_policy in records[-1]["policies"].items():
+        for policy, of_policy in record["policies"].items():
             spent, took = spent + of_policy["env_steps"], took + of_policy["train_seconds"]
-            found = {row["perturbation"]: row for row in judged if policy in ("policy", row["checkpoint"])}
-            shown = [found.get(name) for name in conditions]
-            cells = [f"{float(x['tracking']):.3f} ({1 - float(x['success']):.0%})" if x else "-" for x in shown]
-            rows.append([run if policy == "policy" else policy, f"{spent:,}", f"{took:,.0f}", *cells])
-    names = ["vecsim" if name == "none" else name.replace("_", " ") for name in conditions]
-    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
-    note = f"{records[0]['hardware']}. Commits {commits}, `./benchmark.sh runs walk-memory`."
-    title = f"{records[0]['env_id']} without base velocity: velocity error, m/s (falls)"
-    return table(title, ["", "environment steps", "training, s", *names], rows, note)
+            row = {"": run if policy == "policy" else policy}
+            row |= {"environment steps": f"{spent:,}", "training, s": f"{took:,.0f}"}
+            for found in judged:
+                if policy in ("policy", found["checkpoint"]):
+                    condition = found["perturbation"].replace("none", "vecsim").replace("_", " ")
+                    row[condition] = f"{float(found['tracking']):.3f} ({1 - float(found['success']):.0%})"
+            rows.append(row)
+    note = f"{records[0]['hardware']}. {made_in_turn(records, './benchmark.sh runs walk-memory')}."
+    return table(f"{records[0]['env_id']} without base velocity: velocity error, m/s (falls)", rows, note)
 
 
 def stages(record: dict) -> str:
