@@ -42,6 +42,8 @@ from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+import ppo_distill_teacher_student as distill
+import ppo_gpu_torch as ppo
 import vecsim_torch as vecsim
 
 ENVIRONMENTS = 32 if INTERPRET else 4096
@@ -125,9 +127,7 @@ def compile_for_cuda(make_call) -> None:
 
 
 def make_environment(env_id: str, compiled: bool, watch=lambda name, function: function):
-    """An environment of the table in gpu_kernels.py. watch: wraps each compiled region."""
-    from benchmarks.gpu_kernels import OPTIONS
-
+    """An environment with the options of its trainer. watch: wraps each compiled region."""
     compile_regions = vecsim.compile_regions
 
     def regions(*_):
@@ -139,7 +139,8 @@ def make_environment(env_id: str, compiled: bool, watch=lambda name, function: f
         return run
 
     vecsim.compile_regions = regions
-    options = OPTIONS[env_id] | dict(chunk=ENVIRONMENTS, compile=compiled)
+    args = (distill if "Quadruped" in env_id else ppo).task_defaults(env_id, "cpu")
+    options = dict(integrator=args.integrator, chunk=ENVIRONMENTS, compile=compiled) | args.env_kwargs
     env = vecsim.make(env_id, ENVIRONMENTS, seed=5, **options)
     vecsim.compile_regions = compile_regions
     env.reset(seed=7)

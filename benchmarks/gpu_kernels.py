@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.comparisons import GYMNASIUM_TASKS
 from benchmarks.referee import save, say
 
 LAUNCH = 1.5e-6, 2.5e-6  # s
@@ -30,18 +31,6 @@ MEMORY, CACHE, CACHE_SIZE = 3.0e12, 5.5e12, 40e6  # bytes/s, bytes/s, bytes
 BYTES_OUTSIDE = 60  # of a launch outside of regions, for one environment: a copy of a few rows
 SIZES = 1024, 4096, 16384, 65536, 131072
 HARDWARE = "no GPU; predicted for an NVIDIA H100 (sm_90)"
-OPTIONS = {  # of each task, as the trainers set them
-    "InvertedPendulum-v5": dict(integrator="euler"),
-    "Hopper-v5": dict(integrator="euler"),
-    "Walker2d-v5": dict(integrator="euler"),
-    "HalfCheetah-v5": dict(integrator="euler"),
-    "Ant-v5": dict(integrator="euler", include_cfrc_ext_in_observation=False),
-    "Humanoid-v5": dict(
-        integrator="euler", include_cinert_in_observation=False, include_cvel_in_observation=False,
-        include_qfrc_actuator_in_observation=False, include_cfrc_ext_in_observation=False),
-    "Quadruped-Flat": dict(integrator="implicitfast", randomize=True),
-    "Quadruped-Rough": dict(integrator="implicitfast", randomize=True),
-}  # fmt: skip
 
 
 def step_seconds(counted: dict, num_envs: int, launch: float, chunk: int) -> float:
@@ -91,7 +80,7 @@ def write(options: Namespace) -> None:
     tasks = {task["env_id"]: task for task in record["tasks"]}
     with tempfile.TemporaryDirectory() as scratch:
         guard = fake_cuda.build_guard(Path(scratch))
-        for env_id in options.env_id or OPTIONS:
+        for env_id in options.env_id or [*GYMNASIUM_TASKS, "Quadruped-Flat", "Quadruped-Rough"]:
             say(f"{' '.join(mode) or 'count'} {env_id}")
             command = [sys.executable, "-m", "benchmarks.gpu_code", guard, env_id, *mode]
             done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True)
@@ -103,6 +92,6 @@ def write(options: Namespace) -> None:
                 continue
             tasks[env_id] = counted | dict(commit=machine.commit())
             versions = {name: metadata.version(name) for name in ("torch", "triton")}
-            rows = [predict(tasks[name], vecsim_torch.CUDA_CHUNK) for name in OPTIONS if name in tasks]
+            rows = [predict(task, vecsim_torch.CUDA_CHUNK) for task in tasks.values()]
             about = dict(hardware=HARDWARE, commit=machine.commit(), command="python -m benchmarks gpu-kernels")
             save(path, about | dict(versions=versions, tasks=rows))
