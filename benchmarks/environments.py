@@ -1,6 +1,6 @@
 """One virtual environment for each peer, built when it is first needed.
 
-A contender that needs other packages than this project lists them at its top, in the format of PEP 723:
+A contender that needs other packages than this project lists them at its top, on one line in the format of PEP 723:
 
     # /// script
     # dependencies = ["skrl==2.1.1", "torch==2.13.0"]
@@ -12,12 +12,12 @@ A contender without such a list runs in this project's own environment.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onefile-gpu-rl-bench"
@@ -25,11 +25,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onef
 
 def dependencies(source: Path, device: str) -> list[str]:
     """The packages that a contender's file asks for; none: it needs this project's environment only."""
-    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source.read_text(), re.MULTILINE)
-    if not block:
-        return []
-    text = "".join(line.removeprefix("#").strip() + "\n" for line in block[1].splitlines())
-    packages = tomllib.loads(text)["dependencies"]
+    line = re.search(r"^# dependencies = (.*)$", source.read_text(), re.MULTILINE)
+    packages = json.loads(line[1]) if line else []
     return ["jax[cuda12]" if name == "jax" and device == "cuda" else name for name in packages]
 
 
