@@ -326,7 +326,7 @@ from benchmarks.meter import meter
 from benchmarks.train.gymnasium_envs import make_one
 from benchmarks.train.vecsim_envs import make_envs
 meter.facts["theirs"] = int(make_one().unwrapped.model.opt.integrator)
-meter.facts["vecsim"] = make_envs(1).env.settings.integrator
+meter.facts["vecsim"] = make_envs(1).settings.integrator
 meter.tick(1)
 """
     answer = contend(sys.executable, "-c", note, settings=train_settings("Hopper-v5", integrator, 2), variant="vecsim")
