@@ -6,7 +6,7 @@
 
 This takes two minutes on one core of an AMD EPYC and ends with a return of 212 of 250 (one seed). The pole starts at
 any angle, so that a beginner also sees poles that stand. The reward of a step is at most 1, for a pole that stands
-still and upright over the middle of the rail. A step is 40 ms. The top of vecsim_torch.py explains how to write a task.
+still and upright over the middle of the rail. A step is 40 ms. README.md explains how to write a task.
 To start all poles hanging down, add `start_range 0:0` to the options after --env-kwargs.
 """
 

@@ -8,7 +8,7 @@ because the arm needs time to arrive. While it explores, the fingertip is 2 cm f
 
 The goal moves on a circle around the shoulder. Each episode draws its radius and speed. They and the goal's angle are
 the memory; `remember` moves the goal on. The arm sees where the goal is, and only the critic sees how fast it moves.
-The top of vecsim_torch.py explains how to write a task.
+README.md explains how to write a task.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import re
-import textwrap
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -452,8 +452,8 @@ def test_mjx_takes_euler_in_place_of_rk4_and_the_record_says_so(integrator, expe
 
 
 def test_a_task_of_a_users_own_file_is_judged_in_vecsim(tmp_path):
-    example = re.search(r"    from dataclasses.*?effort\}\n", vecsim_torch.__doc__, re.DOTALL)[0]
-    (tmp_path / "swing.py").write_text(textwrap.dedent(example))
+    readme = Path(vecsim_torch.__file__).with_name("README.md").read_text()
+    (tmp_path / "swing.py").write_text(re.search(r"```python\n(.*?class SwingUp.*?)```", readme, re.DOTALL)[1])
     env_id = f"{tmp_path / 'swing.py'}:SwingUp"
     save(tmp_path / "checkpoint.pt", ppo, "ppo", env_id=env_id)
     words = [str(tmp_path / "checkpoint.pt"), *SMALL, "--perturbations", "mass", "friction", "mujoco_c", "mjx"]

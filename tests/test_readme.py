@@ -296,10 +296,3 @@ def test_every_flag_that_it_names_is_one():
     ]
     assert len(checked) > 10
     assert [pair for pair in checked if not is_flag(pair[1], sources[pair[0]])] == []
-
-
-def test_its_example_of_a_task_is_the_one_that_the_tests_run():
-    """A test of vecsim runs the example in the simulator's header."""
-    example = re.search(r"```python\n(.*?class SwingUp.*?)```", README, re.DOTALL)[1]
-    header = "\n".join(line.removeprefix("    ") for line in vecsim_torch.__doc__.splitlines())
-    assert example.strip() in header
