@@ -11,7 +11,7 @@
     python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
     python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
 
-The docstring of `VecSim` lists the options of an environment and says what `reset` and `step` return.
+`Options` lists the options of an environment, and `VecSim` says what `reset` and `step` return.
 
 The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
 the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
@@ -3324,6 +3324,33 @@ def to_numpy(values: Any) -> Any:
     return map_tensors(lambda x: x.cpu().numpy(), values)  # host sync
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of a `VecSim`. Those of its task come on top."""
+
+    device: str | torch.device = "cpu"  # auto, cpu, cuda, cuda:N or a torch.device
+    seed: int = 0  # of every random number that the environment draws
+    dtype: torch.dtype = torch.float32  # or torch.float64
+    integrator: str | None = None  # euler, implicitfast or rk4; default the MJCF's own
+    iterations: int = 4  # Newton iterations per evaluation of the dynamics
+    # How many contacts between moving geoms are solved at once, see `load_model`; `pop_statistics` counts the others.
+    pair_slots: int | None = None
+    self_collision: bool = True  # False leaves out contacts between moving geoms
+    max_episode_steps: int | None = None  # the time limit; default the task's own
+    random_initial_ages: bool = False  # the first episodes start at random ages, so their time limits do not coincide
+    compile: bool = False  # compile the step; on CUDA also capture it as one graph
+    chunk: int | None = None  # environments stepped together; default see CUDA_CHUNK and `cpu_chunk`
+    # True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
+    randomize: bool | dict[str, Any] | None = None
+    observation_noise: float = 0.0  # size of the uniform noise in obs, times the task's scale of each group
+    hidden_observations: str | None = None  # groups that obs leaves out, for example "qvel" or "qvel,cvel"
+    stack_observations: int = 1  # obs has so many observations, oldest first; at first copies of an episode's first one
+    delay_observations: int = 0  # obs is that of so many control steps ago
+    action_delay_ms: float = 0.0  # actions reach the robot this much later, rounded to physics steps
+    timestep_scale: float = 1.0  # factor of the physics timestep; a control step keeps its number of physics steps
+    numpy: bool = False  # `reset` answers in numpy arrays
+
+
 class VecSim(gymnasium.vector.VectorEnv):
     """N robots of one task on one device, in tensors or numpy arrays, with same-step auto-reset.
 
@@ -3331,7 +3358,8 @@ class VecSim(gymnasium.vector.VectorEnv):
     info["final_obs"] (N, obs) is always the observation before auto-reset. info["invalid"] (N,) bool marks transitions
     that a learner must mask: their simulation diverged. info also has every reward term, under Gymnasium's name.
     `terminated` wins over `truncated`. The physics clips actions to the control range; as in Gymnasium, costs see them
-    unclipped. A task with privileged observations reports them as info["critic_obs"] and info["final_critic_obs"].
+    unclipped. A task with privileged observations reports them as info["critic_obs"] and info["final_critic_obs"];
+    they are complete, without noise and not late.
 
     gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64) makes one that Gymnasium's vector wrappers accept.
     `step` answers in the kind of its actions. `reset` answers in tensors, or in numpy with numpy=True, which make_vec
@@ -3339,102 +3367,54 @@ class VecSim(gymnasium.vector.VectorEnv):
     environments whose episode ended. With tensors, these four are in every info, and no other key has a mask. With
     numpy, they are there when an episode ended, and every key has a mask; ignore values where the mask is False.
 
-    Options
-    env_id              a name in TASKS: Gymnasium's MuJoCo tasks, Quadruped-Flat and Quadruped-Rough; or a task of your
-                        own: my_task.py:MyTask
-    num_envs            N
-    device              auto, cpu, cuda, cuda:N or a torch.device
-    seed                of every random number that the environment draws
-    dtype               torch.float32 or torch.float64
-    integrator          euler, implicitfast or rk4; default the MJCF's own
-    iterations          Newton iterations per evaluation of the dynamics
-    pair_slots          how many contacts between moving geoms are solved at once, the deepest first; default one for
-                        each pair that can touch, at most 8, or 4 with friction. The others are dropped, and
-                        `pop_statistics` counts them. Contacts with what is fixed are never dropped
-    self_collision      False leaves out contacts between moving geoms
-    max_episode_steps   the time limit; default the task's own
-    random_initial_ages the first episodes start at random ages, so that their time limits do not fall together
-    compile             compile the step; on CUDA also capture it as one graph
-    chunk               environments stepped together; default at most 8,192 on a GPU, and about 1,024 on a CPU core
-    randomize           True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
-                        Single fields may be given as "randomize.friction", on top of those
-    observation_noise   size of the uniform noise in obs, times the task's scale of each group; critic_obs has none
-    hidden_observations groups that obs leaves out, for example "qvel" or "qvel,cvel"; critic_obs keeps them
-    stack_observations  obs has so many observations, the oldest first. An episode begins with copies of its first one
-    delay_observations  obs is that of so many control steps ago; critic_obs is not late
-    action_delay_ms     actions reach the robot this much later, rounded to physics steps
-    timestep_scale      factor of the physics timestep; a control step keeps its number of physics steps
-    numpy               `reset` answers in numpy arrays
-    **task_options      the fields of the task: reset_noise_scale, ctrl_cost_weight, ...
+    env_id is a name in TASKS, or a task of your own as my_task.py:MyTask. The options are the fields of `Options` and
+    those of the task: reset_noise_scale, ctrl_cost_weight, ... "randomize.friction" is one entry of `randomize`.
 
     One random generator draws starts and commands. A second one draws everything optional: randomisation, pushes and
     observation noise. So an option never changes the starts and commands of a seed.
     """
 
     @normal_tensors
-    def __init__(
-        self,
-        env_id: str,
-        num_envs: int = 4096,
-        *,
-        device: str | torch.device = "cpu",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        integrator: str | None = None,
-        iterations: int = 4,
-        pair_slots: int | None = None,
-        self_collision: bool = True,
-        max_episode_steps: int | None = None,
-        random_initial_ages: bool = False,
-        compile: bool = False,
-        chunk: int | None = None,
-        randomize: bool | dict[str, Any] | None = None,
-        observation_noise: float = 0.0,
-        hidden_observations: str | None = None,
-        stack_observations: int = 1,
-        delay_observations: int = 0,
-        action_delay_ms: float = 0.0,
-        timestep_scale: float = 1.0,
-        numpy: bool = False,
-        **task_options: Any,
-    ):
-        counts = dict(num_envs=num_envs, iterations=iterations, max_episode_steps=max_episode_steps)
-        check_counts(1, **counts, pair_slots=pair_slots, chunk=chunk, stack_observations=stack_observations)
-        check_at_least(0, observation_noise=observation_noise, action_delay_ms=action_delay_ms)
-        check_counts(0, delay_observations=delay_observations)
-        check_at_least(1e-3, timestep_scale=timestep_scale)
-        check_integrator(integrator)
-        single = [name for name in task_options if name.startswith("randomize.")]
-        single = {name.removeprefix("randomize."): task_options.pop(name) for name in single}
-        self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, dtype, numpy
-        self.device, self.compiled, self.random_initial_ages = pick_device(device), compile, random_initial_ages
-        self.task = build_task(env_id, task_options)
+    def __init__(self, env_id: str, num_envs: int = 4096, **options: Any):
+        known = options.keys() & {field.name for field in dataclasses.fields(Options)}
+        given = Options(**{name: options.pop(name) for name in known})
+        check_counts(1, num_envs=num_envs, iterations=given.iterations, max_episode_steps=given.max_episode_steps)
+        check_counts(1, chunk=given.chunk, stack_observations=given.stack_observations)
+        check_counts(0, delay_observations=given.delay_observations)
+        check_at_least(0, observation_noise=given.observation_noise, action_delay_ms=given.action_delay_ms)
+        check_at_least(1e-3, timestep_scale=given.timestep_scale)
+        check_integrator(given.integrator)
+        single = [name for name in options if name.startswith("randomize.")]
+        single = {name.removeprefix("randomize."): options.pop(name) for name in single}
+        self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, given.dtype, given.numpy
+        self.device, self.compiled = pick_device(given.device), given.compile
+        self.random_initial_ages = given.random_initial_ages
+        self.task = build_task(env_id, options)
         self.mj_model = compile_mjcf(self.task.source())
-        self.mj_model.opt.timestep *= timestep_scale
-        model = load_model(
-            self.mj_model, dtype=dtype, device=self.device, self_collision=self_collision, pair_slots=pair_slots
-        )
+        self.mj_model.opt.timestep *= given.timestep_scale
+        slots = dict(self_collision=given.self_collision, pair_slots=given.pair_slots)
+        model = load_model(self.mj_model, dtype=self.dtype, device=self.device, **slots)
         self.model = self.task.furnish(model, self.mj_model)
         rows = self.model.pair_slots * self.model.pair_edges + self.model.couplings
-        if compile and rows > COMPILED_ROWS:
+        if self.compiled and rows > COMPILED_ROWS:
             raise InputError(
                 f"{rows} rows of self-contacts (pair_slots={self.model.pair_slots}, {self.model.pair_edges} a slot) "
                 f"take too long to compile, at most {COMPILED_ROWS}; use fewer pair_slots, condim 1, "
                 "self_collision=False or compile=False"
             )
-        if has_cuda_graphs(self.device) and not compile:
+        if has_cuda_graphs(self.device) and not self.compiled:
             print("compile=False on a GPU launches tens of thousands of kernels a step: very slow", file=sys.stderr)
         self.settings = Settings(
             task=self.task,
-            integrator=integrator or self.model.integrator,
-            iterations=iterations,
-            max_episode_steps=max_episode_steps or self.task.max_episode_steps,
-            ranges=choose_ranges(randomize, single, self.task, self.model),
-            observation_noise=observation_noise,
-            delay=round(action_delay_ms / 1000 / self.model.timestep),
-            hidden_observations=tuple(hidden_observations.split(",")) if hidden_observations else None,
-            stack_observations=stack_observations,
-            delay_observations=delay_observations,
+            integrator=given.integrator or self.model.integrator,
+            iterations=given.iterations,
+            max_episode_steps=given.max_episode_steps or self.task.max_episode_steps,
+            ranges=choose_ranges(given.randomize, single, self.task, self.model),
+            observation_noise=given.observation_noise,
+            delay=round(given.action_delay_ms / 1000 / self.model.timestep),
+            hidden_observations=given.hidden_observations and tuple(given.hidden_observations.split(",")),
+            stack_observations=given.stack_observations,
+            delay_observations=given.delay_observations,
         )
         self.control_step = self.task.frame_skip * self.model.timestep  # s
         self.metadata = {
@@ -3444,9 +3424,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         rows = parameter_rows(self.model)
         self._parameter_rows = {name: rows[name] for name in self.settings.ranges}
         self._generators = [torch.Generator(self.device) for _ in range(2)]
-        self._seed(seed)
+        self._seed(given.seed)
         self._prepare_spaces()
-        self._prepare_chunks(chunk)
+        self._prepare_chunks(given.chunk)
         sums = len(STATISTICS) + len(self.task.averaged)
         self._statistics = torch.zeros(sums, dtype=torch.float64, device=self.device)
         self._captured: Callable[[Tensor], Transition] | None = None
@@ -3817,7 +3797,7 @@ def options_from_text(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
-    """A `VecSim`, whose class lists the options. Texts of a command line are understood: "0.2:0.8" is a range."""
+    """A `VecSim` with these `Options` and those of its task. Texts are understood: "0.2:0.8" is a range."""
     try:
         return VecSim(env_id, num_envs, **options_from_text(options))
     except (MemoryError, RuntimeError) as error:
