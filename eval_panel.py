@@ -59,6 +59,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from gymnasium.wrappers import FrameStackObservation
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
@@ -432,8 +433,10 @@ class MujocoC(Vecsim):
         for k, (robot, position, velocity) in enumerate(zip(self.robots, qpos, qvel, strict=True)):
             robot.reset(seed=vecsim.stream_seed(seed, k, 1))
             robot.unwrapped.set_state(position, velocity)
-            if isinstance(robot, vecsim.PartlyObserved):
-                robot.begin(seen[k, -seen.shape[1] // robot.view.stack :].cpu().numpy())
+            frames = robot.env  # past observations, where the policy sees through a `vecsim_torch.View`
+            if isinstance(frames, FrameStackObservation):
+                newest = seen[k, -frames.observation_space.shape[1] :].cpu().numpy()
+                frames.obs_queue.extend([newest] * frames.stack_size)
             if memory:
                 robot.unwrapped.memory = {name: rows[:, k : k + 1].double() for name, rows in memory.items()}
         self.seen, self.ended = seen.cpu().numpy().copy(), np.zeros(len(self.robots), bool)

@@ -93,7 +93,6 @@ import time
 import types
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -3901,32 +3900,13 @@ def split_view(env_id: str, options: dict[str, Any]) -> tuple[dict[str, Any], Vi
     return plain, View(columns, stack, delay)
 
 
-class PartlyObserved(gymnasium.Wrapper):
-    """One of Gymnasium's environments, seen through a `View`."""
-
-    def __init__(self, env: gymnasium.Env, view: View):
-        super().__init__(env)
-        self.view = view
-        size = view.stack * len(np.zeros(env.observation_space.shape)[view.columns])
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
-
-    def begin(self, obs: np.ndarray) -> None:
-        """Forget what was seen: an episode begins with this observation (k,), without the hidden groups."""
-        self.seen = deque([obs] * (self.view.stack + self.view.delay), self.view.stack + self.view.delay)
-
-    def look(self, obs: np.ndarray) -> np.ndarray:
-        """What the policy sees (stack x k,) when obs (k,) is the newest observation."""
-        self.seen.append(obs)
-        return np.concatenate(list(self.seen)[: self.view.stack])
-
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        obs, info = self.env.reset(**options)
-        self.begin(obs[self.view.columns])
-        return self.look(obs[self.view.columns]), info
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
-        obs, *rest = self.env.step(action)
-        return self.look(obs[self.view.columns]), *rest
+def partly_observed(env: gymnasium.Env, view: View) -> gymnasium.Env:
+    """One of Gymnasium's environments, seen through a `View`; copies of an episode's first observation are its past."""
+    size, wrap = len(np.zeros(env.observation_space.shape)[view.columns]), gymnasium.wrappers.TransformObservation
+    env = wrap(env, lambda obs: obs[view.columns], gymnasium.spaces.Box(-np.inf, np.inf, (size,)))
+    env = gymnasium.wrappers.FrameStackObservation(env, view.stack + view.delay)  # the oldest first
+    shown = gymnasium.spaces.Box(-np.inf, np.inf, (view.stack * size,))
+    return wrap(env, lambda frames: frames[: view.stack].flatten(), shown)
 
 
 def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Callable[[], gymnasium.Env]:
@@ -3936,7 +3916,7 @@ def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Cal
     """
     options, view = split_view(env_id, gymnasium_options(env_kwargs))
     make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **options, **more)
-    return make_one if view == (slice(None), 1, 0) else lambda: PartlyObserved(make_one(), view)
+    return make_one if view == (slice(None), 1, 0) else lambda: partly_observed(make_one(), view)
 
 
 def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: Any) -> gymnasium.vector.VectorEnv:
