@@ -3945,21 +3945,6 @@ def evaluate_in_gymnasium(
     return score
 
 
-def make_renderer(env: VecSim) -> Any:
-    """Gymnasium's renderer for the first robot of `env`."""
-    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
-    scene = env.task.drawn_model(env.model, env.mj_model)
-    return MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
-
-
-def draw_robot(env: VecSim, renderer: Any) -> np.ndarray:
-    """A picture (height, width, 3) of the first robot."""
-    renderer.data.qpos[:] = env.state().qpos[:, 0].tolist()  # host sync
-    mujoco.mj_forward(renderer.model, renderer.data)
-    return renderer.render("rgb_array")
-
-
 def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
     """Film one episode into an .mp4 file, in Gymnasium's environment if there is one, and return its path."""
     import imageio.v2 as imageio
@@ -3968,16 +3953,23 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
         # Without a screen MuJoCo draws through EGL. Where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
     # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
-    frames = []
-    if gymnasium_id(env_id):
+    frames, in_gymnasium = [], gymnasium_id(env_id) is not None
+    if in_gymnasium:
         envs = gymnasium_envs(env_id, 1, env_kwargs, render_mode="rgb_array", camera_name="track")
-        draw = lambda: envs.render()[0]
     else:
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
         envs = make(env_id, 1, **env_kwargs)
-        draw = functools.partial(draw_robot, envs, make_renderer(envs))
+        scene = envs.task.drawn_model(envs.model, envs.mj_model)
+        renderer = MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
 
     def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
-        frames.append(draw())
+        if in_gymnasium:
+            frames.append(envs.render()[0])
+        else:
+            renderer.data.qpos[:] = envs.state().qpos[:, 0].tolist()  # host sync
+            mujoco.mj_forward(scene, renderer.data)
+            frames.append(renderer.render("rgb_array"))
         return act(obs, started)
 
     evaluate(envs, draw_and_act, seed, observes)
