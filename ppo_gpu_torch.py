@@ -14,7 +14,7 @@ HalfCheetah-v5 8,506 after 6 minutes, Hopper-v5 3,478 after 8, Ant-v5 4,578 afte
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 
-Your own robot in vecsim: --env-id my_task.py:MyTask; the top of vecsim_torch.py shows how to write one.
+Your own robot in vecsim: --env-id my_task.py:MyTask; README.md shows how to write one.
 Your own simulator: call `train(Args(env_id="my-robot"), make_env=make_env)` with a function
 `make_env(env_id, num_envs, device, seed, **env_kwargs)` that returns a vector environment of tensors on that device.
 It needs reset, step, two spaces and info["final_obs"]; the docstring of `vecsim_torch.CompletedEnv` has the details.

@@ -579,6 +579,7 @@ def look_up(table: dict[str, Any], name: str, kind: str) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 
 FREE, BALL, SLIDE, HINGE = range(4)  # mjtJoint
+PLANE, HFIELD, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX = range(7)  # mjtGeom
 MINIMP, MAXIMP, MINVAL = 1e-4, 0.9999, 1e-15  # mjMINIMP, mjMAXIMP, mjMINVAL
 INTEGRATORS = ("euler", "implicitfast", "rk4")
 
@@ -870,13 +871,13 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
 
 def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: inertia of the bodies and of the links that they form, springs, dampers and dry friction."""
-    body_com, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3))
+    body_com, body_axes, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3)), np.zeros((m.nbody, 3, 3))
     mass, moment, about_frame = np.zeros(m.njnt + 1), np.zeros((m.njnt + 1, 3)), np.zeros((m.njnt + 1, 3, 3))
     for b, link in enumerate(tree.body_link):
         base, turn = tree.body_frame[b]
         body_com[b] = base + turn @ m.body_ipos[b]
-        axes = turn @ rotation_matrix(m.body_iquat[b])
-        body_inertia[b] = axes @ np.diag(m.body_inertia[b]) @ axes.T
+        body_axes[b] = turn @ rotation_matrix(m.body_iquat[b])
+        body_inertia[b] = body_axes[b] @ np.diag(m.body_inertia[b]) @ body_axes[b].T
         mass[link] += m.body_mass[b]
         moment[link] += m.body_mass[b] * body_com[b]
         about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
@@ -889,7 +890,7 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     weight, damping = np.zeros(m.nv), np.zeros(m.nv)
     impedance, damping[rubbing] = rows.impedance_min, rows.damping  # the distance is always 0
     weight[rubbing] = 1 / np.maximum((1 - impedance) / impedance * invweight, MINVAL)
-    return fluid_tables(m, tree) | dict(
+    return fluid_tables(m, tree, body_com, body_axes) | dict(
         mass=mass,
         com=com,
         inertia=inertia,
@@ -912,13 +913,13 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     )
 
 
-def fluid_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
-    """Fields of `Model`: each body as the box of equal inertia, in a fluid (mj_inertiaBoxFluidModel)."""
+def fluid_tables(m: mujoco.MjModel, tree: Tree, body_com: np.ndarray, body_axes: np.ndarray) -> dict[str, Any]:
+    """Fields of `Model`: each body as the box of equal inertia, in a fluid (mj_inertiaBoxFluidModel).
+
+    body_com, body_axes: centres of mass (nbody, 3) and principal axes (nbody, 3, 3) in the links' frames.
+    """
     is_fluid = m.opt.density > 0 or m.opt.viscosity > 0
     bodies = np.flatnonzero((tree.body_link < m.njnt) & (m.body_mass >= MINVAL) & is_fluid)
-    frames = [(tree.body_frame[b], m.body_ipos[b], m.body_iquat[b]) for b in bodies]
-    point = [at + turn @ centre for (at, turn), centre, _ in frames]
-    axes = [turn @ rotation_matrix(quat) for (_, turn), _, quat in frames]
     others = m.body_inertia[bodies].sum(1, keepdims=True) - 2 * m.body_inertia[bodies]
     box = np.sqrt(np.maximum(MINVAL, others) / m.body_mass[bodies, None] * 6)  # m, sides
     diameter = box.mean(1, keepdims=True)
@@ -927,8 +928,8 @@ def fluid_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     drag = m.opt.density * np.concatenate((box * (y**4 + z**4) / 64, y * z / 2), 1)
     return dict(
         fluid_link_index=tree.body_link[bodies],
-        fluid_point=np.array(point).reshape(-1, 3),
-        fluid_axes=np.array(axes).reshape(-1, 3, 3),
+        fluid_point=body_com[bodies],
+        fluid_axes=body_axes[bodies],
         fluid_viscous=viscous,
         fluid_drag=drag,
         wind=m.opt.wind,
@@ -1037,9 +1038,8 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
     MuJoCo's collision detection then reports each admitted pair exactly once. The geom with the lower mjtGeom type is
     first in its pair; for equal types, that with the lower number. Friction is 0 for condim 1.
     """
-    kind = mujoco.mjtGeom
     probe = copy.copy(m)
-    probe.geom_type[:] = kind.mjGEOM_SPHERE
+    probe.geom_type[:] = SPHERE
     probe.geom_margin[:] = probe.pair_margin[:] = 1e6  # m
     probe.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE
     data = mujoco.MjData(probe)
@@ -1059,10 +1059,8 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
     geoms[swap] = geoms[swap, ::-1]
 
     first, second = m.geom_type[geoms].T
-    spherical = (kind.mjGEOM_SPHERE, kind.mjGEOM_CAPSULE)
-    flat_or_round = (kind.mjGEOM_BOX, kind.mjGEOM_CYLINDER, kind.mjGEOM_ELLIPSOID)
-    on_plane = (first == kind.mjGEOM_PLANE) & np.isin(second, (*spherical, *flat_or_round))
-    supported = on_plane | (np.isin(first, spherical) & np.isin(second, (*spherical, kind.mjGEOM_CYLINDER)))
+    on_plane = (first == PLANE) & np.isin(second, (SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX))
+    supported = on_plane | (np.isin(first, (SPHERE, CAPSULE)) & np.isin(second, (SPHERE, CAPSULE, CYLINDER)))
     examples = {}  # one of each two shapes
     for pair in geoms[~supported]:
         collision = f"collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}"
@@ -1088,29 +1086,23 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     for g, b in enumerate(m.geom_bodyid):
         base, turn = tree.body_frame[b]
         centre[g], axes[g] = base + turn @ m.geom_pos[g], turn @ rotation_matrix(m.geom_quat[g])
-    is_capsule = (m.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)[:, None]
-    is_cylinder = m.geom_type == mujoco.mjtGeom.mjGEOM_CYLINDER
-    is_box, is_ellipsoid = (
-        m.geom_type == kind for kind in (mujoco.mjtGeom.mjGEOM_BOX, mujoco.mjtGeom.mjGEOM_ELLIPSOID)
-    )
-    is_round = is_cylinder | is_ellipsoid
-    capsule_axis = axes[:, :, 2] * is_capsule
+    half = axes[:, :, 2] * m.geom_size[:, 1:2] * np.isin(m.geom_type, (CAPSULE, CYLINDER))[:, None]
 
     def segments(geoms: np.ndarray) -> Segments:
-        half = axes[:, :, 2] * m.geom_size[:, 1:2] * (is_capsule | is_cylinder[:, None])
         places = (x[geoms].swapaxes(0, 1) for x in (centre, half))
-        return Segments(link[geoms].T, *places, m.geom_size[geoms, 0].T, np.flatnonzero(is_cylinder[geoms[:, 1]]))
+        cylinders = np.flatnonzero(m.geom_type[geoms[:, 1]] == CYLINDER)
+        return Segments(link[geoms].T, *places, m.geom_size[geoms, 0].T, cylinders)
 
     def points_on_plane(g: int) -> list[np.ndarray]:
         """Points that can touch, from the geom's centre: a sphere's centre, a capsule's ends, a box's corners.
 
         For a cylinder, the coordinates of `round_points` in place of points.
         """
-        if is_capsule[g]:
-            return [axes[g, :, 2] * m.geom_size[g, 1], -axes[g, :, 2] * m.geom_size[g, 1]]
-        if is_box[g]:
+        if m.geom_type[g] == CAPSULE:
+            return [half[g], -half[g]]
+        if m.geom_type[g] == BOX:
             return [axes[g] @ (m.geom_size[g] * (x, y, z)) for z, y, x in itertools.product((-1, 1), repeat=3)]
-        if is_cylinder[g]:
+        if m.geom_type[g] == CYLINDER:
             return np.array([[1, 1, 0], [-1, 1, 0], [1, -0.5, 1], [1, -0.5, -1]])
         return [np.zeros(3)]
 
@@ -1118,7 +1110,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     first_moves, second_moves = (link[geoms] < m.njnt).T
     moving = np.where(first_moves, geoms[:, 0], geoms[:, 1])
     fixed = np.where(first_moves, geoms[:, 1], geoms[:, 0])
-    on_plane = m.geom_type[fixed] == mujoco.mjtGeom.mjGEOM_PLANE
+    on_plane = m.geom_type[fixed] == PLANE
 
     # Obstacle rows get a plane as well, so that all rows have one form; `fixed_contacts` overwrites its result.
     rows, offsets = [], []
@@ -1128,9 +1120,10 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
             rows += [k] * len(points)
             offsets += list(points)
     rows, offset = np.array(rows, dtype=int), np.array(offsets).reshape(-1, 3)
-    obstacle = ~on_plane[rows]
-    moving, fixed = moving[rows], fixed[rows]
-    rounded = np.flatnonzero(is_round[moving] & ~obstacle)
+    obstacle, moving, fixed = ~on_plane[rows], moving[rows], fixed[rows]
+    shape = m.geom_type[moving]
+    is_box, is_round = shape == BOX, np.isin(shape, (CYLINDER, ELLIPSOID))
+    rounded = np.flatnonzero(is_round & ~obstacle)
     place, offset[rounded] = offset[rounded], 0
     normal = axes[fixed, :, 2]
     starts = np.searchsorted(link[moving], range(m.njnt + 1)).tolist()
@@ -1145,14 +1138,14 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
         contact_geom=tuple(moving.tolist()),
         contact_names=tuple(m.geom(g).name for g in moving),
         contact_point=centre[moving] + offset,
-        contact_radius=np.where(is_box[moving] | is_round[moving], 0, m.geom_size[moving, 0]),
-        contact_axis=capsule_axis[moving],
-        contact_corner=offset * is_box[moving, None],
+        contact_radius=np.where(is_box | is_round, 0, m.geom_size[moving, 0]),
+        contact_axis=axes[moving, :, 2] * (shape == CAPSULE)[:, None],
+        contact_corner=offset * is_box[:, None],
         contact_softness=softness.choose(rows),
         friction=friction[rows],
         impratio=float(m.opt.impratio),
         body_contacts=on_body[1:],
-        boxes=bool(is_box[moving].any()),
+        boxes=bool(is_box.any()),
         round_row_index=rounded,
         round_axes=axes[moving[rounded]],
         round_size=m.geom_size[moving[rounded]],
@@ -1687,12 +1680,6 @@ def ground_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     return Contacts(point, normal, distance, torch.stack((first, cross(normal.expand_as(first), first))))
 
 
-def with_world(xpos: Tensor, xmat: Tensor) -> tuple[Tensor, Tensor]:
-    """xpos (nl + 1, 3, N) and xmat (nl + 1, 3, 3, N): the links' poses, then the world's."""
-    eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, xpos.shape[-1])
-    return torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))
-
-
 def nearest_to_cylinder(
     between: Tensor, segment: Tensor, axis: Tensor, radius: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1741,7 +1728,8 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     MuJoCo gives them up to two, and its flag multiccd gives a capsule on a cylinder up to five. The axis of a capsule
     must stay outside of the cylinder.
     """
-    xpos, xmat = with_world(xpos, xmat)
+    eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, xpos.shape[-1])
+    xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))  # the last is the world
     at, turn = xpos[segments.link_index], xmat[segments.link_index]
     centre = at + apply(turn, segments.centre) - origin
     axis1, axis2 = apply(turn, segments.axis)
