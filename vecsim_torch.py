@@ -113,11 +113,11 @@ class InputError(ValueError):
 
 
 class Unsupported(InputError):
-    """A model has `features` that this simulator does not compute. The message names the first one."""
+    """A model has `features` that this simulator does not compute: texts with advice. The message has the first one."""
 
-    def __init__(self, features: list[str], advice: str):
-        super().__init__(f"unsupported model feature: {features[0]}; {advice}")
-        self.features, self.advice = features, advice
+    def __init__(self, features: list[str]):
+        super().__init__(f"unsupported model feature: {features[0]}")
+        self.features = features
 
 
 def check_at_least(least: float, **values: Any) -> None:
@@ -615,27 +615,29 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     joint_transmission = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
     transmission = (*joint_transmission, mujoco.mjtTrn.mjTRN_TENDON)
     rules = {
-        f"integrator {integrator_of(m)}": integrator_of(m) not in INTEGRATORS,
+        f'integrator {integrator_of(m)}; set <option integrator="implicitfast"/>': integrator_of(m) not in INTEGRATORS,
         "equality constraints other than joint and tendon": m.eq_active0[~couples].any(),
         "tendons with armature, friction loss or polynomial springs": any(field.any() for field in tendon_extras),
         "tendons with a range of actuator forces": m.tendon_actfrclimited.any(),
-        "spatial tendons": any(not is_fixed_tendon(m, t) for t in tendons_that_act(m)),
+        "spatial tendons": np.any(m.wrap_type[m.tendon_adr[tendons_that_act(m)]] != mujoco.mjtWrap.mjWRAP_JOINT),
         "explicit contact pairs (<pair>) with two friction coefficients or solreffriction": m.pair_solreffriction.any()
         or np.any(m.pair_friction[:, 0] != m.pair_friction[:, 1]),
         "flexes": m.nflex > 0,
         "plugins": m.nplugin > 0,
-        "gravity compensation": m.body_gravcomp.any() or m.jnt_actgravcomp.any(),
+        "gravity compensation; set gravcomp to 0 and add its force in the task's method `control`": (
+            m.body_gravcomp.any() or m.jnt_actgravcomp.any()
+        ),
         "polynomial or plastic joint springs and dampers": m.jnt_stiffnesspoly.any()
         or m.dof_dampingpoly.any()
         or np.any(m.jnt_plasticadr >= 0),
         "stiffness on free and ball joints": m.jnt_stiffness[~simple_joints].any(),
         "limits on free and ball joints": m.jnt_limited[~simple_joints].any(),
-        "elliptic friction cones": m.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL,
+        'elliptic friction cones; set <option cone="pyramidal"/>': m.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL,
         "fluid forces on ellipsoids (fluidshape)": is_fluid and m.geom_fluid[:, 0].any(),
-        "option flags override, sleep and other enabled ones": m.opt.enableflags & ~harmless,
+        "option flags override, sleep and other enabled ones; remove <flag>": m.opt.enableflags & ~harmless,
         "noslip iterations": m.opt.noslip_iterations > 0,
         "contact adhesion and surface velocity": m.geom_adhesion.any() or m.geom_surfacevel.any(),
-        "actuators with activation, delay, damping or armature": m.na > 0
+        "actuators with activation, delay, damping or armature; use motor, position or velocity": m.na > 0
         or m.actuator_delay.any()
         or m.actuator_damping.any()
         or m.actuator_armature.any(),
@@ -651,11 +653,7 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     }
     features = [feature for feature, found in rules.items() if found]
     if features:
-        raise Unsupported(features, "remove it from the MJCF or use MuJoCo")
-
-
-def is_fixed_tendon(m: mujoco.MjModel, tendon: int) -> bool:
-    return m.wrap_type[m.tendon_adr[tendon]] == mujoco.mjtWrap.mjWRAP_JOINT
+        raise Unsupported([x if ";" in x else f"{x}; remove it from the MJCF or use MuJoCo" for x in features])
 
 
 def tendons_that_act(m: mujoco.MjModel) -> np.ndarray:
@@ -971,7 +969,7 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
 def length_moments(m: mujoco.MjModel) -> np.ndarray:
     """(ntendon + nv, nv) how the lengths of the fixed tendons, then of all dofs, change with each coordinate."""
     moment = np.concatenate((np.zeros((m.ntendon, m.nv)), np.eye(m.nv)))
-    for t in filter(functools.partial(is_fixed_tendon, m), range(m.ntendon)):
+    for t in np.flatnonzero(m.wrap_type[m.tendon_adr] == mujoco.mjtWrap.mjWRAP_JOINT):
         wraps = slice(m.tendon_adr[t], m.tendon_adr[t] + m.tendon_num[t])
         moment[t, m.jnt_dofadr[m.wrap_objid[wraps]]] = m.wrap_prm[wraps]
     return moment
@@ -1066,14 +1064,12 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
         collision = f"collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}"
         examples.setdefault(tuple(m.geom_type[pair]), collision)
     if examples:
-        advice = (
-            "spheres and capsules against each other and against cylinders are supported, and all shapes but meshes "
-            "against planes (set contype/conaffinity)"
-        )
-        raise Unsupported(list(examples.values()), advice)
+        advice = "give one contype and conaffinity 0, or simpler shapes: spheres and capsules can touch each other and"
+        advice = f"{advice} cylinders, and all shapes except meshes can touch planes"
+        raise Unsupported([f"{example}; {advice}" for example in examples.values()])
     for pair, dim in zip(geoms, condim, strict=True):
         if dim not in (1, 3):
-            raise Unsupported([f"condim {dim} of geom {geom_name(m, pair[1])}"], "use 1 or 3")
+            raise Unsupported([f"condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3"])
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
     invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
     return geoms, friction, soften(m, contact.solref[order], contact.solimp[order], margin, invweight)
@@ -4032,16 +4028,10 @@ def merge_episode_statistics(statistics: dict[str, float], device: torch.device)
     """
     weights = {name: statistics["episodes"] if name in MEANS_OVER_EPISODES else 1.0 for name in statistics}
     weighted = [(value * weights[name] if weights[name] else 0.0, weights[name]) for name, value in statistics.items()]
-    sums = torch.tensor(weighted, dtype=torch.float64, device=device)
-    if distributed.is_initialized():
-        distributed.all_reduce(sums)
-    merged: dict[str, float | None] = {}
-    for name, (total, weight) in zip(statistics, sums.tolist(), strict=True):  # host sync
-        if name in ("episodes", "invalid"):
-            merged[name] = int(total)
-        else:
-            merged[name] = total / weight if weight and math.isfinite(total) else None
-    return merged
+    sums = sum_over_processes(torch.tensor(weighted, dtype=torch.float64, device=device)).tolist()  # host sync
+    means = [total / weight if weight and math.isfinite(total) else None for total, weight in sums]
+    merged = dict(zip(statistics, means, strict=True))
+    return merged | {name: int(total) for name, (total, _) in zip(statistics, sums) if name in ("episodes", "invalid")}
 
 
 def cpu_name() -> str:
@@ -4116,15 +4106,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package.__name__: str(package.__version__) for package in packages}
 
 
-def quadruped_in_mujoco(env_id: str, numpy: bool, **options: Any) -> gymnasium.Env:
-    return load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
-
-
+_quadruped_in_mujoco = lambda env_id, numpy, **options: load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
 for _name in TASKS:
     _in_mujoco = _name == "Quadruped-Flat"  # also one robot, for gymnasium.make, which cuts its episodes
     gymnasium.register(
         f"vecsim/{_name}",
-        entry_point=quadruped_in_mujoco if _in_mujoco else None,
+        entry_point=_quadruped_in_mujoco if _in_mujoco else None,
         vector_entry_point="vecsim_torch:VecSim",
         kwargs={"env_id": _name, "numpy": True},
         max_episode_steps=Task.max_episode_steps if _in_mujoco else None,
@@ -4974,16 +4961,6 @@ class AnyRobot(Task):
         return tuple(torch.where(ranges.isinf().any(0), torch.stack((-one, one)), ranges))
 
 
-HINTS = {  # what to do about a feature, by the start of its name
-    "integrator": 'set <option integrator="implicitfast"/>',
-    "elliptic": 'set <option cone="pyramidal"/>',
-    "option flags": "remove <flag>",
-    "gravity compensation": "set gravcomp to 0, and add its force in the task's method `control`",
-    "actuators with activation": "use motor, position or velocity without a time constant",
-    "collision of": "give one of them simpler shapes, or contype and conaffinity 0",
-}
-
-
 def random_steps(m: mujoco.MjModel, count: int) -> list[Tensor]:
     """`count` steps of MuJoCo C under random actions: qpos, qvel, warmstart, ctrl before, qpos, qvel after."""
     m, rng, rows = converged(m), np.random.default_rng(1), []
@@ -5005,17 +4982,14 @@ def check(args: BenchmarkArgs) -> int:
     joints = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     print(f"{path.name}: {m.nbody - 1} bodies, {m.njnt} joints ({joints}), {m.nu} actuators, {m.ngeom} geoms")
     print(f"nq {m.nq}, nv {m.nv}; a physics step is {1000 * m.opt.timestep:g} ms, {integrator_of(m)}")
-    problems = {}
+    problems: dict[str, None] = {}
     for load in (refuse_unsupported, build_tree, collision_candidates, load_model):
         try:
             model = load(m)
-        except Unsupported as error:
-            problems |= {feature: error.advice for feature in error.features}
         except InputError as error:
-            problems[str(error)] = "change the MJCF"
-    for feature, advice in problems.items():
-        hints = [hint for start, hint in HINTS.items() if feature.startswith(start)]
-        print(f"NOT SUPPORTED: {feature}; {(*hints, advice)[0]}")
+            problems |= dict.fromkeys(getattr(error, "features", [str(error)]))
+    for feature in problems:
+        print(f"NOT SUPPORTED: {feature}")
     if problems:
         return 1
     free = [m.actuator(k).name or str(k) for k in np.flatnonzero(m.actuator_ctrllimited == 0)]
