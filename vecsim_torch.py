@@ -3031,55 +3031,50 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     """
     task, n = settings.task, noise.qpos.shape[-1]
 
-    def check(method: str, answer: Any, *rows: int | None) -> None:
-        """The answer must be (*rows, N); None is any number."""
+    def check(method: str, answer: Any, *rows: int | None) -> Tensor:
+        """The answer, which must be (*rows, N); None is any number."""
         given = tuple(answer.shape) if isinstance(answer, Tensor) else (type(answer).__name__,)
         if len(given) != len(rows) + 1 or any(x not in (y, None) for x, y in zip((*rows, n), given)):
             shape = ", ".join("rows" if x is None else str(x) for x in rows)
             rule = f"{method} must be a tensor of shape ({shape and f'{shape}, '}N)"
             raise InputError(f"{rule}, not ({', '.join(map(str, given))}); in this check N = {n}")
+        return answer
 
-    def check_named(method: str, answer: Any, *rows: int | None, like: Tensors | None = None) -> None:
+    def check_named(method: str, answer: Any, *rows: int | None, like: Tensors | None = None) -> Tensors:
         given = list(answer) if isinstance(answer, dict) else type(answer).__name__
         if isinstance(given, str) or (like is not None and answer.keys() != like.keys()):
             names = "" if like is None else f" with the names {list(like)}"
             raise InputError(f"{method} must be a dict of tensors{names}, not {given}")
         for name, value in answer.items():
             check(f"{method}[{name!r}]", value, *(rows if like is None else like[name].shape[:-1]))
-
-    def begin(ended: Measured | None) -> tuple[Tensor, Tensors]:
-        answer = task.begin(model, qpos, noise.task, ended, torch.ones_like(qpos[0]))
-        check("the qpos of begin", answer[0], model.nq)
         return answer
+
+    def begin(ended: Measured | None, like: Tensors | None = None) -> tuple[Tensor, Tensors]:
+        first, memory = task.begin(model, qpos, noise.task, ended, torch.ones_like(qpos[0]))
+        return check("the qpos of begin", first, model.nq), check_named("the memory of begin", memory, None, like=like)
 
     qpos, qvel = reset_state(task, model, noise.qpos, noise.qvel)
     qpos, memory = begin(None)
-    check_named("the memory of begin", memory, None)
     start = Measured(qpos, qvel, None, memory, torch.zeros_like(qpos[:2]))
     sensed = task.sense(model, start)
     if not isinstance(sensed, dict) or "position" not in sensed:
         raise InputError('sense must be a dict of tensors with the name "position"')
     check("sense['position']", sensed["position"], None)
-    groups = task.observe(model, start, sensed), task.privileged(model, start, sensed)
-    for name, answer in zip(("observe", "privileged"), groups, strict=True):
-        check_named(name, answer, None)
+    groups = check_named("observe", task.observe(model, start, sensed), None)
+    privileged = check_named("privileged", task.privileged(model, start, sensed), None)
     action = torch.zeros_like(qpos[:1]).expand(model.nu, -1)
-    ctrl = task.control(model, action)
-    check("control", ctrl, model.nu)
+    ctrl = check("control", task.control(model, action), model.nu)
     dynamics = forward(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
-    now = task.sense(model, after)
-    check_named("sense", now, like=sensed)
-    terms = task.reward(model, after, now, action, torch.zeros_like(now["position"]))
-    check_named("reward", terms)
+    now = check_named("sense", task.sense(model, after), like=sensed)
+    terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
     check("the sum of the rewards whose names start with reward_", task.total(terms))
-    healthy = task.healthy(after, now)
-    check("healthy", healthy)
+    healthy = check("healthy", task.healthy(after, now))
     if healthy.dtype != torch.bool:
         raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
     check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
-    check_named("the memory of begin", begin(after)[1], like=memory)
-    return groups
+    begin(after, like=memory)
+    return groups, privileged
 
 
 class Robots(NamedTuple):
@@ -3259,6 +3254,7 @@ def has_cuda_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
@@ -3400,10 +3396,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             delay_observations=given.delay_observations,
         )
         self.control_step = self.task.frame_skip * self.model.timestep  # s
-        self.metadata = {
-            "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
-            "render_fps": round(1 / self.control_step),
-        }
+        self.metadata = dict(autoreset_mode=SAME_STEP, render_fps=round(1 / self.control_step))
         rows = parameter_rows(self.model)
         self._parameter_rows = {name: rows[name] for name in self.settings.ranges}
         self._generators = [torch.Generator(self.device) for _ in range(2)]
@@ -3428,20 +3421,15 @@ class VecSim(gymnasium.vector.VectorEnv):
         """The random numbers of one step. They do not depend on the chunks."""
         first, second = self._generators
 
-        def uniform(rows: int, generator: torch.Generator) -> Tensor:
-            return torch.rand(rows, self.num_envs, generator=generator, device=self.device, dtype=self.dtype)
+        def draw(rows: int, generator: torch.Generator, normal: bool = False) -> Tensor:
+            random = torch.randn if normal else torch.rand
+            return random(rows, self.num_envs, generator=generator, device=self.device, dtype=self.dtype)
 
-        qpos = uniform(self.model.nq, first)
-        if self.task.normal_velocity_noise:
-            shape = (self.model.nv, self.num_envs)
-            qvel = torch.randn(shape, generator=first, device=self.device, dtype=self.dtype)
-        else:
-            qvel = uniform(self.model.nv, first)
-        task = uniform(self.task.random_rows, first)
-        rows = list(self._parameter_rows.values())
-        drawn = zip(self.settings.ranges.items(), uniform(sum(rows), second).split(rows), strict=True)
+        qpos, qvel = draw(self.model.nq, first), draw(self.model.nv, first, self.task.normal_velocity_noise)
+        task, rows = draw(self.task.random_rows, first), list(self._parameter_rows.values())
+        drawn = zip(self.settings.ranges.items(), draw(sum(rows), second).split(rows), strict=True)
         parameters = {name: scaled(values, bounds) for (name, bounds), values in drawn}
-        return Noise(qpos, qvel, task, parameters, uniform(self._observation_rows, second))
+        return Noise(qpos, qvel, task, parameters, draw(self._observation_rows, second))
 
     # -- spaces and names ----------------------------------------------------------------------------------------------
 
@@ -3908,8 +3896,7 @@ def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: 
     make_one = gymnasium_maker(env_id, env_kwargs, **more)
     mujoco.set_mju_user_warning(lambda text: None)  # otherwise MUJOCO_LOG.TXT gets a warning about half_cheetah.xml
     try:
-        mode = gymnasium.vector.AutoresetMode.SAME_STEP
-        return gymnasium.vector.SyncVectorEnv([make_one] * count, autoreset_mode=mode)
+        return gymnasium.vector.SyncVectorEnv([make_one] * count, autoreset_mode=SAME_STEP)
     finally:
         mujoco.set_mju_user_warning(None)
 
