@@ -16,17 +16,14 @@
 The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
 the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
 Memory is contiguous along N. So each operation runs over all robots at once, as wide vector instructions on a CPU and
-as coalesced kernels on a GPU. PyTorch's global switch for TF32 does not change the physics, which calls no
-matmul; a trainer may turn it on for its networks.
+as coalesced kernels on a GPU.
 
 MuJoCo is the specification. It compiles the MJCF; this file then computes the same smooth dynamics, the same soft
 constraints and the same integrators. The constraint problem is convex, so it has one solution, and the tests check that
 both simulators find it. In float64, accelerations of Gymnasium's models and of the quadruped differ from MuJoCo C's by
-at most 4e-13 (relative, 150 to 500 states of each). Pusher's arm does not touch its object in these states: MuJoCo
-finds that contact by iteration, so not exactly, and a separate test compares it. In float32 with 4 Newton iterations,
-the 99th percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EPYC core, whole environment
-steps run at 1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of Humanoid at 0.49 times
-(results/README.md).
+at most 4e-13 (relative, 150 to 500 states of each; see also `Pusher`). In float32 with 4 Newton iterations, the 99th
+percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EPYC core, whole environment steps run at
+1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of Humanoid at 0.49 times (results/README.md).
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
 constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step, vector
@@ -1220,8 +1217,8 @@ def load_model(
 
     self_collision: contacts between moving geoms. pair_slots: how many of them are solved at once, the deepest first.
     Default: one slot for each pair that can touch, but at most 8, or 4 if any pair has friction, because a slot then
-    needs four rows. Contacts with what is fixed to the world need no slots and
-    are never dropped. Raises InputError with the name of any feature that this simulator does not compute.
+    needs four rows. Contacts with what is fixed to the world need no slots and are never dropped. Raises InputError
+    with the name of any feature that this simulator does not compute.
     """
     m = without_disabled(compile_mjcf(source))
     refuse_unsupported(m)
@@ -2156,9 +2153,8 @@ def stage(model: Model, state: State, scale: Tensor, rate: Tensor, qacc: Tensor)
 def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
     """How fast each coordinate of a stage's displacement changes (nv, N), if the stage has velocity `qvel`.
 
-    For hinges, slides and translations this is qvel. For a quaternion, the displacement is the rotation vector
-    u = scale * rate.
-    If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u| and
+    For hinges, slides and translations this is qvel. For a quaternion, the displacement is the rotation vector u =
+    scale * rate. If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u| and
     c = (1 - (t/2) cot(t/2)) / t^2. MuJoCo uses this form too (Iserles et al. 2000, Lie-group methods, section B.3).
     """
     rows = list(qvel.unbind(0))
