@@ -11,7 +11,8 @@
     python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
     python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
 
-`Options` lists the options of an environment, and `VecSim` says what `reset` and `step` return.
+`Options` lists the options of an environment, and `VecSim` says what `reset` and `step` return. The commands are in
+benchmarks/simulator.py; everything else is in this file.
 
 The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
 the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
@@ -27,9 +28,9 @@ percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EP
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
 constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step, vector
-environment, evaluation, what the trainers share, benchmark. To follow a contact force, read `VecSim.step`,
-`_step_chunks`, `environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up
-what these need for each contact.
+environment, evaluation, what the trainers share. To follow a contact force, read `VecSim.step`, `_step_chunks`,
+`environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need
+for each contact.
 
 Your own task is one class in one file; PyTorch trainers take it as `--env-id my_task.py:SwingUp`. README.md shows a
 small one. tasks/ has a cart-pole; an arm with a command that changes, a memory and observations for the critic alone;
@@ -83,7 +84,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import signal
 import sys
 import time
@@ -100,9 +100,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import torch
-from mujoco import rollout
 from torch import Tensor, distributed
-from torch.utils.benchmark import Timer
 
 
 class InputError(ValueError):
@@ -4807,220 +4805,8 @@ def capture(function: Callable, inputs: tuple[Tensor, ...], generators: Sequence
     return replay
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Benchmark: speed and error of the compiled functions, beside MuJoCo C on the same cores
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class BenchmarkArgs:
-    """Speed of a task under random actions and error of its accelerations, beside MuJoCo C on the same cores."""
-
-    env_id: str = "Ant-v5"  # task
-    num_envs: int = 4096  # environments (>= 1)
-    device: str = "auto"  # auto (CUDA where there is a GPU), cpu, cuda or cuda:N
-    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"  # of vecsim and of MuJoCo C
-    iterations: int = 4  # Newton iterations of vecsim (>= 1)
-    compile: bool = True  # compile the step; on CUDA also capture it as one graph
-    threads: int = os.cpu_count() or 1  # CPU threads of vecsim and of MuJoCo C (>= 1)
-    seconds: float = 10.0  # how long each simulator is timed, s
-    json: Path | None = None  # file to write the figures to
-    check: Path | None = None  # an MJCF in place of a task: what is supported, error and speed, on one page
-
-
-def random_actions(env: VecSim, generator: torch.Generator) -> Tensor:
-    """Actions (N, nu), uniform in the action space."""
-    low, high = (x.to(env.device, env.dtype) for x in env.task.action_range(env.model))
-    shape = env.num_envs, env.model.nu
-    return scaled(torch.rand(shape, device=env.device, dtype=env.dtype, generator=generator), (low, high))
-
-
-def seconds_per_call(function: Callable[[], Any], args: BenchmarkArgs) -> float:
-    """The median over repeated calls; waits for the GPU."""
-    timer = Timer("function()", globals={"function": function}, num_threads=args.threads)
-    return timer.blocked_autorange(min_run_time=args.seconds).median
-
-
-def mujoco_speed(env: VecSim, episode: int, args: BenchmarkArgs) -> float:
-    """Physics steps per second of MuJoCo C by mujoco.rollout, without observations and rewards.
-
-    64 robots on each thread start anew after `episode` environment steps. Actions are random and drawn beforehand.
-    """
-    m, frame_skip, count = copy.deepcopy(env.mj_model), env.task.frame_skip, 64 * args.threads
-    m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # see `converged`
-    m.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
-    data, full = [mujoco.MjData(m) for _ in range(args.threads)], mujoco.mjtState.mjSTATE_FULLPHYSICS
-    start = np.empty((1, mujoco.mj_stateSize(m, full)))
-    mujoco.mj_getState(m, data[0], start[0], full)
-    ctrl = np.random.default_rng(1).uniform(*m.actuator_ctrlrange.T, (count, episode, m.nu)).repeat(frame_skip, axis=1)
-    with rollout.Rollout(nthread=args.threads) as pool:
-        states, sensors = pool.rollout(m, data, start, ctrl)
-        again = functools.partial(pool.rollout, m, data, start, ctrl, state=states, sensordata=sensors)
-        return count * episode * frame_skip / seconds_per_call(again, args)
-
-
-@torch.no_grad()
-def acceleration_errors(env: VecSim, actions: Tensor, iterations: int) -> np.ndarray:
-    """Relative error of qacc against converged MuJoCo C, the largest over all dofs: (k,) of the first k <= 512 robots.
-
-    It runs the functions that `env.step` runs, on a whole chunk of robots in their present states.
-    """
-    ctrl = env.task.control(env.model, actions.T)
-    *state, ctrl = (
-        torch.clone(x[:, env._parts[0]], memory_format=torch.contiguous_format) for x in (*env.state(), ctrl)
-    )
-    qacc = forward(env.model, State(*state), ctrl, iterations, env._run).solution.qacc
-    *inputs, ours = (x[:, : min(512, env.num_envs)].double().cpu().numpy().T for x in (*state, ctrl, qacc))
-    m, exact = converged(env.mj_model), []
-    data = mujoco.MjData(m)
-    for data.qpos[:], data.qvel[:], data.qacc_warmstart[:], data.ctrl[:] in zip(*inputs, strict=True):
-        mujoco.mj_forward(m, data)
-        exact.append(data.qacc.copy())
-    return np.abs(ours - exact).max(1) / (1 + np.abs(exact).max(1))
-
-
-def converged(m: mujoco.MjModel) -> mujoco.MjModel:
-    """A copy whose solver is Newton's method run to convergence. Every solver has this one solution.
-
-    The Jacobian is dense in every model that serves as a reference: MuJoCo 4.0.0 factorises its sparse Newton matrix
-    wrongly (fixed in 4.0.1), and mjJAC_AUTO is sparse from 60 dofs on.
-    """
-    m = copy.deepcopy(m)
-    m.opt.solver, m.opt.jacobian = mujoco.mjtSolver.mjSOL_NEWTON, mujoco.mjtJacobian.mjJAC_DENSE
-    m.opt.tolerance, m.opt.iterations, m.opt.ls_iterations = 1e-15, 100, 50
-    return m
-
-
-def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
-    """The figures that the command prints and that --json writes."""
-    if args.threads < 1 or not 0 < args.seconds < math.inf:
-        raise InputError(f"threads = {args.threads} and seconds = {args.seconds} must be positive and finite")
-    torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
-    options = {"integrator": args.integrator, "iterations": args.iterations, "compile": args.compile}
-    options |= task_options
-    env = make(args.env_id, args.num_envs, device=device, seed=1, random_initial_ages=True, **options)
-    generator = torch.Generator(device).manual_seed(1)
-    env.reset(seed=1)
-    start = time.perf_counter()
-    env.step(random_actions(env, generator))[1].cpu()
-    first_step = time.perf_counter() - start
-    step_seconds = seconds_per_call(lambda: env.step(random_actions(env, generator)), args)
-    statistics = env.pop_statistics()
-    # MuJoCo C's robots start anew as often as vecsim's fall.
-    episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
-    result = {"env_id": args.env_id, "num_envs": args.num_envs, "threads": args.threads} | options
-    result |= {
-        "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "versions": versions(),
-        "physics_steps_per_second": args.num_envs * env.task.frame_skip / step_seconds,
-        "env_steps_per_second": args.num_envs / step_seconds,
-        "mujoco_c_physics_steps_per_second": mujoco_speed(env, episode, args),
-        "compile_seconds": max(0.0, first_step - step_seconds),
-        "invalid": statistics["invalid"],
-        "dropped_contacts": statistics["dropped_contacts"],
-    }
-    if env.model.terrain is None:  # MuJoCo C has no terrain like vecsim's
-        actions = random_actions(env, generator)
-        errors = {n: float(np.percentile(acceleration_errors(env, actions, n), 99)) for n in (2, 3, 4)}
-        result["qacc_error_p99_by_iterations"] = errors
-    return result | {"command": shlex.join(["python", "vecsim_torch.py", *sys.argv[1:]])}
-
-
-@dataclass(frozen=True)
-class AnyRobot(Task):
-    """A robot without a goal, for --check. Actuators without a ctrlrange get actions from -1 to 1."""
-
-    def observe(self, model: Model, p: Measured, sensed: Tensors) -> Tensors:
-        return {"qpos": p.qpos, "qvel": p.qvel}
-
-    def reward(self, model, p, sensed, action, velocity) -> Tensors:
-        return {"reward_none": torch.zeros_like(p.qpos[0])}
-
-    def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
-        ranges = torch.stack((model.ctrl_low[:, 0], model.ctrl_high[:, 0]))
-        one = torch.ones_like(ranges[0])
-        return tuple(torch.where(ranges.isinf().any(0), torch.stack((-one, one)), ranges))
-
-
-def random_steps(m: mujoco.MjModel, count: int) -> list[Tensor]:
-    """`count` steps of MuJoCo C under random actions: qpos, qvel, warmstart, ctrl before, qpos, qvel after."""
-    m, rng, rows = converged(m), np.random.default_rng(1), []
-    data, low_high = mujoco.MjData(m), np.where(m.actuator_ctrllimited[:, None], m.actuator_ctrlrange, (-1.0, 1.0)).T
-    if m.nkey:
-        mujoco.mj_resetDataKeyframe(m, data, 0)
-    for _ in range(count):
-        data.ctrl[:] = rng.uniform(*low_high)
-        before = [x.copy() for x in (data.qpos, data.qvel, data.qacc_warmstart, data.ctrl)]
-        mujoco.mj_step(m, data)
-        rows.append((*before, data.qpos.copy(), data.qvel.copy()))
-    return [torch.tensor(np.array(column).T) for column in zip(*rows, strict=True)]
-
-
-def check(args: BenchmarkArgs) -> int:
-    """Print on one page whether this simulator computes an MJCF, its error and its speed. Returns the exit status."""
-    m, path = compile_mjcf(args.check), args.check.resolve()
-    kinds = [mujoco.mjtJoint(int(kind)).name.removeprefix("mjJNT_").lower() for kind in m.jnt_type]
-    joints = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    print(f"{path.name}: {m.nbody - 1} bodies, {m.njnt} joints ({joints}), {m.nu} actuators, {m.ngeom} geoms")
-    print(f"nq {m.nq}, nv {m.nv}; a physics step is {1000 * m.opt.timestep:g} ms, {integrator_of(m)}")
-    problems: dict[str, None] = {}
-    for load in (refuse_unsupported, build_tree, collision_candidates, load_model):
-        try:
-            model = load(m)
-        except InputError as error:
-            problems |= dict.fromkeys(getattr(error, "features", [str(error)]))
-    for feature in problems:
-        print(f"NOT SUPPORTED: {feature}")
-    if problems:
-        return 1
-    free = [m.actuator(k).name or str(k) for k in np.flatnonzero(m.actuator_ctrllimited == 0)]
-    if free or not m.nu:
-        what = f"give these actuators a ctrlrange: {', '.join(free)}" if free else "it has no actuators"
-        print(f"To train it: {what}")
-    pairs = f"{len(model.pair_geoms)} pairs of moving geoms, of which {model.pair_slots} are solved at once"
-    print(f"Supported. Contacts: {len(model.contact_geom)} with what is fixed, {pairs} (pair_slots)")
-    *start, ctrl, qpos, qvel = random_steps(m, 200)
-    print("200 random steps, each from MuJoCo C's state; error of qpos and qvel after it, median and 99th percentile:")
-    for dtype, iterations in ((torch.float64, 20), *((torch.float32, count) for count in (2, 4, 8, 16))):
-        state = State(*(x.to(dtype) for x in start))
-        after, dynamics = step(load_model(m, dtype=dtype), state, ctrl.to(dtype), iterations=iterations)
-        ours, exact = torch.cat((after.qpos, after.qvel)), torch.cat((qpos, qvel))
-        wrong = ((ours - exact).abs() / (1 + exact.abs())).amax(0)
-        dropped = int((dynamics.smooth.constraints.dropped > 0).sum())
-        note = f"; in {dropped} of them contacts found no slot" if dropped else ""
-        print(f"  {dtype}, {iterations} iterations: {wrong.median():.1e}, {wrong.quantile(0.99):.1e}{note}")
-    print("Train with --solver-iterations so large that more do not lower the error.")
-    if m.nu:
-        print("Speed; compiling takes one to four minutes (--no-compile omits it)", flush=True)
-        args = dataclasses.replace(args, env_id=AnyRobot, integrator=integrator_of(m))
-        result = benchmark(args, xml_file=str(path))
-        speeds = result["physics_steps_per_second"], result["mujoco_c_physics_steps_per_second"]
-        print("  {:,.0f} physics steps/s here, {:,.0f} in MuJoCo C".format(*speeds), end="; ")
-        print(f"{args.num_envs} environments on {result['device']}, {args.threads} CPU threads")
-    return 0
-
-
-def main() -> None:
-    import tyro
-
-    args = tyro.cli(BenchmarkArgs)
-    try:
-        if args.check:
-            sys.exit(check(args))
-        print(f"{args.env_id}, {args.num_envs} environments; {COMPILING}", flush=True)
-        result = benchmark(args)
-        text = json.dumps(result, indent=1)
-        print(text)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(text + "\n")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    sys.modules["vecsim_torch"] = sys.modules["__main__"]  # for task files that import vecsim_torch
+    sys.modules["vecsim_torch"] = sys.modules["__main__"]  # for files that import vecsim_torch
+    from benchmarks.simulator import main  # speed and error beside MuJoCo C, --check
+
     main()

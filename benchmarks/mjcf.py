@@ -19,6 +19,7 @@ import torch
 import vecsim_torch as vecsim
 from benchmarks import machine, runs
 from benchmarks.referee import save
+from benchmarks.simulator import converged
 
 STATES, STRIDE, ITERATIONS = 24, 5, 24  # of each model; physics steps from one to the next; of Newton's method
 
@@ -33,7 +34,7 @@ def rule_of(message: str) -> str:
 
 def worst_error(m: mujoco.MjModel) -> float:
     """The worst relative error of qacc over states that MuJoCo C visits under random actions."""
-    m, rng, rows, pairs = vecsim.converged(m), np.random.default_rng(0), [], 0
+    m, rng, rows, pairs = converged(m), np.random.default_rng(0), [], 0
     data, probe = mujoco.MjData(m), mujoco.MjData(m)
     low, high = np.where(m.actuator_ctrllimited[:, None], m.actuator_ctrlrange, [-1, 1]).T
     data.qvel[:] = 0.5 * rng.normal(size=m.nv)

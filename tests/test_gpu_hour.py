@@ -13,7 +13,7 @@ import pytest
 from test_benchmark import accept
 
 import vecsim_torch
-from benchmarks import gpu, gpu_kernels, tables
+from benchmarks import gpu, gpu_kernels, simulator, tables
 from benchmarks.__main__ import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def accept_any(words):
     if words[0] == "./benchmark.sh":
         parse_args(words[1:])
     elif words[1] == "vecsim_torch.py":
-        vecsim_torch.parse_flags(words[2:], vecsim_torch.BenchmarkArgs(), None)
+        vecsim_torch.parse_flags(words[2:], simulator.BenchmarkArgs(), None)
     elif words[1].endswith(".py"):
         accept(words)
         trainer = importlib.import_module(words[1].removesuffix(".py"))

@@ -21,6 +21,7 @@ import torch
 from test_vecsim_physics import converged, folded_humanoids, last_axis, visit
 
 import vecsim_torch as vecsim
+from benchmarks import simulator
 
 TASKS = tuple(env_id for env_id in vecsim.TASKS if env_id.endswith("-v5"))  # Gymnasium's own
 FAST = {"iterations": 2, "integrator": "euler"}  # for tests of bookkeeping, where the physics need not be exact
@@ -630,7 +631,7 @@ def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
         return vecsim.newton_iteration(model, smooth, it)
 
     monkeypatch.setattr(env, "_run", vecsim.Regions(**vars(vecsim.EAGER) | {"newton_iteration": spy}))
-    errors = vecsim.acceleration_errors(env, random_actions(env), 4)
+    errors = simulator.acceleration_errors(env, random_actions(env), 4)
     assert seen == [16] * 4 and errors.shape == (16,) and errors.max() <= 1e-4
 
 
@@ -646,8 +647,8 @@ def test_the_benchmarks_error_compiles_nothing_new(monkeypatch):
     env = vecsim.make("InvertedPendulum-v5", 16, compile=True)
     env.reset(seed=0), env.step(random_actions(env)), env.step(random_actions(env))
     compiled = len(graphs)
-    vecsim.acceleration_errors(env, random_actions(env), 2)
-    vecsim.acceleration_errors(env, random_actions(env), 4)
+    simulator.acceleration_errors(env, random_actions(env), 2)
+    simulator.acceleration_errors(env, random_actions(env), 4)
     assert compiled > 5 and len(graphs) == compiled
 
 

@@ -18,6 +18,7 @@ from gymnasium.wrappers import vector as wrappers
 from test_vecsim_env import FAST
 
 import vecsim_torch as vecsim
+from benchmarks import simulator
 
 
 def make_vec(env_id="Hopper-v5", num_envs=4, **options):
@@ -427,5 +428,5 @@ def test_gymnasiums_half_cheetah_leaves_no_log_file(tmp_path, monkeypatch):
 def test_the_benchmark_refuses_impossible_times_and_threads(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vecsim_torch.py", *words])
     with pytest.raises(SystemExit) as stop:
-        vecsim.main()
+        simulator.main()
     assert stop.value.code == 2 and "must be positive and finite" in capsys.readouterr().err

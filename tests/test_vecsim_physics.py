@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import vecsim_torch as vecsim
+from benchmarks import simulator
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 TOUCHING = ("hopper", "walker2d_v5", "half_cheetah", "ant", "humanoid", "humanoidstandup", "pusher_v5")
@@ -1223,13 +1224,13 @@ def test_forces_between_a_robot_and_a_fixed_body(swap):
 
 
 def test_every_reference_has_a_dense_jacobian():
-    """MuJoCo 4.0.0 factorises sparse ones wrongly, see `vecsim_torch.converged`."""
+    """MuJoCo 4.0.0 factorises sparse ones wrongly, see `benchmarks.simulator.converged`."""
     for name in ("states", "common"):  # MuJoCo C takes its model from common
         source = Path(vecsim.__file__).parent / "benchmarks" / "sim" / f"{name}.py"
         assert "opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE" in source.read_text(), name
     pendulum = mujoco.MjModel.from_xml_path(str(ASSETS / "inverted_pendulum.xml"))
     assert pendulum.opt.jacobian == mujoco.mjtJacobian.mjJAC_AUTO
-    for dense in (vecsim.converged(pendulum), converged(pendulum)):
+    for dense in (simulator.converged(pendulum), converged(pendulum)):
         assert dense.opt.jacobian == mujoco.mjtJacobian.mjJAC_DENSE
 
 

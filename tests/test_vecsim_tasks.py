@@ -13,6 +13,7 @@ from test_vecsim_env import rollout
 from test_vecsim_physics import batch, converged, visit
 
 import vecsim_torch as vecsim
+from benchmarks import simulator
 
 ARM = """<mujoco><worldbody>
   <geom name="floor" type="plane" size="5 5 1"/><site name="mark" pos="1 2 3" euler="0 0 90"/>
@@ -240,7 +241,7 @@ def test_the_arm_sees_its_goal_and_the_goal_moves_on_its_circle():
 @pytest.mark.parametrize("env_id", ["tasks/cartpole_swingup.py:SwingUp", "tasks/reacher.py:Reacher"])
 def test_the_physics_of_the_tasks_equals_mujoco(env_id):
     m = vecsim.compile_mjcf(vecsim.build_task(env_id, {}).source())
-    *start, ctrl, qpos, qvel = vecsim.random_steps(m, 100)
+    *start, ctrl, qpos, qvel = simulator.random_steps(m, 100)
     after, _ = vecsim.step(vecsim.load_model(m, dtype=torch.float64), vecsim.State(*start), ctrl, iterations=20)
     assert (after.qpos - qpos).abs().max() <= 1e-12 and (after.qvel - qvel).abs().max() <= 1e-9
 
@@ -253,7 +254,7 @@ def test_the_physics_of_the_tasks_equals_mujoco(env_id):
 def checked(tmp_path, mjcf, capsys):
     (tmp_path / "robot.xml").write_text(mjcf)
     small = dict(num_envs=16, compile=False, threads=1, seconds=0.1, device="cpu")
-    status = vecsim.check(vecsim.BenchmarkArgs(check=tmp_path / "robot.xml", **small))
+    status = simulator.check(simulator.BenchmarkArgs(check=tmp_path / "robot.xml", **small))
     return status, capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import torch
 import vecsim_torch
 from benchmarks.meter import device, meter, settings, threads, variant
 from benchmarks.sim.common import episode, frame_skip, note_errors, num_envs, states, test_states
+from benchmarks.simulator import random_actions
 
 # As in all simulators, a robot that fell stays down until its 200 steps are over.
 falls = settings["env_id"] in ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
@@ -25,5 +26,5 @@ env.set_state(*(torch.tensor(states[name].T) for name in ("start", "start_qvel")
 generator = torch.Generator(device).manual_seed(1)
 while True:
     for _ in range(5):
-        env.step(vecsim_torch.random_actions(env, generator))
+        env.step(random_actions(env, generator))
     meter.tick(5 * num_envs * frame_skip)
