@@ -3193,24 +3193,19 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
     chunks side by side. The kernels of the physics do not check the tables' indices.
     """
-    options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
-    options |= {"cpp.enable_tiling_heuristics": False}
+    options = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024, "cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "guard_filter_fn": changing_guards}
     else:  # independent kernels become one launch
         options |= {"combo_kernels": True}
-
-    def private(function: Callable) -> Callable:
-        code, defaults = function.__code__.replace(), function.__defaults__
-        return types.FunctionType(code, function.__globals__, function.__name__, defaults)
 
     run = Regions()
     whole = device.type == "cpu" and nv <= WHOLE_DOFS
     for function in (*(WHOLE if whole else PARTS), *OTHERS):
         checked = device.type == "cpu" and function in (begin_step, end_step)  # a task's code may index wrongly
         own = options | {"assert_indirect_indexing": checked}
-        compiled = torch.compile(private(function), fullgraph=True, dynamic=False, options=own)
-        setattr(run, function.__name__, compiled)
+        private = types.FunctionType(function.__code__.replace(), function.__globals__, None, function.__defaults__)
+        setattr(run, function.__name__, torch.compile(private, fullgraph=True, dynamic=False, options=own))
     if not whole:
         vars(run).update((function.__name__, functools.partial(function, run=run)) for function in WHOLE)
     return run
