@@ -3725,14 +3725,11 @@ def spaces_of(groups: Tensors) -> tuple[dict[str, slice], gymnasium.spaces.Box |
 
 def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
     """Names of the rows of qpos and of qvel: the joint's name, and for a ball or free joint also the component."""
-    components = {
-        mujoco.mjtJoint.mjJNT_FREE: ("x y z qw qx qy qz", "vx vy vz wx wy wz"),
-        mujoco.mjtJoint.mjJNT_BALL: ("qw qx qy qz", "wx wy wz"),
-    }
+    components = {FREE: ("x y z qw qx qy qz", "vx vy vz wx wy wz"), BALL: ("qw qx qy qz", "wx wy wz")}
     qpos, qvel = [], []
     for j in range(m.njnt):
         joint = m.joint(j).name or f"joint{j}"
-        for rows, parts in zip((qpos, qvel), components.get(mujoco.mjtJoint(m.jnt_type[j]), ("", "")), strict=True):
+        for rows, parts in zip((qpos, qvel), components.get(m.jnt_type[j], ("", "")), strict=True):
             rows += [f"{joint}/{part}" for part in parts.split()] or [joint]
     return qpos, qvel
 
@@ -3750,8 +3747,7 @@ def options_from_text(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             value = words.get(value.lower(), value)
         if isinstance(value, str) and re.fullmatch(r"[-+.\de]+:[-+.\de]+", value):
-            low, _, high = value.partition(":")
-            value = float(low), float(high)
+            value = tuple(map(float, value.split(":")))
         parsed[name] = value
     return parsed
 
