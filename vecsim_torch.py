@@ -116,23 +116,12 @@ class Unsupported(InputError):
 
 
 def check_at_least(least: float, **values: Any) -> None:
-    """InputError for a value below `least`. None is no value."""
+    """InputError for a value below `least`, or for one that is not whole, if `least` is an int. None is no value."""
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise InputError(f"{name} must be at least {least}, not {value}")
-
-
-def check_counts(least: int, **values: Any) -> None:
-    """InputError for a value that is not a whole number of at least `least`. None is no value."""
-    for name, value in values.items():
-        if value is not None and not isinstance(value, (int, np.integer)):
+        if value is not None and isinstance(least, int) and not isinstance(value, (int, np.integer)):
             raise InputError(f"{name} must be a whole number, not {value!r}")
-    check_at_least(least, **values)
-
-
-def check_integrator(name: str | None) -> None:
-    if name not in (None, *INTEGRATORS):
-        raise InputError(f"unknown integrator {name!r}; choose one of {', '.join(INTEGRATORS)}")
+        if value is not None and not value >= least:
+            raise InputError(f"{name} must be at least {least:g}, not {value}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1220,7 +1209,7 @@ def load_model(
     """
     m = without_disabled(compile_mjcf(source))
     refuse_unsupported(m)
-    check_counts(1, pair_slots=pair_slots)
+    check_at_least(1, pair_slots=pair_slots)
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     tree = build_tree(m)
@@ -2239,9 +2228,10 @@ def step(
     Once Newton's method has converged, the right side is M qacc, and so a = qacc - (M + h B)^-1 h B qacc. This file
     uses the second form. It contains no constraint force, so a force that has not converged cannot disturb it.
     """
-    check_integrator(integrator)
-    check_counts(1, iterations=iterations)
+    check_at_least(1, iterations=iterations)
     integrator = integrator or model.integrator
+    if integrator not in INTEGRATORS:
+        raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS)}")
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     implicitfast = integrator == "implicitfast"
@@ -2706,7 +2696,7 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
     task = kind(**options)
-    check_counts(1, frame_skip=task.frame_skip)
+    check_at_least(1, frame_skip=task.frame_skip)
     return task
 
 
@@ -3019,9 +3009,8 @@ def begin_step(
 
 
 def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors]:
-    """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape.
-
-    Returns the groups of the observation and of the privileged one, of robots at the start of an episode.
+    """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape, or if
+    the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start.
     """
     task, n = settings.task, noise.qpos.shape[-1]
 
@@ -3058,7 +3047,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     privileged = check_named("privileged", task.privileged(model, start, sensed), None)
     action = torch.zeros_like(qpos[:1]).expand(model.nu, -1)
     ctrl = check("control", task.control(model, action), model.nu)
-    dynamics = forward(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, 1)
+    _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
     now = check_named("sense", task.sense(model, after), like=sensed)
     terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
@@ -3346,12 +3335,11 @@ class VecSim(gymnasium.vector.VectorEnv):
     def __init__(self, env_id: str, num_envs: int = 4096, **options: Any):
         known = options.keys() & {field.name for field in dataclasses.fields(Options)}
         given = Options(**{name: options.pop(name) for name in known})
-        check_counts(1, num_envs=num_envs, iterations=given.iterations, max_episode_steps=given.max_episode_steps)
-        check_counts(1, chunk=given.chunk, stack_observations=given.stack_observations)
-        check_counts(0, delay_observations=given.delay_observations)
-        check_at_least(0, observation_noise=given.observation_noise, action_delay_ms=given.action_delay_ms)
+        check_at_least(1, num_envs=num_envs, iterations=given.iterations, max_episode_steps=given.max_episode_steps)
+        check_at_least(1, chunk=given.chunk, stack_observations=given.stack_observations)
+        check_at_least(0, delay_observations=given.delay_observations)
+        check_at_least(0.0, observation_noise=given.observation_noise, action_delay_ms=given.action_delay_ms)
         check_at_least(1e-3, timestep_scale=given.timestep_scale)
-        check_integrator(given.integrator)
         single = [name for name in options if name.startswith("randomize.")]
         single = {name.removeprefix("randomize."): options.pop(name) for name in single}
         self.env_id, self.num_envs, self.dtype, self.numpy = env_id, num_envs, given.dtype, given.numpy
