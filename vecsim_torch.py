@@ -2704,9 +2704,7 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
 # Randomisation: how robots differ from the MJCF and from each other
 # ----------------------------------------------------------------------------------------------------------------------
 
-FACTORS = (
-    "mass", "friction", "damping", "armature", "motor_strength", "position_gain", "velocity_gain", "gravity",
-)  # fmt: skip
+FACTORS = "mass", "friction", "damping", "armature", "motor_strength", "position_gain", "velocity_gain", "gravity"
 OF_THE_ROBOT = (*FACTORS, "centre_of_mass")  # parameters that stay the same for a whole episode
 
 
@@ -3098,19 +3096,13 @@ def end_step(
         settings, robots.following, noise, after._replace(invalid=invalid), limit
     )
     after = after._replace(memory=task.remember(model, after, sensed, action, noise.task))
-    goes_on = carry._replace(
-        position=sensed["position"],
-        age=age,
-        episode_length=length,
-        episode_return=episode_return,
-        memory=after.memory,
-    )
     fresh_obs, fresh_critic_obs = observations(settings, robots.following, fresh_measured, fresh_sensed, noise)
     final_obs, final_critic_obs = observations(settings, model, after, sensed, noise)
     fresh_obs, fresh_seen = show(settings, fresh_obs, None)
     final_obs, seen = show(settings, final_obs, carry.seen)
-    fresh, goes_on = fresh._replace(seen=fresh_seen), goes_on._replace(seen=seen)
-    next_carry = map_tensors(lambda new, old: torch.where(ended, new, old), fresh, goes_on)
+    goes_on = carry._replace(position=sensed["position"], age=age, episode_length=length, seen=seen)
+    goes_on = goes_on._replace(episode_return=episode_return, memory=after.memory)
+    next_carry = map_tensors(lambda new, old: torch.where(ended, new, old), fresh._replace(seen=fresh_seen), goes_on)
 
     final_obs = torch.where(invalid, fresh_obs, final_obs)
     final_critic_obs = torch.where(invalid, fresh_critic_obs, final_critic_obs)
@@ -3804,13 +3796,8 @@ def evaluate(env: gymnasium.vector.VectorEnv, act: Act, seed: int, observes: str
     if failed.all():  # host sync
         raise RuntimeError("every environment of the evaluation was quarantined: the policy breaks the simulator")
     returns, lengths = (x[~failed].cpu().numpy() for x in (returns, lengths))  # host sync
-    return dict(
-        mean=float(returns.mean()),
-        std=float(returns.std()),
-        min=float(returns.min()),
-        episodes=len(returns),
-        mean_length=float(lengths.mean()),
-    )
+    of_returns = dict(mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()))
+    return of_returns | dict(episodes=len(returns), mean_length=float(lengths.mean()))
 
 
 def gymnasium_options(env_kwargs: dict[str, Any]) -> dict[str, Any]:
