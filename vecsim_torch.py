@@ -876,19 +876,15 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         mass=mass,
         com=com,
         inertia=inertia,
-        dof_armature=m.dof_armature,
         dof_stiffness=m.jnt_stiffness[m.dof_jntid],
         dof_spring=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
-        dof_damping=m.dof_damping,
         damped=bool(m.dof_damping.any()),
         euler_damps=not is_disabled(m, "EULERDAMP"),
         has_frictionloss=len(rubbing) > 0,
         frictionloss=m.dof_frictionloss,
         frictionloss_weight=weight,
         frictionloss_damping=damping,
-        nbody=m.nbody,
         body_link_index=tree.body_link,
-        body_mass=m.body_mass,
         body_com=body_com,
         body_inertia=body_inertia,
         trunk=int(np.argmax(mass > 0)),
@@ -1033,10 +1029,9 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
     order = np.lexsort((geoms[:, 1], geoms[:, 0]))
     order = order[(m.body_treeid[m.geom_bodyid[geoms[order]]] >= 0).any(1)]  # <pair> admits two geoms of the world
     geoms, condim = geoms[order], contact.dim[order]
-    explicit = zip(m.pair_geom1.tolist(), m.pair_geom2.tolist(), m.pair_margin, strict=True)
-    explicit = {(min(a, b), max(a, b)): own for a, b, own in explicit}
     margin = m.geom_margin[geoms].sum(1)
-    margin = np.array([explicit.get(tuple(pair), own) for pair, own in zip(geoms.tolist(), margin, strict=True)])
+    for a, b, own in zip(m.pair_geom1, m.pair_geom2, m.pair_margin, strict=True):
+        margin[(geoms == (min(a, b), max(a, b))).all(1)] = own
     swap = m.geom_type[geoms[:, 0]] > m.geom_type[geoms[:, 1]]
     geoms[swap] = geoms[swap, ::-1]
 
@@ -1217,16 +1212,14 @@ def load_model(
     tables |= limit_tables(m) | contact_tables(m, tree, self_collision) | name_tables(m, tree) | coupling_tables(m)
     if pair_slots is None:
         pair_slots = 8 if tables["pair_edges"] == 1 else 4
+    copied = "nq nv nu nbody qpos0 body_mass dof_armature dof_damping"  # fields that have MuJoCo's names
+    tables |= {name: getattr(m, name) for name in copied.split()}
     tables |= dict(
-        nq=m.nq,
-        nv=m.nv,
-        nu=m.nu,
         nl=m.njnt,
         timestep=float(m.opt.timestep),
         stage_times=tuple(np.array([scale * m.opt.timestep]) for scale in (0.5, 0.5, 1.0)),
         integrator=integrator_of(m),
         gravity=m.opt.gravity,
-        qpos0=m.qpos0,
         pair_slots=min(pair_slots, len(tables["pair_geoms"])),
     )
     return Model(**{name: to_torch(table, dtype, device) for name, table in tables.items()})
@@ -4174,9 +4167,8 @@ def sizes_for_device(args: Any, scaled_flags: str, factor: int, most: int) -> An
     if pick_device(args.device).type == "cpu":
         return args
     factor = max(1, min(factor, most // args.num_envs))
-    return dataclasses.replace(
-        args, **{name: factor * getattr(args, name) for name in ("num_envs", *scaled_flags.split())}
-    )
+    larger = {name: factor * getattr(args, name) for name in ("num_envs", *scaled_flags.split())}
+    return dataclasses.replace(args, **larger)
 
 
 def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
@@ -4507,10 +4499,8 @@ class Run:
         if make_env is None:
             check_env_kwargs(args.env_id, args.env_kwargs)
         self.checkpoint = load_checkpoint(args.resume, algorithm, type(args)) if args.resume else None
-        self.iteration, self.env_steps, self.train_seconds = 0, 0, 0.0
-        if self.checkpoint:
-            self.iteration, self.env_steps = self.checkpoint["iteration"], self.checkpoint["env_steps"]
-            self.train_seconds = self.checkpoint["train_seconds"]
+        done = self.checkpoint or dict(iteration=0, env_steps=0, train_seconds=0.0)
+        self.iteration, self.env_steps, self.train_seconds = done["iteration"], done["env_steps"], done["train_seconds"]
         self.record: dict[str, Any] = {}  # the last line of the log
         self.score, self.log, self.profiler = None, None, None
 
