@@ -1069,10 +1069,8 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
         return Segments(link[geoms].T, *places, m.geom_size[geoms, 0].T, cylinders)
 
     def points_on_plane(g: int) -> list[np.ndarray]:
-        """Points that can touch, from the geom's centre: a sphere's centre, a capsule's ends, a box's corners.
-
-        For a cylinder, the coordinates of `round_points` in place of points.
-        """
+        """Points that can touch, from the geom's centre: a sphere's centre, a capsule's ends, a box's corners. For a
+        cylinder, the coordinates of `round_points` in place of points."""
         if m.geom_type[g] == CAPSULE:
             return [half[g], -half[g]]
         if m.geom_type[g] == BOX:
@@ -1435,7 +1433,6 @@ def composite(model: Model, cdof: Tensor, matrices: Tensor, diagonal: Tensor, co
     """Packed (nnz, N) matrix: the sum of J^T X J over 6x6 matrices X, plus a diagonal matrix.
 
     X: `matrices` of the links (nl, 21, N) and `contacts` (nc, 21, N). J is the Jacobian of the link's motion.
-
     With the links' inertias alone, this is the mass matrix M by the composite-rigid-body algorithm (mj_crb;
     Featherstone 2008, section 6.2). With `contact_hessian` added, the same pass gives M + J^T D J, the Hessian of the
     constraint problem.
@@ -1856,10 +1853,7 @@ def contact_force(c: Pyramids, edge_force: Tensor) -> Tensor:
 
 
 def contact_hessian(c: Pyramids, weight: Tensor) -> Tensor:
-    """What each contact adds to the Hessian, (n, 21, N): the sum of weight * e e^T over its edges e, about the origin.
-
-    weight: (n, 4, N).
-    """
+    """What contacts add to the Hessian (n, 21, N) about the origin: the sum of weight (n, 4, N) e e^T over edges e."""
     a, b, d, e = weight.unbind(1)
     n, (p, q) = c.normal.unbind(1), (c.side[0].unbind(1), c.side[1].unbind(1))
     normal, first, second, along_first, along_second = a + b + d + e, a + b, d + e, a - b, d - e
@@ -1996,8 +1990,7 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     """Packed Hessian H (nnz, N) without pairs, and right-hand sides (nv, 1 + nr, N) for `newton_direction`.
 
     The first right-hand side is minus the gradient. The rows of pairs couple branches of the tree, and H, which has the
-    tree's sparsity, is without them. Each adds a right-hand side sqrt(D) J^T, and `newton_direction` puts them back by
-    Woodbury's identity.
+    tree's sparsity, is without them. Each adds a right-hand side sqrt(D) J^T.
     """
     c = smooth.constraints
     weight = active_weights(c, it)
@@ -2391,10 +2384,7 @@ class Task:
         return sum(value for name, value in terms.items() if name.startswith("reward_"))
 
     def healthy(self, p: Measured, sensed: Tensors) -> Tensor:
-        """(N,) bool: False ends the episode, unless the task has terminate_when_unhealthy = False.
-
-        What it needs of the model is measured in `sense`.
-        """
+        """(N,) bool: False ends the episode, if terminate_when_unhealthy. `sense` measures what it needs of a model."""
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
 
     def control(self, model: Model, action: Tensor) -> Tensor:
@@ -2736,7 +2726,6 @@ def choose_ranges(
 
     randomize: True for the task's own ranges, or those of some parameters of `parameter_rows`. single: parameters given
     one by one; they replace the others. InputError for a parameter that this robot does not have.
-
     Equal ends give all robots the same value: friction=(0.5, 0.5) halves the friction of all. None keeps the MJCF's
     value. A single number x is short for (1 - x, 1 + x) of a factor, (0, x) of a push, (x, x) of an interval and
     (-x, x) of everything else.
@@ -3491,8 +3480,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     ) -> tuple[Tensor | np.ndarray, dict[str, Any]]:
         """Start an episode in every environment. Without a seed the random generators continue.
 
-        One seed serves all environments: each draws its own random numbers. InputError for a list of seeds. There are
-        no options.
+        One seed serves all environments; a list of seeds is an InputError. There are no options.
         """
         if seed is not None:
             self._seed(seed)
@@ -3857,10 +3845,7 @@ def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: 
 def evaluate_in_gymnasium(
     env_id: str, act: Act, episodes: int, seed: int, env_kwargs: dict[str, Any], observes: str = "obs"
 ) -> dict[str, float] | None:
-    """`evaluate` in Gymnasium's own environment, that is in MuJoCo C; None where Gymnasium has no such task.
-
-    env_kwargs: options of `make`; those that only vecsim has are left out. act gets tensors on the CPU.
-    """
+    """`evaluate` on the CPU in an environment of `gymnasium_maker`; None where Gymnasium has no such task."""
     if not gymnasium_id(env_id):
         return None
     envs = gymnasium_envs(env_id, episodes, env_kwargs)
