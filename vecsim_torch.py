@@ -82,9 +82,11 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -3174,6 +3176,34 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     return run
 
 
+FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics", "smooth_dynamics"}  # of the work of compiling a step
+
+
+def functions_compiled() -> int:
+    """How many functions PyTorch has compiled that were not in its cache on disk."""
+    return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+
+
+def compile_second_half(*arguments: Any) -> subprocess.Popen:
+    """A process that calls `second_half` with these arguments, silently: if it fails, its part is compiled later."""
+    code = "import pickle, sys; sys.path[:], arguments = pickle.load(sys.stdin.buffer); import {0}; {0}.{1}(*arguments)"
+    words = [sys.executable, "-c", code.format(Path(__file__).stem, "second_half")]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with process.stdin as pipe:
+        pipe.write(pickle.dumps((sys.path, arguments)))
+    return process
+
+
+def second_half(cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
+    """Compile the second half of a step of this environment into the cache on disk."""
+    torch.set_num_threads(cores)
+    env = VecSim(env_id, num_envs, **options)
+    env.reset()
+    with torch.no_grad():
+        chunk = env._split(torch.zeros(env.model.nu, num_envs, dtype=env.dtype))[0], env._split(env._draw_noise())[0]
+        env._compile_ahead(*chunk, second_half=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The vector environment
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3307,6 +3337,7 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     @normal_tensors
     def __init__(self, env_id: str, num_envs: int = 4096, **options: Any):
+        self._arguments = env_id, num_envs, dict(options)
         known = options.keys() & {field.name for field in dataclasses.fields(Options)}
         given = Options(**{name: options.pop(name) for name in known})
         check_at_least(1, num_envs=num_envs, iterations=given.iterations, max_episode_steps=given.max_episode_steps)
@@ -3434,7 +3465,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _prepare_chunks(self, chunk: int | None) -> None:
         """Which environments are stepped together, and the functions and threads that step them."""
         on_cpu = self.device.type == "cpu"
-        cores = torch.get_num_threads() if on_cpu else 1
+        cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None and on_cpu:
             chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize)
         else:
@@ -3447,6 +3478,35 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._run = compile_regions(self.device, self.model.nv) if self.compiled else EAGER
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
         self._warm = False  # the first step compiles, without threads
+
+    def _compile_ahead(self, action: Tensor, noise: Noise, second_half: bool = False) -> None:
+        """Compile the functions of a step for a chunk with these inputs, half of them in a second process.
+
+        PyTorch compiles one function at a time, and keeps the code on disk. So the second process makes this
+        environment too, and this one then finds its code. It is ended where this one's half was on disk already."""
+        calls: list[tuple[str, tuple, dict]] = []
+
+        def recorded(name: str, function: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls.append((name, args, kwargs))
+                return function(*args, **kwargs)
+
+            return call
+
+        other = None if second_half else compile_second_half(self._cores, *self._arguments)
+        run = Regions()
+        for name, function in vars(EAGER).items():
+            made_of_parts = isinstance(getattr(self._run, name, None), functools.partial)
+            setattr(run, name, functools.partial(function, run=run) if made_of_parts else recorded(name, function))
+        environment_step(self.settings, self.model, self._carries[0], action, noise, run)
+        known = functions_compiled()
+        for name, args, kwargs in calls:
+            if (name not in FIRST_HALF) == second_half:
+                getattr(self._run, name)(*args, **kwargs)
+        if other and functions_compiled() == known:
+            other.kill()
+        if other:
+            other.wait()
 
     def _split(self, tensors: Any) -> list[Any]:
         """`tensors` (..., N) of every chunk: a Carry, a Noise or a tensor. The last chunk may end with copies."""
@@ -3543,6 +3603,9 @@ class VecSim(gymnasium.vector.VectorEnv):
             map_tensors(Tensor.copy_, carry, new)
             return transition
 
+        if self.compiled and not self._warm and self._cores > 1:
+            first = (map_tensors(lambda x: x[..., self._parts[0]].contiguous(), x) for x in (action, drawn))
+            self._compile_ahead(*first)
         threads = self._threads if self._warm else None
         transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
         self._warm = True
