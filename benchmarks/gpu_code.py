@@ -170,8 +170,9 @@ def number(kernel: str, name: str) -> float:
 
 def load_source(kernel: str) -> dict:
     """The names that the source of a kernel defines, and the kernel itself as "kernel"."""
-    path, names = Path(tempfile.mkdtemp()) / "kernel.py", {"__name__": "kernel"}
+    path = Path(tempfile.mkdtemp()) / "kernel.py"
     path.write_text(kernel)  # Triton reads it there
+    names = {"__name__": "kernel", "__file__": str(path)}
     exec(compile(kernel, path, "exec"), names)
     names["kernel"] = names[re.search(r"def (triton_\w+)\(", kernel)[1]]
     return names
