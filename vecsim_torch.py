@@ -3917,6 +3917,14 @@ def evaluate_in_gymnasium(
     return score
 
 
+def make_renderer(env: VecSim) -> Any:
+    """Gymnasium's renderer for the first robot of `env`."""
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+    scene = env.task.drawn_model(env.model, env.mj_model)
+    return MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
+
+
 def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
     """Film one episode into an .mp4 file, in Gymnasium's environment if there is one, and return its path."""
     import imageio.v2 as imageio
@@ -3929,18 +3937,15 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
     if in_gymnasium:
         envs = gymnasium_envs(env_id, 1, env_kwargs, render_mode="rgb_array", camera_name="track")
     else:
-        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
         envs = make(env_id, 1, **env_kwargs)
-        scene = envs.task.drawn_model(envs.model, envs.mj_model)
-        renderer = MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
+        renderer = make_renderer(envs)
 
     def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
         if in_gymnasium:
             frames.append(envs.render()[0])
         else:
             renderer.data.qpos[:] = envs.state().qpos[:, 0].tolist()  # host sync
-            mujoco.mj_forward(scene, renderer.data)
+            mujoco.mj_forward(renderer.model, renderer.data)
             frames.append(renderer.render("rgb_array"))
         return act(obs, started)
 
