@@ -374,7 +374,7 @@ def test_two_devices_share_the_environments(plain_run, tmp_path):
 @pytest.mark.slow
 def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder_is_complete(tmp_path, capsys):
     """The first command of the header, end to end, on two devices. Then its checkpoint is played."""
-    command([ROOT / "ppo_mjx_jax.py"], "--run-dir", tmp_path, "--compilation-cache", "")
+    command([ROOT / "ppo_mjx_jax.py"], "--run-dir", tmp_path, "--compilation-cache", "", "--eval-every", 131_072)
     result = json.loads((tmp_path / "eval.json").read_text())
     names = "env_id algorithm seed env_steps train_seconds compile_seconds versions".split()
     assert set(names) <= result.keys()
@@ -382,6 +382,8 @@ def test_the_pendulum_is_solved_in_gymnasiums_own_environment_and_the_run_folder
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     names = "env_steps wall_seconds steps_per_second episode_return episode_length episodes".split()
     assert set(names) <= rows[-1].keys() and rows[-1]["env_steps"] == result["env_steps"]
+    scored = {row["env_steps"]: row["gymnasium_return"] for row in rows if "gymnasium_return" in row}
+    assert scored.keys() == {131_072, result["env_steps"]} and scored[result["env_steps"]] == 1000
     assert {"config.json", "checkpoint.npz", "curve.png"} <= {path.name for path in tmp_path.iterdir()}
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
     [agent] = ppo.play(ppo.parse_args(["--play", str(tmp_path / "checkpoint.npz"), "--eval-episodes", "3"]))
