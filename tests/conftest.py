@@ -33,6 +33,25 @@ def signal_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile traces and guards as ever, but eager PyTorch runs the graphs. They are in this list."""
+    import torch  # after the settings above
+
+    graphs, compile = [], torch.compile
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def trace(function, options, **given):
+        guards = {name: options[name] for name in ("guard_filter_fn",) if name in options}
+        return compile(function, backend=keep, options=guards, **given)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    return graphs
+
+
 def pytest_addoption(parser):
     parser.addoption("--figures", metavar="FILE", help="write the worst errors that the tests measured as JSON")
 

@@ -109,12 +109,9 @@ class Feeling(vecsim.Task):
 
 
 @pytest.mark.slow
-def test_names_are_understood_by_the_compiler(monkeypatch):
-    """Of the compiler only the part that traces: it understands all methods, and the results are the same."""
+def test_names_are_understood_by_the_compiler(traced, monkeypatch):
+    """It traces all methods, and the results are the same."""
     monkeypatch.setitem(vecsim.TASKS, "Feeling", Feeling)
-    compiler = torch.compile
-    traced = lambda function, options, **given: compiler(function, backend="eager", **given)
-    monkeypatch.setattr(torch, "compile", traced)
     envs = [vecsim.make("Feeling", 8, compile=flag, dtype=torch.float64) for flag in (False, True)]
     for env in envs:
         env.reset(seed=0)
