@@ -70,17 +70,12 @@ def advantages_of(reward, value, next_value, *ends):
     return ppo.advantages_gae(rollout, value, next_value, gae_cases.GAMMA, gae_cases.GAE_LAMBDA)
 
 
-@pytest.mark.parametrize("case", gae_cases.CASES, ids=lambda case: case[0])
-def test_advantages_by_hand(case):
-    *inputs, expected = as_columns(case)
-    advantages = advantages_of(*inputs)
-    torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
-
-
-def test_advantages_of_all_cases_at_once_do_not_mix():
+def test_advantages_by_hand():
+    """All cases at once, an environment each, so they do not mix either."""
     *inputs, expected = (torch.cat(columns, 1) for columns in zip(*map(as_columns, gae_cases.CASES), strict=True))
     advantages = advantages_of(*inputs)
-    torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
+    for n, (name, *_) in enumerate(gae_cases.CASES):
+        assert torch.equal(advantages[:, n], expected[:, n]), name
 
 
 def test_nan_of_an_invalid_step_goes_nowhere():
@@ -189,27 +184,6 @@ def test_micro_batches_add_up_to_the_minibatch():
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_quarantined_transitions_leave_no_trace():
-    """NaN there changes nothing, and neither does any other number."""
-    args = make_args()
-    gradients = []
-    for garbage in (torch.nan, 1e9):
-        agent = make_agent(args)
-        rollout = random_rollout(agent)
-        rollout = rollout._replace(
-            reward=torch.where(rollout.invalid, garbage, rollout.reward),
-            final_critic_obs=torch.where(rollout.invalid[..., None], garbage, rollout.final_critic_obs),
-        )
-        assert rollout.invalid.any()
-        batch = make_batch(agent, args, rollout)
-        assert batch.weight.mean().item() == pytest.approx(1.0) and (batch.weight == 0).sum() == rollout.invalid.sum()
-        ppo.accumulate_gradients(agent, batch, agent.log_std.detach(), 32, ppo.ppo_loss, args)
-        gradients.append([agent.return_statistics.mean, *(parameter.grad for parameter in agent.parameters())])
-    for one, other in zip(*gradients, strict=True):
-        assert one.isfinite().all()
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
 def test_quarantined_environments_are_as_if_they_were_not_there():
     """The oracle is the same rollout without their columns. Each column is one environment, so nothing else changes."""
     args = make_args()
@@ -231,6 +205,7 @@ def test_quarantined_environments_are_as_if_they_were_not_there():
             assert not rollout.invalid.any()
         valid = ~rollout.invalid.flatten()
         batch = make_batch(agent, args, rollout)
+        assert batch.weight.mean().item() == pytest.approx(1.0) and (batch.weight == 0).sum() == (~valid).sum()
         terms = ppo.accumulate_gradients(agent, batch, agent.log_std.detach(), 7, ppo.ppo_loss, args)
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), valid)
         statistics = [x for name, x in agent.named_buffers() if "statistics" in name]

@@ -193,39 +193,6 @@ def test_numpy_to_torch():
             assert all(same(vecsim.to_numpy(x), y) for x, y in zip(answer, direct.step(action), strict=True))
 
 
-@pytest.mark.parametrize(
-    "wrap, low, high, inverse",
-    [
-        (wrappers.ClipAction, -9.0, 9.0, lambda x: np.clip(x, -3, 3)),
-        (lambda env: wrappers.RescaleAction(env, np.float32(0), np.float32(1)), 0.0, 1.0, lambda x: 6 * x - 3),
-    ],
-    ids=["ClipAction", "RescaleAction"],
-)
-def test_wrappers_of_actions(wrap, low, high, inverse):
-    env, direct = wrap(pendulum()), pendulum()
-    env.reset(seed=0), direct.reset(seed=0)
-    rng, ended = np.random.default_rng(0), 0
-    for _ in range(25):
-        action = rng.uniform(low, high, (4, 1)).astype(np.float32)
-        expected = direct.step(inverse(action))
-        answer = env.step(action)
-        assert all(np.allclose(x, y, atol=1e-5) for x, y in zip(answer[:4], expected[:4], strict=True))
-        ended += (answer[2] | answer[3]).sum()
-    assert ended >= 8
-
-
-def test_dict_info_to_list():
-    env = wrappers.DictInfoToList(wrappers.RecordEpisodeStatistics(pendulum()))
-    for _, (_, _, terminated, truncated, infos) in steps_of(env):
-        assert len(infos) == 4
-        for info, ended in zip(infos, terminated | truncated, strict=True):
-            assert info.keys() == ({"final_obs", "final_info", "episode"} if ended else {"invalid", "reward_survive"})
-            if ended:
-                assert info["final_obs"].shape == (4,) and info["final_info"].keys() == {"invalid", "reward_survive"}
-    env = wrappers.DictInfoToList(make_vec("Quadruped-Flat"))
-    assert [info.keys() for info in env.reset(seed=0)[1]] == [{"critic_obs"}] * 4
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Policies in Gymnasium's own environments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,24 +336,6 @@ def test_gymnasium_shows_the_past_as_vecsim_does():
     assert torch.equal(torch.stack(history[:6]), torch.stack(expected))
 
 
-@pytest.mark.parametrize("hidden", ["velocity", "qpos,qvel", "qvel,qacc"])
-def test_groups_that_cannot_be_hidden(hidden):
-    with pytest.raises(vecsim.InputError, match="hidden_observations must leave some of qpos, qvel and hide nothing"):
-        vecsim.make("HalfCheetah-v5", 1, hidden_observations=hidden)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"numpy": True}, "env_kwargs sets numpy, which this script sets itself"),
-        ({"iterations": 8}, "env_kwargs sets iterations, which this script sets itself; use --solver-iterations"),
-    ],
-)
-def test_options_that_cannot_be(options, message):
-    with pytest.raises(vecsim.InputError, match=message):
-        vecsim.check_env_kwargs("Hopper-v5", options)
-
-
 def test_options_that_can_be():
     of_vecsim = {"randomize": True, "randomize.mass": 0.1, "self_collision": False, "chunk": 8}
     shared = {"reset_noise_scale": 0.1, "max_episode_steps": 50}
@@ -400,21 +349,19 @@ def test_options_that_can_be():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Quadruped-Rough"])
-def test_benchmark(env_id, tmp_path):
-    """The command as a user starts it, also for a task that imports vecsim_torch."""
+def test_benchmark(tmp_path):
+    """The command as a user starts it, for a task that imports vecsim_torch too."""
     flags = "--num-envs 8 --no-compile --threads 1 --seconds 0.01 --json figures/result.json".split()
-    command = [sys.executable, vecsim.__file__, "--env-id", env_id, *flags]
+    command = [sys.executable, vecsim.__file__, "--env-id", "Quadruped-Flat", *flags]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     result = json.loads((tmp_path / "figures/result.json").read_text())
-    assert result["env_id"] == env_id and result["threads"] == 1 and result["command"].endswith("figures/result.json")
+    assert result["env_id"] == "Quadruped-Flat" and result["threads"] == 1
     assert result["physics_steps_per_second"] > 0 and result["mujoco_c_physics_steps_per_second"] > 0
     assert result["invalid"] == 0 and 0 <= result["dropped_contacts"] < 1  # per robot and physics step
-    assert all(f'"{name}": ' in answer.stdout for name in result)
-    if env_id == "InvertedPendulum-v5":
-        errors = result["qacc_error_p99_by_iterations"]
-        assert list(errors) == ["2", "3", "4"] and errors["4"] <= 1e-4
+    assert result["command"].endswith("figures/result.json") and all(f'"{name}": ' in answer.stdout for name in result)
+    errors = result["qacc_error_p99_by_iterations"]
+    assert list(errors) == ["2", "3", "4"] and 0 < errors["4"] <= errors["2"]
 
 
 def test_gymnasiums_half_cheetah_leaves_no_log_file(tmp_path, monkeypatch):
