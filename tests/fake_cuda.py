@@ -83,10 +83,10 @@ DISTILL = dict(
 RUNS = {  # trainer, iterations (of each stage), arguments
     "ppo": (ppo, 2, dict(num_envs=64, num_steps=2, num_minibatches=2, total_timesteps=256, bf16=True)),
     "ppo-lstm": (recurrent, 2, RECURRENT | dict(memory="lstm", bf16=True)),
-    "sac": (sac, 7, SAC | dict(n_step=3, normalize_rewards=True)),
+    "sac": (sac, 7, SAC | dict(n_step=3, normalize_rewards=True, bf16=True)),
     "sac-flash": (sac, 7, SAC | dict(network="flash", half_precision_replay=True, noise_repeat_max=1)),
-    "dqn": (dqn, 7, dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64)),
-    "pqn": (dqn, 2, dict(algorithm="pqn", num_envs=64, num_steps=2, total_timesteps=256, **SMALL)),
+    "dqn": (dqn, 7, dict(num_envs=64, total_timesteps=7 * 64, learning_starts=128, batch_size=64, bf16=True)),
+    "pqn": (dqn, 2, dict(algorithm="pqn", num_envs=64, num_steps=2, total_timesteps=256, bf16=True, **SMALL)),
     "distill": (distill, 2, DISTILL),
     "distill-gru": (distill, 2, DISTILL | dict(student_network="gru")),
     "rough": (ppo, 1, SHORT | dict(env_id="Quadruped-Rough")),

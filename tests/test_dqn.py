@@ -20,7 +20,6 @@ from test_sac_algorithms import WINDOWS, Story
 import dqn_gpu_torch as dqn
 import vecsim_torch as vecsim
 
-BOTH = [(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]  # observations of the probes at the start of an episode
 algorithms = pytest.mark.parametrize("algorithm", OF_ALGORITHM)
 
 
@@ -307,70 +306,6 @@ def test_the_learned_values_of_a_chain_are_those_of_dynamic_programming(algorith
     exact = Chain.values(gamma=0.9)
     assert exact.argmax(1).tolist() == [0, 1, 1, 1, 1]  # both actions are best somewhere
     np.testing.assert_allclose(learned, exact, atol=1e-2)
-
-
-# Probe environments ---------------------------------------------------------------------------------------------------
-
-
-def value_of(agent, rows):
-    """The value of the best action, in unscaled rewards."""
-    rows = agent.obs_statistics.normalize(torch.tensor(rows))
-    with torch.no_grad():
-        return (agent.values(agent.network, rows).amax(-1).mean(-1) * agent.reward_divisor()).tolist()
-
-
-@pytest.mark.slow
-@algorithms
-@pytest.mark.parametrize("env_id, values", [("constant", [1.0, 1.0]), ("value", [1.0, -1.0])])
-def test_values_are_learned(env_id, values, algorithm, tmp_path):
-    changes = dict(normalize_rewards=env_id == "value")  # the deviation of a constant is 0
-    dqn.train(probe_args(tmp_path, env_id, algorithm, total_timesteps=25_600, **changes), ProbeEnv)
-    agent = dqn.load_agent(read_checkpoint(tmp_path))
-    assert value_of(agent, BOTH) == pytest.approx(values, abs=0.05)
-
-
-@pytest.mark.slow
-@algorithms
-def test_a_time_limit_is_bootstrapped(algorithm, tmp_path):
-    """Reward 1 without end is worth 1 / (1 - 0.9) = 10. As a termination it would be worth 4.1 at most."""
-    changes = dict(n_step=3, q_lambda=0.9, tau=0.2, updates=4, normalize_rewards=False, total_timesteps=40_000)
-    dqn.train(probe_args(tmp_path, "truncation", algorithm, **changes), ProbeEnv)
-    agent = dqn.load_agent(read_checkpoint(tmp_path))
-    values = value_of(agent, [(x, float(age), 0.0) for x in (-1, 1) for age in range(5)])
-    assert all(9.0 < value < 11.0 for value in values), values
-
-
-@algorithms
-@pytest.mark.parametrize(
-    "env_id, changes",
-    [
-        ("action", {}),
-        ("action", dict(layer_norm=False, double_q=False, normalize_rewards=False)),
-        ("delayed", dict(n_step=1, q_lambda=0.5)),
-        ("broken", {}),
-    ],
-)
-def test_policy_learns(env_id, changes, algorithm, tmp_path):
-    """With 9 bins over -2 to 2 the best actions, 0.5 and -0.5, are exactly there."""
-    result = dqn.train(probe_args(tmp_path, env_id, algorithm, **changes), ProbeEnv)
-    agent = dqn.load_agent(read_checkpoint(tmp_path))
-    assert agent.act(torch.tensor(BOTH))[:, 0].tolist() == [0.5, -0.5]
-    assert result["vecsim"]["mean"] == 0.0
-    if env_id == "broken":
-        assert result["invalid"] == result["env_steps"] // 64 and result["vecsim"]["episodes"] == 63
-
-
-# Resume ---------------------------------------------------------------------------------------------------------------
-
-
-def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(tmp_path, capsys):
-    dqn.train(probe_args(tmp_path, total_timesteps=1_280), ProbeEnv)
-    before = read_checkpoint(tmp_path)
-    assert before["processes"][0]["replay"] is None and before["updates"] == 2 * 11
-    resume = dict(resume=str(tmp_path / "checkpoint.pt"), total_timesteps=1_280 + 11 * 64)
-    dqn.train(probe_args(tmp_path, **resume), ProbeEnv)
-    assert "the checkpoint has no replay, so updates wait" in capsys.readouterr().out
-    assert read_checkpoint(tmp_path)["updates"] == before["updates"] + 2 * 2
 
 
 # Reduced precision, export, flags -------------------------------------------------------------------------------------

@@ -1,24 +1,22 @@
-"""ppo_gpu_torch as a whole: probe environments, reproducibility, resume, processes, command line and run folder.
+"""ppo_gpu_torch: what train does with its environment and flags, another device, a GPU, evaluation and export.
 
-Bit for bit on one CPU with equal versions: two runs of one seed, and a resumed run. Everything else has a tolerance."""
+test_trainers.py tests what all trainers do alike."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from probe_envs import ProbeEnv, documented_a2c, probe_args
+from probe_envs import ProbeEnv, probe_args
 from score_onnx import OnnxPolicy, check_file, read_names, write_checkpoint
 
 import ppo_gpu_torch as ppo
@@ -43,33 +41,7 @@ def logged(run_dir, name):
     return [record[name] for record in log_of(run_dir)]
 
 
-def value_of(agent, *rows):
-    rows = agent.critic_obs_statistics.normalize(torch.tensor(rows))
-    return agent.return_statistics.denormalize(agent.normalized_value(rows)).tolist()
-
-
-# Probe environments ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "env_id, rows, values",
-    [
-        ("constant", [(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)], [1.0, 1.0]),
-        ("value", [(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)], [1.0, -1.0]),
-        ("privileged", [(1.0,), (-1.0,)], [1.0, -1.0]),
-    ],
-)
-def test_value_function_learns(env_id, rows, values, tmp_path):
-    ppo.train(probe_args(tmp_path, env_id, total_timesteps=20_000), ProbeEnv)
-    assert value_of(trained_agent(tmp_path), *rows) == pytest.approx(values, abs=0.05)
-
-
-@pytest.mark.slow
-def test_a_time_limit_is_bootstrapped(tmp_path):
-    """Reward 1 without end is worth 1 / (1 - 0.9) = 10. As a termination it would be worth 4.1 at most."""
-    ppo.train(probe_args(tmp_path, "truncation", total_timesteps=100_000), ProbeEnv)
-    values = value_of(trained_agent(tmp_path), *[(x, float(age), 0.0) for x in (-1, 1) for age in range(5)])
-    assert all(9.0 < value < 11.0 for value in values), values
+# Environments ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env_id", ["truncation", "privileged"])
@@ -93,33 +65,6 @@ def test_the_learner_gets_the_observation_before_the_reset(env_id, tmp_path, mon
     rollout = slice(1, 9)  # the first step compiles
     assert torch.equal(stored[0], torch.stack(led_to[rollout]))
     assert not torch.equal(stored[0], torch.stack(after[rollout]))
-
-
-@pytest.mark.parametrize(
-    "env_id", ["action", *(pytest.param(x, marks=pytest.mark.slow) for x in ("delayed", "broken"))]
-)
-def test_policy_learns(env_id, tmp_path):
-    result = ppo.train(probe_args(tmp_path, env_id), ProbeEnv)
-    actions = trained_agent(tmp_path).act(torch.tensor([(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]))[:, 0].tolist()
-    assert actions == pytest.approx([0.5, -0.5], abs=0.1)
-    assert result["vecsim"]["mean"] > -0.01
-    if env_id == "broken":
-        assert result["invalid"] == 40_448 // 64 and result["vecsim"]["episodes"] == 63
-
-
-@pytest.mark.slow
-def test_noise_stays_above_its_floor(tmp_path):
-    result = ppo.train(probe_args(tmp_path, log_std_min=-1.0), ProbeEnv)
-    assert result["action_std"] == pytest.approx(math.exp(-1.0), rel=0.1)
-
-
-@pytest.mark.slow
-def test_a2c_learns(tmp_path):
-    a2c, defaults = (dataclasses.asdict(args) for args in (documented_a2c(), ppo.task_defaults("Ant-v5")))
-    a2c = {name: value for name, value in a2c.items() if value != defaults[name]}
-    assert len(a2c) == 5
-    result = ppo.train(probe_args(tmp_path, total_timesteps=100_000, **a2c), ProbeEnv)
-    assert result["vecsim"]["mean"] > -0.05
 
 
 class Bare:
@@ -222,19 +167,6 @@ def test_update_on_a_gpu_never_waits_for_the_host():
         agent.obs_statistics.update(rollout.obs.flatten(0, 1), ~rollout.invalid.flatten())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-def run_two_processes(script, folder):
-    """Run a script with torchrun in 2 processes over Gloo; return its output folder."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(TESTS / script), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 # Flags reach the functions and the environment ------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What memory adds to PPO: cells against PyTorch's, sequences, resets and V(final_obs) by hand, probes, export, panel.
 
-tests/test_trainers.py and tests/test_cuda_without_gpu.py run this trainer too: reproducibility, resume with the
-simulator, compilation, CUDA graphs, run folder and command line."""
+tests/test_trainers.py and tests/test_cuda_without_gpu.py run this trainer too: reproducibility, resume, compilation,
+CUDA graphs, run folder and command line."""
 
 from __future__ import annotations
 
@@ -307,14 +307,6 @@ def test_without_memory_nobody_does(env_id, tmp_path):
     flags, _ = SOLVED[env_id]
     result = ppo.train(probe_args(tmp_path, env_id, **flags), ProbeEnv)
     assert result["vecsim"]["mean"] < (-0.2 if env_id == "recall-1" else 0.5)
-
-
-def test_privileged_values_are_learned_beside_a_memory(tmp_path):
-    recurrent.train(make_args(tmp_path, "privileged", total_timesteps=20_000), ProbeEnv)
-    agent = recurrent.load_agent(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
-    rows = agent.critic_obs_statistics.normalize(torch.tensor([[[1.0], [-1.0]]]))
-    value, _ = agent.normalized_value(rows, torch.zeros(2, 0), torch.ones(1, 2, dtype=torch.bool))
-    assert agent.return_statistics.denormalize(value)[0].tolist() == pytest.approx([1.0, -1.0], abs=0.05)
 
 
 # A policy after its training ------------------------------------------------------------------------------------------

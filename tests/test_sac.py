@@ -1,85 +1,21 @@
-"""sac_gpu_torch as a whole: probe environments, reproducibility, resume, processes, command line and run folder.
+"""sac_gpu_torch: what train does with its replay, noise and learning rate, on a GPU, and export.
 
-Bit for bit on one CPU with equal versions: two runs of one seed, and a run resumed with its replay. Everything else has
-a tolerance. test_trainers.py tests what SAC and PPO do alike, and test_ppo.py the functions that they share."""
+test_trainers.py tests what all trainers do alike, and test_service.py the functions that they share."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from probe_envs import ProbeEnv, mortal
+from probe_envs import ProbeEnv
 from probe_envs import sac_args as probe_args
 from score_onnx import OnnxPolicy, check_file, read_names, write_checkpoint
 from test_ppo import log_of, read_checkpoint, run_main
 
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
-
-TESTS = Path(__file__).parent
-BOTH = [(1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]  # observations of the probes at the start of an episode
-
-
-def trained_agent(run_dir):
-    return sac.load_agent(read_checkpoint(run_dir))
-
-
-def value_of(agent, rows, actions):
-    rows = agent.critic_obs_statistics.normalize(torch.tensor(rows))
-    with torch.no_grad():
-        outputs = agent.critics(rows, torch.tensor(actions)[:, None], learning=False)
-        return (agent.combined_value(outputs) * agent.reward_divisor()).tolist()
-
-
-# Probe environments ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("critic", ["categorical", "scalar"])
-@pytest.mark.parametrize(
-    "env_id, rows, values",
-    [("constant", BOTH, [1.0, 1.0]), ("value", BOTH, [1.0, -1.0]), ("privileged", [(1.0,), (-1.0,)], [1.0, -1.0])],
-)
-def test_critic_learns(env_id, rows, values, critic, tmp_path):
-    sac.train(probe_args(tmp_path, env_id, total_timesteps=12_800, critic=critic), ProbeEnv)
-    assert value_of(trained_agent(tmp_path), rows, [0.5, -0.5]) == pytest.approx(values, abs=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_a_time_limit_is_bootstrapped(n_step, tmp_path):
-    """Reward 1 without end is worth 1 / (1 - 0.9) = 10. As a termination it would be worth 4.1 at most."""
-    changes = dict(n_step=n_step, tau=0.2, updates_per_step=4, normalize_rewards=False, value_limit=15.0)
-    sac.train(probe_args(tmp_path, "truncation", total_timesteps=16_000, **changes), ProbeEnv)
-    rows = [(x, float(age), 0.0) for x in (-1, 1) for age in range(5)]
-    values = value_of(trained_agent(tmp_path), rows, [0.0] * 10)
-    assert all(9.0 < value < 11.0 for value in values), values
-
-
-LEARNED = [
-    ("action", dict(preset="vanilla", temperature_learning_rate=1e-2, tau=0.005)),
-    ("action", dict(network="flash", critic_reduction="min", total_timesteps=40_000)),
-    ("action", dict(noise_repeat_max=16, half_precision_replay=True)),
-    ("delayed", dict(n_step=1, total_timesteps=40_000)),
-    ("delayed", dict(n_step=3)),
-    ("broken", {}),
-]
-
-
-@pytest.mark.parametrize(
-    "env_id, changes", [("action", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in LEARNED)]
-)
-def test_policy_learns(env_id, changes, tmp_path):
-    result = sac.train(probe_args(tmp_path, env_id, **changes), ProbeEnv)
-    actions = trained_agent(tmp_path).act(torch.tensor(BOTH))[:, 0].tolist()
-    assert actions == pytest.approx([0.5, -0.5], abs=0.15)
-    assert result["vecsim"]["mean"] > -0.02
-    if env_id == "broken":
-        assert result["invalid"] == 20_032 // 64 and result["vecsim"]["episodes"] == 63
-
 
 # What train does with what it is given --------------------------------------------------------------------------------
 
@@ -222,26 +158,6 @@ def test_no_copy_of_the_replay_stays_alive(tmp_path, monkeypatch):
     resume = str(tmp_path / "checkpoint.pt")
     sac.train(probe_args(tmp_path, total_timesteps=22 * 64, resume=resume, **common), ProbeEnv)
     assert len(copies) == 6
-
-
-def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(tmp_path, capsys):
-    sac.train(probe_args(tmp_path, total_timesteps=3_200), ProbeEnv)
-    before = read_checkpoint(tmp_path)
-    assert before["processes"][0]["replay"] is None and "has no replay" not in capsys.readouterr().out
-    resume = dict(resume=str(tmp_path / "checkpoint.pt"), log_every=64)
-    longer = dict(total_timesteps=3_200 + 19 * 64, checkpoint_every=3_200 + 9 * 64)
-    with pytest.raises(KeyboardInterrupt):
-        sac.train(probe_args(tmp_path, **longer, **resume), mortal(9))
-    assert "the checkpoint has no replay, so updates wait" in capsys.readouterr().out
-    after = read_checkpoint(tmp_path)
-    assert after["env_steps"] == 3_200 + 9 * 64
-    assert after["updates"] == before["updates"] == 2 * 41  # from the 10th of 50 steps on
-    for key, value in before["agent"].items():  # no gradient step; the observation statistics continue
-        assert "statistics" in key or torch.equal(value, after["agent"][key]), key
-    line = log_of(tmp_path)[-1]
-    assert line["replay_transitions"] == 9 * 64 and line["critic_loss"] is None
-    sac.train(probe_args(tmp_path, **longer, **resume), ProbeEnv)
-    assert read_checkpoint(tmp_path)["updates"] == 2 * 42
 
 
 # Compiled, reduced precision, on a GPU --------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ import gymnasium
 import numpy as np
 import torch
 from probe_envs import ProbeEnv, dqn_args, probe_args, sac_args
+from test_distill import RecallEnv, small_args
 
 import dqn_gpu_torch as dqn
+import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
 import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
@@ -151,6 +153,22 @@ def stop_and_resume(folder: Path) -> None:
     ppo.train(dataclasses.replace(args, resume=str(checkpoint)), ProbeEnv)
 
 
+def train_stages(folder: Path) -> dict:
+    """Three stages of the distillation on the recall probe. Returns the weights that this process has at their ends."""
+    kept = {}
+
+    class Keeping(distill.StageRun):
+        def __init__(self, stage, *arguments):
+            super().__init__(stage, *arguments)
+            kept[stage] = self.agent
+
+    distill.StageRun = Keeping
+    steps = dict(total_timesteps=3_072, student_timesteps=1_536, finetune_timesteps=768, log_every=384)
+    args = small_args(folder, stages=("teacher", "student", "finetune"), critic_warmup_iterations=1, **steps)
+    distill.train(args, RecallEnv)
+    return {stage: dict(agent.state_dict()) for stage, agent in kept.items()}
+
+
 def main(folder: Path) -> None:
     rank, world_size = vecsim.start_processes(torch.device("cpu"))
     found = {name: update(rank, world_size) for name, update in UPDATES.items()}
@@ -161,6 +179,7 @@ def main(folder: Path) -> None:
     with vecsim.first_process_first():
         time.sleep(0.2 if rank == 0 else 0.0)
         found["compiled"] = time.monotonic()
+    found["distill"] = train_stages(folder / "distill")
     torch.save(found, folder / f"process-{rank}.pt")
     for name, (module, make_args, total) in RUNS.items():
         for part, steps, resume in (("whole", total, None), ("parts", total // 2, None), ("parts", total, "resumed")):
