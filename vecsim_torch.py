@@ -3184,17 +3184,17 @@ def functions_compiled() -> int:
     return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
 
 
-def compile_second_half(*arguments: Any) -> subprocess.Popen:
-    """A process that calls `second_half` with these arguments, silently: if it fails, its part is compiled later."""
+def start_second_half(*arguments: Any) -> subprocess.Popen:
+    """A silent process that calls `compile_second_half`. If it fails, this process has to compile its half too."""
     code = "import pickle, sys; sys.path[:], arguments = pickle.load(sys.stdin.buffer); import {0}; {0}.{1}(*arguments)"
-    words = [sys.executable, "-c", code.format(Path(__file__).stem, "second_half")]
+    words = [sys.executable, "-c", code.format(Path(__file__).stem, "compile_second_half")]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with process.stdin as pipe:
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(pickle.dumps((sys.path, arguments)))
     return process
 
 
-def second_half(cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
+def compile_second_half(cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
     """Compile the second half of a step of this environment into the cache on disk."""
     torch.set_num_threads(cores)
     env = VecSim(env_id, num_envs, **options)
@@ -3493,7 +3493,7 @@ class VecSim(gymnasium.vector.VectorEnv):
 
             return call
 
-        other = None if second_half else compile_second_half(self._cores, *self._arguments)
+        other = None if second_half else start_second_half(self._cores, *self._arguments)
         run = Regions()
         for name, function in vars(EAGER).items():
             made_of_parts = isinstance(getattr(self._run, name, None), functools.partial)
@@ -4816,6 +4816,8 @@ def capture(function: Callable, inputs: tuple[Tensor, ...], generators: Sequence
 
 if __name__ == "__main__":
     sys.modules["vecsim_torch"] = sys.modules["__main__"]  # for files that import vecsim_torch
-    from benchmarks.simulator import main  # speed and error beside MuJoCo C, --check
-
+    try:
+        from benchmarks.simulator import main  # speed and error beside MuJoCo C, --check
+    except ModuleNotFoundError:
+        sys.exit("error: the commands of vecsim_torch.py are in the folder benchmarks/ of its repository")
     main()

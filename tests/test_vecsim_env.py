@@ -521,6 +521,19 @@ def assert_rollouts_agree(eager, compiled, steps, tolerance):
 
 
 @pytest.mark.slow
+def test_a_second_process_compiles_half_of_a_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    env = vecsim.make("InvertedPendulum-v5", 8, compile=True, integrator="euler")
+    env.reset(seed=0)
+    found = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
+    env.step(torch.zeros(8, 1))
+    found = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] - found
+    assert found == 3  # newton_iteration, advance and end_step
+
+
+@pytest.mark.slow
 def test_compiled_equals_eager():
     """In float32, randomised, by Runge-Kutta and over resets. Rounding is 1e-7; the stages amplify it by some tens."""
     options = {"max_episode_steps": 3, "integrator": "rk4", **RANDOMIZED}
