@@ -287,8 +287,8 @@ def test_the_defaults_are_those_of_ppo():
 SOLVED = {  # a probe that only a memory solves: its flags, and the score that shows it; without memory -1/4 and 0
     "recall-1": (dict(num_steps=8, total_timesteps=30_000), -0.02),
     "recall-8": (dict(num_steps=18, total_timesteps=120_000), -0.02),
-    "recall-32": (dict(num_steps=33, total_timesteps=300_000), -0.02),
-    "t-maze": (dict(num_steps=18, total_timesteps=200_000), 0.9),
+    "recall-32": (dict(num_steps=33, total_timesteps=150_000), -0.02),
+    "t-maze": (dict(num_steps=18, total_timesteps=120_000), 0.9),
 }
 TRIED = [("recall-1", kind) for kind in KINDS]
 TRIED += [pytest.param("recall-8", kind, marks=pytest.mark.slow) for kind in KINDS]
