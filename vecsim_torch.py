@@ -3200,8 +3200,8 @@ def compile_second_half(cores: int, env_id: str, num_envs: int, options: dict[st
     env = VecSim(env_id, num_envs, **options)
     env.reset()
     with torch.no_grad():
-        chunk = env._split(torch.zeros(env.model.nu, num_envs, dtype=env.dtype))[0], env._split(env._draw_noise())[0]
-        env._compile_ahead(*chunk, second_half=True)
+        inputs = torch.zeros(env.model.nu, num_envs, dtype=env.dtype), env._draw_noise()
+        env._compile_ahead(*(env._part(x, env._parts[0]) for x in inputs), second_half=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3508,9 +3508,15 @@ class VecSim(gymnasium.vector.VectorEnv):
         if other:
             other.wait()
 
+    def _part(self, tensors: Any, part: slice | Tensor) -> Any:
+        """`tensors` (..., N) of one chunk. Functions are compiled for strides, so those of all chunks are alike."""
+        if len(self._parts) == 1 and isinstance(part, slice):
+            return map_tensors(Tensor.contiguous, tensors)
+        return map_tensors(lambda x: torch.clone(x[..., part], memory_format=torch.contiguous_format), tensors)
+
     def _split(self, tensors: Any) -> list[Any]:
         """`tensors` (..., N) of every chunk: a Carry, a Noise or a tensor. The last chunk may end with copies."""
-        return [map_tensors(lambda x: x[..., part].contiguous(), tensors) for part in self._parts]
+        return [self._part(tensors, part) for part in self._parts]
 
     def _join(self, chunks: Sequence[Any]) -> Any:
         """The tensors (..., N) of which `chunks` are the parts, without the copies."""
@@ -3598,14 +3604,13 @@ class VecSim(gymnasium.vector.VectorEnv):
         drawn = self._draw_noise()
 
         def step_chunk(part: slice | Tensor, carry: Carry) -> Transition:
-            mine, noise = (map_tensors(lambda x: x[..., part].contiguous(), x) for x in (action, drawn))
+            mine, noise = (self._part(x, part) for x in (action, drawn))
             new, transition = environment_step(self.settings, self.model, carry, mine, noise, self._run)
             map_tensors(Tensor.copy_, carry, new)
             return transition
 
         if self.compiled and not self._warm and self._cores > 1:
-            first = (map_tensors(lambda x: x[..., self._parts[0]].contiguous(), x) for x in (action, drawn))
-            self._compile_ahead(*first)
+            self._compile_ahead(*(self._part(x, self._parts[0]) for x in (action, drawn)))
         threads = self._threads if self._warm else None
         transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
         self._warm = True

@@ -496,7 +496,9 @@ def test_compiled_chunks_and_threads_change_nothing(traced, monkeypatch):
     options = {"compile": True, "max_episode_steps": 3, "random_initial_ages": True, **FAST}
     whole, parts = (vecsim.make("InvertedPendulum-v5", 192, chunk=chunk, **options) for chunk in (192, 128))
     assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
-    assert same(rollout(whole, 5), rollout(parts, 5))
+    of_whole, graphs = rollout(whole, 5), len(traced)
+    assert same(of_whole, rollout(parts, 5))
+    assert len(traced) == 2 * graphs  # both chunks run the same code
     assert chunk_sizes(whole) == [192] and chunk_sizes(parts) == [128, 128]
     assert parts._threads and not whole._threads
     assert chosen == [1, 2] * 5  # a step keeps PyTorch's own threads off the cores
