@@ -309,7 +309,8 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
         checkpoint = trainer.load_checkpoint(path)
         policy = trainer.load_policy(checkpoint, args.agent) if in_numpy else trainer.load_policy(checkpoint)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"checkpoint {path}: {' '.join(str(error).split())[:300]}") from None
+        about = "" if path in str(error) else f"checkpoint {path}: "
+        raise InputError(f"{about}{' '.join(str(error).split())[:300]}") from None
 
     @torch.no_grad()
     def act(obs: Tensor, started: Tensor) -> Tensor:

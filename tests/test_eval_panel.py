@@ -572,7 +572,7 @@ def bad(checkpoints, tmp_path_factory):
     (["{bad}"], "cannot be read: IsADirectoryError"),
     (["{bad}/truncated.pt"], "cannot be read"),
     (["{bad}/flipped.pt"], "checksum"),
-    (["{bad}/other.npz"], "is not a checkpoint of this script"),
+    (["{bad}/other.npz"], "other.npz cannot be read: KeyError"),
     (["{bad}/list.pt"], "cannot be read"),
     (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, ppo_recurrent, sac, dqn, distill, ppo_mjx"),
     (["{bad}/gone.pt"], "unknown task 'Walker3d-v5'; choose one of InvertedPendulum-v5"),
