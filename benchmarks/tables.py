@@ -314,7 +314,9 @@ def ablation(runs: list[dict]) -> str:
 
 
 def memories(runs: list[dict]) -> str:
-    """PPO without and with a memory on the same budget, where it sees no velocities; the best first."""
+    """PPO without and with a memory on the same budget, where it sees no velocities; the best first.
+
+    Where cores were shared, times do not count."""
     rows, first = [], runs[0]
     best_first = sorted(grouped(runs, "name"), key=lambda members: -statistics.median(scores_of(members)))
     for members in best_first:
@@ -322,8 +324,10 @@ def memories(runs: list[dict]) -> str:
         row = {"": members[0]["name"].replace("-", " "), "score of each seed (20 episodes)": texts}
         reached = of_each(members, "steps_to_threshold").replace("-", "not reached")
         row[f"{first['threshold']:,} reached after, environment steps"] = reached
-        times = [of_each(members, key) for key in ("train_seconds", "compile_seconds")]
-        rows.append(row | {"training, s": times[0], "compiled in, s": times[1]})
+        if not any(run["cores_shared"] for run in runs):
+            row["training, s"] = of_each(members, "train_seconds")
+            row["compiled in, s"] = of_each(members, "compile_seconds")
+        rows.append(row)
     title = f"memory, {first['env_id']} without velocities, {first['env_steps']:,} environment steps of each"
     return table(title, rows, f"{first['hardware']}. {made_in_turn(runs, './benchmark.sh runs memory')}.")
 

@@ -207,6 +207,13 @@ def claims():
     yield f"with a GRU the policy scores {gru}, with a minGRU {mingru}, with an LSTM {lstm}, with the stack {stack}"
     yield f"without memory {without}. With velocities it scores {everything}"
     yield f"Without velocities HalfCheetah scores {gru} with a GRU, {without} without memory"
+    runs = {kind: [result(f"memory/Ant-v5/{kind}-seed{seed}.json") for seed in (1, 2)] for kind in kinds}
+    half = {kind: statistics.median(run["curve"][1][2] for run in runs[kind]) for kind in kinds}
+    end = {kind: statistics.median(run["gymnasium"]["mean"] for run in runs[kind]) for kind in kinds}
+    gru, mingru, lstm, stack, without, everything = (f"{end[kind]:,.0f}" for kind in kinds)
+    yield f"without memory the policy scores {without}, with the stack {stack}, with a GRU {gru}"
+    yield f"with a minGRU {mingru}, with an LSTM {lstm}. With velocities it scores {everything}"
+    assert max(half, key=half.get) == "everything-observed" and max(end, key=end.get) == "no-memory"
     (_, pqn, ppo, _), (_, slow_pqn, fast_ppo, _) = (
         tuple(at_equal_time(f"{x}-v5")) for x in ("Walker2d", "HalfCheetah")
     )
