@@ -158,6 +158,13 @@ On Ant the same budget shows no gain from memory, with two seeds: without memory
 the budget and behind at its end. Ant needs nine times as many steps for its score in the first table.
 """
 
+WALK_MEMORY = """`walk-memory` trains a quadruped without its base velocity, each robot with other masses, gains and
+friction, under noise and pushes. The budgets are equal: that of the students includes their teacher's. One training
+seed each. Each cell has 40 robots of nominal parameters, which walk a whole episode under random commands, in this
+simulator and in MuJoCo C. On flat ground neither a memory nor a teacher pays within this budget: in this simulator
+the policy without memory is off by 0.081 m/s, the fine-tuned student by 0.096 and the GRU by 0.107.
+"""
+
 QUADRUPED = """## Quadruped: teacher, students, two simulators
 
 `walk` trains on flat ground, 12,005,376 environment steps in 728 s on one core, and judges the policy in this simulator
@@ -264,7 +271,9 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield MEMORY
         yield from picture("memory/curves.png", "score over environment steps, with and without memory")
         yield from map(tables.memories, tables.grouped(found, "folder"))
-    yield from map(tables.walkers, tables.grouped(load("walk-memory/*/*/training.json"), "env_id"))
+    if found := load("walk-memory/*/*/training.json"):
+        yield WALK_MEMORY
+        yield tables.walkers(found)
     yield QUADRUPED
     yield from map(tables.walk, load("quadruped/*.json"))
     for record in load("distill/*/evidence.json"):

@@ -214,6 +214,13 @@ def claims():
     yield f"without memory the policy scores {without}, with the stack {stack}, with a GRU {gru}"
     yield f"with a minGRU {mingru}, with an LSTM {lstm}. With velocities it scores {everything}"
     assert max(half, key=half.get) == "everything-observed" and max(end, key=end.get) == "no-memory"
+    errors = {}
+    for path in sorted((ROOT / "results/walk-memory/Quadruped-Flat").glob("*/panel/summary.csv")):
+        with path.open() as file:
+            of_vecsim = [row for row in csv.DictReader(file) if row["perturbation"] == "none"]
+        errors |= {row["checkpoint"]: f"{float(row['tracking']):.3f}" for row in of_vecsim}
+    yield f"without memory is off by {errors['ppo']} m/s, the fine-tuned student by {errors['finetune']}"
+    yield f"and the GRU by {errors['ppo_recurrent']}"
     (_, pqn, ppo, _), (_, slow_pqn, fast_ppo, _) = (
         tuple(at_equal_time(f"{x}-v5")) for x in ("Walker2d", "HalfCheetah")
     )
