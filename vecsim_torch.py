@@ -3179,11 +3179,6 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
 FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics", "smooth_dynamics"}  # of the work of compiling a step
 
 
-def functions_compiled() -> int:
-    """How many functions PyTorch has compiled that were not in its cache on disk."""
-    return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
-
-
 def start_second_half(*arguments: Any) -> subprocess.Popen:
     """A silent process that calls `compile_second_half`. If it fails, this process has to compile its half too."""
     code = "import pickle, sys; sys.path[:], arguments = pickle.load(sys.stdin.buffer); import {0}; {0}.{1}(*arguments)"
@@ -3499,13 +3494,14 @@ class VecSim(gymnasium.vector.VectorEnv):
             made_of_parts = isinstance(getattr(self._run, name, None), functools.partial)
             setattr(run, name, functools.partial(function, run=run) if made_of_parts else recorded(name, function))
         environment_step(self.settings, self.model, self._carries[0], action, noise, run)
-        known = functions_compiled()
+        counters = torch._dynamo.utils.counters
+        counters["inductor"]["fxgraph_cache_miss"] = 0
         for name, args, kwargs in calls:
             if (name not in FIRST_HALF) == second_half:
                 getattr(self._run, name)(*args, **kwargs)
-        if other and functions_compiled() == known:
-            other.kill()
         if other:
+            if not counters["inductor"]["fxgraph_cache_miss"]:  # all was on disk
+                other.kill()
             other.wait()
 
     def _part(self, tensors: Any, part: slice | Tensor) -> Any:
