@@ -11,8 +11,8 @@
     python vecsim_torch.py --env-id Ant-v5                          # speed and error, beside MuJoCo C
     python vecsim_torch.py --env-id Ant-v5 --num-envs 1024 --threads 1 --json results/vecsim/Ant-v5-cpu-1core.json
 
-`Options` lists the options of an environment, and `VecSim` says what `reset` and `step` return. The commands are in
-benchmarks/simulator.py; everything else is in this file.
+`Options` lists the options of an environment, and `VecSim` says what `reset` and `step` return. These commands are in
+benchmarks/simulator.py, and all tasks but six in tasks/. Everything else is in this file.
 
 The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
 the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
@@ -3176,7 +3176,8 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     return run
 
 
-FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics", "smooth_dynamics"}  # of the work of compiling a step
+# What the first process compiles of a step, see `VecSim._compile_ahead`: about half of the work.
+FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics", "smooth_dynamics"}
 
 
 def start_second_half(*arguments: Any) -> subprocess.Popen:
@@ -3495,7 +3496,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             setattr(run, name, functools.partial(function, run=run) if made_of_parts else recorded(name, function))
         environment_step(self.settings, self.model, self._carries[0], action, noise, run)
         counters = torch._dynamo.utils.counters
-        counters["inductor"]["fxgraph_cache_miss"] = 0
+        counters["inductor"]["fxgraph_cache_miss"] = 0  # functions that were not in the cache on disk
         for name, args, kwargs in calls:
             if (name not in FIRST_HALF) == second_half:
                 getattr(self._run, name)(*args, **kwargs)
@@ -3701,7 +3702,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         return {
             "configuration": self._configuration(),
             "device": self.device.type,
-            "carry": map_tensors(lambda x: x.cpu(), self._get_carry())._asdict(),
+            "carry": map_tensors(lambda x: x.cpu(), self._get_carry())._asdict(),  # host sync
             "generators": [generator.get_state() for generator in self._generators],
             "statistics": self._statistics.cpu().clone(),
         }

@@ -219,7 +219,8 @@ def claims():
         with path.open() as file:
             of_vecsim = [row for row in csv.DictReader(file) if row["perturbation"] == "none"]
         errors |= {row["checkpoint"]: f"{float(row['tracking']):.3f}" for row in of_vecsim}
-    yield f"without memory is off by {errors['ppo']} m/s, the fine-tuned student by {errors['finetune']}"
+    yield f"without memory is off by {errors['ppo']} m/s in this simulator"
+    yield f"the fine-tuned student by {errors['finetune']}"
     yield f"and the GRU by {errors['ppo_recurrent']}"
     (_, pqn, ppo, _), (_, slow_pqn, fast_ppo, _) = (
         tuple(at_equal_time(f"{x}-v5")) for x in ("Walker2d", "HalfCheetah")
