@@ -32,12 +32,38 @@ environment, evaluation, what the trainers share. To follow a contact force, rea
 `environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need
 for each contact.
 
-Your own task is one class in one file; PyTorch trainers take it as `--env-id my_task.py:SwingUp`. README.md shows a
-small one. tasks/ has a cart-pole; an arm with a command that changes, a memory and observations for the critic alone;
-and a quadruped, with termination, terrain and a curriculum. `Task` documents all methods; a wrong shape is an error
-when the environment is made. p is the state of the robots, see `Measured`. `Model` gives quantities by the names of the
-MJCF: pose(p, body=..., site=... or geom=...), velocity and contact_force of the same, p.qpos[model.qpos_of("pivot")]
-and p.qvel[model.dof_of("pivot")]. Every actuator needs a ctrlrange.
+Your own task is one class in one file; PyTorch trainers take it as `--env-id my_task.py:SwingUp`:
+
+    from dataclasses import dataclass
+
+    import torch
+
+    import vecsim_torch
+
+    @dataclass(frozen=True)  # each option has a type; it is a bool, a number or a range (low, high)
+    class SwingUp(vecsim_torch.Task):
+        frame_skip: int = 4  # physics steps in a control step
+        reset_noise_scale: float = 0.1
+        effort_weight: float = 0.001
+
+        def source(self):  # or name a file beside this one: xml_file: str = "my_robot.xml"
+            return '''<mujoco><option timestep="0.005"/>
+              <worldbody><body><joint name="pivot" axis="0 1 0"/><site name="tip" pos="0 0 -1"/>
+                <geom type="capsule" size="0.05" fromto="0 0 0 0 0 -1"/></body></worldbody>
+              <actuator><motor joint="pivot" gear="10" ctrlrange="-1 1"/></actuator></mujoco>'''
+
+        def observe(self, model, p, sensed):  # named groups, (rows, N) each
+            return {"angle": torch.cat((p.qpos.cos(), p.qpos.sin())), "velocity": p.qvel}
+
+        def reward(self, model, p, sensed, action, velocity):  # (N,) each; terms called reward_... are summed
+            height, effort = model.pose(p, site="tip").position[2], action.square().sum(0)
+            return {"reward_up": height, "reward_effort": -self.effort_weight * effort}
+
+tasks/ has a cart-pole; an arm with a command that changes, a memory and observations for the critic alone; and a
+quadruped, with termination, terrain and a curriculum. `Task` documents all methods; a wrong shape is an error when the
+environment is made. p is the state of the robots, see `Measured`. `Model` gives quantities by the names of the MJCF:
+pose(p, body=..., site=... or geom=...), velocity and contact_force of the same, p.qpos[model.qpos_of("pivot")] and
+p.qvel[model.dof_of("pivot")]. Every actuator needs a ctrlrange.
 
 Glossary
     N               number of environments, always the last axis inside the simulator

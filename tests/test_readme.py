@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 import vecsim_torch
@@ -311,3 +312,9 @@ def test_every_flag_that_it_names_is_one():
     ]
     assert len(checked) > 10
     assert [pair for pair in checked if not is_flag(pair[1], sources[pair[0]])] == []
+
+
+def test_the_simulator_shows_the_same_task():
+    """tests/test_vecsim_env.py runs the one of README."""
+    [example] = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class SwingUp" in code]
+    assert textwrap.indent(example, "    ") in vecsim_torch.__doc__
