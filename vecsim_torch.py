@@ -3210,14 +3210,18 @@ def start_second_half(*arguments: Any) -> subprocess.Popen:
     """A silent process that calls `compile_second_half`. If it fails, this process has to compile its half too."""
     code = "import pickle, sys; sys.path[:], arguments = pickle.load(sys.stdin.buffer); import {0}; {0}.{1}(*arguments)"
     words = [sys.executable, "-c", code.format(Path(__file__).stem, "compile_second_half")]
+    arguments = torch.get_float32_matmul_precision(), *arguments
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(pickle.dumps((sys.path, arguments)))
     return process
 
 
-def compile_second_half(cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
-    """Compile the second half of a step of this environment into the cache on disk."""
+def compile_second_half(precision: str, cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
+    """Compile the second half of a step of this environment into the cache on disk.
+
+    precision: of float32 matrix products. A step has none, but PyTorch finds code on disk by this setting too."""
+    torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(cores)
     env = VecSim(env_id, num_envs, **options)
     env.reset()

@@ -522,8 +522,17 @@ def assert_rollouts_agree(eager, compiled, steps, tolerance):
         assert a.dtype == b.dtype and ((a.double() - b.double()).abs() / (1 + a.double().abs())).max() <= tolerance
 
 
+@pytest.fixture
+def high_precision():
+    """The precision of float32 matrix products that the trainers set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.slow
-def test_a_second_process_compiles_half_of_a_step(monkeypatch, tmp_path):
+def test_a_second_process_compiles_half_of_a_step(monkeypatch, tmp_path, high_precision):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
