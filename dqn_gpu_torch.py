@@ -539,6 +539,7 @@ def build_functions(
             torch.compile(f, dynamic=False) for f in (policy_step, bootstrap_value, q_loss)
         )
 
+    @vecsim.one_thread()
     def policy(obs: Tensor, epsilon: Tensor, uniform: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
         return step_function(agent, obs, epsilon, uniform, fresh)
 

@@ -729,6 +729,7 @@ def build_ppo(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, 
     """Make the five functions, eager or compiled, and captured on a GPU."""
     step_function, loss_function = compiled(policy_step, args), compiled(ppo_loss, args)
 
+    @vecsim.one_thread()
     def policy(obs: Tensor, memory: Tensor, started: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         return step_function(agent, obs, memory, started, noise)
 
@@ -759,6 +760,7 @@ def build_imitation(
     """Make the four functions, eager or compiled, and captured on a GPU."""
     step_function, loss_function = compiled(policy_step, args), compiled(imitation_loss, args)
 
+    @vecsim.one_thread()
     def policy(obs: Tensor, memory: Tensor, started: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         return step_function(agent, obs, memory, started, noise)
 

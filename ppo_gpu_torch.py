@@ -523,6 +523,7 @@ def build_functions(
     if args.compile:
         step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
 
+    @vecsim.one_thread()
     def policy(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return step_function(agent, obs, noise)
 

@@ -650,6 +650,7 @@ def build_functions(
     if args.compile:
         step_function, loss_function = (torch.compile(f, dynamic=False) for f in (policy_step, ppo_loss))
 
+    @vecsim.one_thread()
     def policy(*inputs: Tensor) -> tuple[Tensor, ...]:
         return step_function(agent, *inputs)
 

@@ -798,6 +798,7 @@ def build_functions(
             torch.compile(f, dynamic=False) for f in (policy_step, critic_loss, policy_loss)
         )
 
+    @vecsim.one_thread()
     def policy(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         return step_function(agent, obs, noise)
 

@@ -3295,9 +3295,10 @@ def normal_tensors(method: Callable) -> Callable:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch's operations use one thread inside, also in new threads.
+    """PyTorch's operations use one thread inside, also in new threads: a step, and the policy between two steps.
 
-    Its further threads wait busily for the next operation, and would keep the cores from the threads of the chunks."""
+    Its further threads wait busily for some milliseconds after an operation. They would keep the cores from the threads
+    of the chunks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
