@@ -5,6 +5,7 @@ Bit for bit on one CPU with equal versions: two runs of one seed, and a resumed 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -477,6 +478,28 @@ def test_captured_graphs_agree_with_eager(trainer, changes, tmp_path):
 
 
 # Run folder and command line ------------------------------------------------------------------------------------------
+
+
+def test_the_policy_runs_on_one_thread(trainer, tmp_path, monkeypatch):
+    """PyTorch's other threads would wait busily into the next step of the simulator."""
+    threads, at_work = [], []
+    policy_step, one_thread = trainer.module.policy_step, vecsim.one_thread
+
+    @contextlib.contextmanager
+    def noted():
+        with one_thread():
+            at_work.append(True)
+            yield
+            at_work.clear()
+
+    def step(*inputs):
+        threads.append(1 if at_work else 2)
+        return policy_step(*inputs)
+
+    monkeypatch.setattr(vecsim, "one_thread", noted)
+    monkeypatch.setattr(trainer.module, "policy_step", step)
+    train(trainer, tmp_path, total_timesteps=1_280)
+    assert threads and set(threads) == {1}
 
 
 @pytest.mark.parametrize("name", TRAINERS)
