@@ -63,7 +63,7 @@ tasks/ has a cart-pole; an arm with a command that changes, a memory and observa
 quadruped, with termination, terrain and a curriculum. `Task` documents all methods; a wrong shape is an error when the
 environment is made. p is the state of the robots, see `Measured`. `Model` gives quantities by the names of the MJCF:
 pose(p, body=..., site=... or geom=...), velocity and contact_force of the same, p.qpos[model.qpos_of("pivot")] and
-p.qvel[model.dof_of("pivot")]. Every actuator needs a ctrlrange.
+p.qvel[model.dof_of("pivot")], which have one row for a hinge or slide: [0] is (N,). Every actuator needs a ctrlrange.
 
 Glossary
     N               number of environments, always the last axis inside the simulator
@@ -4039,11 +4039,12 @@ def describe(score: dict[str, float]) -> str:
 
 def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
     """InputError for options of `make` that a trainer sets itself."""
-    flags = {"iterations": "--solver-iterations"}
-    for name in "env_id num_envs device dtype seed compile integrator iterations random_initial_ages numpy".split():
+    flags = {name: f"--{name.replace('_', '-')}" for name in "env_id num_envs device seed compile integrator".split()}
+    flags |= {"iterations": "--solver-iterations"}
+    for name in (*flags, "dtype", "random_initial_ages", "numpy"):
         if name in env_kwargs:
-            flag = flags.get(name, f"--{name.replace('_', '-')}")
-            raise InputError(f"env_kwargs sets {name}, which this script sets itself; use {flag} where there is one")
+            advice = f"use {flags[name]}" if name in flags else "omit it"
+            raise InputError(f"env_kwargs sets {name}, which this script sets itself; {advice}")
 
 
 def merge_episode_statistics(statistics: dict[str, float], device: torch.device) -> dict[str, float | None]:
@@ -4167,7 +4168,8 @@ class RunFlags:
     device: str = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
     compile: bool = True
-    """compile the physics, the policy and the losses with torch.compile; takes one to four minutes the first time"""
+    """compile the physics, the policy and the losses with torch.compile; takes one to four minutes the first time.
+    Without, a run starts at once, and its steps take many times as long"""
     cuda_graphs: bool = True
     """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""
     run_dir: str | None = None
@@ -4179,7 +4181,8 @@ class RunFlags:
     log_every: int | None = None
     """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
     eval_episodes: int = 20
-    """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation)"""
+    """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation). The score in vecsim after a
+    training is of one episode of each environment"""
     eval_every: int | None = None
     """steps between evaluations in Gymnasium (>= 1; default: only a final one); training times exclude them"""
     play: str | None = None
@@ -4187,7 +4190,8 @@ class RunFlags:
     export: str | None = None
     """with --play: write policy, normaliser and action scale to this ONNX file"""
     capture_video: bool = False
-    """with --play: film one episode in Gymnasium's environment, into the checkpoint's folder"""
+    """with --play: film one episode in Gymnasium's environment, or in vecsim if Gymnasium has none, into the
+    checkpoint's folder"""
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     profile: bool = False
@@ -4715,6 +4719,7 @@ class Run:
         evaluation |= dict(train_seconds=self.train_seconds, compile_seconds=self.compile_seconds)
         evaluation |= dict(vecsim=None, gymnasium=None)
         if args.eval_episodes:
+            print("scoring the policy without exploration noise", flush=True)
             self.env.random_initial_ages = False  # whole episodes
             evaluation["vecsim"] = evaluate(self.env, policy_of(agent), args.seed, self.observes)
             done = self.evaluate_now
@@ -4749,6 +4754,7 @@ def play_checkpoint(
         export(args.export, checkpoint)
         print(f"ONNX: {args.export}")
     if args.eval_episodes:
+        print(f"playing {args.eval_episodes} episodes, without compilation: it may take minutes", flush=True)
         score = score_in_gymnasium(agent, args, observes)
         if score is None:
             args = dataclasses.replace(args, compile=False)

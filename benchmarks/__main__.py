@@ -92,7 +92,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     kernels.add_argument("--interpret", action="store_true", help="run the code on the CPU and compare it with eager")
     write = modes.add_parser("report", parents=[everywhere], help="tables and pictures of all results")
     write.add_argument("--dollars-per-hour", type=price, help="price of the machine, for steps per dollar")
-    write.add_argument("--film", action="store_true", help="film the trained robots of `runs ppo`, too")
+    film = "film the trained robots of `runs ppo`, too, or these alone, into a file of their own"
+    write.add_argument("--film", nargs="?", const=[], type=tasks, metavar="A,B,...", help=film)
 
     files = modes.add_parser("mjcf", parents=[everywhere], help="which MJCF files the simulator accepts, and its error")
     files.add_argument("folders", type=folder, nargs="+", help="searched for .xml files, for example unpacked wheels")

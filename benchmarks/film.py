@@ -1,6 +1,7 @@
 """README's moving picture: the newest PPO run of each task that `runs ppo` left, filmed in Gymnasium's environments.
 
-Writes results/robots.gif, and robots.json beside it: which runs, command, commit and versions."""
+Writes results/robots.gif, and robots.json beside it: which runs, command, commit and versions. With `--film Ant-v5` it
+films that task alone, into Ant-v5.gif."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def frames_of(path: Path) -> list[Image.Image]:
 
 def draw(options: Namespace) -> None:
     runs, strips, filmed = environments.CACHE / "runs", [], {}
-    for task in TASKS:
+    for task in options.film or TASKS:
         found = sorted(runs.glob(f"*/ppo/{task}-seed*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
         if not found:
             say(f"film: {task} is left out: ./benchmark.sh runs ppo --env-id {task} trains it")
@@ -62,7 +63,7 @@ def draw(options: Namespace) -> None:
         for column, image in enumerate(moment):
             frame.paste(image, (SIZE * column, 0))
         film.append(frame.quantize(64, dither=Image.Dither.NONE))
-    path = options.results / "robots.gif"
+    path = options.results / f"{'-'.join(options.film) or 'robots'}.gif"
     timing = dict(duration=1000 // PER_SECOND, loop=0, optimize=True)
     film[0].save(path, save_all=True, append_images=film[1:], **timing)
     versions = {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "pillow")}

@@ -308,7 +308,7 @@ def write(options: Namespace) -> None:
     """Draw the pictures first: the page shows those that are there."""
     from benchmarks import film, plots
 
-    if options.film:
+    if options.film is not None:
         film.draw(options)
     plots.draw(options.results)
     path = options.results / "README.md"
