@@ -216,9 +216,9 @@ def check(args: BenchmarkArgs) -> int:
         print("Speed; compiling takes one to four minutes (--no-compile omits it)", flush=True)
         args = dataclasses.replace(args, env_id=AnyRobot, integrator=vecsim.integrator_of(m))
         result = benchmark(args, xml_file=str(path))
-        speeds = result["physics_steps_per_second"], result["mujoco_c_physics_steps_per_second"]
+        ours, theirs = result["physics_steps_per_second"], result["mujoco_c_physics_steps_per_second"]
         how = "" if args.compile else ", not compiled"
-        print("  {:,.0f} physics steps/s here{}, {:,.0f} in MuJoCo C".format(speeds[0], how, speeds[1]), end="; ")
+        print(f"  {ours:,.0f} physics steps/s here{how}, {theirs:,.0f} in MuJoCo C", end="; ")
         print(f"{args.num_envs} environments on {result['device']}, {args.threads} CPU threads")
     return 0
 
