@@ -3220,8 +3220,10 @@ def start_second_half(*arguments: Any) -> subprocess.Popen:
 def compile_second_half(precision: str, cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
     """Compile the second half of a step of this environment into the cache on disk.
 
-    precision: of float32 matrix products. A step has none, but PyTorch finds code on disk by this setting too."""
-    torch.set_float32_matmul_precision(precision)
+    precision: of float32 matrix products. A step has none, but PyTorch finds code on disk by this setting too, and by
+    whether it was ever set."""
+    if precision != torch.get_float32_matmul_precision():
+        torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(cores)
     env = VecSim(env_id, num_envs, **options)
     env.reset()
