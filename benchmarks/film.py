@@ -67,6 +67,6 @@ def draw(options: Namespace) -> None:
     timing = dict(duration=1000 // PER_SECOND, loop=0, optimize=True)
     film[0].save(path, save_all=True, append_images=film[1:], **timing)
     versions = {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "pillow")}
-    record = dict(command=options.command, commit=machine.commit(), runs=filmed, versions=versions)
-    save(path.with_suffix(".json"), record)
+    about = dict(command=options.command, hardware=machine.hardware("cpu"), commit=machine.commit())
+    save(path.with_suffix(".json"), about | dict(runs=filmed, versions=versions))
     print(path)
