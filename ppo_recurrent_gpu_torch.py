@@ -131,13 +131,14 @@ TASKS = {
     "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
     "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
     "HalfCheetah-v5": dict(total_timesteps=5_000_000),
-    "Swimmer-v5": dict(total_timesteps=3_000_000, gamma=0.9999, gae_lambda=0.98),
+    "Swimmer-v5": dict(total_timesteps=6_000_000, gamma=0.9999, gae_lambda=0.98),
     "Ant-v5": dict(
         total_timesteps=9_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
         log_std_init=-0.7, log_std_min=-1.7, desired_kl=(0.015, 0.009)),
-    "Humanoid-v5": dict(total_timesteps=4_500_000, env_kwargs={
-        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
-        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+    "Humanoid-v5": dict(
+        total_timesteps=20_000_000, gamma=0.97, log_std_min=-1.7, desired_kl=(0.015, 0.009), env_kwargs={
+            "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+            "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "HumanoidStandup-v5": dict(total_timesteps=2_500_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
