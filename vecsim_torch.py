@@ -3202,7 +3202,7 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     return run
 
 
-# What the first process compiles of a step, see `VecSim._compile_ahead`: about half of the work.
+# What the first process compiles of a step, see `VecSim._compile_ahead`: half of the work on HalfCheetah, less on Ant.
 FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics", "smooth_dynamics"}
 
 
@@ -4756,7 +4756,7 @@ def play_checkpoint(
         export(args.export, checkpoint)
         print(f"ONNX: {args.export}")
     if args.eval_episodes:
-        print(f"playing {args.eval_episodes} episodes, without compilation: it may take minutes", flush=True)
+        print(f"playing {args.eval_episodes} episodes; it may take minutes", flush=True)
         score = score_in_gymnasium(agent, args, observes)
         if score is None:
             args = dataclasses.replace(args, compile=False)
