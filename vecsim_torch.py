@@ -169,6 +169,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-2)
 
 
+def inner3(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner product of two vectors, each given as its three components of one shape."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
 def compose(a: Tensor, b: Tensor) -> Tensor:
     """(..., 3, 3, N) times (..., 3, 3, N)."""
     return (a.unsqueeze(-2) * b.unsqueeze(-4)).sum(-3)
@@ -320,12 +325,14 @@ class Softness(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """P pairs of spheres, capsules and cylinders. Each geom is a segment with a radius, in its link's frame."""
+    """P pairs of G spheres, capsules and cylinders. Each geom is a segment with a radius, in its link's frame."""
 
-    link_index: Tensor  # (2, P) nl for the world
-    centre: Tensor  # (2, P, 3, 1) m
-    axis: Tensor  # (2, P, 3, 1) m, half-length times axis; zero for a sphere
-    radius: Tensor  # (2, P, 1) m
+    link_index: Tensor  # (G) nl for the world
+    centre: Tensor  # (G, 3, 1) m
+    axis: Tensor  # (G, 3, 1) m, half-length times axis; zero for a sphere
+    radius: Tensor  # (G, 1) m
+    first_index: Tensor  # (P) the first geom of each pair
+    second_index: Tensor  # (P) the second one
     cylinder_index: Tensor  # the pairs whose second geom is a cylinder
 
 
@@ -1092,9 +1099,9 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     half = axes[:, :, 2] * m.geom_size[:, 1:2] * np.isin(m.geom_type, (CAPSULE, CYLINDER))[:, None]
 
     def segments(geoms: np.ndarray) -> Segments:
-        places = (x[geoms].swapaxes(0, 1) for x in (centre, half))
+        used, place = np.unique(geoms, return_inverse=True)
         cylinders = np.flatnonzero(m.geom_type[geoms[:, 1]] == CYLINDER)
-        return Segments(link[geoms].T, *places, m.geom_size[geoms, 0].T, cylinders)
+        return Segments(link[used], centre[used], half[used], m.geom_size[used, 0], *place.reshape(-1, 2).T, cylinders)
 
     def points_on_plane(g: int) -> list[np.ndarray]:
         """Points that can touch, from the geom's centre: a sphere's centre, a capsule's ends, a box's corners. For a
@@ -1523,44 +1530,75 @@ def fluid_force(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor, cdof: 
     return generalized_force(model, cdof, links)
 
 
-def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
-    """Solve packed symmetric positive-definite systems (nnz, N) for R right-hand sides (nv, R, N).
+class Factor(NamedTuple):
+    """A sparse matrix L with H = L^T L: below its diagonal, one over its diagonal, and the columns of each row."""
 
-    Compiled: a Cholesky factorisation, unrolled over the entries. The last dof is eliminated first, so leaves come
-    before their parents and zeros stay zero (Featherstone 2008, section 6.5). The compiler fuses all of it into a
-    kernel or two. Eager: LAPACK or cuSOLVER solves the unpacked matrices. If the matrix of an environment is not
-    positive definite, the result of that environment is NaN.
-    """
-    if not torch.compiler.is_compiling():
-        padded = torch.cat((packed, torch.zeros_like(packed[:1])))
-        factor, failed = torch.linalg.cholesky_ex(padded[model.unpack_index].permute(2, 0, 1))
-        factor = torch.where((failed > 0)[:, None, None], math.nan, factor)
-        return torch.cholesky_solve(right.permute(2, 0, 1), factor).permute(1, 2, 0)
-    entry = dict(zip(model.entries, packed.unbind(0), strict=True))
-    rows = right.squeeze(1) if right.shape[1] == 1 else right
-    return torch.stack(eliminate(entry, list(rows.unbind(0)))).view(right.shape)
+    entry: dict[tuple[int, int], Tensor]
+    inverse: list[Tensor]
+    before: list[list[int]]
 
 
-def eliminate(entry: dict[tuple[int, int], Tensor], right: list[Tensor]) -> list[Tensor]:
-    """Sparse Cholesky solve. entry: {(i, j): value} of the lower triangle without zeros. right: one tensor per row."""
-    n, x, entry = len(right), list(right), dict(entry)
+def factorize(entry: dict[tuple[int, int], Tensor], n: int) -> Factor:
+    """Factor of a positive-definite matrix of n rows. entry: {(i, j): value} of the lower triangle without zeros."""
+    entry, inverse = dict(entry), [next(iter(entry.values()))] * n
     before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
-    inverse: list[Tensor] = [x[0]] * n
     for k in reversed(range(n)):
         inverse[k] = torch.rsqrt(entry[k, k])
-        x[k] = x[k] * inverse[k]
         for i in before[k]:
             entry[k, i] = entry[k, i] * inverse[k]
-            x[i] = x[i] - entry[k, i] * x[k]
         for i in before[k]:
             for j in before[k]:
                 if j <= i:
                     entry[i, j] = entry[i, j] - entry[k, i] * entry[k, j]
-    for k in range(n):
-        for i in before[k]:
-            x[k] = x[k] - entry[k, i] * x[i]
-        x[k] = x[k] * inverse[k]
+    return Factor(entry, inverse, before)
+
+
+def solve_upper(factor: Factor, x: list[Tensor]) -> list[Tensor]:
+    """L^-T x, with one tensor per row."""
+    x = list(x)
+    for k in reversed(range(len(x))):
+        x[k] = x[k] * factor.inverse[k]
+        for i in factor.before[k]:
+            x[i] = x[i] - factor.entry[k, i] * x[k]
     return x
+
+
+def solve_lower(factor: Factor, x: list[Tensor]) -> list[Tensor]:
+    """L^-1 x, with one tensor per row."""
+    x = list(x)
+    for k in range(len(x)):
+        for i in factor.before[k]:
+            x[k] = x[k] - factor.entry[k, i] * x[i]
+        x[k] = x[k] * factor.inverse[k]
+    return x
+
+
+def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
+    """Solve (H + W W^T) x = g for x (nv, N). H: packed, positive definite (nnz, N). right: g and W, (nv, 1 + R, N).
+
+    Compiled: a Cholesky factorisation of H, unrolled over the entries. The last dof is eliminated first, so leaves come
+    before their parents and zeros stay zero (Featherstone 2008, section 6.5). The compiler fuses all of it into a
+    kernel or two. W couples branches of the tree. With H = L^T L and Z = L^-T W, the Woodbury identity gives
+    x = L^-1 (z - Z (1 + Z^T Z)^-1 Z^T z), where z = L^-T g. Eager: LAPACK or cuSOLVER solves the unpacked matrices.
+    If the matrix of an environment is not positive definite, the result of that environment is NaN.
+    """
+    if not torch.compiler.is_compiling():
+        padded = torch.cat((packed, torch.zeros_like(packed[:1])))
+        gradient, low_rank = right.permute(2, 0, 1).split((1, right.shape[1] - 1), -1)
+        factor, failed = torch.linalg.cholesky_ex(padded[model.unpack_index].permute(2, 0, 1) + low_rank @ low_rank.mT)
+        factor = torch.where((failed > 0)[:, None, None], math.nan, factor)
+        return torch.cholesky_solve(gradient, factor).permute(1, 2, 0)[:, 0]
+    factor = factorize(dict(zip(model.entries, packed.unbind(0), strict=True)), model.nv)
+    if right.shape[1] == 1:
+        return torch.stack(solve_lower(factor, solve_upper(factor, list(right[:, 0].unbind(0)))))
+    rows = torch.stack(solve_upper(factor, list(right.unbind(0))))
+    z, low_rank = rows[:, 0], rows[:, 1:]
+    gram = (low_rank.unsqueeze(2) * low_rank.unsqueeze(1)).sum(0)  # (R, R, N)
+    small = {(i, j): gram[i, j] + (i == j) for i in range(len(gram)) for j in range(i + 1)}
+    factor_of_small = factorize(small, len(gram))
+    along = (low_rank * z.unsqueeze(1)).sum(0)
+    along = torch.stack(solve_lower(factor_of_small, solve_upper(factor_of_small, list(along.unbind(0)))))
+    return torch.stack(solve_lower(factor, list((z - (low_rank * along).sum(1)).unbind(0))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1728,12 +1766,16 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     """
     eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, xpos.shape[-1])
     xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))  # the last is the world
-    at, turn = xpos[segments.link_index], xmat[segments.link_index]
-    centre = at + apply(turn, segments.centre) - origin
-    axis1, axis2 = apply(turn, segments.axis)
-    between = centre[0] - centre[1]
-    aa, ab, bb = dot(axis1, axis1), -dot(axis1, axis2), dot(axis2, axis2)
-    u, v = -dot(axis1, between), dot(axis2, between)
+    turn = xmat[segments.link_index]
+    centre = (xpos[segments.link_index] + apply(turn, segments.centre) - origin).unbind(1)
+    axis = apply(turn, segments.axis).unbind(1)
+    # Vectors are lists of three (P, N) from here on: the compiler makes one loop of operations of one shape
+    i, j = segments.first_index, segments.second_index
+    centre1, centre2, axis1, axis2 = ([x[rows] for x in vector] for vector in (centre, axis) for rows in (i, j))
+    radius1, radius2 = segments.radius[i], segments.radius[j]
+    between = [a - b for a, b in zip(centre1, centre2, strict=True)]
+    aa, ab, bb = inner3(axis1, axis1), -inner3(axis1, axis2), inner3(axis2, axis2)
+    u, v = -inner3(axis1, between), inner3(axis2, between)
     determinant = aa * bb - ab * ab
     parallel = determinant <= 8 * torch.finfo(xpos.dtype).eps * aa * bb
     safe_aa, safe_bb = torch.where(aa > 0, aa, 1.0), torch.where(bb > 0, bb, 1.0)
@@ -1744,20 +1786,21 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     x1 = torch.where(beyond | parallel, ((u - ab * x2) / safe_aa).clamp(-1, 1), x1)
     rows = segments.cylinder_index
     if len(rows):
-        cylinder = between[rows], axis1[rows], axis2[rows], segments.radius[1, rows]
-        x, outward, depth = nearest_to_cylinder(*cylinder)
+        cylinder = (torch.stack([x[rows] for x in vector], 1) for vector in (between, axis1, axis2))
+        x, outward, depth = nearest_to_cylinder(*cylinder, radius2[rows])
         x1 = x1.index_copy(0, rows, x)
-    first, second = centre[0] + x1.unsqueeze(1) * axis1, centre[1] + x2.unsqueeze(1) * axis2
-    gap = second - first
-    square = dot(gap, gap)
+    first = [c + x1 * a for c, a in zip(centre1, axis1, strict=True)]
+    gap = [c + x2 * a - f for c, a, f in zip(centre2, axis2, first, strict=True)]
+    square = inner3(gap, gap)
     length = torch.sqrt(torch.where(square > 0, square, 1.0))
-    distance = torch.where(square > 0, length, 0.0) - segments.radius[0] - segments.radius[1]
-    ahead = xmat[-1, 0].expand_as(gap)  # the normal of coinciding centres, as in mju_normalize3
-    normal = torch.where((square > 0).unsqueeze(1), gap / length.unsqueeze(1), ahead)
+    distance = torch.where(square > 0, length, 0.0) - radius1 - radius2
+    ahead = 1.0, 0.0, 0.0  # the normal of coinciding centres, as in mju_normalize3
+    normal = [torch.where(square > 0, x / length, a) for x, a in zip(gap, ahead, strict=True)]
     if len(rows):
-        normal = normal.index_copy(0, rows, -outward)
-        distance = distance.index_copy(0, rows, depth - segments.radius[0, rows])
-    return first + (segments.radius[0] + 0.5 * distance).unsqueeze(1) * normal, normal, distance
+        normal = [x.index_copy(0, rows, -y) for x, y in zip(normal, outward.unbind(1), strict=True)]
+        distance = distance.index_copy(0, rows, depth - radius1[rows])
+    point = [f + (radius1 + 0.5 * distance) * x for f, x in zip(first, normal, strict=True)]
+    return torch.stack(point, 1), torch.stack(normal, 1), distance
 
 
 def fixed_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Contacts:
@@ -1786,12 +1829,18 @@ def choose_pairs(parameter: Tensor, index: Tensor) -> Tensor:
 def smallest(values: Tensor, count: int) -> Tensor:
     """Rows (count, N) of the smallest numbers in each column of values (P, N), the smallest first.
 
-    torch.topk does the same, but the compiler writes no code for it."""
-    rows, found = torch.arange(len(values), device=values.device)[:, None], []
-    for _ in range(count):
-        found.append(values.argmin(0))
-        values = torch.where(rows == found[-1], torch.inf, values)
-    return torch.stack(found)
+    torch.topk does the same, but the compiler writes no code for it, and argmin is slow. So the last bits of each
+    number become its row. Numbers that differ in these bits only, count as equal.
+    """
+    integers = torch.int32 if values.dtype == torch.float32 else torch.int64
+    bits, largest = values.view(integers), torch.iinfo(integers).max
+    row_bits = (1 << (len(values) - 1).bit_length()) - 1
+    in_order = torch.where(bits < 0, bits ^ largest, bits)  # as an integer, a larger negative number is smaller
+    keys = in_order & ~row_bits | torch.arange(len(values), dtype=integers, device=values.device)[:, None]
+    found = [keys.amin(0)]
+    while len(found) < count:
+        found.append(torch.where(keys > found[-1], keys, largest).amin(0))
+    return (torch.stack(found) & row_bits).long()
 
 
 def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Contacts, Tensor]:
@@ -2008,17 +2057,17 @@ def cost(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
 
 
 def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor) -> Iterate:
-    """The better of the warm start and the unconstrained acceleration (nv, 1, N), as in MuJoCo."""
-    free, warm = (candidate(model, smooth, x) for x in (unconstrained[:, 0], warmstart))
+    """The better of the warm start and the unconstrained acceleration (nv, N), as in MuJoCo."""
+    free, warm = (candidate(model, smooth, x) for x in (unconstrained, warmstart))
     better = cost(model, smooth, warm) < cost(model, smooth, free)
     return Iterate(*(torch.where(better, w, f) for w, f in zip(warm, free, strict=True)))
 
 
 def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
-    """Packed Hessian H (nnz, N) without pairs, and right-hand sides (nv, 1 + nr, N) for `newton_direction`.
+    """The system of the Newton direction, for `solve_packed`: H (nnz, N), and (nv, 1 + nr, N).
 
-    The first right-hand side is minus the gradient. The rows of pairs couple branches of the tree, and H, which has the
-    tree's sparsity, is without them. Each adds a right-hand side sqrt(D) J^T.
+    The first column is minus the gradient. The rows of pairs couple branches of the tree, and H, which has the tree's
+    sparsity, is without them. Each adds a column sqrt(D) J^T.
     """
     c = smooth.constraints
     weight = active_weights(c, it)
@@ -2039,23 +2088,6 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     return hessian, torch.cat((-gradient.unsqueeze(1), scaled), 1)
 
 
-def newton_direction(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """The Newton direction, from `solved` (nv, 1 + nr, N): H^-1 times the right-hand sides of `newton_system`.
-
-    The full Hessian is H + W^T W, where W = sqrt(D) J are the rows of pairs. By the Woodbury identity the direction is
-    a - Y (1 + W Y)^-1 W a, where a = H^-1 (minus the gradient) and Y = H^-1 W^T.
-    """
-    c, qacc, y = smooth.constraints, solved[:, 0], solved[:, 1:]
-    count = y.shape[1]
-    if count:
-        scaled = c.pair_jacobian * torch.sqrt(active_weights(c, it).pair).unsqueeze(1)
-        gram = (scaled.unsqueeze(2) * y).sum(1)  # (nr, nr, N)
-        entry = {(i, j): gram[i, j] + (i == j) for i in range(count) for j in range(i + 1)}
-        correction = torch.stack(eliminate(entry, list((scaled * qacc).sum(1).unbind(0))))
-        qacc = qacc - (y * correction).sum(1)
-    return linear_terms(model, smooth, qacc)
-
-
 def derivatives(model: Model, smooth: Smooth, full: Iterate, direction: Iterate) -> tuple[Tensor, Tensor]:
     """Slope and curvature (N) of the cost at `full` along `direction`."""
     c = smooth.constraints
@@ -2074,13 +2106,13 @@ def derivatives(model: Model, smooth: Smooth, full: Iterate, direction: Iterate)
     return slope, curvature
 
 
-def line_search(model: Model, smooth: Smooth, it: Iterate, solved: Tensor) -> Iterate:
-    """Move along the Newton direction: by the length 1, after one correction by Newton's method on the cost along it.
+def line_search(model: Model, smooth: Smooth, it: Iterate, direction: Tensor) -> Iterate:
+    """Move along the Newton direction (nv, N) by the length 1, corrected once by Newton's method on the cost along it.
 
     With dry friction one correction may overshoot. Then the cost along the direction is minimised by Newton's method
     between bounds.
     """
-    direction = newton_direction(model, smooth, it, solved)
+    direction = linear_terms(model, smooth, direction)
     length, low, high = 1.0, 0.0, math.inf
     for _ in range(SEARCH_STEPS if model.has_frictionloss else 1):
         slope, curvature = derivatives(model, smooth, it.plus(length, direction), direction)
@@ -2141,8 +2173,8 @@ def implicit_system(model: Model, smooth: Smooth, qacc: Tensor, implicitfast: bo
 
 
 def semi_implicit(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> State:
-    """Semi-implicit Euler step with acceleration qacc - slowing[:, 0], see `step`."""
-    qvel = state.qvel + model.timestep * (qacc - slowing[:, 0])
+    """Semi-implicit Euler step with acceleration qacc - slowing, see `step`."""
+    qvel = state.qvel + model.timestep * (qacc - slowing)
     return State(integrate_position(model, state.qpos, model.timestep * qvel), qvel, qacc.clone())
 
 
@@ -2207,7 +2239,7 @@ def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regi
 def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool, run: Regions = EAGER) -> State:
     """The state after a timestep of mj_Euler or mj_implicit, see `step`."""
     qacc = dynamics.solution.qacc
-    slowing = torch.zeros_like(qacc).unsqueeze(1)
+    slowing = torch.zeros_like(qacc)
     damped = model.damped or model.actuator_velocity_bias if implicitfast else model.damped and model.euler_damps
     if damped:
         slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))

@@ -187,7 +187,7 @@ def assert_dynamics_equal(model, state, dynamics, reference):
     # summed about another point than MuJoCo's, so a distance of some metres costs two digits
     padded = torch.cat((smooth.mass_matrix, torch.zeros_like(smooth.mass_matrix[:1])))
     assert error(padded[model.unpack_index], reference.mass_matrix) <= 1e-12
-    unconstrained = vecsim.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))[:, 0]
+    unconstrained = vecsim.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
     assert error(unconstrained, reference.qacc_smooth) <= 1e-10  # the condition of M, some 1e4
     worst = error(dynamics.solution.qacc, reference.qacc)
     assert worst <= 1e-9  # rounding (1e-16) times the condition of the contact problem, some 1e5, and a margin
