@@ -3167,7 +3167,6 @@ def end_step(
 
 PARTS = smooth_dynamics, solve_packed, solver_start, newton_system, line_search, implicit_system, semi_implicit
 WHOLE = begin_dynamics, newton_iteration, advance  # made of PARTS
-WHOLE_DOFS = 16  # a robot with more is faster in parts: Ant has 14, Humanoid has 23
 OTHERS = stage, chart_rate, combine_stages, randomized_fields, begin_step, end_step
 vars(EAGER).update((function.__name__, function) for function in (*PARTS, *WHOLE, *OTHERS))
 
@@ -3192,25 +3191,11 @@ def environment_step(
     return carry, transition._replace(dropped=dropped)
 
 
-def changing_guards(guards: Sequence[Any]) -> list[bool]:
-    """Which guards of a compiled function stay on: all except those on constants of the model, the task and globals.
+def compile_regions(device: torch.device) -> Regions:
+    """Compiled functions for one model, one task and its settings.
 
-    These constants never change for one `VecSim`, and there are hundreds. The guards on tensors are needed, because a
-    function gets several shapes, and the first Runge-Kutta stage gets the same tensor twice.
-    """
-    needed = "TENSOR_MATCH", "DUPLICATE_INPUT"
-    return [
-        guard.guard_type in needed or not (guard.is_global or re.match(r"(model|robots|settings)\b", guard.name))
-        for guard in guards
-    ]
-
-
-def compile_regions(device: torch.device, nv: int = 0) -> Regions:
-    """Compiled functions for one model with `nv` degrees of freedom, one task and its settings.
-
-    On a CPU, where Python needs some 50 us for a call, WHOLE is compiled: six calls a physics step with Euler. The
-    PARTS are compiled on a GPU, where a graph saves the calls and a larger kernel needs more registers, and for more
-    than WHOLE_DOFS degrees of freedom: Humanoid as a whole is slower by a fifth, and compiles 70 s longer.
+    On a CPU, WHOLE is compiled: with Euler, six calls a physics step. On a GPU it is PARTS: a graph saves the calls
+    there, and a larger kernel needs more registers.
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
@@ -3218,12 +3203,12 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     """
     options = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024, "cpp.enable_tiling_heuristics": False}
     if device.type == "cpu":
-        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "guard_filter_fn": changing_guards}
+        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
     else:  # independent kernels become one launch
         options |= {"combo_kernels": True}
 
     run = Regions()
-    whole = device.type == "cpu" and nv <= WHOLE_DOFS
+    whole = device.type == "cpu"
     for function in (*(WHOLE if whole else PARTS), *OTHERS):
         checked = device.type == "cpu" and function in (begin_step, end_step)  # a task's code may index wrongly
         own = options | {"assert_indirect_indexing": checked}
@@ -3234,8 +3219,26 @@ def compile_regions(device: torch.device, nv: int = 0) -> Regions:
     return run
 
 
-# What the first process compiles of a step, see `VecSim._compile_ahead`: half of the work on HalfCheetah, less on Ant.
-FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics", "smooth_dynamics"}
+def without_checks(run: Regions) -> Regions:
+    """The functions of `run` without PyTorch's checks, for inputs of the shapes and strides of the calls so far.
+
+    Before each call PyTorch checks the inputs and its own state, which takes a fifth of HalfCheetah's step. Behind the
+    checks is one code object for each combination of shapes. A function that was compiled for several combinations, or
+    for none so far, keeps its checks.
+    """
+    fast = Regions(**vars(run))
+    compiled_codes = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])
+    for name, function in vars(run).items():
+        plain = function.__wrapped__
+        entries = compiled_codes(plain.__code__)
+        if len(entries) == 1:
+            used = {name: plain.__globals__[name] for name in entries[0].code.co_names if name in plain.__globals__}
+            setattr(fast, name, types.FunctionType(entries[0].code, used, None, plain.__defaults__))
+    return fast
+
+
+# What the first process compiles of a step, see `VecSim._compile_ahead`: about half of the work.
+FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics"}
 
 
 def start_second_half(*arguments: Any) -> subprocess.Popen:
@@ -3301,17 +3304,20 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
+LARGE = 12  # degrees of freedom of a robot, above which it is half as many
 CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and for its registers
 
 
-def cpu_chunk(num_envs: int, cores: int, itemsize: int) -> int:
+def cpu_chunk(num_envs: int, cores: int, itemsize: int, nv: int) -> int:
     """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
 
+    For Humanoid it is half of that: 528 make 87,000 physics steps/s, 1,040 make 52,000. Ant does not care.
     Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
     more. HalfCheetah's Newton iteration takes 0.57 us a robot with 1,024 float32 and 0.46 us with 1,040.
     """
     line, share = 64 // itemsize, math.ceil(num_envs / cores)
-    lines = math.ceil(share / math.ceil(share / CPU_CHUNK) / line)
+    most = CPU_CHUNK if nv <= LARGE else CPU_CHUNK // 2
+    lines = math.ceil(share / math.ceil(share / most) / line)
     return line * (lines + (lines % 16 == 0))
 
 
@@ -3528,7 +3534,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         on_cpu = self.device.type == "cpu"
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None and on_cpu:
-            chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize)
+            chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize, self.model.nv)
         else:
             chunk = min(chunk or CUDA_CHUNK, self.num_envs)
         starts = range(0, self.num_envs, chunk)
@@ -3536,9 +3542,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         if on_cpu and self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
             self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk) % self.num_envs
         self._carries: list[Carry] = []
-        self._run = compile_regions(self.device, self.model.nv) if self.compiled else EAGER
+        self._run = compile_regions(self.device) if self.compiled else EAGER
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
-        self._warm = False  # the first step compiles, without threads
+        self._fast: Regions | None = None  # from the second step on; the first one compiles, without threads
 
     def _compile_ahead(self, action: Tensor, noise: Noise, second_half: bool = False) -> None:
         """Compile the functions of a step for a chunk with these inputs, half of them in a second process.
@@ -3555,10 +3561,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             return call
 
         other = None if second_half else start_second_half(self._cores, *self._arguments)
-        run = Regions()
-        for name, function in vars(EAGER).items():
-            made_of_parts = isinstance(getattr(self._run, name, None), functools.partial)
-            setattr(run, name, functools.partial(function, run=run) if made_of_parts else recorded(name, function))
+        run = Regions(**{name: recorded(name, getattr(EAGER, name)) for name in vars(self._run)})
         environment_step(self.settings, self.model, self._carries[0], action, noise, run)
         counters = torch._dynamo.utils.counters
         counters["inductor"]["fxgraph_cache_miss"] = 0  # functions that were not in the cache on disk
@@ -3667,15 +3670,17 @@ class VecSim(gymnasium.vector.VectorEnv):
 
         def step_chunk(part: slice | Tensor, carry: Carry) -> Transition:
             mine, noise = (self._part(x, part) for x in (action, drawn))
-            new, transition = environment_step(self.settings, self.model, carry, mine, noise, self._run)
+            new, transition = environment_step(self.settings, self.model, carry, mine, noise, run)
             map_tensors(Tensor.copy_, carry, new)
             return transition
 
-        if self.compiled and not self._warm and self._cores > 1:
+        if self.compiled and not self._fast and self._cores > 1:
             self._compile_ahead(*(self._part(x, self._parts[0]) for x in (action, drawn)))
-        threads = self._threads if self._warm else None
+        run, threads = self._fast or self._run, self._threads if self._fast else None
         transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
-        self._warm = True
+        if not self._fast:
+            on_cpu = self.device.type == "cpu"
+            self._fast = without_checks(self._run) if self.compiled and on_cpu else self._run
         t = transitions[0]
         if len(transitions) > 1 or len(t.ended) > self.num_envs:
             t = self._join(transitions)

@@ -478,12 +478,18 @@ def chunk_sizes(env):
 
 
 def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
-    for cores, itemsize in ((1, 4), (2, 4), (3, 4), (16, 4), (1, 8), (2, 8)):
+    for cores, itemsize, nv, most in (
+        (1, 4, 9, 1024),
+        (2, 4, 9, 1024),
+        (3, 4, 14, 512),
+        (16, 4, 23, 512),
+        (2, 8, 9, 1024),
+    ):
         for num_envs in (*range(1, 300), *range(448, 20_000, 64)):
-            size = vecsim.cpu_chunk(num_envs, cores, itemsize)
+            size = vecsim.cpu_chunk(num_envs, cores, itemsize, nv)
             rounds = math.ceil(num_envs / size / cores)
-            assert size <= vecsim.CPU_CHUNK + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
-            assert rounds <= math.ceil(num_envs / cores / vecsim.CPU_CHUNK)
+            assert size <= most + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
+            assert rounds <= math.ceil(num_envs / cores / most)
             assert rounds * size - num_envs / cores <= rounds * 33  # hardly more than its share
     compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 256, 1024)}
     assert compiled == {5: [16], 128: [128], 256: [272], 1024: [1040]}
@@ -610,12 +616,11 @@ LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation":
 def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, monkeypatch, request):
     """Robots that lie on the ground, on themselves and against their joint limits, in float64.
 
-    Inductor compiles one of Gymnasium's robots as a whole, and Limbs in parts, as a large robot. The large robots are
-    traced: that unrolls all loops and takes the branches of compiled code."""
+    Inductor compiles two small robots. The large robots are traced: that unrolls all loops and takes the branches of
+    compiled code."""
     if compiler == "traced":
         request.getfixturevalue("traced")
     monkeypatch.setitem(vecsim.TASKS, "Limbs", Limbs)
-    monkeypatch.setattr(vecsim, "WHOLE_DOFS", 0 if env_id == "Limbs" else vecsim.WHOLE_DOFS)
     eager, compiled = make_compiled(env_id, dtype=torch.float64, **options)
     put_in_contact(eager)
     model, action = eager.robots(), random_actions(eager)
@@ -628,14 +633,12 @@ def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, mon
     assert_rollouts_agree(eager, compiled, 2, 1e-7)  # rounding, 1e-16, times the condition of the contact problem
 
 
-@pytest.mark.parametrize(
-    "device, nv, functions", [("cpu", 14, vecsim.WHOLE), ("cpu", 23, vecsim.PARTS), ("cuda", 14, vecsim.PARTS)]
-)
-def test_a_gpu_and_a_large_robot_compile_the_parts_of_what_else_is_whole(device, nv, functions, monkeypatch):
+@pytest.mark.parametrize("device, functions", [("cpu", vecsim.WHOLE), ("cuda", vecsim.PARTS)])
+def test_a_gpu_compiles_the_parts_of_what_is_whole_on_a_cpu(device, functions, monkeypatch):
     """The device is only a name here, and nothing is compiled."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **given: compiled.append(function.__name__) or function)
-    run = vecsim.compile_regions(torch.device(device), nv)
+    run = vecsim.compile_regions(torch.device(device))
     assert compiled == [function.__name__ for function in (*functions, *vecsim.OTHERS)]
     env = vecsim.make("Ant-v5", 4, **FAST)
     env.reset(seed=0)
@@ -643,23 +646,29 @@ def test_a_gpu_and_a_large_robot_compile_the_parts_of_what_else_is_whole(device,
     assert all(map(torch.equal, vecsim.step(*inputs, run)[0], vecsim.step(*inputs)[0]))
 
 
-def test_a_compiled_function_knows_its_shapes_and_which_tensors_are_the_same(traced):
-    """The guards on constants are left out, not these. The first Runge-Kutta stage gets the velocity as rate too."""
-    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"))
-    for n in (8, 5, 8):
-        qpos, qvel, other, qacc = (torch.rand(2, n, generator=torch.Generator().manual_seed(k)) for k in range(4))
-        for rate in (qvel, other):
-            inputs = env.model, vecsim.State(qpos, qvel, qacc), env.model.stage_times[0], rate, qacc
-            for ours, exact in zip(run.stage(*inputs), vecsim.stage(*inputs), strict=True):
-                assert ours.shape == exact.shape and (ours - exact).abs().max() <= 1e-6
-    assert len(traced) == 4  # one for each number of robots and kind of rate; Inductor knows its shapes too
-    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"), nv=99)
+def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
+    """Except those that were compiled for several kinds of inputs: the first Runge-Kutta stage gets one tensor twice."""
+    eager, compiled = (vecsim.make("Ant-v5", 24, chunk=16, compile=given, seed=0) for given in (False, True))
+    eager.reset(seed=1)
+    compiled.reset(seed=1)
+    action = random_actions(eager)
+    for step in range(3):
+        obs, reward, *_ = eager.step(action)
+        other_obs, other_reward, *_ = compiled.step(action)
+        torch.testing.assert_close((other_obs, other_reward), (obs, reward), rtol=1e-4, atol=1e-4)
+        if step == 0:
+            checked, fast = vars(compiled._run), vars(compiled._fast)
+            assert {name for name in fast if fast[name] is checked[name]} == {"stage", "advance", "randomized_fields"}
+            graphs = len(traced)
+            torch._dynamo.reset()  # forgets what was compiled
+            vars(compiled._run).update(newton_iteration=None, begin_dynamics=None)
+    assert len(traced) == graphs + 2  # the two kinds of stages, again
     packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
+    pendulum, run = vecsim.make("InvertedPendulum-v5", 8).model, vecsim.compile_regions(torch.device("cuda"))
     for count in (1, 3, 1):  # columns
         right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
-        wrong = run.solve_packed(env.model, packed, right) - vecsim.solve_packed(env.model, packed, right)
+        wrong = run.solve_packed(pendulum, packed, right) - vecsim.solve_packed(pendulum, packed, right)
         assert wrong.shape == right[:, 0].shape and wrong.abs().max() <= 1e-5
-    assert len(traced) == 6
 
 
 def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):

@@ -1101,6 +1101,19 @@ def test_twelve_self_contacts():
     assert dynamics.smooth.constraints.dropped.tolist() == (counts - 8).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_deepest_pairs_are_chosen(dtype):
+    """Numbers that are equal, of both signs, zero, infinite or not a number: always as many different rows."""
+    values = torch.randn(109, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    values[:, 1] = values[:, 1].round()
+    values[:, 2], values[3:, 3], values[5:, 4] = -0.5, math.inf, math.nan
+    rows = vecsim.smallest(values, 8)
+    assert rows.shape == (8, 50) and all(len(column.unique()) == 8 for column in rows.T)
+    assert (rows >= 0).all() and (rows < 109).all()
+    exact = values.sort(0)[0][:8]
+    torch.testing.assert_close(values.gather(0, rows)[:, :4], exact[:, :4], rtol=1e-4, atol=0)
+
+
 def test_contacts_with_fixed_balls_are_never_dropped():
     """Twelve balls, each pressed 5 mm into a ball of the world: MuJoCo accelerates every one upwards."""
     world = "".join(
