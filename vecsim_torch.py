@@ -3229,7 +3229,7 @@ def without_checks(run: Regions) -> Regions:
     fast = Regions(**vars(run))
     compiled_codes = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])
     for name, function in vars(run).items():
-        plain = function.__wrapped__
+        plain = getattr(function, "__wrapped__", function)
         entries = compiled_codes(plain.__code__)
         if len(entries) == 1:
             used = {name: plain.__globals__[name] for name in entries[0].code.co_names if name in plain.__globals__}
