@@ -1540,7 +1540,7 @@ class Factor(NamedTuple):
 
 def factorize(entry: dict[tuple[int, int], Tensor], n: int) -> Factor:
     """Factor of a positive-definite matrix of n rows. entry: {(i, j): value} of the lower triangle without zeros."""
-    entry, inverse = dict(entry), [next(iter(entry.values()))] * n
+    entry, inverse = dict(entry), [entry[0, 0]] * n  # all of `inverse` is overwritten
     before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
     for k in reversed(range(n)):
         inverse[k] = torch.rsqrt(entry[k, k])
@@ -1830,7 +1830,7 @@ def smallest(values: Tensor, count: int) -> Tensor:
     """Rows (count, N) of the smallest numbers in each column of values (P, N), the smallest first.
 
     torch.topk does the same, but the compiler writes no code for it, and argmin is slow. So the last bits of each
-    number become its row. Numbers that differ in these bits only, count as equal.
+    number become its row. Numbers that differ only in these bits count as equal.
     """
     integers = torch.int32 if values.dtype == torch.float32 else torch.int64
     bits, largest = values.view(integers), torch.iinfo(integers).max
@@ -2064,10 +2064,10 @@ def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained:
 
 
 def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
-    """The system of the Newton direction, for `solve_packed`: H (nnz, N), and (nv, 1 + nr, N).
+    """The system of the Newton direction for `solve_packed`: H (nnz, N), and g beside W (nv, 1 + nr, N).
 
-    The first column is minus the gradient. The rows of pairs couple branches of the tree, and H, which has the tree's
-    sparsity, is without them. Each adds a column sqrt(D) J^T.
+    g is minus the gradient. The rows of pairs couple branches of the tree. H has the tree's sparsity, so it leaves them
+    out. Each of them gives W a column sqrt(D) J^T.
     """
     c = smooth.constraints
     weight = active_weights(c, it)
@@ -2107,10 +2107,10 @@ def derivatives(model: Model, smooth: Smooth, full: Iterate, direction: Iterate)
 
 
 def line_search(model: Model, smooth: Smooth, it: Iterate, direction: Tensor) -> Iterate:
-    """Move along the Newton direction (nv, N) by the length 1, corrected once by Newton's method on the cost along it.
+    """Move along the Newton direction (nv, N).
 
-    With dry friction one correction may overshoot. Then the cost along the direction is minimised by Newton's method
-    between bounds.
+    The length is 1, with one correction by Newton's method on the cost along the direction. With dry friction one
+    correction may overshoot. Then Newton's method between bounds minimises the cost along the direction.
     """
     direction = linear_terms(model, smooth, direction)
     length, low, high = 1.0, 0.0, math.inf
@@ -3194,8 +3194,8 @@ def environment_step(
 def compile_regions(device: torch.device) -> Regions:
     """Compiled functions for one model, one task and its settings.
 
-    On a CPU, WHOLE is compiled: with Euler, six calls a physics step. On a GPU it is PARTS: a graph saves the calls
-    there, and a larger kernel needs more registers.
+    On a CPU, WHOLE is compiled. That makes six calls a physics step, with Euler and four Newton iterations. On a GPU,
+    PARTS are compiled: a graph saves the calls there, and a larger kernel needs more registers.
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
@@ -3220,20 +3220,20 @@ def compile_regions(device: torch.device) -> Regions:
 
 
 def without_checks(run: Regions) -> Regions:
-    """The functions of `run` without PyTorch's checks, for inputs of the shapes and strides of the calls so far.
+    """The functions of `run` without PyTorch's checks. Inputs of other shapes than so far give wrong numbers.
 
     Before each call PyTorch checks the inputs and its own state, which takes a fifth of HalfCheetah's step. Behind the
     checks is one code object for each combination of shapes. A function that was compiled for several combinations, or
-    for none so far, keeps its checks.
+    for none so far, keeps its checks. A private function of PyTorch finds the code; without it all checks stay.
     """
     fast = Regions(**vars(run))
     compiled_codes = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])
     for name, function in vars(run).items():
-        plain = getattr(function, "__wrapped__", function)
-        entries = compiled_codes(plain.__code__)
-        if len(entries) == 1:
-            used = {name: plain.__globals__[name] for name in entries[0].code.co_names if name in plain.__globals__}
-            setattr(fast, name, types.FunctionType(entries[0].code, used, None, plain.__defaults__))
+        plain = getattr(function, "__wrapped__", None)
+        codes = [entry.code for entry in compiled_codes(plain.__code__)] if plain else []
+        if len(codes) == 1:
+            used = {word: plain.__globals__[word] for word in codes[0].co_names if word in plain.__globals__}
+            setattr(fast, name, types.FunctionType(codes[0], used, None, plain.__defaults__))
     return fast
 
 
@@ -3304,14 +3304,15 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
-LARGE = 12  # degrees of freedom of a robot, above which it is half as many
+LARGE = 12  # a robot with more degrees of freedom gets half of CPU_CHUNK
 CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and for its registers
 
 
 def cpu_chunk(num_envs: int, cores: int, itemsize: int, nv: int) -> int:
     """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
 
-    For Humanoid it is half of that: 528 make 87,000 physics steps/s, 1,040 make 52,000. Ant does not care.
+    A robot with more than LARGE degrees of freedom gets half: its rows leave the cache sooner. Humanoid makes 87,000
+    physics steps/s with 528 environments and 52,000 with 1,040. Ant is equally fast with both.
     Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
     more. HalfCheetah's Newton iteration takes 0.57 us a robot with 1,024 float32 and 0.46 us with 1,040.
     """

@@ -25,8 +25,8 @@ The first table compares one physics step with MuJoCo C, in float64; the second 
 held for one environment step, and the same start states from the middle of episodes. vecsim is timed with observations,
 rewards and resets; the others simulate physics alone, in their favour. The error of one step is the difference in qvel
 from MuJoCo C, whose solver runs to convergence: the largest over the degrees of freedom, divided by
-timestep x (1 + the largest acceleration). The table of scaling and those of whole trainings are older than the physics
-step that is compiled as a whole, and show vecsim slower than the other tables do.
+timestep x (1 + the largest acceleration). The table of scaling, `sim` and those of whole trainings are older than
+the latest changes of the physics step, and show vecsim slower than the second table does.
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one

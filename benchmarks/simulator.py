@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -83,13 +84,14 @@ def mujoco_speed(env: vecsim.VecSim, episode: int, args: BenchmarkArgs) -> float
 def acceleration_errors(env: vecsim.VecSim, actions: Tensor, iterations: int) -> np.ndarray:
     """Relative error of qacc against converged MuJoCo C, the largest over all dofs: (k,) of the first k <= 512 robots.
 
-    It runs the functions that `env.step` runs, on a whole chunk of robots in their present states.
+    It runs the functions that `env.step` compiled, on a whole chunk of robots in their present states.
     """
     ctrl = env.task.control(env.model, actions.T)
     *state, ctrl = (
         torch.clone(x[:, env._parts[0]], memory_format=torch.contiguous_format) for x in (*env.state(), ctrl)
     )
-    qacc = vecsim.forward(env.model, vecsim.State(*state), ctrl, iterations, env._run).solution.qacc
+    with vecsim.one_thread() if env._threads else contextlib.nullcontext():  # else they are compiled again
+        qacc = vecsim.forward(env.model, vecsim.State(*state), ctrl, iterations, env._run).solution.qacc
     *inputs, ours = (x[:, : min(512, env.num_envs)].double().cpu().numpy().T for x in (*state, ctrl, qacc))
     m, exact = converged(env.mj_model), []
     data = mujoco.MjData(m)

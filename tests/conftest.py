@@ -36,7 +36,7 @@ def signal_handlers():
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile traces and guards as ever, but eager PyTorch runs the graphs. They are in this list."""
+    """torch.compile traces and guards the first step as ever, but eager PyTorch runs the graphs: this list."""
     import torch  # after the settings above
 
     graphs, compile = [], torch.compile

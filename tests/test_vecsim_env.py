@@ -647,7 +647,7 @@ def test_a_gpu_compiles_the_parts_of_what_is_whole_on_a_cpu(device, functions, m
 
 
 def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
-    """Except those that were compiled for several kinds of inputs: one Runge-Kutta stage gets the same tensor twice."""
+    """A function that was compiled for several kinds of inputs keeps them: a Runge-Kutta stage may get a tensor twice."""
     eager, compiled = (vecsim.make("Ant-v5", 24, chunk=16, compile=given, seed=0) for given in (False, True))
     eager.reset(seed=1)
     compiled.reset(seed=1)
@@ -663,6 +663,9 @@ def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
             torch._dynamo.reset()  # forgets what was compiled
             vars(compiled._run).update(newton_iteration=None, begin_dynamics=None)
     assert len(traced) == graphs + 2  # the two kinds of stages, again
+
+
+def test_compiled_systems_are_solved_as_eager_ones(traced):
     packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
     pendulum, run = vecsim.make("InvertedPendulum-v5", 8).model, vecsim.compile_regions(torch.device("cuda"))
     for count in (1, 3, 1):  # columns
