@@ -647,7 +647,7 @@ def test_a_gpu_compiles_the_parts_of_what_is_whole_on_a_cpu(device, functions, m
 
 
 def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
-    """A function that was compiled for several kinds of inputs keeps them: a Runge-Kutta stage may get a tensor twice."""
+    """A function compiled for several kinds of inputs keeps them: a Runge-Kutta stage may get a tensor twice."""
     eager, compiled = (vecsim.make("Ant-v5", 24, chunk=16, compile=given, seed=0) for given in (False, True))
     eager.reset(seed=1)
     compiled.reset(seed=1)
