@@ -4894,8 +4894,7 @@ def capture(function: Callable, inputs: tuple[Tensor, ...], generators: Sequence
 
 
 if __name__ == "__main__":
-    sys.modules["vecsim_torch"] = sys.modules["__main__"]  # for files that import vecsim_torch
-    try:
+    try:  # it imports this file: PyTorch finds code on disk by a module's name, and the second process has no __main__
         from benchmarks.simulator import main  # speed and error beside MuJoCo C, --check
     except ModuleNotFoundError:
         sys.exit("error: the commands of vecsim_torch.py are in the folder benchmarks/ of its repository")
