@@ -4174,7 +4174,7 @@ def versions() -> dict[str, str]:
 
 
 _quadruped_in_mujoco = lambda env_id, numpy, **options: load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
-for _name in TASKS:
+for _name in TASKS if __name__ != "__main__" else ():  # as a command, this file imports itself
     _in_mujoco = _name == "Quadruped-Flat"  # also one robot, for gymnasium.make, which cuts its episodes
     gymnasium.register(
         f"vecsim/{_name}",
