@@ -4174,7 +4174,7 @@ def versions() -> dict[str, str]:
 
 
 _quadruped_in_mujoco = lambda env_id, numpy, **options: load_class(f"{HERE}/tasks/quadruped.py:InMujoco")(**options)
-for _name in TASKS if __name__ != "__main__" else ():  # as a command, this file imports itself
+for _name in TASKS:
     _in_mujoco = _name == "Quadruped-Flat"  # also one robot, for gymnasium.make, which cuts its episodes
     gymnasium.register(
         f"vecsim/{_name}",
@@ -4894,7 +4894,8 @@ def capture(function: Callable, inputs: tuple[Tensor, ...], generators: Sequence
 
 
 if __name__ == "__main__":
-    try:  # it imports this file: PyTorch finds code on disk by a module's name, and the second process has no __main__
+    sys.modules["vecsim_torch"] = sys.modules["__main__"]  # for files that import vecsim_torch
+    try:
         from benchmarks.simulator import main  # speed and error beside MuJoCo C, --check
     except ModuleNotFoundError:
         sys.exit("error: the commands of vecsim_torch.py are in the folder benchmarks/ of its repository")
