@@ -87,7 +87,7 @@ thresholds. Hyperparameters were tuned on these tasks and partly on these seeds;
   3.3 m/s. It falls in some episodes, and had a higher score on the way.
 - Swimmer stays in a slower stroke with some seeds of PPO, and SAC's 200 thousand steps are too few for it. The reward
   of HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
-- Some cores were shared with other work: those of HumanoidStandup with PPO, and some of SAC's. SAC's times are left out.
+- Some cores were shared: those of HumanoidStandup with PPO, and some of SAC's. SAC's times are left out.
   SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries. Its scores swing between
   evaluations; the last one counts.
 - PPO in JAX trains the pendulum in a sixth of PyTorch's time on one core, and HalfCheetah in about three and a half
