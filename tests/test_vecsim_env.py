@@ -665,13 +665,27 @@ def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
     assert len(traced) == graphs + 2  # the two kinds of stages, again
 
 
+def test_a_compiled_function_knows_its_shapes_and_which_tensors_are_the_same(traced):
+    """The first Runge-Kutta stage gets the velocity as rate too."""
+    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"))
+    for n in (8, 5, 8):
+        qpos, qvel, other, qacc = (torch.rand(2, n, generator=torch.Generator().manual_seed(k)) for k in range(4))
+        for rate in (qvel, other):
+            inputs = env.model, vecsim.State(qpos, qvel, qacc), env.model.stage_times[0], rate, qacc
+            for ours, exact in zip(run.stage(*inputs), vecsim.stage(*inputs), strict=True):
+                assert ours.shape == exact.shape and (ours - exact).abs().max() <= 1e-6
+    assert len(traced) == 4  # one for each number of robots and kind of rate; Inductor knows its shapes too
+
+
 def test_compiled_systems_are_solved_as_eager_ones(traced):
+    """Without and with columns W beside the right-hand side."""
     packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
     pendulum, run = vecsim.make("InvertedPendulum-v5", 8).model, vecsim.compile_regions(torch.device("cuda"))
     for count in (1, 3, 1):  # columns
         right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
         wrong = run.solve_packed(pendulum, packed, right) - vecsim.solve_packed(pendulum, packed, right)
         assert wrong.shape == right[:, 0].shape and wrong.abs().max() <= 1e-5
+    assert len(traced) == 2
 
 
 def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
