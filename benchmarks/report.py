@@ -85,8 +85,8 @@ thresholds. Hyperparameters were tuned on these tasks and partly on these seeds;
 - Ant sees 27 numbers (`include_cfrc_ext_in_observation=False`). Humanoid sees its positions and velocities alone. It
   earns 9.2 a step: 5 for not falling, and 1.25 times its speed without what its motors cost. So it runs at more than
   3.3 m/s. It falls in some episodes, and had a higher score on the way.
-- Swimmer stays in a slower stroke with some seeds of PPO, and SAC does not learn it in 200 thousand steps. The reward of
-  HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
+- Swimmer stays in a slower stroke with some seeds of PPO, and SAC does not learn it in 200 thousand steps. The reward
+  of HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
 - Some cores were shared: those of HumanoidStandup with PPO, and some of SAC's. SAC's times are left out.
   SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries. Its scores swing between
   evaluations; the last one counts.
