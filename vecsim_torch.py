@@ -2920,11 +2920,8 @@ class Transition(NamedTuple):
     truncated: Tensor  # (N,) bool
     ended: Tensor  # (N,) bool: terminated or truncated
     invalid: Tensor  # (N,) bool
-    episode_return: Tensor  # (N,) including this step
-    episode_length: Tensor  # (N,)
-    started_late: Tensor  # (N,) bool: the episode began at a random age, so the time limit cuts it short
-    terms: Tensors  # (N,) each: reward terms and other measurements of the task
-    dropped: Tensor | None = None  # (N,) contacts that found no pair slot, over all physics steps
+    terms: Tensors  # (N,) each: reward terms and other measurements of the task; zero where invalid
+    counted: Tensor  # (k, N) what `VecSim.pop_statistics` sums: STATISTICS and the task's `averaged`
 
 
 def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
@@ -3108,13 +3105,19 @@ class Robots(NamedTuple):
 
 
 def end_step(
-    settings: Settings, robots: Robots, carry: Carry, dynamics: Dynamics, action: Tensor, noise: Noise
+    settings: Settings,
+    robots: Robots,
+    carry: Carry,
+    dynamics: Dynamics,
+    dropped: Tensor,
+    action: Tensor,
+    noise: Noise,
 ) -> tuple[Carry, Transition]:
     """Reward, termination and auto-reset after the physics of a control step.
 
-    carry: qpos, qvel and warmstart are already those of the new state. action: (nu, N). A robot whose simulation
-    diverged (not finite, or beyond RUNAWAY) is reset alone. It is reported as invalid and truncated, with reward 0 and
-    with its fresh observation as `final_obs`.
+    carry: qpos, qvel and warmstart are already those of the new state. dropped: (N,) contacts that found no pair slot,
+    over all physics steps. action: (nu, N). A robot whose simulation diverged (not finite, or beyond RUNAWAY) is reset
+    alone. It is reported as invalid and truncated, with reward 0 and with its fresh observation as `final_obs`.
     """
     task, model = settings.task, robots.now
     moving = torch.cat((carry.qpos, carry.qvel))
@@ -3148,6 +3151,11 @@ def end_step(
 
     final_obs = torch.where(invalid, fresh_obs, final_obs)
     final_critic_obs = torch.where(invalid, fresh_critic_obs, final_critic_obs)
+    terms = {name: torch.where(invalid, 0.0, value.to(final_obs.dtype)) for name, value in terms.items()}
+    whole = ended & ~invalid & (age == length)  # else the episode began at a random age
+    of_episodes = torch.ones_like(episode_return), episode_return, length, truncated
+    counted = [torch.where(whole, x, 0.0) for x in of_episodes] + [invalid, ~invalid, dropped]
+    counted += [terms[name] for name in task.averaged]
     return next_carry, Transition(
         obs=torch.where(ended, fresh_obs, final_obs),
         final_obs=final_obs,
@@ -3158,10 +3166,8 @@ def end_step(
         truncated=truncated,
         ended=ended,
         invalid=invalid,
-        episode_return=episode_return,
-        episode_length=length,
-        started_late=age > length,
-        terms={name: torch.where(invalid, 0.0, value.to(final_obs.dtype)) for name, value in terms.items()},
+        terms=terms,
+        counted=torch.stack([x.to(final_obs.dtype) for x in counted]),
     )
 
 
@@ -3187,8 +3193,7 @@ def environment_step(
         state, dynamics = step(robots.now, state, held, settings.integrator, settings.iterations, run)
         dropped = dropped + dynamics.smooth.constraints.dropped
     carry = carry._replace(qpos=state.qpos, qvel=state.qvel, warmstart=state.warmstart)
-    carry, transition = run.end_step(settings, robots, carry, dynamics, action, noise)
-    return carry, transition._replace(dropped=dropped)
+    return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
 
 def compile_regions(device: torch.device) -> Regions:
@@ -3304,15 +3309,15 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
-LARGE = 12  # a robot with more degrees of freedom gets half of CPU_CHUNK
+LARGE = 8  # a robot with more degrees of freedom gets half of CPU_CHUNK
 CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and for its registers
 
 
 def cpu_chunk(num_envs: int, cores: int, itemsize: int, nv: int) -> int:
     """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
 
-    A robot with more than LARGE degrees of freedom gets half: its rows leave the cache sooner. Quadruped-Rough makes
-    136,000 physics steps/s with 528 environments and 128,000 with 1,040. Ant is equally fast with both.
+    A robot with more than LARGE degrees of freedom gets half: its rows leave the cache sooner. HalfCheetah makes
+    330,000 physics steps/s with 528 environments and 280,000 with 1,040. Ant and Walker2d are equally fast with both.
 
     Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
     more. HalfCheetah's Newton iteration takes 0.57 us a robot with 1,024 float32 and 0.46 us with 1,040.
@@ -3686,13 +3691,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         t = transitions[0]
         if len(transitions) > 1 or len(t.ended) > self.num_envs:
             t = self._join(transitions)
-
-        counted = t.ended & ~t.invalid & ~t.started_late
-        of_episodes = (torch.ones_like(t.episode_return), t.episode_return, t.episode_length, t.truncated)
-        sums = [torch.where(counted, x.to(self.dtype), 0.0) for x in of_episodes]
-        sums += [x.to(self.dtype) for x in (t.invalid, ~t.invalid, t.dropped)]
-        sums += [t.terms[name] for name in self.task.averaged]  # zero where invalid
-        self._statistics += torch.stack(sums).sum(1, dtype=torch.float64)
+        self._statistics += t.counted.sum(1, dtype=torch.float64)
         return t
 
     def _replay(self, action: Tensor) -> Transition:
