@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,9 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import vecsim_torch as vecsim
+from benchmarks import machine
+
+ROUNDS = 5  # of timing each simulator
 
 
 @dataclass
@@ -44,7 +47,7 @@ class BenchmarkArgs:
     iterations: int = 4  # Newton iterations of vecsim (>= 1)
     compile: bool = True  # compile the step; on CUDA also capture it as one graph
     threads: int = os.cpu_count() or 1  # CPU threads of vecsim and of MuJoCo C (>= 1)
-    seconds: float = 10.0  # how long each simulator is timed, s
+    seconds: float = 10.0  # how long each simulator is timed in all, s
     json: Path | None = None  # file to write the figures to
     check: Path | None = None  # an MJCF in place of a task: what is supported, error and speed, on one page
 
@@ -56,16 +59,23 @@ def random_actions(env: vecsim.VecSim, generator: torch.Generator) -> Tensor:
     return vecsim.scaled(torch.rand(shape, device=env.device, dtype=env.dtype, generator=generator), (low, high))
 
 
-def seconds_per_call(function: Callable[[], Any], args: BenchmarkArgs) -> float:
-    """The median over repeated calls; waits for the GPU."""
-    timer = Timer("function()", globals={"function": function}, num_threads=args.threads)
-    return timer.blocked_autorange(min_run_time=args.seconds).median
+def seconds_per_call(args: BenchmarkArgs, *functions: Callable[[], Any]) -> list[float]:
+    """Median time of a call of each function, over ROUNDS rounds of repeated calls; waits for the GPU.
+
+    Every round times every function, so that a slow spell of a shared machine meets them all.
+    """
+    timers = [Timer("function()", globals={"function": function}, num_threads=args.threads) for function in functions]
+    seconds = args.seconds / ROUNDS
+    rounds = [[timer.blocked_autorange(min_run_time=seconds).median for timer in timers] for _ in range(ROUNDS)]
+    return np.median(rounds, axis=0).tolist()
 
 
-def mujoco_speed(env: vecsim.VecSim, episode: int, args: BenchmarkArgs) -> float:
-    """Physics steps per second of MuJoCo C by mujoco.rollout, without observations and rewards.
+@contextlib.contextmanager
+def mujoco_rollout(env: vecsim.VecSim, episode: int, args: BenchmarkArgs) -> Iterator[tuple[Callable[[], Any], int]]:
+    """A function that steps robots by mujoco.rollout, and how many physics steps of MuJoCo C it makes.
 
     64 robots on each thread start anew after `episode` environment steps. Actions are random and drawn beforehand.
+    There are no observations and no rewards.
     """
     m, frame_skip, count = copy.deepcopy(env.mj_model), env.task.frame_skip, 64 * args.threads
     m.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # see `converged`
@@ -77,7 +87,7 @@ def mujoco_speed(env: vecsim.VecSim, episode: int, args: BenchmarkArgs) -> float
     with rollout.Rollout(nthread=args.threads) as pool:
         states, sensors = pool.rollout(m, data, start, ctrl)
         again = functools.partial(pool.rollout, m, data, start, ctrl, state=states, sensordata=sensors)
-        return count * episode * frame_skip / seconds_per_call(again, args)
+        yield again, count * episode * frame_skip
 
 
 @torch.no_grad()
@@ -127,10 +137,16 @@ def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
     start = time.perf_counter()
     env.step(random_actions(env, generator))[1].cpu()
     first_step = time.perf_counter() - start
-    step_seconds = seconds_per_call(lambda: env.step(random_actions(env, generator)), args)
+
+    def step() -> None:
+        env.step(random_actions(env, generator))
+
+    seconds_per_call(args, step)  # warms up
     statistics = env.pop_statistics()
     # MuJoCo C's robots start anew as often as vecsim's fall.
     episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
+    with mujoco_rollout(env, episode, args) as (roll, steps_of_mujoco):
+        step_seconds, rollout_seconds = seconds_per_call(args, step, roll)
     result = {"env_id": args.env_id, "num_envs": args.num_envs, "threads": args.threads} | options
     result |= {
         "device": str(device),
@@ -138,7 +154,7 @@ def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
         "versions": vecsim.versions(),
         "physics_steps_per_second": args.num_envs * env.task.frame_skip / step_seconds,
         "env_steps_per_second": args.num_envs / step_seconds,
-        "mujoco_c_physics_steps_per_second": mujoco_speed(env, episode, args),
+        "mujoco_c_physics_steps_per_second": steps_of_mujoco / rollout_seconds,
         "compile_seconds": max(0.0, first_step - step_seconds),
         "invalid": statistics["invalid"],
         "dropped_contacts": statistics["dropped_contacts"],
@@ -147,7 +163,8 @@ def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
         actions = random_actions(env, generator)
         errors = {n: float(np.percentile(acceleration_errors(env, actions, n), 99)) for n in (2, 3, 4)}
         result["qacc_error_p99_by_iterations"] = errors
-    return result | {"command": shlex.join(["python", "vecsim_torch.py", *sys.argv[1:]])}
+    command = shlex.join(["python", "vecsim_torch.py", *sys.argv[1:]])
+    return result | {"command": command, "commit": machine.commit()}
 
 
 @dataclass(frozen=True)
