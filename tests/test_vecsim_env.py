@@ -608,6 +608,7 @@ LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation":
     [
         ("HalfCheetah-v5", "inductor", EULER, ("contact", "limit")),
         ("Limbs", "inductor", LIMBS, ("contact", "limit", "pair")),
+        ("Limbs", "inductor, for a GPU", LIMBS, ("contact", "limit", "pair")),
         ("Ant-v5", "traced", {}, ("contact", "limit")),  # Runge-Kutta
         ("Quadruped-Rough", "traced", RANDOMIZED, ("contact", "limit")),
         ("Humanoid-v5", "traced", EULER, ("contact", "limit", "pair")),
@@ -616,10 +617,13 @@ LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation":
 def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, monkeypatch, request):
     """Robots that lie on the ground, on themselves and against their joint limits, in float64.
 
-    Inductor compiles two small robots. The large robots are traced: that unrolls all loops and takes the branches of
-    compiled code."""
+    Inductor compiles two small robots, one of them also in the parts that a GPU gets. The large robots are traced: that
+    unrolls all loops and takes the branches of compiled code."""
     if compiler == "traced":
         request.getfixturevalue("traced")
+    if "GPU" in compiler:
+        compile_regions = vecsim.compile_regions
+        monkeypatch.setattr(vecsim, "compile_regions", lambda device: compile_regions(torch.device("cuda")))
     monkeypatch.setitem(vecsim.TASKS, "Limbs", Limbs)
     eager, compiled = make_compiled(env_id, dtype=torch.float64, **options)
     put_in_contact(eager)
