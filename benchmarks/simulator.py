@@ -163,10 +163,8 @@ def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
         actions = random_actions(env, generator)
         errors = {n: float(np.percentile(acceleration_errors(env, actions, n), 99)) for n in (2, 3, 4)}
         result["qacc_error_p99_by_iterations"] = errors
-    words, tunables = ["python", "vecsim_torch.py", *sys.argv[1:]], os.environ.get("GLIBC_TUNABLES")
-    if tunables:  # one of them makes memory come in huge pages
-        words = ["env", f"GLIBC_TUNABLES={tunables}", *words]
-    return result | {"command": shlex.join(words), "commit": machine.commit()}
+    command = shlex.join(["python", "vecsim_torch.py", *sys.argv[1:]])
+    return result | {"command": command, "commit": machine.commit()}
 
 
 @dataclass(frozen=True)

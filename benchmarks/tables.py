@@ -204,7 +204,6 @@ def physics(records: list[dict]) -> str:
         for words, count in (("error of qacc, 99th percentile, 2", "2"), ("3", "3"), ("4", "4")):
             row[f"{words} iterations"] = f"{errors[count]:.0e}" if errors else "-"
         where = f"{run['threads']} of {run['hardware']}" if run["device"] == "cpu" else run["hardware"]
-        where += ", huge pages" * ("hugetlb=1" in run["command"])
         rows.append(row | {"cores": where})
     return table("vecsim, whole environment steps, beside MuJoCo C's physics alone on as many cores", rows)
 
