@@ -138,11 +138,18 @@ def claims():
             if name.startswith(("SB3", "CleanRL", "skrl", "rsl_rl", "rl_games")) and "vecsim" not in name
         ]
         assert len(others) >= 4 and rows["rsl_rl"] == max(others)
-    ratio = {}
+    ratio, of_cores = {}, {1: {}, 2: {}}
     for path in (ROOT / "results/vecsim").glob("*.json"):
         run = json.loads(path.read_text())
-        if run["threads"] == 1 and run["integrator"] == "euler":
-            ratio[run["env_id"]] = run["physics_steps_per_second"] / run["mujoco_c_physics_steps_per_second"]
+        if run["integrator"] == "euler":
+            of_cores[run["threads"]][run["env_id"]] = run["physics_steps_per_second"]
+            if run["threads"] == 1:
+                ratio[run["env_id"]] = run["physics_steps_per_second"] / run["mujoco_c_physics_steps_per_second"]
+    gain = {name: of_cores[2][name] / speed for name, speed in of_cores[1].items()}
+    assert gain.pop("InvertedPendulum-v5") < 1
+    hopper, gains = gain.pop("Hopper-v5"), gain.values()
+    yield f"Two cores make {min(gains):.2f} to {max(gains):.2f} times the steps of one"
+    yield f"{hopper:.2f} times for Hopper"
     score = result("ppo/Humanoid-v5-seed1.json")["gymnasium"]
     a_step = score["mean"] / score["mean_length"]
     yield f"earns {a_step:.1f} a step: 5 for not falling, and 1.25 times its speed"
