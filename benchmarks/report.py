@@ -28,10 +28,9 @@ from MuJoCo C, whose solver runs to convergence: the largest over the degrees of
 timestep x (1 + the largest acceleration). The table of scaling, `sim` and those of whole trainings are older than
 the latest changes of the physics step, and show vecsim slower than the second table does.
 
-The second table is from one afternoon of a machine whose caches other users share. They slow vecsim more than MuJoCo C,
-so a ratio varies by a fifth from run to run. The compile times of rk4 are of a start that found euler's code. Two cores
-make 1.66 to 2.00 times the steps of one for robots of nine and more degrees of freedom, and 1.30 times for Hopper. The
-pendulum is faster on one core: to divide its short step costs more than it saves.
+The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs
+found most of their code in PyTorch's cache, so they compiled faster. A second core helps least where a step is short:
+Hopper makes 1.30 times the steps of one core, and the pendulum makes fewer.
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one

@@ -47,7 +47,7 @@ class BenchmarkArgs:
     iterations: int = 4  # Newton iterations of vecsim (>= 1)
     compile: bool = True  # compile the step; on CUDA also capture it as one graph
     threads: int = os.cpu_count() or 1  # CPU threads of vecsim and of MuJoCo C (>= 1)
-    seconds: float = 10.0  # how long each simulator is timed in all, s
+    seconds: float = 10.0  # how long each simulator is timed in all, after as long a warm-up, s
     json: Path | None = None  # file to write the figures to
     check: Path | None = None  # an MJCF in place of a task: what is supported, error and speed, on one page
 
@@ -147,6 +147,7 @@ def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
     episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
     with mujoco_rollout(env, episode, args) as (roll, steps_of_mujoco):
         step_seconds, rollout_seconds = seconds_per_call(args, step, roll)
+    statistics = env.pop_statistics()
     result = {"env_id": args.env_id, "num_envs": args.num_envs, "threads": args.threads} | options
     result |= {
         "device": str(device),
