@@ -2921,7 +2921,7 @@ class Transition(NamedTuple):
     ended: Tensor  # (N,) bool: terminated or truncated
     invalid: Tensor  # (N,) bool
     terms: Tensors  # (N,) each: reward terms and other measurements of the task; zero where invalid
-    counted: Tensor  # (k, N) what `VecSim.pop_statistics` sums: STATISTICS and the task's `averaged`
+    counted: Tensor  # (k, N) what `VecSim.pop_statistics` sums: STATISTICS, then the task's `averaged`
 
 
 def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
@@ -3152,7 +3152,7 @@ def end_step(
     final_obs = torch.where(invalid, fresh_obs, final_obs)
     final_critic_obs = torch.where(invalid, fresh_critic_obs, final_critic_obs)
     terms = {name: torch.where(invalid, 0.0, value.to(final_obs.dtype)) for name, value in terms.items()}
-    whole = ended & ~invalid & (age == length)  # else the episode began at a random age
+    whole = ended & ~invalid & (age == length)  # an episode that began at a random age is older than its length
     of_episodes = torch.ones_like(episode_return), episode_return, length, truncated
     counted = [torch.where(whole, x, 0.0) for x in of_episodes] + [invalid, ~invalid, dropped]
     counted += [terms[name] for name in task.averaged]

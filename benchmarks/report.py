@@ -101,8 +101,8 @@ thresholds. Hyperparameters were tuned on these tasks and partly on these seeds;
 EXPORT = """## Export
 
 The ONNX file of a trained HalfCheetah scores 5,057 ± 111 in Gymnasium, and the PyTorch policy 5,043 ± 107 with the
-same clipping (100 episodes). Without clipping it is 4,910 ± 105, because Gymnasium's control cost counts actions before
-they are clipped.
+same clipping (100 episodes). Without clipping it is 4,910 ± 105, because Gymnasium's control cost counts actions
+before they are clipped.
 """
 
 PEERS = """## Minutes to a score, beside other libraries
@@ -179,12 +179,13 @@ QUADRUPED = """## Quadruped: teacher, students, two simulators
 `walk` trains on flat ground, 12,005,376 environment steps in 728 s on one core, and judges the policy in this simulator
 and in MuJoCo C with the same MJCF.
 
-`distill` trains on rough ground. The tracking score is exp(-error²/0.25), error in m/s, averaged over the steps that an
-episode could have had: 1 is perfect, and a fall scores 0 for the remaining time. In brackets: the share of robots that
-fell. Each cell has 250 robots, spread over all ten terrain levels; training rarely reached the upper five. The teacher
-is judged on observations without noise, so its rows "nominal" and "observation noise" are the same experiment: their
-difference, about 0.02 in score and 4 points of falls, is the noise floor of the table. One seed of 50 robots differs by
-as much as 0.09 and 16 points. Differences are paired by seed, with 95% t intervals over the five seeds of the panel.
+`distill` trains on rough ground. The tracking score is exp(-error²/0.25), error in m/s, averaged over the steps that
+an episode could have had: 1 is perfect, and a fall scores 0 for the remaining time. In brackets: the share of robots
+that fell. Each cell has 250 robots, spread over all ten terrain levels; training rarely reached the upper five. The
+teacher is judged on observations without noise, so its rows "nominal" and "observation noise" are the same
+experiment: their difference, about 0.02 in score and 4 points of falls, is the noise floor of the table. One seed of
+50 robots differs by as much as 0.09 and 16 points. Differences are paired by seed, with 95% t intervals over the five
+seeds of the panel.
 
 - The student keeps 93% of its teacher's tracking score without perturbation: 0.029 less [0.001, 0.056]. Fine-tuning
   raises it above its teacher, by 0.121 [0.097, 0.145].

@@ -142,9 +142,9 @@ def benchmark(args: BenchmarkArgs, **task_options: Any) -> dict[str, Any]:
         env.step(random_actions(env, generator))
 
     seconds_per_call(args, step)  # warms up
-    statistics = env.pop_statistics()
+    warm = env.pop_statistics()
     # MuJoCo C's robots start anew as often as vecsim's fall.
-    episode = min(200, round(statistics["episode_length"])) if statistics["episodes"] else 200
+    episode = min(200, round(warm["episode_length"])) if warm["episodes"] else 200
     with mujoco_rollout(env, episode, args) as (roll, steps_of_mujoco):
         step_seconds, rollout_seconds = seconds_per_call(args, step, roll)
     statistics = env.pop_statistics()
