@@ -99,21 +99,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import inspect
 import io
 import itertools
 import json
 import math
+import operator
 import os
-import pickle
 import platform
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
 import warnings
@@ -129,6 +133,9 @@ import mujoco
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class InputError(ValueError):
@@ -376,7 +383,7 @@ class Model:
     nu: int
     nl: int
     timestep: float  # s
-    stage_times: tuple[Tensor, ...]  # (1, 1) s each, of the second to fourth Runge-Kutta stage
+    stage_times: tuple[float, ...]  # s, of the second to fourth Runge-Kutta stage
     integrator: str  # the MJCF's own: euler, implicitfast or rk4
     # tree
     parent: tuple[int, ...]  # (nl) parent link, -1 for the world
@@ -1250,7 +1257,7 @@ def load_model(
     tables |= dict(
         nl=m.njnt,
         timestep=float(m.opt.timestep),
-        stage_times=tuple(np.array([scale * m.opt.timestep]) for scale in (0.5, 0.5, 1.0)),
+        stage_times=tuple(scale * float(m.opt.timestep) for scale in (0.5, 0.5, 1.0)),
         integrator=integrator_of(m),
         gravity=m.opt.gravity,
         pair_slots=min(pair_slots, len(tables["pair_geoms"])),
@@ -1577,12 +1584,11 @@ def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
     """Solve (H + W W^T) x = g for x (nv, N). H: packed, positive definite (nnz, N). right: g and W, (nv, 1 + R, N).
 
     Compiled: a Cholesky factorisation of H, unrolled over the entries. The last dof is eliminated first, so leaves come
-    before their parents and zeros stay zero (Featherstone 2008, section 6.5). The compiler fuses all of it into a
-    kernel or two. W couples branches of the tree. With H = L^T L and Z = L^-T W, the Woodbury identity gives
-    x = L^-1 (z - Z (1 + Z^T Z)^-1 Z^T z), where z = L^-T g. Eager: LAPACK or cuSOLVER solves the unpacked matrices.
+    before their parents and zeros stay zero (Featherstone 2008, section 6.5). W couples branches of the tree. With
+    H = L^T L and Z = L^-T W, the Woodbury identity gives x = L^-1 (z - Z (1 + Z^T Z)^-1 Z^T z), where z = L^-T g. Eager: LAPACK or cuSOLVER solves the unpacked matrices.
     If the matrix of an environment is not positive definite, the result of that environment is NaN.
     """
-    if not torch.compiler.is_compiling():
+    if not isinstance(_get_current_dispatch_mode(), Recorder):
         padded = torch.cat((packed, torch.zeros_like(packed[:1])))
         gradient, low_rank = right.permute(2, 0, 1).split((1, right.shape[1] - 1), -1)
         factor, failed = torch.linalg.cholesky_ex(padded[model.unpack_index].permute(2, 0, 1) + low_rank @ low_rank.mT)
@@ -2178,12 +2184,12 @@ def semi_implicit(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> 
     return State(integrate_position(model, state.qpos, model.timestep * qvel), qvel, qacc.clone())
 
 
-def stage(model: Model, state: State, scale: Tensor, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor]:
-    """qpos, qvel of a Runge-Kutta stage: `state` after `scale` (1, 1) s at velocity `rate` and acceleration `qacc`."""
+def stage(model: Model, state: State, scale: float, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor]:
+    """qpos, qvel of a Runge-Kutta stage: `state` after `scale` s at velocity `rate` and acceleration `qacc`."""
     return integrate_position(model, state.qpos, scale * rate), state.qvel + scale * qacc
 
 
-def chart_rate(model: Model, qvel: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
+def chart_rate(model: Model, qvel: Tensor, scale: float, rate: Tensor) -> Tensor:
     """How fast each coordinate of a stage's displacement changes (nv, N), if the stage has velocity `qvel`.
 
     For hinges, slides and translations this is qvel. For a quaternion, the displacement is the rotation vector u =
@@ -2215,17 +2221,17 @@ Regions = types.SimpleNamespace
 EAGER = Regions()
 
 
-def begin_dynamics(model: Model, state: State, ctrl: Tensor, run: Regions = EAGER) -> Dynamics:
+def begin_dynamics(model: Model, state: State, ctrl: Tensor) -> Dynamics:
     """What `forward` computes before the first Newton iteration."""
-    smooth = run.smooth_dynamics(model, state.qpos, state.qvel, ctrl)
-    unconstrained = run.solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
-    return Dynamics(smooth, run.solver_start(model, smooth, state.warmstart, unconstrained))
+    smooth = smooth_dynamics(model, state.qpos, state.qvel, ctrl)
+    unconstrained = solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
+    return Dynamics(smooth, solver_start(model, smooth, state.warmstart, unconstrained))
 
 
-def newton_iteration(model: Model, smooth: Smooth, it: Iterate, run: Regions = EAGER) -> Iterate:
+def newton_iteration(model: Model, smooth: Smooth, it: Iterate) -> Iterate:
     """One Newton iteration, with its line search."""
-    matrix, right = run.newton_system(model, smooth, it)
-    return run.line_search(model, smooth, it, run.solve_packed(model, matrix, right))
+    matrix, right = newton_system(model, smooth, it)
+    return line_search(model, smooth, it, solve_packed(model, matrix, right))
 
 
 def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions = EAGER) -> Dynamics:
@@ -2236,14 +2242,14 @@ def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regi
     return Dynamics(smooth, it)
 
 
-def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool, run: Regions = EAGER) -> State:
+def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool) -> State:
     """The state after a timestep of mj_Euler or mj_implicit, see `step`."""
     qacc = dynamics.solution.qacc
     slowing = torch.zeros_like(qacc)
     damped = model.damped or model.actuator_velocity_bias if implicitfast else model.damped and model.euler_damps
     if damped:
-        slowing = run.solve_packed(model, *run.implicit_system(model, dynamics.smooth, qacc, implicitfast))
-    return run.semi_implicit(model, state, qacc, slowing)
+        slowing = solve_packed(model, *implicit_system(model, dynamics.smooth, qacc, implicitfast))
+    return semi_implicit(model, state, qacc, slowing)
 
 
 def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions) -> tuple[State, Dynamics]:
@@ -3171,10 +3177,9 @@ def end_step(
     )
 
 
-PARTS = smooth_dynamics, solve_packed, solver_start, newton_system, line_search, implicit_system, semi_implicit
-WHOLE = begin_dynamics, newton_iteration, advance  # made of PARTS
-OTHERS = stage, chart_rate, combine_stages, randomized_fields, begin_step, end_step
-vars(EAGER).update((function.__name__, function) for function in (*PARTS, *WHOLE, *OTHERS))
+PHYSICS = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
+OTHERS = randomized_fields, begin_step, end_step
+vars(EAGER).update((function.__name__, function) for function in (*PHYSICS, *OTHERS))
 
 
 @torch.no_grad()
@@ -3196,31 +3201,26 @@ def environment_step(
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
 
-def compile_regions(device: torch.device) -> Regions:
-    """Compiled functions for one model, one task and its settings.
-
-    On a CPU, WHOLE is compiled. That makes six calls a physics step, with Euler and four Newton iterations. On a GPU,
-    PARTS are compiled: a graph saves the calls there, and a larger kernel needs more registers.
+def compile_regions(model: Model) -> Regions:
+    """Compiled functions for one model, one task and its settings: PHYSICS by this file, OTHERS by PyTorch.
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
     of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
-    chunks side by side. The kernels of the physics do not check the tables' indices.
+    chunks side by side.
     """
-    options = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024, "cpp.enable_tiling_heuristics": False}
-    if device.type == "cpu":
-        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False}
+    run = Regions()
+    for function in PHYSICS:
+        setattr(run, function.__name__, CompiledFunction(function, model))
+    run.newton_iteration.known = known_values
+    run.advance.known = lambda *given: [None] * 3 + known_values(*given)  # no row of the `State` is a constant
+    options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
+    if model.gravity.device.type == "cpu":
+        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "cpp.enable_tiling_heuristics": False}
     else:  # independent kernels become one launch
         options |= {"combo_kernels": True}
-
-    run = Regions()
-    whole = device.type == "cpu"
-    for function in (*(WHOLE if whole else PARTS), *OTHERS):
-        checked = device.type == "cpu" and function in (begin_step, end_step)  # a task's code may index wrongly
-        own = options | {"assert_indirect_indexing": checked}
+    for function in OTHERS:
         private = types.FunctionType(function.__code__.replace(), function.__globals__, None, function.__defaults__)
-        setattr(run, function.__name__, torch.compile(private, fullgraph=True, dynamic=False, options=own))
-    if not whole:
-        vars(run).update((function.__name__, functools.partial(function, run=run)) for function in WHOLE)
+        setattr(run, function.__name__, torch.compile(private, fullgraph=True, dynamic=False, options=options))
     return run
 
 
@@ -3242,34 +3242,727 @@ def without_checks(run: Regions) -> Regions:
     return fast
 
 
-# What the first process compiles of a step, see `VecSim._compile_ahead`: about half of the work.
-FIRST_HALF = {"randomized_fields", "begin_step", "begin_dynamics"}
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiler: a function of the physics becomes C++ that computes one robot with scalars
+#
+# The physics has no branches, and its tables are the same for all robots. So a function is called once with one robot,
+# and every operation on tensors is recorded as operations on their elements. An element is a constant or a `Value`.
+# Constants fold, products with zero vanish, and equal operations are one. What is left becomes C++, with a variable for
+# each value. On a CPU a variable holds as many robots as a vector register, and one loop over the robots is the whole
+# function: nothing between its inputs and outputs goes through memory. On a GPU a thread has one robot. As a thread has
+# at most 255 registers, the function is cut into kernels there.
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_second_half(*arguments: Any) -> subprocess.Popen:
-    """A silent process that calls `compile_second_half`. If it fails, this process has to compile its half too."""
-    code = "import pickle, sys; sys.path[:], arguments = pickle.load(sys.stdin.buffer); import {0}; {0}.{1}(*arguments)"
-    words = [sys.executable, "-c", code.format(Path(__file__).stem, "compile_second_half")]
-    arguments = torch.get_float32_matmul_precision(), *arguments
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-        pipe.write(pickle.dumps((sys.path, arguments)))
-    return process
+class Value(int):
+    """The place of an operation in `Program.operations`. Constants are a float, an int or a bool."""
 
 
-def compile_second_half(precision: str, cores: int, env_id: str, num_envs: int, options: dict[str, Any]) -> None:
-    """Compile the second half of a step of this environment into the cache on disk.
+FOLD = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
+    "div": lambda a, b: a / b if b else math.copysign(math.inf, b) * a,
+    "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan, "sin": math.sin, "cos": math.cos, "tan": math.tan,
+    "max": lambda a, b: b if a < b else a, "min": lambda a, b: b if b < a else a, "hypot": math.hypot, "pow": pow,
+    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
+    "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": lambda a: not a,
+    "where": lambda condition, a, b: a if condition else b, "to_number": float, "to_integer": int,
+}  # fmt: skip
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+INFIX = COMPARISONS | {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^"}
 
-    precision: of float32 matrix products. A step has none, but PyTorch finds code on disk by this setting too, and by
-    whether it was ever set."""
-    if precision != torch.get_float32_matmul_precision():
-        torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(cores)
-    env = VecSim(env_id, num_envs, **options)
-    env.reset()
-    with torch.no_grad():
-        inputs = torch.zeros(env.model.nu, num_envs, dtype=env.dtype), env._draw_noise()
-        env._compile_ahead(*(env._part(x, env._parts[0]) for x in inputs), second_half=True)
+
+class Program:
+    """Operations on the numbers of one robot, each after those that it needs.
+
+    An operation has a kind (number, integer or truth), a name and arguments. Its name is one of FOLD, or:
+    load (tensor, row): an element of an input. table (tensor, Value): an element of a constant tensor.
+    pick (Value, *elements): one of several elements.
+    """
+
+    def __init__(self):
+        self.operations: list[tuple[str, str, tuple]] = []
+        self.values: dict[tuple, Value] = {}
+        self.tables: list[tuple] = []
+
+    def append(self, kind: str, name: str, *args: Any) -> Value:
+        key = name, *((type(x), x) for x in args)
+        if key not in self.values:
+            self.values[key] = Value(len(self.operations))
+            self.operations.append((kind, name, args))
+        return self.values[key]
+
+    def kind(self, x: Any) -> str:
+        if isinstance(x, Value):
+            return self.operations[x][0]
+        return {bool: "truth", int: "integer", float: "number"}[type(x)]
+
+    def convert(self, kind: str, x: Any) -> Any:
+        mine = self.kind(x)
+        if mine == kind:
+            return x
+        if mine == "truth" and isinstance(x, Value):
+            return self.apply("where", x, *((1.0, 0.0) if kind == "number" else (1, 0)))
+        return self.apply("to_number" if kind == "number" else "to_integer", x)
+
+    def apply(self, name: str, *args: Any) -> Any:
+        """The value of an operation: a constant where it can be, an older value where it is equal."""
+        operands = args[1:] if name == "where" else args
+        kinds = [self.kind(x) for x in operands]
+        kind = "number" if "number" in kinds or name == "div" else "integer" if "integer" in kinds else "truth"
+        if name == "to_number" or name == "to_integer":
+            kind = name.removeprefix("to_")
+        else:
+            args = args[: -len(operands)] + tuple(self.convert(kind, x) for x in operands)
+        if not any(isinstance(x, Value) for x in args):
+            return FOLD[name](*args)
+        simpler = self.simplify(name, args)
+        if simpler is not None:
+            return simpler
+        if name in ("add", "mul"):
+            args = tuple(sorted(args, key=lambda x: (not isinstance(x, Value), x)))
+        return self.append("truth" if name in COMPARISONS else kind, name, *args)
+
+    def simplify(self, name: str, args: tuple) -> Any:
+        """What needs no new operation of this name, or None."""
+        first, last = args[0], args[-1]
+        is_constant = lambda x, value: not isinstance(x, Value) and x == value
+        if name in ("add", "mul", "and", "or") and not isinstance(first, Value):
+            first, last = last, first
+        if name in ("add", "sub") and is_constant(last, 0):
+            return first
+        if name == "sub" and is_constant(first, 0):
+            return self.apply("neg", last)
+        if name == "mul":
+            if is_constant(last, 0):
+                return last
+            if is_constant(last, 1) or is_constant(last, -1):
+                return first if last == 1 else self.apply("neg", first)
+        if name == "div" and is_constant(first, 0):
+            return first
+        if name == "div" and not isinstance(last, Value) and last:
+            return self.apply("mul", first, 1 / last)
+        if name == "neg":
+            _, inner_name, inner_args = self.operations[first]
+            if inner_name == "neg":
+                return inner_args[0]
+            if inner_name == "sub":
+                return self.apply("sub", *reversed(inner_args))
+        if is_constant(last, -math.inf if name == "max" else math.inf) and name in ("max", "min"):
+            return first
+        if name in ("and", "or") and isinstance(last, bool):
+            return first if last == (name == "and") else last
+        if name == "where":
+            condition, yes, no = args
+            if not isinstance(condition, Value):
+                return yes if condition else no
+            if type(yes) is type(no) and yes == no:
+                return yes
+        return None
+
+    def pick(self, index: Any, elements: Sequence[Any]) -> Any:
+        """elements[index]."""
+        if not isinstance(index, Value):
+            return elements[index]
+        if all(type(x) is type(elements[0]) and x == elements[0] for x in elements):
+            return elements[0]
+        if any(isinstance(x, Value) for x in elements):
+            kind = "number" if any(self.kind(x) == "number" for x in elements) else "integer"
+            return self.append(kind, "pick", index, *elements)
+        if elements not in self.tables:
+            self.tables.append(elements)
+        return self.append("number", "table", self.tables.index(elements), index)
+
+    def needed(self, roots: Iterable[Any]) -> list[Value]:
+        """The operations that `roots` need, depth first: what is computed is used soon."""
+        found, order = set(), []
+        for root in roots:
+            waiting = [(root, False)]
+            while waiting:
+                x, has_arguments = waiting.pop()
+                if not isinstance(x, Value) or (x in found and not has_arguments):
+                    continue
+                if has_arguments:
+                    order.append(x)
+                    continue
+                found.add(x)
+                waiting.append((x, True))
+                waiting.extend((argument, False) for argument in reversed(self.operations[x][2]))
+        return order
+
+
+class Recorder(TorchDispatchMode):
+    """Records PyTorch's operators in a `Program`. A tensor with the numbers of one robot is an array of their values.
+
+    The operators also run. So shapes are PyTorch's, and what does not depend on an input is a constant."""
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.program = program
+        self.arrays: dict[
+            int, tuple[Tensor, np.ndarray]
+        ] = {}  # by id; the tensor keeps its id alive
+        self.constants: dict[int, tuple[Tensor, np.ndarray]] = {}  # the same, of tensors that do not depend on an input
+
+    def array(self, x: Tensor) -> np.ndarray:
+        if id(x) in self.arrays:
+            return self.arrays[id(x)][1]
+        if id(x) not in self.constants:
+            self.constants[id(x)] = x, as_objects(x.flatten().tolist(), x.shape)
+        return self.constants[id(x)][1]
+
+    def keep(self, x: Tensor, array: np.ndarray) -> None:
+        assert x.shape == array.shape, f"{x.shape} is not {array.shape}"
+        self.arrays[id(x)] = x, array
+
+    def input(self, number: int, x: Tensor, known: np.ndarray | None) -> Tensor:
+        """Make x (..., N) an input, and return it for one robot. known: its values elsewhere; constants stay."""
+        kind, one = "number" if x.dtype.is_floating_point else "integer", x[..., :1].clone()
+        values = list(known.flat) if known is not None else [Value()] * one.numel()
+        for row, value in enumerate(values):
+            if isinstance(value, Value):
+                values[row] = self.program.append(kind, "load", number, row)
+        self.keep(one, as_objects(values, one.shape))
+        return one
+
+    def elementwise(self, name: str, *args: Any) -> np.ndarray:
+        function = np.frompyfunc(functools.partial(self.program.apply, name), len(args), 1)
+        return np.asarray(function(*args), dtype=object)
+
+    def reduce(self, name: str, x: np.ndarray, axes: Sequence[int], keep: bool) -> np.ndarray:
+        for axis in axes:
+            rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [0.0 * x.sum(axis, keepdims=True)]
+            x = functools.reduce(functools.partial(self.elementwise, name), rows)
+        return x if keep else np.squeeze(x, tuple(axes))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(id(x) in self.arrays for x in tree_leaves(args)):
+            found = RULES[function.overloadpacket.__name__](self, result, *tree_map_only(Tensor, self.array, args))
+            single = isinstance(result, Tensor)
+            for x, array in zip([result] if single else result, [found] if single else found, strict=True):
+                self.keep(x, np.asarray(array, dtype=object))
+        return result
+
+
+def as_objects(values: Iterable[Any], shape: Sequence[int]) -> np.ndarray:
+    """An array of Python objects. np.array would make numbers of numpy from a list of numbers."""
+    flat = list(values)
+    array = np.empty(len(flat), dtype=object)
+    array[:] = flat
+    return array.reshape(shape)
+
+
+def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np.ndarray:
+    """x[index] of tensors. What differs between robots indexes the first axis."""
+    rows = index[0]
+    if rows is None or not any(isinstance(i, Value) for i in rows.flat):
+        return x[tuple(slice(None) if i is None else i.astype(int) for i in index)]
+    columns = [tuple(column) for column in x.reshape(len(x), -1).T]
+    return as_objects((r.program.pick(i, column) for i in rows.flat for column in columns), result.shape)
+
+
+def gather(r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
+    """torch.gather along the first axis."""
+    places = ((row, place[1:]) for place, row in np.ndenumerate(index))
+    return as_objects((r.program.pick(row, tuple(x[:, *rest])) for row, rest in places), result.shape)
+
+
+def put(x: np.ndarray, axis: int, index: np.ndarray, source: np.ndarray) -> np.ndarray:
+    copy = x.copy()
+    np.moveaxis(copy, axis, 0)[index.astype(int)] = np.moveaxis(source, axis, 0)
+    return copy
+
+
+def clamp(r: Recorder, result: Tensor, x: np.ndarray, low: Any = None, high: Any = None) -> np.ndarray:
+    if low is not None:
+        x = r.elementwise("max", x, low)
+    return x if high is None else r.elementwise("min", x, high)
+
+
+def power(r: Recorder, result: Tensor, x: np.ndarray, exponent: Any) -> np.ndarray:
+    is_square = isinstance(exponent, (int, float)) and exponent == 2
+    return r.elementwise("mul", x, x) if is_square else r.elementwise("pow", x, exponent)
+
+
+def convert(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
+    kind = "number" if result.dtype.is_floating_point else "truth" if result.dtype == torch.bool else "integer"
+    return as_objects((r.program.convert(kind, value) for value in x.flat), x.shape)
+
+
+def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
+    if isinstance(shape, torch.dtype):  # the bits of numbers
+        return as_objects((r.program.append("integer", "bits", value) for value in x.flat), x.shape)
+    return x.reshape(result.shape)
+
+
+SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot lt le gt ge eq ne where".split()
+OTHER_NAME = {"maximum": "max", "minimum": "min", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
+OTHER_NAME |= {"logical_and": "and", "logical_or": "or", "bitwise_not": "not", "logical_not": "not"}
+RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the recorder, the result, and the arguments
+    "rsub": lambda r, _, a, b: r.elementwise("sub", b, a),
+    "reciprocal": lambda r, _, x: r.elementwise("div", 1.0, x),
+    "rsqrt": lambda r, _, x: r.elementwise("div", 1.0, r.elementwise("sqrt", x)),
+    "pow": power,
+    "clamp": clamp,
+    "sum": lambda r, result, x, axes, keep=False: r.reduce("add", convert(r, result, x), axes, keep),
+    "amin": lambda r, _, x, axes, keep=False: r.reduce("min", x, axes, keep),
+    "_to_copy": convert,
+    "view": view,
+    "index": take,
+    "gather": gather,
+    "index_copy": lambda r, _, x, axis, index, source: put(x, axis, index, source),
+    "index_add": lambda r, _, x, axis, index, source: put(
+        x, axis, index, r.elementwise("add", np.take(x, index.astype(int), axis), source)
+    ),
+    "clone": lambda r, _, x: x,
+    "detach": lambda r, _, x: x,
+    "expand": lambda r, result, x, *_: np.broadcast_to(x, result.shape),
+    "squeeze": lambda r, result, x, *_: x.reshape(result.shape),
+    "unsqueeze": lambda r, result, x, *_: x.reshape(result.shape),
+    "transpose": lambda r, _, x, a, b: np.swapaxes(x, a, b),
+    "permute": lambda r, _, x, axes: np.transpose(x, axes),
+    "select": lambda r, _, x, axis, i: np.take(x, i, axis),
+    "slice": lambda r, _, x, axis=0, *ends: np.moveaxis(np.moveaxis(x, axis, 0)[slice(*ends)], 0, axis),
+    "unbind": lambda r, _, x, axis=0: list(np.moveaxis(x, axis, 0)),
+    "split_with_sizes": lambda r, _, x, sizes, axis=0: np.split(x, np.cumsum(sizes)[:-1], axis),
+    "stack": lambda r, _, arrays, axis=0: np.stack(arrays, axis),
+    "cat": lambda r, _, arrays, axis=0: np.concatenate(arrays, axis),
+}
+RULES |= {name: lambda r, result, *_: r.array(result) for name in ("zeros_like", "ones_like", "new_zeros")}
+RULES |= {
+    name: lambda r, _, *args, ours=ours: r.elementwise(ours, *args)
+    for name, ours in (dict(zip(SAME_NAME, SAME_NAME, strict=True)) | OTHER_NAME).items()
+}
+
+
+# Both preludes define a number F and an integer I of the robots of a variable, and the functions of the operations. A
+# truth is an I.
+CPU_PRELUDE = """
+#include <math.h>
+#define FUNCTION static inline __attribute__((always_inline))
+enum {{ ROBOTS = {robots} }};
+typedef {real} real;
+typedef {integer} integer;
+typedef real F __attribute__((vector_size(ROBOTS * sizeof(real))));
+typedef integer I __attribute__((vector_size(ROBOTS * sizeof(real))));
+FUNCTION F number(real x) {{ return x - F{{}}; }}
+FUNCTION I whole(integer x) {{ return x - I{{}}; }}
+FUNCTION F load(const real* p) {{ F x; __builtin_memcpy(&x, p, sizeof x); return x; }}
+FUNCTION void store(real* p, F x) {{ __builtin_memcpy(p, &x, sizeof x); }}
+#define EACH(R, expression) {{ R y; for (int l = 0; l < ROBOTS; l++) y[l] = expression; return y; }}
+FUNCTION I load(const long long* p) EACH(I, p[l])
+FUNCTION void store(long long* p, I x) {{ for (int l = 0; l < ROBOTS; l++) p[l] = x[l]; }}
+FUNCTION F table(const real* p, I i) EACH(F, p[i[l]])
+FUNCTION F pick(const F* p, I i) EACH(F, p[i[l]][l])
+FUNCTION F f_sqrt(F x) EACH(F, sqrt(x[l]))
+FUNCTION F f_pow(F x, F a) EACH(F, pow(x[l], a[l]))
+FUNCTION F f_hypot(F x, F y0) EACH(F, hypot(x[l], y0[l]))
+FUNCTION F f_to_number(I x) {{ return __builtin_convertvector(x, F); }}
+FUNCTION I f_to_integer(F x) {{ return __builtin_convertvector(x, I); }}
+FUNCTION I f_bits(F x) {{ return (I)x; }}
+// x = k pi/2 + r with |r| <= pi/4, in three parts of pi/2 (Cody and Waite), then the Taylor series of sine and cosine
+FUNCTION F sine(F x, integer quarters) {{
+    F k = x * (real)0.636619772367581343 + (real){big} - (real){big};
+    F r = x - k * (real){half_pi[0]} - k * (real){half_pi[1]} - k * (real){half_pi[2]};
+    F z = r * r, s = number(1), c = number(1);
+#pragma GCC unroll 8
+    for (int n = 16; n > 0; n -= 2) {{
+        s = 1 - z * s * (real)(1. / (n * (n + 1)));
+        c = 1 - z * c * (real)(1. / (n * (n - 1)));
+    }}
+    I quadrant = f_to_integer(k) + quarters;
+    F y = (quadrant & 1) != 0 ? c : r * s;
+    return (quadrant & 2) != 0 ? -y : y;
+}}
+FUNCTION F f_sin(F x) {{ return sine(x, 0); }}
+FUNCTION F f_cos(F x) {{ return sine(x, 1); }}
+FUNCTION F f_tan(F x) {{ return sine(x, 0) / sine(x, 1); }}
+"""
+CUDA_PRELUDE = """
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#define FUNCTION static __device__ inline
+typedef {real} real;
+typedef real F;
+typedef {integer} I;
+FUNCTION F number(real x) {{ return x; }}
+FUNCTION I whole(I x) {{ return x; }}
+FUNCTION F load(const real* p) {{ return *p; }}
+FUNCTION I load(const long long* p) {{ return *p; }}
+FUNCTION void store(real* p, F x) {{ *p = x; }}
+FUNCTION void store(long long* p, I x) {{ *p = x; }}
+FUNCTION F table(const real* p, I i) {{ return p[i]; }}
+FUNCTION F pick(const F* p, I i) {{ return p[i]; }}
+FUNCTION F f_sqrt(F x) {{ return sqrt(x); }}
+FUNCTION F f_pow(F x, F a) {{ return pow(x, a); }}
+FUNCTION F f_hypot(F x, F y) {{ return hypot(x, y); }}
+FUNCTION F f_to_number(I x) {{ return x; }}
+FUNCTION I f_to_integer(F x) {{ return x; }}
+FUNCTION I f_bits(F x) {{ union {{ F number; I bits; }} u = {{x}}; return u.bits; }}
+FUNCTION F f_sin(F x) {{ return sin(x); }}
+FUNCTION F f_cos(F x) {{ return cos(x); }}
+FUNCTION F f_tan(F x) {{ return tan(x); }}
+"""
+SHARED_PRELUDE = """
+FUNCTION F f_neg(F x) { return -x; }
+FUNCTION F f_abs(F x) { return x < 0 ? -x : x; }
+FUNCTION I f_not(I x) { return x == 0; }
+FUNCTION F f_where(I condition, F a, F b) { return condition ? a : b; }
+FUNCTION I f_where(I condition, I a, I b) { return condition ? a : b; }
+FUNCTION F f_max(F a, F b) { return a < b ? b : a; }
+FUNCTION I f_max(I a, I b) { return a < b ? b : a; }
+FUNCTION F f_min(F a, F b) { return b < a ? b : a; }
+FUNCTION I f_min(I a, I b) { return b < a ? b : a; }
+"""
+C_TYPES = {torch.float32: ("float", "int"), torch.float64: ("double", "long long")}
+BIG = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # adding it rounds to an integer
+HALF_PI = {  # as a sum whose first two parts have so few bits that their products with k are exact
+    torch.float32: (1.5703125, 4.837512969970703e-4, 7.549789948768648e-8),
+    torch.float64: (1.5707963267341256, 6.077100506303966e-11, 2.0222662487959506e-21),
+}
+
+
+class Kernel(NamedTuple):
+    """A piece of a program. Its lines read and write rows of tensors: inputs x0, x1, ..., constant tables t0, ...,
+    the outputs y (numbers) and z (integers), and s, which carries values from one kernel to another."""
+
+    lines: list[str]
+    tensors: list[str]
+    rows: int  # read and written
+
+
+def write_kernels(program: Program, numbers: Sequence, integers: Sequence, size: float) -> tuple[list[Kernel], int]:
+    """C++ that stores `numbers` in y and `integers` in z, in kernels of `size` operations. Also how many rows s has."""
+    order = program.needed((*numbers, *integers))
+    computed = [v for v in order if program.operations[v][1] != "load"]
+    home = {v: int(k // size) for k, v in enumerate(computed)}  # the kernel that computes a value
+    last = max(home.values(), default=0)
+    places: dict[Any, list[tuple[str, int]]] = {}  # where a value is stored
+    others: list[tuple[str, int, Any]] = []  # stores of constants and of inputs
+    for tensor, values in (("y", numbers), ("z", integers)):
+        for row, x in enumerate(values):
+            if x in home and isinstance(x, Value):
+                places.setdefault(x, []).append((tensor, row))
+            else:
+                others.append((tensor, row, x))
+    scratch = 0
+    for v in computed:
+        for x in program.operations[v][2]:
+            if isinstance(x, Value) and x in home and home[x] != home[v] and x not in places:
+                places[x] = [("s", scratch)]
+                scratch += 1
+    kernels = [KernelWriter(program, places) for _ in range(last + 1)]
+    for v in computed:
+        kernels[home[v]].compute(v)
+    for tensor, row, x in others:
+        kernels[last].store(tensor, row, x)
+    return [Kernel(k.lines, sorted(k.tensors), k.rows) for k in kernels], scratch
+
+
+class KernelWriter:
+    """Writes the lines of one kernel."""
+
+    def __init__(self, program: Program, places: dict[Any, list[tuple[str, int]]]):
+        self.program, self.places = program, places
+        self.lines: list[str] = []
+        self.tensors: set[str] = set()
+        self.rows = 0
+        self.known: set[Value] = set()
+        self.arrays: dict[str, str] = {}
+
+    def row(self, tensor: str, row: int) -> str:
+        self.tensors.add(tensor)
+        self.rows += 1
+        return f"{tensor} + {row} * n + i"
+
+    def store(self, tensor: str, row: int, x: Any) -> None:
+        self.lines.append(f"store({self.row(tensor, row)}, {self.operand(x, self.program.kind(x))});")
+
+    def define(self, v: Value, text: str) -> None:
+        self.known.add(v)
+        self.lines.append(f"const {C_KINDS[self.program.kind(v)]} v{v:d} = {text};")
+
+    def operand(self, x: Any, kind: str) -> str:
+        """The name of a value, which is loaded if it comes from memory; or a constant."""
+        if not isinstance(x, Value):
+            if kind != "number":
+                return f"whole({x:d})"
+            text = {math.inf: "INFINITY", -math.inf: "-INFINITY"}.get(x, repr(x))
+            return f"number({'NAN' if math.isnan(x) else text})"
+        if x not in self.known:
+            kind, name, args = self.program.operations[x]
+            place = self.places[x][0] if name != "load" else (f"{'x' if kind == 'number' else 'k'}{args[0]}", args[1])
+            self.define(x, f"load({self.row(*place)})")
+        return f"v{x:d}"
+
+    def compute(self, v: Value) -> None:
+        kind, name, args = self.program.operations[v]
+        if name == "table":
+            self.tensors.add(f"t{args[0]}")
+            self.define(v, f"table(t{args[0]}, {self.operand(args[1], 'integer')})")
+        elif name == "pick":
+            index, elements = self.operand(args[0], "integer"), ", ".join(self.operand(x, kind) for x in args[1:])
+            if elements not in self.arrays:
+                self.arrays[elements] = f"a{len(self.arrays)}"
+                self.lines.append(f"const {C_KINDS[kind]} {self.arrays[elements]}[] = {{{elements}}};")
+            self.define(v, f"pick({self.arrays[elements]}, {index})")
+        else:
+            if name in COMPARISONS:
+                kind = next(self.program.kind(x) for x in args if isinstance(x, Value))
+            words = [self.operand(x, kind) for x in args]
+            self.define(v, f" {INFIX[name]} ".join(words) if name in INFIX else f"f_{name}({', '.join(words)})")
+        for place in self.places.get(v, []):
+            self.store(*place, v)
+
+
+C_KINDS = {"number": "F", "integer": "I", "truth": "I"}
+
+
+def cpp_source(kernel: Kernel, dtype: torch.dtype, robots: int) -> str:
+    """A function of the addresses of the kernel's tensors and of the number of robots, for blocks of `robots`.
+
+    The last block may repeat robots of the one before it."""
+    real, integer = C_TYPES[dtype]
+    prelude = CPU_PRELUDE.format(real=real, integer=integer, robots=robots, big=BIG[dtype], half_pi=HALF_PI[dtype])
+    return "\n".join(
+        (
+            prelude + SHARED_PRELUDE,
+            'extern "C" void run(void* const* tensors, long long n) {',
+            *(f"{pointer(name)} {name} = ({pointer(name)})tensors[{k}];" for k, name in enumerate(kernel.tensors)),
+            "for (long long start = 0; start < n; start += ROBOTS) {",
+            "const long long i = start + ROBOTS <= n ? start : n - ROBOTS;",
+            *kernel.lines,
+            "}}",
+        )
+    )
+
+
+def cuda_source(kernel: Kernel, dtype: torch.dtype) -> str:
+    """A kernel with the tensors and the number of robots as arguments. A thread computes one robot."""
+    real, integer = C_TYPES[dtype]
+    return "\n".join(
+        (
+            CUDA_PRELUDE.format(real=real, integer=integer) + SHARED_PRELUDE,
+            'extern "C" __global__ void run('
+            + "".join(f"{pointer(name)} __restrict__ {name}, " for name in kernel.tensors)
+            + "int n) {",
+            "const int i = blockIdx.x * blockDim.x + threadIdx.x;",
+            "if (i >= n) return;",
+            *kernel.lines,
+            "}",
+        )
+    )
+
+
+def pointer(name: str) -> str:
+    """The C type of a tensor of a kernel."""
+    kinds = {"y": "real*", "s": "real*", "z": "long long*", "k": "const long long*"}
+    return kinds.get(name[0], "const real*")
+
+
+def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
+    """Compile with $CXX or g++. Returns a function of the tensors and the number of robots.
+
+    Compiled code stays in the folder where PyTorch keeps its own."""
+    flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
+    words = [os.environ.get("CXX", "g++"), *flags]
+    folder = Path(cache_dir()) / "vecsim"
+    library = folder / f"{hashlib.sha256((' '.join(words) + source).encode()).hexdigest()}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            code, built = Path(scratch) / "code.cpp", Path(scratch) / "code.so"
+            code.write_text(source)
+            done = subprocess.run([*words, code, "-o", built], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
+            built.rename(library)  # whole or not at all: other processes look for it
+    function = ctypes.CDLL(str(library)).run
+    function.restype = None
+
+    def launch(tensors: Sequence[Tensor], n: int) -> None:
+        addresses = (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
+        function(addresses, ctypes.c_int64(n))  # without Python's lock, so that threads can step chunks side by side
+
+    return launch
+
+
+def build_cuda(source: str) -> Callable[[Sequence[Tensor], int], None]:
+    """Compile with NVRTC, which comes with PyTorch. Returns a function of the tensors and the number of robots."""
+    kernel = torch.cuda._utils._cuda_load_module(nvrtc(source, torch.cuda.get_device_capability()), ["run"])["run"]
+
+    def launch(tensors: Sequence[Tensor], n: int) -> None:
+        kernel(((n + BLOCK - 1) // BLOCK, 1, 1), (BLOCK, 1, 1), [*tensors, n])
+
+    return launch
+
+
+def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
+    """The machine code (cubin) of CUDA C++ for a GPU of this capability."""
+    library = torch.cuda._utils._get_gpu_rtc_library()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    flags = "--gpu-architecture=sm_{}{}".format(*capability), "--prec-div=false", "--prec-sqrt=false", "-w"
+    options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"physics.cu", 0, None, None)
+    failed = library.nvrtcCompileProgram(program, len(flags), options)
+    what = "ProgramLog" if failed else "CUBIN"
+    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    answer = ctypes.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{what}")(program, answer)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    if failed:
+        raise RuntimeError(f"NVRTC failed: {answer.value.decode()}")
+    return answer.raw
+
+
+BLOCK = 32  # threads of a block on a GPU: a warp, so that 4,096 robots are on 128 multiprocessors
+KERNEL = 1000  # operations of a kernel on a GPU
+
+
+def named_tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested tuples and lists, with the expression that gives each of them from `name`."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, (tuple, list)):
+        fields = getattr(tree, "_fields", None)
+        for k, item in enumerate(tree):
+            yield from named_tensors(item, f"{name}.{fields[k]}" if fields else f"{name}[{k}]")
+
+
+def rebuilt(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`tree` with function(x) in place of each tensor x."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        items = [rebuilt(item, function) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
+
+
+class Recording:
+    """What `function` of (model, *args) does, in plain PyTorch, recorded as a `Program`.
+
+    varied: the fields in which `model` differs from `base`. They may differ between robots, so they are inputs, as the
+    tensors in `args`. All else is constant. known: arrays of values of the tensors in `args`, see `Recorder.input`."""
+
+    def __init__(self, function: Callable, base: Model, model: Model, varied: tuple, args: tuple, known: list):
+        self.program = Program()
+        recorder = Recorder(self.program)
+        self.inputs: list[tuple[str, Tensor]] = []  # with the expression that gives each of them
+
+        def one_robot(tree: Any, name: str, known: list) -> Any:
+            numbers, facts = itertools.count(len(self.inputs)), iter(known)
+            self.inputs += named_tensors(tree, name)
+            return rebuilt(tree, lambda x: recorder.input(next(numbers), x, next(facts, None)))
+
+        fields = {name: one_robot(getattr(model, name), f"model.{name}", []) for name in varied}
+        args = one_robot(args, "args", known)
+        with torch.no_grad(), recorder:
+            self.result = function(dataclasses.replace(base, **fields), *args)
+        self.outputs = [x for _, x in named_tensors(self.result, "")]
+        self.values = [recorder.array(x) for x in self.outputs]
+
+
+def known_values(base: Model, model: Model, varied: tuple) -> list[np.ndarray | None]:
+    """Values of the tensors of `Dynamics`, before and after Newton iterations: which of their rows are constants.
+
+    A robot in a plane has many of them. A solution has those that an iteration keeps, or none."""
+    zeros = [base.qpos0.new_zeros(rows, 1) for rows in (base.nq, base.nv, base.nv, base.nu)]
+    begun = Recording(begin_dynamics, base, model, varied, (State(*zeros[:3]), zeros[3]), [])
+    iterated = Recording(newton_iteration, base, model, varied, tuple(begun.result), begun.values)
+    count = len(iterated.values)
+    pairs = zip(*(itertools.chain(*(x.flat for x in values)) for values in (begun.values[-count:], iterated.values)))
+    kept = all(isinstance(old, Value) or (not isinstance(new, Value) and old == new) for old, new in pairs)
+    return begun.values if kept else begun.values[:-count] + [None] * count
+
+
+class Code:
+    """A compiled `Recording`, for any number of robots; on a CPU for at least `block` robots."""
+
+    def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, block: int):
+        self.dtype, self.device, inputs = dtype, device, recording.inputs
+        values: dict[str, list] = {"y": [], "z": []}
+        self.sizes: dict[str, list[int]] = {"y": [], "z": []}
+        for x, array in zip(recording.outputs, recording.values, strict=True):
+            values["y" if x.dtype.is_floating_point else "z"] += list(array.flat)
+        names: dict[str, Any] = {}
+        self.results = eval(f"lambda y, z, n: {self.expression(recording.result, names)}", names)
+        on_cpu = device.type == "cpu"
+        size = math.inf if on_cpu else KERNEL
+        self.kernels, self.scratch = write_kernels(recording.program, values["y"], values["z"], size)
+
+        used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in "xk"})
+        numbers = [int(name[1:]) for name in used]
+        self.inputs = eval(f"lambda model, args: ({''.join(f'{inputs[k][0]}, ' for k in numbers)})")
+        self.leading = [inputs[k][1].shape[:-1] for k in numbers]
+        self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in recording.program.tables]
+        place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s"]
+        self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
+        if on_cpu:
+            self.launches = [build_cpp(cpp_source(kernel, dtype, block)) for kernel in self.kernels]
+        else:
+            with ThreadPoolExecutor() as pool:
+                self.launches = list(pool.map(build_cuda, (cuda_source(kernel, dtype) for kernel in self.kernels)))
+
+    def expression(self, tree: Any, names: dict[str, Any]) -> str:
+        """Python that makes the result from the pieces of y and z, lists of (rows, n). `names` gets its types."""
+        if isinstance(tree, Tensor):
+            tensor = "y" if tree.dtype.is_floating_point else "z"
+            self.sizes[tensor].append(tree.numel())
+            piece = f"{tensor}[{len(self.sizes[tensor]) - 1}]"
+            return piece if tree.dim() == 2 else f"{piece}.view({''.join(f'{size}, ' for size in tree.shape[:-1])}n)"
+        if isinstance(tree, tuple):
+            items = "".join(f"{self.expression(item, names)}, " for item in tree)
+            if not hasattr(tree, "_fields"):
+                return f"({items})"
+            names[type(tree).__name__] = type(tree)
+            return f"{type(tree).__name__}({items})"
+        return repr(tree)
+
+    def __call__(self, model: Model, args: tuple, n: int) -> Any:
+        tensors = list(self.inputs(model, args))
+        for k, (x, leading) in enumerate(zip(tensors, self.leading, strict=True)):
+            if x.shape != (*leading, n) or not x.is_contiguous():
+                tensors[k] = x.expand(*leading, n).contiguous()
+        new = functools.partial(torch.empty, device=self.device)
+        y = new(sum(self.sizes["y"]), n, dtype=self.dtype)
+        z = new(sum(self.sizes["z"]), n, dtype=torch.int64)
+        tensors += [*self.tables, y, z, new(self.scratch, n, dtype=self.dtype)]
+        for launch, places in zip(self.launches, self.places, strict=True):
+            launch([tensors[k] for k in places], n)
+        return self.results(y.split(self.sizes["y"]), z.split(self.sizes["z"]), n)
+
+
+class CompiledFunction:
+    """`function` of the physics, compiled for the model `base` when it is called first.
+
+    Fields of the model may be replaced, as randomisation does. Numbers among the arguments are constants. known: of
+    (base, model, varied), see `Recording`."""
+
+    def __init__(self, function: Callable, base: Model, known: Callable = lambda *_: []):
+        self.function, self.base, self.known = function, base, known
+        self.fields = [field.name for field in dataclasses.fields(base)]
+        self.codes: dict[tuple, Code] = {}
+        self.one_at_a_time = threading.Lock()
+
+    def code(self, model: Model, args: tuple, n: int) -> Code:
+        base = self.base
+        varied = () if model is base else tuple(x for x in self.fields if getattr(model, x) is not getattr(base, x))
+        capability = torch.backends.cpu.get_cpu_capability()
+        register = {"AVX512": 64, "AVX2": 32}.get(capability, 16) // base.gravity.itemsize  # robots in a register
+        block = min(register, 1 << (n.bit_length() - 1))
+        key = varied, block, *(x for x in args if isinstance(x, (bool, float)))
+        if key not in self.codes:
+            with self.one_at_a_time:
+                if key not in self.codes:
+                    known = self.known(base, model, varied)
+                    recording = Recording(self.function, base, model, varied, args, known)
+                    self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, block)
+        return self.codes[key]
+
+    def __call__(self, model: Model, *args: Any) -> Any:
+        n = next(x for _, x in named_tensors(args, "")).shape[-1]
+        return self.code(model, args, n)(model, args, n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3411,7 +4104,6 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     @normal_tensors
     def __init__(self, env_id: str, num_envs: int = 4096, **options: Any):
-        self._arguments = env_id, num_envs, dict(options)
         known = options.keys() & {field.name for field in dataclasses.fields(Options)}
         given = Options(**{name: options.pop(name) for name in known})
         check_at_least(1, num_envs=num_envs, iterations=given.iterations, max_episode_steps=given.max_episode_steps)
@@ -3549,36 +4241,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         if on_cpu and self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
             self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk) % self.num_envs
         self._carries: list[Carry] = []
-        self._run = compile_regions(self.device) if self.compiled else EAGER
+        self._run = compile_regions(self.model) if self.compiled else EAGER
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
         self._fast: Regions | None = None  # from the second step on; the first one compiles, without threads
-
-    def _compile_ahead(self, action: Tensor, noise: Noise, second_half: bool = False) -> None:
-        """Compile the functions of a step for a chunk with these inputs, half of them in a second process.
-
-        PyTorch compiles one function at a time, and keeps the code on disk. So the second process makes this
-        environment too, and this one then finds its code. It is ended where this one's half was on disk already."""
-        calls: list[tuple[str, tuple, dict]] = []
-
-        def recorded(name: str, function: Callable) -> Callable:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                calls.append((name, args, kwargs))
-                return function(*args, **kwargs)
-
-            return call
-
-        other = None if second_half else start_second_half(self._cores, *self._arguments)
-        run = Regions(**{name: recorded(name, getattr(EAGER, name)) for name in vars(self._run)})
-        environment_step(self.settings, self.model, self._carries[0], action, noise, run)
-        counters = torch._dynamo.utils.counters
-        counters["inductor"]["fxgraph_cache_miss"] = 0  # functions that were not in the cache on disk
-        for name, args, kwargs in calls:
-            if (name not in FIRST_HALF) == second_half:
-                getattr(self._run, name)(*args, **kwargs)
-        if other:
-            if not counters["inductor"]["fxgraph_cache_miss"]:  # all was on disk
-                other.kill()
-            other.wait()
 
     def _part(self, tensors: Any, part: slice | Tensor) -> Any:
         """`tensors` (..., N) of one chunk. Functions are compiled for strides, so those of all chunks are alike."""
@@ -3681,8 +4346,6 @@ class VecSim(gymnasium.vector.VectorEnv):
             map_tensors(Tensor.copy_, carry, new)
             return transition
 
-        if self.compiled and not self._fast and self._cores > 1:
-            self._compile_ahead(*(self._part(x, self._parts[0]) for x in (action, drawn)))
         run, threads = self._fast or self._run, self._threads if self._fast else None
         transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
         if not self._fast:
