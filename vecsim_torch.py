@@ -1585,8 +1585,9 @@ def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
 
     Compiled: a Cholesky factorisation of H, unrolled over the entries. The last dof is eliminated first, so leaves come
     before their parents and zeros stay zero (Featherstone 2008, section 6.5). W couples branches of the tree. With
-    H = L^T L and Z = L^-T W, the Woodbury identity gives x = L^-1 (z - Z (1 + Z^T Z)^-1 Z^T z), where z = L^-T g. Eager: LAPACK or cuSOLVER solves the unpacked matrices.
-    If the matrix of an environment is not positive definite, the result of that environment is NaN.
+    H = L^T L and Z = L^-T W, the Woodbury identity gives x = L^-1 (z - Z (1 + Z^T Z)^-1 Z^T z), where z = L^-T g.
+    Eager: LAPACK or cuSOLVER solves the unpacked matrices. If the matrix of an environment is not positive definite,
+    the result of that environment is NaN.
     """
     if not isinstance(_get_current_dispatch_mode(), Recorder):
         padded = torch.cat((packed, torch.zeros_like(packed[:1])))
@@ -3201,7 +3202,12 @@ def environment_step(
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
 
-def compile_regions(model: Model) -> Regions:
+def on_gpu(device: torch.device) -> bool:
+    """Whether code is compiled for a GPU. Tests emulate one."""
+    return device.type == "cuda"
+
+
+def compile_regions(base: Model) -> Regions:
     """Compiled functions for one model, one task and its settings: PHYSICS by this file, OTHERS by PyTorch.
 
     PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
@@ -3210,11 +3216,19 @@ def compile_regions(model: Model) -> Regions:
     """
     run = Regions()
     for function in PHYSICS:
-        setattr(run, function.__name__, CompiledFunction(function, model))
-    run.newton_iteration.known = known_values
-    run.advance.known = lambda *given: [None] * 3 + known_values(*given)  # no row of the `State` is a constant
+        setattr(run, function.__name__, CompiledFunction(function, base))
+    found: dict[tuple, list] = {}
+
+    def known(model: Model, varied: tuple) -> list:
+        key = constants_in(model, varied)
+        if key not in found:
+            found[key] = known_values(base, model, varied)
+        return found[key]
+
+    run.newton_iteration.known = known
+    run.advance.known = lambda *given: [None] * 3 + known(*given)  # no row of the `State` is a constant
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
-    if model.gravity.device.type == "cpu":
+    if not on_gpu(base.gravity.device):
         options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "cpp.enable_tiling_heuristics": False}
     else:  # independent kernels become one launch
         options |= {"combo_kernels": True}
@@ -3282,7 +3296,7 @@ class Program:
     def __init__(self):
         self.operations: list[tuple[str, str, tuple]] = []
         self.values: dict[tuple, Value] = {}
-        self.tables: list[tuple] = []
+        self.tables: dict[tuple, int] = {}  # constant tensors and their numbers
 
     def append(self, kind: str, name: str, *args: Any) -> Value:
         key = name, *((type(x), x) for x in args)
@@ -3359,18 +3373,17 @@ class Program:
                 return yes
         return None
 
-    def pick(self, index: Any, elements: Sequence[Any]) -> Any:
-        """elements[index]."""
-        if not isinstance(index, Value):
-            return elements[index]
+    def pick(self, indices: Sequence[Any], elements: tuple) -> list[Any]:
+        """elements[index] for each of the indices."""
         if all(type(x) is type(elements[0]) and x == elements[0] for x in elements):
-            return elements[0]
+            return [elements[0]] * len(indices)
         if any(isinstance(x, Value) for x in elements):
             kind = "number" if any(self.kind(x) == "number" for x in elements) else "integer"
-            return self.append(kind, "pick", index, *elements)
-        if elements not in self.tables:
-            self.tables.append(elements)
-        return self.append("number", "table", self.tables.index(elements), index)
+            new = lambda index: self.append(kind, "pick", index, *elements)
+        else:
+            number = self.tables.setdefault(elements, len(self.tables))
+            new = lambda index: self.append("number", "table", number, index)
+        return [new(index) if isinstance(index, Value) else elements[index] for index in indices]
 
     def needed(self, roots: Iterable[Any]) -> list[Value]:
         """The operations that `roots` need, depth first: what is computed is used soon."""
@@ -3398,9 +3411,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, program: Program):
         super().__init__()
         self.program = program
-        self.arrays: dict[
-            int, tuple[Tensor, np.ndarray]
-        ] = {}  # by id; the tensor keeps its id alive
+        self.arrays: dict[int, tuple[Tensor, np.ndarray]] = {}  # by id; the tensor keeps its id alive
         self.constants: dict[int, tuple[Tensor, np.ndarray]] = {}  # the same, of tensors that do not depend on an input
 
     def array(self, x: Tensor) -> np.ndarray:
@@ -3437,7 +3448,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if any(id(x) in self.arrays for x in tree_leaves(args)):
-            found = RULES[function.overloadpacket.__name__](self, result, *tree_map_only(Tensor, self.array, args))
+            name = function.overloadpacket.__name__
+            if name not in RULES or (kwargs or {}).keys() & {"alpha", "rounding_mode"}:
+                raise NotImplementedError(f"the compiler of the physics has no rule for {function}; see RULES")
+            found = RULES[name](self, result, *tree_map_only(Tensor, self.array, args))
             single = isinstance(result, Tensor)
             for x, array in zip([result] if single else result, [found] if single else found, strict=True):
                 self.keep(x, np.asarray(array, dtype=object))
@@ -3457,19 +3471,32 @@ def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np
     rows = index[0]
     if rows is None or not any(isinstance(i, Value) for i in rows.flat):
         return x[tuple(slice(None) if i is None else i.astype(int) for i in index)]
-    columns = [tuple(column) for column in x.reshape(len(x), -1).T]
-    return as_objects((r.program.pick(i, column) for i in rows.flat for column in columns), result.shape)
+    columns = [r.program.pick(list(rows.flat), tuple(column)) for column in x.reshape(len(x), -1).T]
+    return as_objects(itertools.chain(*zip(*columns, strict=True)), result.shape)
 
 
 def gather(r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
     """torch.gather along the first axis."""
-    places = ((row, place[1:]) for place, row in np.ndenumerate(index))
-    return as_objects((r.program.pick(row, tuple(x[:, *rest])) for row, rest in places), result.shape)
+    found = np.empty(index.shape, dtype=object)
+    for place in np.ndindex(index.shape[1:]):
+        found[:, *place] = r.program.pick(list(index[:, *place]), tuple(x[:, *place]))
+    return found
 
 
 def put(x: np.ndarray, axis: int, index: np.ndarray, source: np.ndarray) -> np.ndarray:
     copy = x.copy()
     np.moveaxis(copy, axis, 0)[index.astype(int)] = np.moveaxis(source, axis, 0)
+    return copy
+
+
+def add_rows(
+    r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndarray, source: np.ndarray
+) -> np.ndarray:
+    """torch.index_add. A row may occur several times in the index."""
+    copy = x.copy()
+    rows = np.moveaxis(copy, axis, 0)
+    for row, added in zip(index.astype(int), np.moveaxis(source, axis, 0), strict=True):
+        rows[row] = r.elementwise("add", rows[row], added)
     return copy
 
 
@@ -3508,12 +3535,11 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "amin": lambda r, _, x, axes, keep=False: r.reduce("min", x, axes, keep),
     "_to_copy": convert,
     "view": view,
+    "_unsafe_view": view,
     "index": take,
     "gather": gather,
     "index_copy": lambda r, _, x, axis, index, source: put(x, axis, index, source),
-    "index_add": lambda r, _, x, axis, index, source: put(
-        x, axis, index, r.elementwise("add", np.take(x, index.astype(int), axis), source)
-    ),
+    "index_add": add_rows,
     "clone": lambda r, _, x: x,
     "detach": lambda r, _, x: x,
     "expand": lambda r, result, x, *_: np.broadcast_to(x, result.shape),
@@ -3645,12 +3671,13 @@ def write_kernels(program: Program, numbers: Sequence, integers: Sequence, size:
                 places.setdefault(x, []).append((tensor, row))
             else:
                 others.append((tensor, row, x))
-    scratch = 0
+    scratch = {"s": 0, "j": 0}
     for v in computed:
         for x in program.operations[v][2]:
             if isinstance(x, Value) and x in home and home[x] != home[v] and x not in places:
-                places[x] = [("s", scratch)]
-                scratch += 1
+                tensor = "s" if program.kind(x) == "number" else "j"
+                places[x] = [(tensor, scratch[tensor])]
+                scratch[tensor] += 1
     kernels = [KernelWriter(program, places) for _ in range(last + 1)]
     for v in computed:
         kernels[home[v]].compute(v)
@@ -3756,7 +3783,7 @@ def cuda_source(kernel: Kernel, dtype: torch.dtype) -> str:
 
 def pointer(name: str) -> str:
     """The C type of a tensor of a kernel."""
-    kinds = {"y": "real*", "s": "real*", "z": "long long*", "k": "const long long*"}
+    kinds = {"y": "real*", "s": "real*", "z": "long long*", "j": "long long*", "k": "const long long*"}
     return kinds.get(name[0], "const real*")
 
 
@@ -3765,9 +3792,9 @@ def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
 
     Compiled code stays in the folder where PyTorch keeps its own."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
-    words = [os.environ.get("CXX", "g++"), *flags]
+    words = [*os.environ.get("CXX", "g++").split(), *flags]
     folder = Path(cache_dir()) / "vecsim"
-    library = folder / f"{hashlib.sha256((' '.join(words) + source).encode()).hexdigest()}.so"
+    library = folder / f"{hashlib.sha256(' '.join((cpu_name(), *words, source)).encode()).hexdigest()}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -3787,9 +3814,9 @@ def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
     return launch
 
 
-def build_cuda(source: str) -> Callable[[Sequence[Tensor], int], None]:
-    """Compile with NVRTC, which comes with PyTorch. Returns a function of the tensors and the number of robots."""
-    kernel = torch.cuda._utils._cuda_load_module(nvrtc(source, torch.cuda.get_device_capability()), ["run"])["run"]
+def load_cuda(code: bytes) -> Callable[[Sequence[Tensor], int], None]:
+    """Load a kernel that NVRTC compiled. Returns a function of the tensors and the number of robots."""
+    kernel = torch.cuda._utils._cuda_load_module(code, ["run"])["run"]
 
     def launch(tensors: Sequence[Tensor], n: int) -> None:
         kernel(((n + BLOCK - 1) // BLOCK, 1, 1), (BLOCK, 1, 1), [*tensors, n])
@@ -3887,7 +3914,7 @@ class Code:
             values["y" if x.dtype.is_floating_point else "z"] += list(array.flat)
         names: dict[str, Any] = {}
         self.results = eval(f"lambda y, z, n: {self.expression(recording.result, names)}", names)
-        on_cpu = device.type == "cpu"
+        on_cpu = not on_gpu(device)
         size = math.inf if on_cpu else KERNEL
         self.kernels, self.scratch = write_kernels(recording.program, values["y"], values["z"], size)
 
@@ -3896,13 +3923,15 @@ class Code:
         self.inputs = eval(f"lambda model, args: ({''.join(f'{inputs[k][0]}, ' for k in numbers)})")
         self.leading = [inputs[k][1].shape[:-1] for k in numbers]
         self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in recording.program.tables]
-        place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s"]
+        place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s", "j"]
         self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
         if on_cpu:
             self.launches = [build_cpp(cpp_source(kernel, dtype, block)) for kernel in self.kernels]
         else:
+            capability = torch.cuda.get_device_capability(device)
             with ThreadPoolExecutor() as pool:
-                self.launches = list(pool.map(build_cuda, (cuda_source(kernel, dtype) for kernel in self.kernels)))
+                codes = list(pool.map(lambda kernel: nvrtc(cuda_source(kernel, dtype), capability), self.kernels))
+            self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
 
     def expression(self, tree: Any, names: dict[str, Any]) -> str:
         """Python that makes the result from the pieces of y and z, lists of (rows, n). `names` gets its types."""
@@ -3923,21 +3952,34 @@ class Code:
         tensors = list(self.inputs(model, args))
         for k, (x, leading) in enumerate(zip(tensors, self.leading, strict=True)):
             if x.shape != (*leading, n) or not x.is_contiguous():
+                if x.shape[:-1] != leading:
+                    raise ValueError(f"compiled for a tensor {(*leading, n)}, not {tuple(x.shape)}")
                 tensors[k] = x.expand(*leading, n).contiguous()
+            if x.dtype != self.dtype and x.dtype != torch.int64:
+                raise ValueError(f"compiled for {self.dtype}, not {x.dtype}")
         new = functools.partial(torch.empty, device=self.device)
         y = new(sum(self.sizes["y"]), n, dtype=self.dtype)
         z = new(sum(self.sizes["z"]), n, dtype=torch.int64)
-        tensors += [*self.tables, y, z, new(self.scratch, n, dtype=self.dtype)]
+        tensors += [*self.tables, y, z, new(self.scratch["s"], n, dtype=self.dtype)]
+        tensors.append(new(self.scratch["j"], n, dtype=torch.int64))
         for launch, places in zip(self.launches, self.places, strict=True):
             launch([tensors[k] for k in places], n)
         return self.results(y.split(self.sizes["y"]), z.split(self.sizes["z"]), n)
+
+
+def constants_in(model: Model, varied: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The names of these fields, and what they have besides tensors of numbers, which are inputs."""
+    for name in varied:
+        if not all(x.is_floating_point() for _, x in named_tensors(getattr(model, name), name)):
+            raise ValueError(f"compiled for another model, which differs in {name}")
+    return tuple((name, repr(rebuilt(getattr(model, name), lambda _: None))) for name in varied)
 
 
 class CompiledFunction:
     """`function` of the physics, compiled for the model `base` when it is called first.
 
     Fields of the model may be replaced, as randomisation does. Numbers among the arguments are constants. known: of
-    (base, model, varied), see `Recording`."""
+    (model, varied), see `Recording`."""
 
     def __init__(self, function: Callable, base: Model, known: Callable = lambda *_: []):
         self.function, self.base, self.known = function, base, known
@@ -3945,24 +3987,25 @@ class CompiledFunction:
         self.codes: dict[tuple, Code] = {}
         self.one_at_a_time = threading.Lock()
 
-    def code(self, model: Model, args: tuple, n: int) -> Code:
-        base = self.base
+    def compile(self, model: Model, *args: Any) -> tuple[Code, int]:
+        """The code for these arguments, and their number of robots."""
+        base, n = self.base, next(x for _, x in named_tensors(args, "")).shape[-1]
         varied = () if model is base else tuple(x for x in self.fields if getattr(model, x) is not getattr(base, x))
         capability = torch.backends.cpu.get_cpu_capability()
         register = {"AVX512": 64, "AVX2": 32}.get(capability, 16) // base.gravity.itemsize  # robots in a register
         block = min(register, 1 << (n.bit_length() - 1))
-        key = varied, block, *(x for x in args if isinstance(x, (bool, float)))
+        key = constants_in(model, varied), block
+        key += tuple((type(x), x) for x in args if not isinstance(x, (Tensor, tuple, list)))
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
-                    known = self.known(base, model, varied)
-                    recording = Recording(self.function, base, model, varied, args, known)
+                    recording = Recording(self.function, base, model, varied, args, self.known(model, varied))
                     self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, block)
-        return self.codes[key]
+        return self.codes[key], n
 
     def __call__(self, model: Model, *args: Any) -> Any:
-        n = next(x for _, x in named_tensors(args, "")).shape[-1]
-        return self.code(model, args, n)(model, args, n)
+        code, n = self.compile(model, *args)
+        return code(model, args, n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4245,6 +4288,27 @@ class VecSim(gymnasium.vector.VectorEnv):
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
         self._fast: Regions | None = None  # from the second step on; the first one compiles, without threads
 
+    def _compile_ahead(self, action: Tensor, noise: Noise) -> None:
+        """Compile the functions of a step for a chunk with these inputs, on all cores.
+
+        An eager step gives their arguments. PyTorch compiles one function at a time, in this thread."""
+        calls: list[tuple[str, tuple]] = []
+
+        def recorded(name: str, function: Callable) -> Callable:
+            return lambda *args: calls.append((name, args)) or function(*args)
+
+        run = Regions(**{name: recorded(name, function) for name, function in vars(EAGER).items()})
+        environment_step(self.settings, self.model, self._carries[0], action, noise, run)
+        calls = list({name: (name, args) for name, args in calls}.values())
+        with ThreadPoolExecutor(self._cores) as pool:
+            compiled = [(getattr(self._run, name), args) for name, args in calls]
+            jobs = [pool.submit(f.compile, *args) for f, args in compiled if isinstance(f, CompiledFunction)]
+            for function, args in compiled:
+                if not isinstance(function, CompiledFunction):
+                    function(*args)
+            for job in jobs:
+                job.result()
+
     def _part(self, tensors: Any, part: slice | Tensor) -> Any:
         """`tensors` (..., N) of one chunk. Functions are compiled for strides, so those of all chunks are alike."""
         if len(self._parts) == 1 and isinstance(part, slice):
@@ -4346,6 +4410,8 @@ class VecSim(gymnasium.vector.VectorEnv):
             map_tensors(Tensor.copy_, carry, new)
             return transition
 
+        if self.compiled and not self._fast and self._cores > 1:
+            self._compile_ahead(*(self._part(x, self._parts[0]) for x in (action, drawn)))
         run, threads = self._fast or self._run, self._threads if self._fast else None
         transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
         if not self._fast:

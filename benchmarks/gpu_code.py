@@ -1,19 +1,22 @@
-"""The code that PyTorch writes for a GPU, on a machine without one: counted, compiled by ptxas, or run by Triton.
+"""The code for a GPU, on a machine without one: counted, compiled for an H100, or run on the CPU.
 
     python -m benchmarks.gpu_code GUARD Ant-v5              # JSON: launches, bytes, registers; see gpu_kernels.py
-    python -m benchmarks.gpu_code GUARD Ant-v5 interpret    # steps in Triton's interpreter, beside eager ones
+    python -m benchmarks.gpu_code GUARD Ant-v5 interpret    # emulated steps, beside eager ones
 
-Needs triton. GUARD is a library that tests/fake_cuda.py builds; it lets a build of PyTorch for CPUs believe in CUDA.
+Needs triton and NVRTC. GUARD is a library that tests/fake_cuda.py builds; it lets a build of PyTorch for CPUs believe
+in CUDA.
 
-An environment is compiled on the CPU, with the options of a GPU. Just before Inductor lowers a graph, the graph moves
-to fake CUDA tensors, which have a shape and a device but no memory. Inductor then writes Triton kernels for an H100.
-They are counted without being run: a region returns zeros. This uses private names of PyTorch 2.13 and triton 3.7.
+An environment is compiled on the CPU, with the options of a GPU. vecsim writes the physics as CUDA C++, which NVRTC
+compiles. PyTorch writes the other regions: just before Inductor lowers a graph, the graph moves to fake CUDA tensors,
+which have a shape and a device but no memory. Inductor then writes Triton kernels. To be counted, no kernel is run:
+PyTorch's regions return zeros, those of the physics arbitrary numbers. To be emulated, the kernels of PyTorch run in
+Triton's interpreter, and those of the physics are compiled by g++, see tests/emulated_cuda.py. This uses private names
+of PyTorch 2.13 and triton 3.7.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 
@@ -23,6 +26,7 @@ os.environ |= dict(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_COMPILE_THREA
 os.environ |= dict(TRITON_INTERPRET="1") if INTERPRET else {}
 
 import contextlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -30,6 +34,7 @@ import tempfile
 import types
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,13 +43,17 @@ import triton.backends.nvidia
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import ppo_distill_teacher_student as distill
 import ppo_gpu_torch as ppo
 import vecsim_torch as vecsim
+from benchmarks import machine
+
+sys.path.insert(0, str(machine.ROOT / "tests"))
+import emulated_cuda
 
 ENVIRONMENTS = 32 if INTERPRET else 4096
 TARGET = GPUTarget("cuda", 90, 32)
@@ -126,23 +135,11 @@ def compile_for_cuda(make_call) -> None:
     graph.GraphLowering._compile_to_module = to_module
 
 
-def make_environment(env_id: str, compiled: bool, watch=lambda name, function: function):
-    """An environment with the options of its trainer. watch: wraps each compiled region."""
-    compile_regions = vecsim.compile_regions
-
-    def regions(*_):
-        found, run = compile_regions(torch.device("cuda")), vecsim.Regions()
-        for name in (function.__name__ for function in (*vecsim.PARTS, *vecsim.OTHERS)):
-            setattr(run, name, watch(name, getattr(found, name)))
-        for function in vecsim.WHOLE:
-            setattr(run, function.__name__, functools.partial(function, run=run))
-        return run
-
-    vecsim.compile_regions = regions
+def make_environment(env_id: str, compiled: bool) -> vecsim.VecSim:
+    """An environment with the options of its trainer."""
     args = (distill if "Quadruped" in env_id else ppo).task_defaults(env_id, "cpu")
     options = dict(integrator=args.integrator, chunk=ENVIRONMENTS, compile=compiled) | args.env_kwargs
     env = vecsim.make(env_id, ENVIRONMENTS, seed=5, **options)
-    vecsim.compile_regions = compile_regions
     env.reset(seed=7)
     return env
 
@@ -178,44 +175,90 @@ def load_source(kernel: str) -> dict:
     return names
 
 
+def usage(cubin: bytes) -> dict[str, int]:
+    """The registers of a thread, and the bytes of its stack."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    words = (("registers", "REG"), ("stack", "STACK"))
+    return {key: int(re.search(rf"{word}:(\d+)", text)[1]) for key, word in words}
+
+
 def registers(name: str, kernel: str) -> list[dict]:
     """Registers, and bytes of the stack of a thread, for each configuration that Inductor would try."""
     tuner, found = load_source(kernel)["kernel"], []
-    meta, function, binary = tuner.triton_meta, tuner.fn, Path(tempfile.mkdtemp()) / "kernel.cubin"
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+    meta, function = tuner.triton_meta, tuner.fn
     for config in tuner.configs:
         constants = {(function.arg_names.index(k),): v for k, v in (meta["constants"] | config.kwargs).items()}
         signature = meta["signature"] | dict.fromkeys(config.kwargs, "constexpr")
         attributes = {tuple(k): v for k, v in meta["configs"][0].items()} if meta["configs"] else {}
         source = triton.compiler.ASTSource(function, signature, constants, attributes)
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages, debug=True, sanitize_overflow=False)
-        binary.write_bytes(triton.compile(source, target=TARGET, options=options).asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-        words = (("registers", "REG"), ("stack", "STACK"))
-        used = {key: int(re.search(rf"{word}:(\d+)", usage)[1]) for key, word in words}
+        used = usage(triton.compile(source, target=TARGET, options=options).asm["cubin"])
         found.append(dict(kernel=name, **config.kwargs, warps=config.num_warps) | used)
     return found
 
 
+def find_nvrtc() -> ctypes.CDLL:
+    """The library in the package nvidia-cuda-nvrtc-cu12. A build of PyTorch for CPUs comes without it."""
+    [folder] = importlib.util.find_spec("nvidia.cuda_nvrtc").submodule_search_locations
+    return ctypes.CDLL(str(Path(folder) / "lib/libnvrtc.so.12"))
+
+
+class CountedCode(vecsim.Code):
+    """A compiled function of the physics that counts its calls. It keeps its machine code and launches nothing."""
+
+    def __init__(self, *arguments):
+        def load_module(cubin: bytes, names: list[str]) -> dict:
+            self.cubins.append(cubin)
+            return dict(run=lambda grid, block, arguments: None)
+
+        self.record, self.cubins = dict(calls=0), []
+        with mock.patch.object(torch.cuda._utils, "_cuda_load_module", load_module):
+            super().__init__(*arguments)
+
+    def __call__(self, *arguments):
+        with Operators() as operators:
+            result = super().__call__(*arguments)
+        sizes = [kernel.rows * self.dtype.itemsize for kernel in self.kernels]
+        copied = [2 * size / ENVIRONMENTS for size in operators.sizes]  # inputs that are not contiguous
+        self.record["calls"] += 1
+        self.record |= dict(bytes=[round(size, 1) for size in (*copied, *sizes)], fallbacks=operators.names)
+        return result
+
+
+def most_registers(name: str, code: CountedCode) -> list[dict]:
+    """The most registers and the largest stack of the kernels of a function of the physics."""
+    used = [usage(cubin) for cubin in code.cubins]
+    most = {key: max(kernel[key] for kernel in used) for key in ("registers", "stack")}
+    return [dict(kernel=f"{name}, the most of its {len(used)} kernels", warps=vecsim.BLOCK // 32) | most]
+
+
 class Operators(TorchDispatchMode):
-    """Counts operators that launch a kernel."""
+    """Names of the operators that launch a kernel, and bytes of what they return."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.names: list[str] = []
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator._schema.name.removeprefix("aten::")
         returned = operator(*args, **kwargs or {})
         view = not operator._schema.is_mutable and any(r.alias_info for r in operator._schema.returns)
-        self.count += not view and not name.startswith("empty") and name not in ("detach", "_reshape_alias")
+        if not view and not name.startswith("empty") and name not in ("detach", "_reshape_alias"):
+            self.names.append(name)
+            self.sizes.append(sum(x.nbytes for x in tree_leaves(returned) if isinstance(x, torch.Tensor)))
         return returned
 
 
 def count(env_id: str) -> dict:
     """What an environment step launches: by region, and outside of regions, within the CUDA graph of a step.
 
-    bytes: of each launch, for one environment. registers: of the kernel of a region with the most loads and stores."""
+    bytes: of each launch, for one environment. fallbacks: launches of PyTorch's own kernels. registers: of the kernel
+    of a region with the most loads and stores; of the physics the most of all kernels."""
     found, now, results, counting = [], [""], {}, False
 
     def make_call(graph, source):
@@ -241,13 +284,20 @@ def count(env_id: str) -> dict:
         return region
 
     compile_for_cuda(make_call)
-    env = make_environment(env_id, True, watch)
+    vecsim.Code = CountedCode
+    env = make_environment(env_id, True)
+    physics = {name: function for name, function in vars(env._run).items() if hasattr(function, "codes")}
+    env._run = vecsim.Regions(**{name: watch(name, function) for name, function in vars(env._run).items()})
     action = torch.zeros(env.model.nu, ENVIRONMENTS)
     with torch.no_grad():
         env._step_chunks(action)
         counting = True
         with Operators() as operators:
             env._step_chunks(action)
+    regions = []
+    for name, function in physics.items():
+        for code in function.codes.values():
+            regions.append(dict(region=name) | code.record | dict(registers=most_registers(name, code)))
     for record in found:
         source = record.pop("source")
         kernels = kernels_of(source)
@@ -257,11 +307,11 @@ def count(env_id: str) -> dict:
         record["fallbacks"] = [name for name in launched if name not in kernels]
         heaviest = max(kernels, key=lambda name: number(kernels[name], "num_load") + number(kernels[name], "num_store"))
         record["registers"] = registers(heaviest, kernels[heaviest])
-    return dict(env_id=env_id, frame_skip=env.task.frame_skip, regions=found, outside=operators.count)
+    return dict(env_id=env_id, frame_skip=env.task.frame_skip, regions=regions + found, outside=len(operators.names))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Triton's interpreter
+# Emulation: Triton's interpreter for the kernels of PyTorch, g++ for those of the physics
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -353,7 +403,9 @@ def interpret(env_id: str, steps: int = 2) -> list[dict]:
     for k in range(steps):
         action = torch.rand(ENVIRONMENTS, env.model.nu, generator=torch.Generator().manual_seed(k)) * 2 - 1
         launched.clear()
-        (obs, reward, *ends, _), (right_obs, right_reward, *right_ends, _) = env.step(action), eager.step(action)
+        with emulated_cuda.emulated_cuda(launched):
+            obs, reward, *ends, _ = env.step(action)
+        right_obs, right_reward, *right_ends, _ = eager.step(action)
         pairs = dict(obs=(obs, right_obs), reward=(reward, right_reward))
         pairs |= {name: (getattr(env.state(), name), getattr(eager.state(), name)) for name in ("qpos", "qvel")}
         flags = sum(int((a != b).sum()) for a, b in zip(ends, right_ends, strict=True))
@@ -365,4 +417,6 @@ def interpret(env_id: str, steps: int = 2) -> list[dict]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pretend_to_have_a_gpu()
+    vecsim.on_gpu = lambda device: True
+    torch.cuda._utils._get_gpu_rtc_library = find_nvrtc
     print(json.dumps((interpret if INTERPRET else count)(sys.argv[2])))

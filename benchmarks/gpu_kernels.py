@@ -1,8 +1,8 @@
-"""Predicts the speed on a GPU from the code that PyTorch writes for it: `python -m benchmarks gpu-kernels`.
+"""Predicts the speed on a GPU from the code for it: `python -m benchmarks gpu-kernels`.
 
-It needs triton (`pip install -e ".[gpu-kernels]"`) and g++, but no GPU. For each task it counts the launches of an
-environment step, the bytes that they read and write, and the registers that they need on an H100. The counts are those
-of the emitted code. The rates follow from a model and are a prediction:
+It needs triton and NVRTC (`pip install -e ".[gpu-kernels]"`) and g++, but no GPU. For each task it counts the launches
+of an environment step, the bytes that they read and write, and the registers that they need on an H100. The counts are
+those of the code that vecsim and PyTorch write. The rates follow from a model and are a prediction:
 
 - A launch within a CUDA graph takes 1.5 to 2.5 us, or longer if its bytes do. Both ends are predicted.
 - Memory moves 3.0 TB/s. A launch whose bytes fit 40 MB finds them in the cache of the card, which moves 5.5 TB/s.
@@ -69,7 +69,7 @@ def rates(predicted: dict, env_id: str, num_envs: int) -> list[float] | None:
 def write(options: Namespace) -> None:
     """Count the tasks, each in a new process, and write results/gpu/predicted.json, which keeps the counts of others.
 
-    With --interpret run the code in Triton's interpreter instead, and print how far it is from eager PyTorch."""
+    With --interpret run the code on the CPU instead, and print how far it is from eager PyTorch."""
     sys.path.insert(0, str(machine.ROOT / "tests"))
     import fake_cuda
 
@@ -85,13 +85,13 @@ def write(options: Namespace) -> None:
             command = [sys.executable, "-m", "benchmarks.gpu_code", guard, env_id, *mode]
             done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                raise SystemExit(f"error: {env_id} could not be compiled; is triton installed?")
+                raise SystemExit(f"error: {env_id} could not be compiled; are triton and NVRTC installed?")
             counted = json.loads(done.stdout.splitlines()[-1])
             if mode:
                 print(env_id, counted)
                 continue
             tasks[env_id] = counted | dict(commit=machine.commit())
-            versions = {name: metadata.version(name) for name in ("torch", "triton")}
+            versions = {name: metadata.version(name) for name in ("torch", "triton", "nvidia-cuda-nvrtc-cu12")}
             rows = [predict(task, vecsim_torch.CUDA_CHUNK) for task in tasks.values()]
             about = dict(hardware=HARDWARE, commit=machine.commit(), command="python -m benchmarks gpu-kernels")
             save(path, about | dict(versions=versions, tasks=rows))

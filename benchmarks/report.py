@@ -58,13 +58,15 @@ second finds what the first left.
 
 GPU = """## GPU
 
-No GPU has run this project. Launches, traffic and registers are counted in the code that PyTorch writes for an H100.
-Rates are predicted from them by a model in which a launch takes 1.5 to 2.5 us or the time of its traffic, and more than
-8,192 environments are stepped in chunks of that many. The model is an upper bound: it knows no uncoalesced access and
-no spilled registers. A stack that is not 0 is a spill.
+No GPU has run this project. Launches, traffic and registers are counted in the code for an H100: CUDA C++ that vecsim
+writes for the physics, and kernels that PyTorch writes for the rest. Rates are predicted from them by a model in which
+a launch takes 1.5 to 2.5 us or the time of its traffic, and more than 8,192 environments are stepped in chunks of that
+many. The model is an upper bound: it knows no arithmetic, no uncoalesced access and no spilled registers. Of the
+physics, the table has the most registers and the largest stack of all kernels of a function. A stack holds spilled
+registers, arrays that are indexed, and 32 bytes for the sine and cosine of large angles.
 
 Launches limit Ant at 4,096 environments, and traffic limits it in larger chunks. Our aim for it is 300 launches and 300
-KB: most of the traffic is rows that one kernel stacks and the next reads.
+KB: most of the traffic is values that one kernel computes and a later one needs.
 """
 
 MEASURED = """## GPU, measured

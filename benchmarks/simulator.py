@@ -97,11 +97,8 @@ def acceleration_errors(env: vecsim.VecSim, actions: Tensor, iterations: int) ->
     It runs the functions that `env.step` compiled, on a whole chunk of robots in their present states.
     """
     ctrl = env.task.control(env.model, actions.T)
-    *state, ctrl = (
-        torch.clone(x[:, env._parts[0]], memory_format=torch.contiguous_format) for x in (*env.state(), ctrl)
-    )
-    with vecsim.one_thread() if env._threads else contextlib.nullcontext():  # else they are compiled again
-        qacc = vecsim.forward(env.model, vecsim.State(*state), ctrl, iterations, env._run).solution.qacc
+    *state, ctrl = (x[:, env._parts[0]] for x in (*env.state(), ctrl))
+    qacc = vecsim.forward(env.model, vecsim.State(*state), ctrl, iterations, env._run).solution.qacc
     *inputs, ours = (x[:, : min(512, env.num_envs)].double().cpu().numpy().T for x in (*state, ctrl, qacc))
     m, exact = converged(env.mj_model), []
     data = mujoco.MjData(m)

@@ -52,6 +52,16 @@ def traced(monkeypatch):
     return graphs
 
 
+@pytest.fixture
+def quickly_built(monkeypatch, tmp_path):
+    """g++ does not optimise: large robots are compiled in a tenth of the time."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+
 def pytest_addoption(parser):
     parser.addoption("--figures", metavar="FILE", help="write the worst errors that the tests measured as JSON")
 

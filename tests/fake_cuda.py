@@ -217,6 +217,7 @@ def fake_cuda():
     FakeTensor.__deepcopy__ = deepcopy
     fake_tensor.init_gpu_context = lambda device: None
     torch.Generator, torch.compile, nn.Module.to = Generator, lambda function, **_: function, move
+    vecsim.compile_regions = lambda model: vecsim.EAGER
     Tensor.numpy = lambda x: np.zeros(x.shape, str(x.dtype).removeprefix("torch."))
     replaced = dict(CUDAGraph=Graph, graph=capture, Stream=mock.Mock, current_stream=mock.Mock())
     replaced |= dict.fromkeys(("stream", "device"), lambda _: contextlib.nullcontext())

@@ -1,5 +1,6 @@
 """What a machine without a GPU can show of the code for GPUs.
 
+- The CUDA kernels of the physics, compiled for the CPU, compute the numbers of eager PyTorch.
 - Captured in emulated CUDA graphs, learner and simulator compute the same numbers as without graphs.
 - On fake CUDA tensors, which have a shape and a device but no memory, training mixes no devices and the host reads
   nothing.
@@ -14,7 +15,9 @@ import functools
 import re
 import subprocess
 import sys
+from collections import Counter
 
+import emulated_cuda
 import emulated_graphs
 import fake_cuda
 import jax
@@ -35,6 +38,118 @@ import vecsim_torch as vecsim
 needs_tested_torch = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="relies on private names of PyTorch 2.13"
 )
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Emulated CUDA kernels
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A capsule with an arm, on the ground and at the arm's limit.
+CAPSULE = """<mujoco><option timestep=".004"/><worldbody><geom type="plane" size="9 9 1"/>
+  <body pos="0 0 .3"><freejoint/><geom type="capsule" size=".05 .1"/>
+    <body pos="0 0 .1"><joint name="arm" axis="0 1 0" range="-2 60" limited="true" damping=".1"/>
+      <geom type="capsule" size=".04" fromto="0 0 0 .2 0 0"/></body>
+  </body></worldbody><actuator><motor joint="arm" gear="5" ctrlrange="-1 1" ctrllimited="true"/></actuator></mujoco>"""
+ROBOTS = 40  # more than a block, and no multiple of it
+TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-11}  # rounding, times the condition of the contact problem
+PIECES = {  # operations of a kernel, and the functions that are several kernels then
+    "pendulum": (100, {"begin_dynamics", "newton_iteration"}),
+    "capsule": (300, {"begin_dynamics", "newton_iteration", "advance"}),
+}
+
+
+@contextlib.contextmanager
+def emulated(monkeypatch, robot: str):
+    """Compile small kernels and emulate them. Yields a Counter of launches."""
+    launched, empty = Counter(), torch.empty
+
+    def forgetful(*size, **kind):
+        """torch.empty, whose memory may hold old results that are right."""
+        return empty(*size, **kind).fill_(float("nan") if kind["dtype"].is_floating_point else -1)
+
+    with emulated_cuda.emulated_cuda(launched), monkeypatch.context() as patch:
+        patch.setattr(vecsim, "KERNEL", PIECES[robot][0])
+        patch.setattr(torch, "empty", forgetful)
+        yield launched
+
+
+@functools.cache
+def start_of(robot: str, dtype: torch.dtype) -> tuple[vecsim.Model, vecsim.State, torch.Tensor]:
+    """A model, states and controls. The tensors are transposed, so a kernel cannot read them as they are."""
+    source = CAPSULE if robot == "capsule" else vecsim.InvertedPendulum().source()
+    model, generator = vecsim.load_model(vecsim.compile_mjcf(source), dtype=dtype), torch.Generator().manual_seed(0)
+    qpos, qvel, warmstart, ctrl = (
+        2 * torch.rand(ROBOTS, rows, generator=generator, dtype=dtype).T - 1
+        for rows in (model.nq, model.nv, model.nv, model.nu)
+    )
+    qpos = model.qpos0 + 0.1 * qpos
+    if robot == "capsule":
+        qpos[2] -= 0.2  # so its lower end is within 10 cm of the ground's surface
+    return model, vecsim.State(qpos, qvel, warmstart), ctrl
+
+
+def two_steps(robot: str, dtype: torch.dtype, integrator: str, run: vecsim.Regions) -> tuple:
+    """The state after two steps, and the dynamics of the second one."""
+    model, state, ctrl = start_of(robot, dtype)
+    with torch.no_grad():
+        for _ in range(2):
+            state, dynamics = vecsim.step(model, state, ctrl, integrator, 2, run)
+    return state, dynamics
+
+
+def assert_emulation_is_exact(robot: str, dtype: torch.dtype, integrator: str, run: vecsim.Regions) -> None:
+    """`run` computes what eager PyTorch does: every tensor of the state and of the dynamics."""
+    found = vecsim.named_tensors(two_steps(robot, dtype, integrator, run), "")
+    right = vecsim.named_tensors(two_steps(robot, dtype, integrator, vecsim.EAGER), "")
+    for (name, x), (_, exact) in zip(found, right, strict=True):
+        wrong = (x - exact.expand_as(x)).abs() / (1 + exact.abs())  # what is the same for all robots may be (..., 1)
+        assert (wrong <= TOLERANCES[dtype]).all(), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "robot, integrator", [("pendulum", "euler"), ("pendulum", "rk4"), ("capsule", "euler"), ("capsule", "implicitfast")]
+)
+def test_the_cuda_kernels_of_the_physics_compute_what_eager_pytorch_does(robot, integrator, dtype, monkeypatch):
+    with emulated(monkeypatch, robot) as launched:
+        run = vecsim.compile_regions(start_of(robot, dtype)[0])
+        assert_emulation_is_exact(robot, dtype, integrator, run)
+    codes = {name: code for name in vars(run) for code in getattr(vars(run)[name], "codes", {}).values()}
+    in_pieces = {name for name, code in codes.items() if len(code.kernels) > 1 and code.scratch["s"] > 0}
+    assert in_pieces == PIECES[robot][1] & codes.keys()
+    evaluations = 2 * (4 if integrator == "rk4" else 1)  # of the dynamics
+    per_evaluation = len(codes["begin_dynamics"].kernels) + 2 * len(codes["newton_iteration"].kernels)
+    rest = launched.total() - evaluations * per_evaluation
+    assert rest == 2 * (7 if integrator == "rk4" else len(codes["advance"].kernels))
+    if robot == "capsule":
+        constraints = two_steps(robot, dtype, integrator, vecsim.EAGER)[1]
+        active = vecsim.active_weights(constraints.smooth.constraints, constraints.solution)
+        assert (active.contact > 0).any() and (active.limit > 0).any()
+
+
+FAULTS_OF_KERNELS = {  # the owner of a function, its name, a piece of its source, what replaces it
+    "a kernel is left out": (
+        vecsim.Code, "__call__", "zip(self.launches, self.places, strict=True)",
+        "zip(self.launches[:-1], self.places)"),
+    "the kernels run in the wrong order": (
+        vecsim.Code, "__call__", "zip(self.launches, self.places, strict=True)",
+        "zip(self.launches[::-1], self.places[::-1])"),
+    "two values share a row of scratch": (
+        vecsim, "write_kernels", "(tensor, scratch[tensor])", "(tensor, scratch[tensor] // 2)"),
+    "inputs are read as if they were contiguous": (vecsim.Code, "__call__", " or not x.is_contiguous()", ""),
+    "the last block is not launched": (vecsim, "load_cuda", "(n + BLOCK - 1) // BLOCK", "n // BLOCK"),
+    "a thread computes the robot of another": (vecsim, "cuda_source", "+ threadIdx.x", "+ threadIdx.x / 2"),
+    "a block computes the robots of another": (vecsim, "cuda_source", "blockIdx.x * blockDim.x + ", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_KERNELS)
+def test_emulated_kernels_show_the_fault(fault, monkeypatch):
+    replacement = FAULTS_OF_KERNELS[fault]
+    monkeypatch.setattr(*replacement[:2], broken(*replacement))
+    with emulated(monkeypatch, "pendulum"), pytest.raises(AssertionError):
+        run = vecsim.compile_regions(start_of("pendulum", torch.float64)[0])
+        assert_emulation_is_exact("pendulum", torch.float64, "euler", run)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Emulated CUDA graphs
@@ -86,9 +201,13 @@ def captured(monkeypatch, captures: bool = True, compile=lambda function, **_: f
         graphs.append(emulated_graphs.Graph())
         return graphs[-1]
 
+    def regions(model: vecsim.Model) -> vecsim.Regions:
+        return vecsim.Regions(**{name: compile(function) for name, function in vars(vecsim.EAGER).items()})
+
     with emulated_graphs.emulated_graphs(), monkeypatch.context() as patch:
         patch.setattr(vecsim, "has_cuda_graphs", lambda device: captures)
         patch.setattr(torch, "compile", compile)
+        patch.setattr(vecsim, "compile_regions", regions)
         patch.setattr(torch.cuda, "CUDAGraph", new_graph)
         yield graphs
 
@@ -261,6 +380,21 @@ def test_a_failed_compilation_is_not_a_failed_capture(name, monkeypatch, tmp_pat
     with captured(monkeypatch, compile=lambda function, **_: fails) as graphs:
         with pytest.raises(RuntimeError, match="^no compiler here$"):
             train(name, tmp_path)
+    assert not graphs
+
+
+@needs_tested_torch
+def test_kernels_that_do_not_compile_are_not_a_failed_capture(monkeypatch):
+    def fails(source, capability):
+        raise RuntimeError("no NVRTC here")
+
+    compile_regions = vecsim.compile_regions
+    with captured(monkeypatch) as graphs, emulated_cuda.emulated_cuda(Counter()), monkeypatch.context() as patch:
+        patch.setattr(vecsim, "compile_regions", compile_regions)
+        patch.setattr(vecsim, "nvrtc", fails)
+        env = make_env()
+        with pytest.raises(RuntimeError, match="^no NVRTC here$"):
+            env.step(torch.zeros(6, 1))
     assert not graphs
 
 

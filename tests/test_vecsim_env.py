@@ -10,10 +10,9 @@ import copy
 import dataclasses
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
+import threading
+import types
 from pathlib import Path
 
 import gymnasium
@@ -532,21 +531,23 @@ def assert_rollouts_agree(eager, compiled, steps, tolerance):
         assert a.dtype == b.dtype and ((a.double() - b.double()).abs() / (1 + a.double().abs())).max() <= tolerance
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["", "torch.set_float32_matmul_precision('high')"], ids=["", "as in a training"])
-def test_a_second_process_compiles_half_of_a_step(precision, tmp_path):
-    code = f"""import torch, vecsim_torch
-{precision}
-torch.set_num_threads(2)
-env = vecsim_torch.make("InvertedPendulum-v5", 8, compile=True, integrator="euler")
-env.reset(seed=0)
-env.step(torch.zeros(8, 1))
-print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])"""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(vecsim.__file__).parent, env=environment, capture_output=True, text=True
-    )
-    assert int(done.stdout) == 3, done.stderr  # newton_iteration, advance and end_step
+def test_the_first_step_compiles_on_all_cores(traced, monkeypatch):
+    """Each function of the physics is built once, for both chunks, and not all in one thread."""
+    built, build = [], vecsim.build_cpp
+    started = threading.Barrier(2, timeout=60)
+
+    def spy(source):
+        built.append((source, threading.get_ident()))
+        if len(built) <= 2:
+            started.wait()  # breaks if no second thread compiles
+        return build(source)
+
+    monkeypatch.setattr(vecsim, "build_cpp", spy)
+    _, compiled = make_compiled("InvertedPendulum-v5", **FAST)
+    for _ in range(2):
+        compiled.step(random_actions(compiled))
+    sources, threads = zip(*built, strict=True)
+    assert len(set(sources)) == len(sources) == 3 and len(set(threads)) == 2  # begin, iteration, advance
 
 
 @pytest.mark.slow
@@ -607,24 +608,21 @@ LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation":
 @pytest.mark.parametrize(
     "env_id, compiler, options, active",
     [
-        ("HalfCheetah-v5", "inductor", EULER, ("contact", "limit")),
-        ("Limbs", "inductor", LIMBS, ("contact", "limit", "pair")),
-        ("Limbs", "inductor, in parts", LIMBS, ("contact", "limit", "pair")),
-        ("Ant-v5", "traced", {}, ("contact", "limit")),  # Runge-Kutta
-        ("Quadruped-Rough", "traced", RANDOMIZED, ("contact", "limit")),
-        ("Humanoid-v5", "traced", EULER, ("contact", "limit", "pair")),
+        ("HalfCheetah-v5", "", EULER, ("contact", "limit")),
+        ("Limbs", "", LIMBS, ("contact", "limit", "pair")),
+        ("Ant-v5", "quickly_built", {}, ("contact", "limit")),  # Runge-Kutta
+        ("Quadruped-Rough", "quickly_built", RANDOMIZED, ("contact", "limit")),
+        ("Humanoid-v5", "quickly_built", EULER, ("contact", "limit", "pair")),
     ],
 )
 def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, monkeypatch, request):
     """Robots that lie on the ground, on themselves and against their joint limits, in float64.
 
-    Inductor compiles two small robots, one of them also in the parts that a GPU gets. The large robots are traced: that
-    unrolls all loops and takes the branches of compiled code."""
-    if compiler == "traced":
+    Two small robots are compiled as in a training. For the large ones, PyTorch's compiler only traces, and g++ does not
+    optimise."""
+    if compiler:
+        request.getfixturevalue(compiler)
         request.getfixturevalue("traced")
-    if compiler == "inductor, in parts":
-        compile_regions = vecsim.compile_regions
-        monkeypatch.setattr(vecsim, "compile_regions", lambda device: compile_regions(torch.device("cuda")))
     monkeypatch.setitem(vecsim.TASKS, "Limbs", Limbs)
     eager, compiled = make_compiled(env_id, dtype=torch.float64, **options)
     put_in_contact(eager)
@@ -638,22 +636,30 @@ def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, mon
     assert_rollouts_agree(eager, compiled, 2, 1e-7)  # rounding, 1e-16, times the condition of the contact problem
 
 
-@pytest.mark.parametrize("device, functions", [("cpu", vecsim.WHOLE), ("cuda", vecsim.PARTS)])
-def test_a_gpu_compiles_the_parts_of_what_is_whole_on_a_cpu(device, functions, monkeypatch):
-    """The device is only a name here, and nothing is compiled."""
+def test_which_compiler_compiles_what(monkeypatch):
+    """PyTorch compiles nothing here."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **given: compiled.append(function.__name__) or function)
-    run = vecsim.compile_regions(torch.device(device))
-    assert compiled == [function.__name__ for function in (*functions, *vecsim.OTHERS)]
-    env = vecsim.make("Ant-v5", 4, **FAST)
+    env = vecsim.make("InvertedPendulum-v5", 4, **FAST)
+    run = vecsim.compile_regions(env.model)
+    assert compiled == [function.__name__ for function in vecsim.OTHERS]
+    ours = {name for name, function in vars(run).items() if isinstance(function, vecsim.CompiledFunction)}
+    assert ours == {function.__name__ for function in vecsim.PHYSICS}
+    assert ours | set(compiled) == set(vars(vecsim.EAGER))
     env.reset(seed=0)
-    inputs = env.model, env.state(), random_actions(env).T, "euler", 2
-    assert all(map(torch.equal, vecsim.step(*inputs, run)[0], vecsim.step(*inputs)[0]))
+    inputs = env.model, env.state(), random_actions(env).T
+    for integrator in ("euler", "rk4"):
+        for a, b in zip(
+            vecsim.step(*inputs, integrator, 2, run)[0], vecsim.step(*inputs, integrator, 2)[0], strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
-    """A function compiled for several kinds of inputs keeps them: a Runge-Kutta stage may get a tensor twice."""
-    eager, compiled = (vecsim.make("Ant-v5", 24, chunk=16, compile=given, seed=0) for given in (False, True))
+    """Those of the physics have none."""
+    eager, compiled = (
+        vecsim.make("InvertedPendulum-v5", 24, chunk=16, compile=given, seed=0) for given in (False, True)
+    )
     eager.reset(seed=1)
     compiled.reset(seed=1)
     action = random_actions(eager)
@@ -663,34 +669,49 @@ def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
         torch.testing.assert_close((other_obs, other_reward), (obs, reward), rtol=1e-4, atol=1e-4)
         if step == 0:
             checked, fast = vars(compiled._run), vars(compiled._fast)
-            assert {name for name in fast if fast[name] is checked[name]} == {"stage", "advance", "randomized_fields"}
+            assert {name for name in fast if fast[name] is not checked[name]} == {"begin_step", "end_step"}
             graphs = len(traced)
             torch._dynamo.reset()  # forgets what was compiled
-            vars(compiled._run).update(newton_iteration=None, begin_dynamics=None)
-    assert len(traced) == graphs + 2  # the two kinds of stages, again
+            vars(compiled._run).update(begin_step=None, end_step=None)
+    assert len(traced) == graphs
 
 
-def test_a_compiled_function_knows_its_shapes_and_which_tensors_are_the_same(traced):
+def test_a_function_for_several_shapes_or_for_none_so_far_keeps_its_checks(traced):
+    run = vecsim.Regions()
+    for name in ("once", "twice", "never"):
+        private = types.FunctionType((lambda x: x * 2 + 1).__code__.replace(co_name=name), globals())
+        setattr(run, name, torch.compile(private, options=None, dynamic=False))
+    inputs = {"once": (3,), "twice": (3, 4), "never": ()}
+    for name, sizes in inputs.items():
+        for n in sizes:
+            getattr(run, name)(torch.ones(n))
+    fast = vecsim.without_checks(run)
+    assert fast.once is not run.once and fast.twice is run.twice and fast.never is run.never
+    assert torch.equal(fast.once(torch.ones(3)), torch.full((3,), 3.0)) and len(traced) == 3
+
+
+def test_a_compiled_function_takes_any_number_of_robots_and_a_tensor_twice():
     """The first Runge-Kutta stage gets the velocity as rate too."""
-    env, run = vecsim.make("InvertedPendulum-v5", 8), vecsim.compile_regions(torch.device("cpu"))
+    env = vecsim.make("InvertedPendulum-v5", 8)
+    run = vecsim.compile_regions(env.model)
     for n in (8, 5, 8):
         qpos, qvel, other, qacc = (torch.rand(2, n, generator=torch.Generator().manual_seed(k)) for k in range(4))
         for rate in (qvel, other):
             inputs = env.model, vecsim.State(qpos, qvel, qacc), env.model.stage_times[0], rate, qacc
             for ours, exact in zip(run.stage(*inputs), vecsim.stage(*inputs), strict=True):
                 assert ours.shape == exact.shape and (ours - exact).abs().max() <= 1e-6
-    assert len(traced) == 4  # one for each number of robots and kind of rate; Inductor knows its shapes too
+    assert len(run.stage.codes) <= 2  # for registers of 8 and of 4 robots
 
 
-def test_compiled_systems_are_solved_as_eager_ones(traced):
+def test_compiled_systems_are_solved_as_eager_ones():
     """Without and with columns W beside the right-hand side."""
     packed = torch.tensor([[2.0], [0.5], [1.0]]).expand(-1, 8).contiguous()
-    pendulum, run = vecsim.make("InvertedPendulum-v5", 8).model, vecsim.compile_regions(torch.device("cuda"))
-    for count in (1, 3, 1):  # columns
+    pendulum = vecsim.make("InvertedPendulum-v5", 8).model
+    for count in (1, 3):  # columns
+        solve = vecsim.CompiledFunction(vecsim.solve_packed, pendulum)
         right = torch.rand(2, count, 8, generator=torch.Generator().manual_seed(count))
-        wrong = run.solve_packed(pendulum, packed, right) - vecsim.solve_packed(pendulum, packed, right)
+        wrong = solve(pendulum, packed, right) - vecsim.solve_packed(pendulum, packed, right)
         assert wrong.shape == right[:, 0].shape and wrong.abs().max() <= 1e-5
-    assert len(traced) == 2
 
 
 def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
@@ -707,13 +728,17 @@ def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
 
 
 def test_the_benchmarks_error_compiles_nothing_new(traced):
-    """The regions see the shapes, strides and model of the timed steps, so they run what was compiled for those."""
+    """It runs what was compiled for the timed steps."""
     env = vecsim.make("InvertedPendulum-v5", 16, compile=True)
     env.reset(seed=0), env.step(random_actions(env)), env.step(random_actions(env))
-    compiled = len(traced)
+
+    def compiled():
+        return len(traced), {name: len(f.codes) for name, f in vars(env._run).items() if hasattr(f, "codes")}
+
+    before = compiled()
     simulator.acceleration_errors(env, random_actions(env), 2)
     simulator.acceleration_errors(env, random_actions(env), 4)
-    assert compiled > 5 and len(traced) == compiled
+    assert before[0] >= 2 and before[1]["newton_iteration"] == 1 and compiled() == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------

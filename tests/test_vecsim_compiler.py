@@ -1,0 +1,715 @@
+"""The compiler of vecsim_torch.py: small functions, compiled for this CPU, against eager PyTorch and closed forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+from test_vecsim_physics import FEATURES, batch, converged, visit
+from test_vecsim_physics import random_tree as random_robot
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vecsim_torch as vecsim
+
+NAN, INF = math.nan, math.inf
+DTYPES = (torch.float32, torch.float64)
+SIZES = (1, 3, 16, 33)  # robots: one, less than a register, whole registers, and a rest
+
+
+@functools.cache
+def small_model(dtype=torch.float64):
+    return vecsim.load_model(vecsim.compile_mjcf(vecsim.build_task("InvertedPendulum-v5", {}).source()), dtype=dtype)
+
+
+def compiled(function, dtype=torch.float64):
+    """`function` of tensors, compiled."""
+    base = small_model(dtype)
+    return functools.partial(vecsim.CompiledFunction(lambda _, *args: function(*args), base), base)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """The list of the commands that compile; nothing has been compiled so far."""
+    commands, run = [], subprocess.run
+
+    def spy(command, **options):
+        commands.append([str(word) for word in command])
+        return run(command, **options)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", spy)
+    return commands
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules for PyTorch's operators
+#
+# x, y are (3, N), positive and bad (with NaN and infinities) too, t is (2, 3, N), and i (2, N) holds integers 0, 1, 2.
+# ----------------------------------------------------------------------------------------------------------------------
+
+TABLE = torch.tensor([[0.5, 2.0], [-1.0, 3.0], [0.25, -0.0]], dtype=torch.float64)
+ROWS = torch.tensor([2, 0])
+
+
+def constant(x):
+    """TABLE in the precision of x."""
+    return TABLE.to(x.dtype)
+
+
+# Rules, and a function that uses them. A rule is named as PyTorch's operator is.
+CASES = {
+    "add": lambda x, y, **_: (x + y, x + 1.5, 2 + x, x + constant(x)[:, :1], x + 0),
+    "sub rsub": lambda x, y, **_: (x - y, x - 1.5, 2 - x, constant(x)[:, :1] - x, 0 - x, torch.rsub(x, y)),
+    "mul": lambda x, y, i, **_: (x * y, 0 * x, 1 * x, -1 * x, x * constant(x)[:, :1], x[:2] * i, 3 * i),
+    "div reciprocal": lambda x, y, **_: (x / y, x / 3, 2 / y, 0 / y, 1 / y, y.reciprocal(), x / 0.0),
+    "neg abs": lambda x, y, bad, **_: (-x, -(x - y), x.neg().neg(), x.abs(), bad.abs()),
+    "sqrt rsqrt": lambda positive, bad, **_: (positive.sqrt(), positive.rsqrt(), bad.sqrt()),
+    "sin cos tan": lambda x, **_: (x.sin(), x.cos(), x.tan()),
+    "hypot": lambda x, y, **_: (torch.hypot(x, y),),
+    "pow": lambda x, positive, **_: (x**2, positive**1.7, positive**-0.5, x.square(), positive.pow(positive)),
+    "maximum minimum": lambda x, y, **_: (torch.maximum(x, y), torch.minimum(x, y)),
+    "clamp": lambda x, y, bad, **_: (
+        *(z.clamp(-0.5, 0.25) for z in (x, bad)),
+        *(z.clamp(min=-0.5) for z in (x, bad)),
+        *(z.clamp(max=0.25) for z in (x, bad)),
+        bad.clamp(min=-INF, max=1.0),
+        x.clamp(constant(x)[:, :1], constant(x)[:, 1:]),
+        x.clamp(max=y),
+    ),
+    "lt le gt ge eq ne where": lambda x, y, i, bad, **_: tuple(
+        torch.where(truth, x[:2], y[:2])
+        for a, b in ((x[:2], y[:2]), (x[:2], x[:2]), (bad[:2], 0.5), (i, 1), (1, i), (x[:2], 0.25), (i, x[:2]))
+        for truth in (a < b, a <= b, a > b, a >= b, a == b, a != b)
+    ),
+    "where": lambda x, y, **_: (
+        torch.where(x > 0, 1.0, 0.0) * y,
+        torch.where(x > 0, y, 2.0),
+        torch.where(x > 0, y, y),
+        torch.where(constant(x)[:, :1] > 0, x, y),
+        torch.where(x > 0, constant(x)[:, :1], constant(x)[:, 1:]),
+        torch.where(x > 0, 3, 4),
+    ),
+    "bitwise_and bitwise_or bitwise_xor bitwise_not": lambda x, y, **_: tuple(
+        truth.to(x.dtype)
+        for truth in (
+            *((x > 0) & (y > 0), (x > 0) | (y > 0), (x > 0) ^ (y > 0), ~(x > 0)),
+            *((x > 0) & True, (x > 0) & False, (x > 0) | True, (x > 0) | False),
+        )
+    ),
+    "logical_and logical_or logical_not": lambda x, y, **_: tuple(
+        truth.to(x.dtype)
+        for truth in (
+            torch.logical_and(x > 0, y > 0),
+            torch.logical_or(x > 0, y > 0),
+            torch.logical_not(x > 0),
+        )
+    ),
+    "sum": lambda x, t, i, **_: (
+        *(t.sum(axes) for axes in (0, 1, -2, (0, 1), (-2, 0))),
+        *(t.sum(axes, keepdim=True) for axes in (0, -2, (0, 1))),
+        x[:0].sum(0) + x[0],
+        t[:, :0].sum((0, 1)) + x[0],
+        t[:, :0].sum(1) + x[:2],
+        i.sum(0),
+    ),
+    "sum lt": lambda x, t, **_: ((x < 0.5).sum(0), (t < 0).sum((0, 1)), (x < 0.5).sum(0, keepdim=True) * x),
+    "amin": lambda x, t, **_: (x.amin(0), t.amin(1), t.amin(-2, keepdim=True), t.amin((0, 1))),
+    "_to_copy": lambda x, i, **_: (
+        *((3 * x).long(), i.to(x.dtype) + 0.5, (x > 0).long(), (x > 0).to(x.dtype), x.to(x.dtype) + 0),
+        (x > 0).int().sum(0) * x,
+    ),
+    "view _unsafe_view": lambda x, t, **_: (
+        *(t.view(6, -1) + 0, t.reshape(3, 2, -1) * 2, x.view(3, 1, -1) + t.view(1, 6, -1)),
+        t.transpose(0, 1).reshape(6, -1) + 0,
+        (x + 1).view(torch.int32 if x.dtype == torch.float32 else torch.int64).long(),
+    ),
+    "index": lambda x, t, i, **_: (
+        *(x[ROWS], x[[1, 1, 2, 0]], t[:, ROWS], t[ROWS % 2, ROWS], t[:, [[0, 1], [2, 2]]]),
+        constant(x)[i[0], 0],
+        constant(x)[i].sum(-1),
+        constant(x)[i[1], 1] + x[0],
+    ),
+    "gather": lambda x, t, i, **_: (
+        *(x.gather(0, i), (x + 1).gather(0, i[:1])),
+        t.transpose(0, 1).gather(0, i[:, None].expand(-1, 2, -1)),
+        x.gather(0, ROWS[:, None].expand(-1, x.shape[1])),
+    ),
+    "index_copy index_add": lambda x, y, t, **_: (
+        *(x.index_copy(0, ROWS, y[:2]), x.index_add(0, ROWS, y[:2]), t.index_copy(1, ROWS, t[:, 1:] + 1)),
+        t.index_add(-2, ROWS, t[:, :2]),
+        x.index_add(0, torch.tensor([1, 1, 2]), y),
+        torch.zeros_like(x).index_add(0, ROWS, y[1:]),
+        torch.ones_like(x).index_copy(0, ROWS, y[1:]),
+    ),
+    "zeros_like ones_like new_zeros": lambda x, y, **_: (
+        *(torch.zeros_like(x) + y, torch.ones_like(x) - y, x.new_zeros(2, 3, 1) + y, torch.zeros_like(x)),
+    ),
+    "clone detach": lambda x, **_: (x.clone(), x.detach() + 1),
+    "expand": lambda x, t, **_: (x.expand(2, 3, -1) * t, x[:1].expand(3, -1) + x, x[None].expand(4, -1, -1, -1)[1] + 0),
+    "squeeze unsqueeze": lambda x, t, **_: (
+        *(
+            x.unsqueeze(0) + t,
+            x.unsqueeze(-2) + 1,
+            t[:1].squeeze(0) + x,
+            x[:1, None].squeeze(-2) + 0,
+            t[:1, :1].squeeze(0),
+        ),
+    ),
+    "transpose permute": lambda x, t, **_: (
+        *(t.transpose(0, 1) + x[:, None], t.transpose(-3, -2) * 2, t.permute(1, 0, 2) + 1),
+        *(t[None].permute(2, 0, -3, 3) - 1, t.movedim(0, 1) + 1),
+    ),
+    "select": lambda x, t, **_: (x[0] + 0, x[-1] + 0, t[:, 1] + 0, t[1, -2] + 0, t.select(-2, -1) + 0),
+    "slice": lambda x, t, **_: (
+        *(
+            x[1:] + 0,
+            x[:-1] + 0,
+            x[::2] + 0,
+            x[1:3] + 0,
+            x[-2:] + 0,
+            t[:, 1::2] + 0,
+            t[..., 1:, :] + 0,
+            x[3:].sum(0) + x[0],
+        ),
+    ),
+    "unbind split_with_sizes": lambda x, t, **_: (
+        *(part + 0 for part in (*x.unbind(0), *t.unbind(1), *t.unbind(-2), *x.split([1, 2]), *t.split([2, 0, 1], -2))),
+    ),
+    "stack cat": lambda x, y, t, **_: (
+        *(torch.stack((x, y)), torch.stack((x, y), 1), torch.stack((x, y), -2)),
+        *(torch.cat((x, y[:1])), torch.cat((t, t[:, :1]), 1), torch.cat((t, t), -2)),
+        torch.stack((x[0], torch.zeros_like(x[0]), torch.ones_like(y[0]))),
+    ),
+}
+
+
+INPUTS = ("x", "y", "t", "positive", "bad", "i")
+
+
+def inputs_of(n, dtype):
+    """The tensors of INPUTS, see above."""
+    g = torch.Generator().manual_seed(n)
+    x, y, *t = (torch.randn(3, n, generator=g, dtype=dtype) for _ in range(4))
+    bad = torch.tensor([NAN, INF, -INF, 0.1, -3.0], dtype=dtype).repeat(n)[: 3 * n].view(3, n)
+    integers = torch.randint(3, (2, n), generator=g)
+    return x, y, torch.stack(t), x.exp() + 0.1, bad, integers
+
+
+def all_cases(*args):
+    return tuple(case(**dict(zip(INPUTS, args, strict=True))) for case in CASES.values())
+
+
+@functools.cache
+def of_all_cases(dtype):
+    """All cases as one function, compiled."""
+    return compiled(all_cases, dtype)
+
+
+@functools.cache
+def all_results(n, dtype):
+    return of_all_cases(dtype)(*inputs_of(n, dtype)), all_cases(*inputs_of(n, dtype))
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of PyTorch's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_every_rule_has_a_case():
+    inputs, used = dict(zip(INPUTS, inputs_of(3, torch.float64), strict=True)), set()
+    for names, case in CASES.items():
+        with Operators() as operators:
+            case(**inputs)
+        assert operators.names.issuperset(names.split())
+        used.update(names.split())
+    assert used == set(vecsim.RULES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("names", CASES)
+def test_rules(names, n, dtype):
+    ours, exact = (results[list(CASES).index(names)] for results in all_results(n, dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    assert len(ours) == len(exact) > 0
+    for k, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        note = lambda text, k=k: f"result {k}: {text}"
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=note)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clamp_keeps_nan(dtype):
+    x = torch.tensor([[NAN, -2.0, 2.0]], dtype=dtype)
+    result = compiled(lambda x: (x.clamp(-1, 1), x.clamp(min=-1), x.clamp(max=1)), dtype)(x)
+    for y, least, most in zip(result, (-1, -1, -2), (1, 2, 1), strict=True):
+        assert y[0].isnan().tolist() == [True, False, False] and y[0, 1:].tolist() == [least, most]
+
+
+def test_an_operator_without_a_rule_is_an_error_that_names_it():
+    with pytest.raises((KeyError, RuntimeError, NotImplementedError), match="erfinv"):
+        compiled(lambda x: x.erfinv())(torch.rand(2, 3, dtype=torch.float64))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sine, cosine and tangent
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-7), (torch.float64, 1e-15)], ids=str)
+@pytest.mark.parametrize("most", [4.0, 1e4])
+def test_sine_cosine_and_tangent(dtype, tolerance, most):
+    """The error of the tangent is relative to 1 + tan^2, its derivative."""
+    multiples = torch.arange(-6000, 6001, dtype=torch.float64) * (math.pi / 4)
+    multiples = multiples[multiples.abs() <= most]
+    x = torch.cat((torch.linspace(-most, most, 100_003, dtype=torch.float64), multiples)).to(dtype)[None]
+    *ours, tangent = compiled(lambda x: (x.sin(), x.cos(), x.tan()), dtype)(x)
+    exact = x.double().numpy()
+    for a, b in zip(ours, (np.sin(exact), np.cos(exact)), strict=True):
+        assert np.abs(a.double().numpy() - b).max() <= tolerance and a.abs().max() <= 1 + tolerance
+    away = np.abs(np.cos(exact)) > 1e-3
+    wrong = (tangent.double().numpy() - np.tan(exact)) / (1 + np.tan(exact) ** 2)
+    assert np.abs(wrong[away]).max() <= 2 * tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sine_of_what_is_not_finite_is_nan(dtype):
+    x = torch.tensor([[NAN, INF, -INF, 0.0, 1.0]], dtype=dtype)
+    for y in compiled(lambda x: (x.sin(), x.cos(), x.tan()), dtype)(x):
+        assert y.isnan().tolist() == [[True, True, True, False, False]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program():
+    return vecsim.Program()
+
+
+def number(program, row=0):
+    return program.append("number", "load", 0, row)
+
+
+def test_what_needs_no_operation(program):
+    a, b = (number(program, row) for row in range(2))
+    truth = program.apply("lt", a, b)
+    negative, difference = program.apply("neg", a), program.apply("sub", a, b)
+    count = len(program.operations)
+    for name, *args, expected in (
+        ("add", a, 0.0, a),
+        ("add", 0, a, a),
+        ("sub", a, 0.0, a),
+        ("sub", 0.0, a, negative),
+        ("mul", 0.0, a, 0.0),
+        ("mul", a, 0, 0.0),
+        ("mul", 1.0, a, a),
+        ("mul", a, 1, a),
+        ("mul", -1.0, a, negative),
+        ("neg", negative, a),
+        ("div", 0.0, a, 0.0),
+        ("div", a, 1.0, a),
+        ("div", a, -1.0, negative),
+        ("max", a, -INF, a),
+        ("min", a, INF, a),
+        ("and", truth, True, truth),
+        ("and", False, truth, False),
+        ("or", truth, False, truth),
+        ("or", True, truth, True),
+        ("where", truth, a, a, a),
+        ("where", truth, 2.0, 2.0, 2.0),
+        ("where", True, a, b, a),
+        ("where", False, a, b, b),
+        ("sub", a, b, difference),  # equal operations are one
+        ("lt", a, b, truth),
+    ):
+        result = program.apply(name, *args)
+        assert type(result) is type(expected) and result == expected, (name, args)
+    assert len(program.operations) == count
+
+
+def test_constants_fold(program):
+    for name, *args, expected in (
+        ("add", 1, 2.0, 3.0),
+        ("add", True, 1, 2),
+        ("div", 1, 4, 0.25),
+        ("div", -1.0, 0.0, -INF),
+        ("sqrt", 4.0, 2.0),
+        ("max", 1.0, 2.0, 2.0),
+        ("min", 1.0, 2.0, 1.0),
+        ("pow", 2.0, 3.0, 8.0),
+        ("lt", 1.0, 2.0, True),
+        ("not", True, False),
+        ("where", True, 1.0, 2, 1.0),
+        ("to_integer", 2.7, 2),
+        ("to_number", 2, 2.0),
+    ):
+        result = program.apply(name, *args)
+        assert type(result) is type(expected) and result == expected, (name, args)
+    assert math.isnan(program.apply("sqrt", -1.0)) and math.isnan(program.apply("div", 0.0, 0.0))
+    assert math.isnan(program.apply("max", NAN, 1.0)) and not program.operations
+
+
+def test_operations_that_become_cheaper_or_equal_ones(program):
+    a, b = (number(program, row) for row in range(2))
+    assert program.apply("div", a, 4.0) == program.apply("mul", a, 0.25)
+    assert program.apply("add", a, b) == program.apply("add", b, a)
+    assert program.apply("mul", a, 2.0) == program.apply("mul", 2.0, a)
+    assert program.apply("neg", program.apply("sub", a, b)) == program.apply("sub", b, a)
+    assert program.apply("sub", a, b) != program.apply("sub", b, a)
+    assert program.apply("div", a, 0.0) != program.apply("mul", a, 0.0)
+    assert program.apply("where", program.apply("lt", a, b), 1, 1.0) == 1.0
+
+
+def test_one_variable_for_equal_operations():
+    recording = record(lambda x, y: (x * y + 1, y * x + 1, (x * y).sin()), torch.ones(1, 2), torch.ones(1, 2))
+    assert recording.values[0].item() == recording.values[1].item() != recording.values[2].item()
+    names = [name for _, name, _ in recording.program.operations]
+    assert sorted(names) == ["add", "load", "load", "mul", "sin"]
+
+
+def test_what_does_not_depend_on_an_input_is_a_constant():
+    def function(x):
+        table = torch.full((2, 1), 3.0, dtype=x.dtype).sqrt() ** 2
+        return torch.cat((x[:0].sum(0)[None] + table, 0 * x))
+
+    recording = record(function, torch.ones(1, 4, dtype=torch.float64))
+    assert recording.values[0].flatten().tolist() == pytest.approx([3, 3, 0])
+    assert not recording.program.needed(recording.values[0].flat)
+
+
+def record(function, *args):
+    base = small_model()
+    return vecsim.Recording(lambda _, *args: function(*args), base, base, (), args, [])
+
+
+UNARY = {"neg": np.negative, "abs": np.abs, "sin": np.sin, "cos": np.cos}
+BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
+BINARY |= {"hypot": np.hypot}
+TRUTHS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+LOGIC = {"and": np.logical_and, "or": np.logical_or}
+EXACT = UNARY | BINARY | TRUTHS | LOGIC | {"where": np.where, "not": np.logical_not}
+EXACT |= {"div": lambda a, b: a / b, "sqrt": np.sqrt}
+
+
+def random_tree(rng, depth, branches, truth=False):
+    """A nested tuple: the name of an operation and its arguments; an input is its row, in brackets."""
+    grow = lambda truth=False: random_tree(rng, depth - 1, branches, truth)
+    if truth:
+        if depth < 2 or rng.random() < 0.5:
+            return rng.choice(list(TRUTHS)), random_tree(rng, 0, branches), grow()
+        return ("not", grow(True)) if rng.random() < 0.3 else (rng.choice(list(LOGIC)), grow(True), grow(True))
+    kind = rng.random()
+    if depth <= 0 or kind < 0.1:
+        return [rng.randrange(4)] if rng.random() < 0.6 else rng.choice([0.0, 1.0, -1.0, 0.5, -3.0])
+    if kind < 0.3:
+        return rng.choice(list(UNARY)), grow()
+    if kind < 0.4:
+        return "sqrt", ("abs", grow())
+    if kind < 0.5:
+        return "div", grow(), rng.choice([2.0, -4.0, ("max", 1.0, grow())])
+    if kind < 0.65 and branches:
+        return "where", grow(True), grow(), grow()
+    return rng.choice(list(BINARY)), grow(), grow()
+
+
+def evaluated(tree, inputs, apply):
+    if isinstance(tree, list):
+        return inputs[tree[0]]
+    if not isinstance(tree, tuple):
+        return tree
+    name, *args = tree
+    return apply(name, *(evaluated(x, inputs, apply) for x in args))
+
+
+@pytest.mark.parametrize("branches, count, size", [(True, 100, INF), (False, 100, INF), (False, 20, 30)])
+def test_random_expressions(branches, count, size):
+    """In one kernel, or in kernels of 30 operations, which hand values over as on a GPU."""
+    program, rng = vecsim.Program(), random.Random(5)
+    trees = [random_tree(rng, 6, branches) for _ in range(count)]
+    rows = [number(program, row) for row in range(4)]
+    roots = [program.convert("number", evaluated(tree, rows, program.apply)) for tree in trees]
+    assert sum(isinstance(root, vecsim.Value) for root in roots) > count / 2
+    kernels, scratch = vecsim.write_kernels(program, roots, [], size)
+    rows_between = sum(scratch.values())
+    assert len(kernels) == 1 and rows_between == 0 if size == INF else len(kernels) > 4 and rows_between > 4
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tensors = {"x0": x, "y": x.new_full((len(roots), 5), NAN), "s": x.new_full((scratch["s"], 5), NAN)}
+    tensors["j"] = torch.full((scratch["j"], 5), -7)
+    for kernel in kernels:
+        launch = vecsim.build_cpp(vecsim.cpp_source(kernel, x.dtype, 4))
+        launch([tensors[name] for name in kernel.tensors], 5)
+    exact = [np.broadcast_to(evaluated(t, x.numpy(), lambda name, *args: EXACT[name](*args)), 5) for t in trees]
+    np.testing.assert_allclose(tensors["y"].numpy(), exact, rtol=1e-9, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants among the results of the physics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def half_cheetah():
+    m = vecsim.compile_mjcf(vecsim.build_task("HalfCheetah-v5", {}).source())
+    return vecsim.load_model(m, dtype=torch.float64)
+
+
+def random_state(model, n, seed=0):
+    """States on and in the ground."""
+    g = torch.Generator().manual_seed(seed)
+    noise = lambda rows: torch.randn(rows, n, generator=g, dtype=model.qpos0.dtype)
+    qpos = model.qpos0 + 0.5 * noise(model.nq)
+    return vecsim.State(qpos, 3 * noise(model.nv), 10 * noise(model.nv)), noise(model.nu).clamp(-1, 1)
+
+
+def tensors_of(tree):
+    return [x for _, x in vecsim.named_tensors(tree, "")]
+
+
+def test_known_values_of_a_plane_robot_hold_in_every_state():
+    """Before and after Newton iterations."""
+    model = half_cheetah()
+    known = vecsim.known_values(model, model, ())
+    state, ctrl = random_state(model, 50)
+    constants = 0
+    begun = vecsim.begin_dynamics(model, state, ctrl)
+    for dynamics in (begun, vecsim.forward(model, state, ctrl, 1), vecsim.forward(model, state, ctrl, 4)):
+        for x, values in zip(tensors_of(dynamics), known, strict=True):
+            assert values is not None and (*x.shape[:-1], 1) == values.shape
+            rows = x.expand(*x.shape[:-1], 50).reshape(values.size, 50)
+            for row, value in zip(rows, values.flat, strict=True):
+                if not isinstance(value, vecsim.Value):
+                    assert (row - value).abs().max() <= 1e-12
+                    constants += 1
+    assert constants > 3 * 300
+
+
+def test_an_iteration_that_keeps_no_constant_leaves_the_solution_unknown(monkeypatch):
+    model, iteration = half_cheetah(), vecsim.newton_iteration
+    known = vecsim.known_values(model, model, ())
+    count = len(tensors_of(record_of(iteration, model).result))
+    has_constants = [not all(isinstance(x, vecsim.Value) for x in values.flat) for values in known[-count:]]
+    assert any(has_constants)
+
+    def other(model, smooth, it):
+        return vecsim.rebuilt(iteration(model, smooth, it), lambda x: x + 1)
+
+    monkeypatch.setattr(vecsim, "newton_iteration", other)
+    changed = vecsim.known_values(model, model, ())
+    assert changed[-count:] == [None] * count and len(changed) == len(known)
+    for ours, theirs in zip(changed[:-count], known[:-count], strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+def record_of(iteration, model):
+    state, ctrl = random_state(model, 2)
+    return vecsim.Recording(iteration, model, model, (), tuple(vecsim.begin_dynamics(model, state, ctrl)), [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def assert_same_dynamics(ours, exact, tolerance=1e-9):
+    """What is the same for all robots may have one column in eager results."""
+    for a, b in zip(tensors_of(ours), tensors_of(exact), strict=True):
+        torch.testing.assert_close(a, b.expand_as(a), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def pendulum():
+    """Its model and its compiled functions."""
+    model = small_model()
+    return model, vecsim.compile_regions(model)
+
+
+def test_replaced_fields_are_honoured(pendulum):
+    """For all robots alike, for each robot, and anew with other values."""
+    model, run = pendulum
+    state, ctrl = random_state(model, 6)
+    plain = vecsim.forward(model, state, ctrl, 2)
+    assert_same_dynamics(vecsim.forward(model, state, ctrl, 2, run), plain)
+    per_robot = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    for factor in (torch.full((1,), 1.5, dtype=torch.float64), 3 * per_robot[:1], per_robot, per_robot.flip(0)):
+        for name in ("mass", "actuator_gain"):
+            other = dataclasses.replace(model, **{name: getattr(model, name) * factor})
+            exact = vecsim.forward(other, state, ctrl, 2)
+            assert (exact.solution.qacc - plain.solution.qacc).abs().max() > 1e-3
+            assert_same_dynamics(vecsim.forward(other, state, ctrl, 2, run), exact)
+    assert_same_dynamics(vecsim.forward(model, state, ctrl, 2, run), plain)
+
+
+def test_two_replaced_fields_and_then_one(pendulum):
+    model, run = pendulum
+    state, ctrl = random_state(model, 6)
+    factor = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    both = dict(inertia=model.inertia * factor, dof_damping=model.dof_damping + factor)
+    for names in (("inertia", "dof_damping"), ("inertia",), ("dof_damping",)):
+        other = dataclasses.replace(model, **{name: both[name] for name in names})
+        assert_same_dynamics(run.begin_dynamics(other, state, ctrl), vecsim.begin_dynamics(other, state, ctrl))
+
+
+def test_nested_fields_are_inputs_too(pendulum):
+    model, run = pendulum
+    state, ctrl = random_state(model, 6)
+    state.qpos[0] = model.limit_bound[0] - 0.1
+    softness = model.limit_softness._replace(stiffness=2 * model.limit_softness.stiffness)
+    other = dataclasses.replace(model, limit_softness=softness)
+    assert_same_dynamics(run.begin_dynamics(other, state, ctrl), vecsim.begin_dynamics(other, state, ctrl))
+
+
+def test_numbers_of_another_model_are_not_those_of_the_first(pendulum):
+    """What a code has as constants belongs to its key, or is refused."""
+    model, _ = pendulum
+    function = vecsim.CompiledFunction(lambda model, x: model.timestep * x, model)
+    x = torch.ones(2, 5, dtype=torch.float64)
+    for timestep in (model.timestep, 0.5, 0.25, 0.5):
+        assert torch.equal(function(dataclasses.replace(model, timestep=timestep), x), timestep * x)
+
+
+def test_numbers_among_the_arguments_are_constants_of_a_code():
+    function = vecsim.CompiledFunction(lambda _, x, factor, flag: factor * x if flag else x, small_model())
+    x = torch.ones(2, 5, dtype=torch.float64)
+    for factor, flag in ((2.0, True), (3.0, True), (2.0, True), (2.0, False)):
+        assert torch.equal(function(small_model(), x, factor, flag), factor * x if flag else x)
+    assert len(function.codes) == 3
+
+
+def test_any_strides():
+    """Columns of a wider tensor, every second robot, transposed, expanded and of size 1."""
+    wide = torch.randn(6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    function = lambda x, y: (x.sin() + y, x[0] * y[1])
+    ours = compiled(function)
+    for x, y in (
+        (wide[:3, 5:16], wide[3:, 7:18]),
+        (wide[:3, ::2], wide[3:, 1::2]),
+        (wide[:, :3].T, wide[:, 3:6].T),
+        (wide[0].expand(3, -1), wide[:3]),
+        (wide[:3], wide[:3, :1]),
+        (wide[:3], wide[:3, :1].expand(-1, 40)),
+        (wide[:3, :1], wide[3:, :1]),
+        (wide[::2], wide[1::2]),
+    ):
+        for a, b in zip(ours(x, y), function(x, y), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+def test_results_do_not_share_memory():
+    x = torch.ones(2, 4, dtype=torch.float64)
+    function = compiled(lambda x: (x, x + 1, x[:1]))
+    first = function(x)
+    second = function(x)
+    for y in (*first, *second):
+        y += 7
+    assert torch.equal(x, torch.ones_like(x)) and torch.equal(first[0], x + 7) and torch.equal(second[1], x + 8)
+
+
+@pytest.mark.parametrize("rows, robots", [(4, 5), (3, 4), (3, 6), (1, 5)])
+def test_wrong_shapes_are_refused(rows, robots):
+    x = torch.ones(3, 5, dtype=torch.float64)
+    function = compiled(lambda x, y: x + y)
+    function(x, x)
+    with pytest.raises((RuntimeError, ValueError)):
+        function(x, torch.ones(rows, robots, dtype=torch.float64))
+
+
+def test_other_numbers_of_robots_and_their_codes():
+    function = vecsim.CompiledFunction(lambda _, x: x * 2 + 1, small_model())
+    for n in (*range(1, 40), 1000):
+        x = torch.arange(3.0 * n, dtype=torch.float64).view(3, n)
+        assert torch.equal(function(small_model(), x), x * 2 + 1)
+    assert len(function.codes) <= 4  # registers of 1, 2, 4 and 8 robots
+
+
+ROBOTS = {name: mjcf for name, (mjcf, _) in FEATURES.items()} | {f"random tree {k}": random_robot(k) for k in (0, 2, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROBOTS)
+def test_all_features_of_the_physics_are_compiled(name, quickly_built):
+    """Where they act or not; robots with balls, free joints, actuators of all kinds, limits and pairs.
+
+    Newton's method converges. Before, the search along a direction with dry friction amplifies rounding."""
+    m = converged(mujoco.MjModel.from_xml_string(ROBOTS[name]))
+    state, ctrl = batch(visit(m, 24, stride=3))
+    model = vecsim.load_model(m, dtype=torch.float64)
+    run = vecsim.compile_regions(model)
+    explicit = len(model.fluid_link_index) or len(model.tendon_moment) or len(model.actuator_moment)
+    for integrator in ("euler", "rk4") if explicit else ("euler", "implicitfast", "rk4"):
+        ours, exact = (vecsim.step(model, state, ctrl, integrator, 10, *more) for more in ((run,), ()))
+        for a, b in zip(tensors_of(ours), tensors_of(exact), strict=True):
+            size = 1 + b.abs().amax() if b.numel() else 1
+            torch.testing.assert_close(a, b.expand_as(a), rtol=0, atol=float(1e-8 * size), equal_nan=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The compiler of C++, its cache, and threads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_code_is_compiled_once_and_then_read_from_the_disk(own_cache):
+    x, double = torch.ones(1, 8, dtype=torch.float64), lambda x: 2 * x + 1
+    assert torch.equal(compiled(double)(x), double(x)) and len(own_cache) == 1
+    assert torch.equal(compiled(double)(x), double(x)) and len(own_cache) == 1
+    assert torch.equal(compiled(lambda x: 3 * x + 1)(x), 3 * x + 1) and len(own_cache) == 2
+    assert compiled(double, torch.float32)(x.float()).dtype == torch.float32 and len(own_cache) == 3
+
+
+def test_a_compiler_that_fails(own_cache, monkeypatch):
+    """Nothing of it stays in the cache."""
+    x, function = torch.ones(1, 8, dtype=torch.float64), compiled(lambda x: 2 * x)
+    monkeypatch.setenv("CXX", "false")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="false failed"):
+            function(x)
+    assert len(own_cache) == 2
+    monkeypatch.delenv("CXX")
+    assert torch.equal(function(x), 2 * x) and own_cache[-1][0] == "g++"
+
+
+def test_the_compiler_is_cxx(own_cache, monkeypatch, tmp_path):
+    wrapper = tmp_path / "my_compiler"
+    wrapper.write_text('#!/bin/sh\nexec g++ "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    x = torch.ones(1, 8, dtype=torch.float64)
+    assert torch.equal(compiled(lambda x: x - 2)(x), x - 2)
+    assert [command[0] for command in own_cache] == [str(wrapper)]
+
+
+def test_threads_that_call_at_once(own_cache):
+    """The first calls compile; each size of register once."""
+    function = vecsim.CompiledFunction(lambda _, x, y: (x.sin() * y).sum(0), small_model())
+    start, sizes = threading.Barrier(4), (3, 16, 5000, 7)
+
+    def work(seed):
+        g = torch.Generator().manual_seed(seed)
+        start.wait()
+        wrong = []
+        for n in itertools.chain(*(sizes for _ in range(50))):
+            x, y = torch.randn(2, 3, n, generator=g, dtype=torch.float64)
+            wrong.append((function(small_model(), x, y) - (x.sin() * y).sum(0)).abs().max().item())
+        return max(wrong)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(4))) <= 1e-13
+    assert len(own_cache) == len(function.codes) <= 3
