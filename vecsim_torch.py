@@ -27,8 +27,8 @@ percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EP
 1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of Humanoid at 0.49 times (results/README.md).
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
-constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step, vector
-environment, evaluation, what the trainers share. To follow a contact force, read `VecSim.step`, `_step_chunks`,
+constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step,
+compiler, vector environment, evaluation, what the trainers share. To follow a contact force, read `VecSim.step`, `_step_chunks`,
 `environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need
 for each contact.
 
@@ -3210,9 +3210,9 @@ def on_gpu(device: torch.device) -> bool:
 def compile_regions(base: Model) -> Regions:
     """Compiled functions for one model, one task and its settings: PHYSICS by this file, OTHERS by PyTorch.
 
-    PyTorch keeps compiled code with the code object of a function, and limits its number. So each model compiles a copy
-    of the code object. On a CPU the generated wrapper is C++ that releases Python's lock, so that threads can step
-    chunks side by side.
+    A task may use any operator in OTHERS. PyTorch keeps compiled code with the code object of a function, and limits
+    its number. So each model compiles a copy of the code object. On a CPU the generated wrapper is C++ that releases
+    Python's lock, so that threads can step chunks side by side.
     """
     run = Regions()
     for function in PHYSICS:
@@ -3241,8 +3241,8 @@ def compile_regions(base: Model) -> Regions:
 def without_checks(run: Regions) -> Regions:
     """The functions of `run` without PyTorch's checks. Inputs of other shapes than so far give wrong numbers.
 
-    Before each call PyTorch checks the inputs and its own state, which takes a fifth of HalfCheetah's step. Behind the
-    checks is one code object for each combination of shapes. A function that was compiled for several combinations, or
+    Before each call PyTorch checks the inputs, all tensors of the model included, and its own state. Behind the checks
+    is one code object for each combination of shapes. A function that was compiled for several combinations, or
     for none so far, keeps its checks. A private function of PyTorch finds the code; without it all checks stay.
     """
     fast = Regions(**vars(run))
@@ -4052,11 +4052,10 @@ CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmar
 def cpu_chunk(num_envs: int, cores: int, itemsize: int, nv: int) -> int:
     """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
 
-    A robot with more than LARGE degrees of freedom gets half: its rows leave the cache sooner. With 528 environments in
-    place of 1,040, Quadruped-Rough is 6% faster and Walker2d 3%; HalfCheetah and Ant are equally fast.
+    A robot with more than LARGE degrees of freedom gets half: its rows leave the cache sooner.
 
     Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
-    more. HalfCheetah's Newton iteration takes 0.57 us a robot with 1,024 float32 and 0.46 us with 1,040.
+    more. HalfCheetah's `begin_dynamics` takes 0.24 us a robot with 1,024 float32 and 0.13 us with 1,040.
     """
     line, share = 64 // itemsize, math.ceil(num_envs / cores)
     most = CPU_CHUNK if nv <= LARGE else CPU_CHUNK // 2
