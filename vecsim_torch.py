@@ -28,9 +28,9 @@ percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EP
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
 constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step,
-compiler, vector environment, evaluation, what the trainers share. To follow a contact force, read `VecSim.step`, `_step_chunks`,
-`environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up what these need
-for each contact.
+compiler, vector environment, evaluation, what the trainers share. To follow a contact force, read `VecSim.step`,
+`_step_chunks`, `environment_step`, `step`, `forward`, `newton_system` and `contact_force`; `make_constraints` sets up
+what these need for each contact.
 
 Your own task is one class in one file; PyTorch trainers take it as `--env-id my_task.py:SwingUp`:
 

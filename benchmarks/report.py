@@ -28,6 +28,8 @@ from MuJoCo C, whose solver runs to convergence: the largest over the degrees of
 timestep x (1 + the largest acceleration). The table of scaling, `sim` and those of whole trainings are older than
 the latest changes of the physics step, and show vecsim slower than the second table does.
 
+All speeds here are older than the compiler of the physics in vecsim_torch.py, with which the steps are faster.
+
 The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs
 found most of their code in PyTorch's cache, so they compiled faster. A second core helps least where a step is short:
 Hopper makes 1.30 times the steps of one core, and the pendulum makes fewer.
