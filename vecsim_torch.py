@@ -17,14 +17,13 @@ benchmarks/simulator.py, and all tasks but six in tasks/. Everything else is in 
 The idea: write the physics of one robot, and replace every number by a vector over all robots. Inside the simulator,
 the environment axis is the LAST axis of every tensor: `qpos` is (nq, N), and `qpos[3]` is coordinate 3 of all N robots.
 Memory is contiguous along N. So each operation runs over all robots at once, as wide vector instructions on a CPU and
-as coalesced kernels on a GPU.
+as coalesced kernels on a GPU. With compile=True, the section "Compiler" turns the same functions into C++.
 
 MuJoCo is the specification. It compiles the MJCF; this file then computes the same smooth dynamics, the same soft
 constraints and the same integrators. The constraint problem is convex, so it has one solution, and the tests check that
 both simulators find it. In float64, accelerations of Gymnasium's models and of the quadruped differ from MuJoCo C's by
 at most 4e-13 (relative, 150 to 500 states of each; see also `Pusher`). In float32 with 4 Newton iterations, the 99th
-percentile of the error is 3e-7 to 1.4e-5, depending on the model. On one AMD EPYC core, whole environment steps run at
-1.21 to 1.91 times the speed of MuJoCo C's physics alone, those of Humanoid at 0.49 times (results/README.md).
+percentile of the error is 3e-7 to 1.4e-5, depending on the model. Speeds are in results/README.md.
 
 Read in this order: spatial algebra, model and its loading, the data of a physics step, kinematics, smooth dynamics,
 constraints, Newton solver, integrators (with `step`, one physics step), tasks, randomisation, environment step,
@@ -92,7 +91,8 @@ Glossary
     contact normal  points from what is fixed, or from the first geom, into the geom that moves, or into the second.
                     Distance is negative in penetration
 
-Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.1 or newer.
+Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.1 or newer. To compile
+on a CPU it needs g++, or the compiler that $CXX names.
 """
 
 from __future__ import annotations
@@ -3477,6 +3477,8 @@ def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np
 
 def gather(r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
     """torch.gather along the first axis."""
+    if axis != 0:
+        raise NotImplementedError("the compiler of the physics gathers along the first axis only")
     found = np.empty(index.shape, dtype=object)
     for place in np.ndindex(index.shape[1:]):
         found[:, *place] = r.program.pick(list(index[:, *place]), tuple(x[:, *place]))
@@ -3484,6 +3486,7 @@ def gather(r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndar
 
 
 def put(x: np.ndarray, axis: int, index: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """torch.index_copy, with an index that is the same for all robots."""
     copy = x.copy()
     np.moveaxis(copy, axis, 0)[index.astype(int)] = np.moveaxis(source, axis, 0)
     return copy
@@ -3640,6 +3643,7 @@ FUNCTION I f_max(I a, I b) { return a < b ? b : a; }
 FUNCTION F f_min(F a, F b) { return b < a ? b : a; }
 FUNCTION I f_min(I a, I b) { return b < a ? b : a; }
 """
+C_KINDS = {"number": "F", "integer": "I", "truth": "I"}
 C_TYPES = {torch.float32: ("float", "int"), torch.float64: ("double", "long long")}
 BIG = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # adding it rounds to an integer
 HALF_PI = {  # as a sum whose first two parts have so few bits that their products with k are exact
@@ -3649,16 +3653,19 @@ HALF_PI = {  # as a sum whose first two parts have so few bits that their produc
 
 
 class Kernel(NamedTuple):
-    """A piece of a program. Its lines read and write rows of tensors: inputs x0, x1, ..., constant tables t0, ...,
-    the outputs y (numbers) and z (integers), and s, which carries values from one kernel to another."""
+    """A piece of a program. Its lines read and write rows of tensors. These are the inputs x0, x1, ... (numbers) and
+    k0, k1, ... (integers), constant tables t0, t1, ..., and the outputs y (numbers) and z (integers). In s (numbers)
+    and j (integers), values go from one kernel to another."""
 
     lines: list[str]
     tensors: list[str]
     rows: int  # read and written
 
 
-def write_kernels(program: Program, numbers: Sequence, integers: Sequence, size: float) -> tuple[list[Kernel], int]:
-    """C++ that stores `numbers` in y and `integers` in z, in kernels of `size` operations. Also how many rows s has."""
+def write_kernels(
+    program: Program, numbers: Sequence, integers: Sequence, size: float
+) -> tuple[list[Kernel], dict[str, int]]:
+    """C++ that stores `numbers` in y and `integers` in z, in kernels of `size` operations, and the rows of s and j."""
     order = program.needed((*numbers, *integers))
     computed = [v for v in order if program.operations[v][1] != "load"]
     home = {v: int(k // size) for k, v in enumerate(computed)}  # the kernel that computes a value
@@ -3742,9 +3749,6 @@ class KernelWriter:
             self.store(*place, v)
 
 
-C_KINDS = {"number": "F", "integer": "I", "truth": "I"}
-
-
 def cpp_source(kernel: Kernel, dtype: torch.dtype, robots: int) -> str:
     """A function of the addresses of the kernel's tensors and of the number of robots, for blocks of `robots`.
 
@@ -3790,7 +3794,7 @@ def pointer(name: str) -> str:
 def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
     """Compile with $CXX or g++. Returns a function of the tensors and the number of robots.
 
-    Compiled code stays in the folder where PyTorch keeps its own."""
+    Compiled code stays in the folder where PyTorch keeps its own. RuntimeError if there is no compiler or it fails."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
     words = [*os.environ.get("CXX", "g++").split(), *flags]
     folder = Path(cache_dir()) / "vecsim"
@@ -3800,7 +3804,10 @@ def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             code, built = Path(scratch) / "code.cpp", Path(scratch) / "code.so"
             code.write_text(source)
-            done = subprocess.run([*words, code, "-o", built], capture_output=True, text=True)
+            try:
+                done = subprocess.run([*words, code, "-o", built], capture_output=True, text=True)
+            except FileNotFoundError:
+                raise RuntimeError(f"{words[0]} not found; name a C++ compiler in $CXX, or do not compile") from None
             if done.returncode:
                 raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
             built.rename(library)  # whole or not at all: other processes look for it
@@ -4294,7 +4301,11 @@ class VecSim(gymnasium.vector.VectorEnv):
         calls: list[tuple[str, tuple]] = []
 
         def recorded(name: str, function: Callable) -> Callable:
-            return lambda *args: calls.append((name, args)) or function(*args)
+            def call(*args: Any) -> Any:
+                calls.append((name, args))
+                return function(*args)
+
+            return call
 
         run = Regions(**{name: recorded(name, function) for name, function in vars(EAGER).items()})
         environment_step(self.settings, self.model, self._carries[0], action, noise, run)

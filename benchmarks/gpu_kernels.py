@@ -8,7 +8,7 @@ those of the code that vecsim and PyTorch write. The rates follow from a model a
 - Memory moves 3.0 TB/s. A launch whose bytes fit 40 MB finds them in the cache of the card, which moves 5.5 TB/s.
 - More than 8,192 robots are stepped in chunks, one after the other.
 
-The model knows no uncoalesced access and no spilled registers, so it is an upper bound.
+The model knows no arithmetic, no uncoalesced access and no spilled registers, so it is an upper bound.
 """
 
 from __future__ import annotations

@@ -686,6 +686,18 @@ def test_a_compiler_that_fails(own_cache, monkeypatch):
     assert torch.equal(function(x), 2 * x) and own_cache[-1][0] == "g++"
 
 
+def test_a_compiler_that_is_not_there(own_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    with pytest.raises(RuntimeError, match=r"no-such-compiler not found; name a C\+\+ compiler in \$CXX"):
+        compiled(lambda x: 2 * x)(torch.ones(1, 8, dtype=torch.float64))
+
+
+def test_gather_along_another_axis_is_refused(own_cache):
+    x, index = torch.ones(2, 3, 8, dtype=torch.float64), torch.zeros(2, 1, 8, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match="first axis only"):
+        compiled(lambda x, index: torch.gather(x, 1, index))(x, index)
+
+
 def test_the_compiler_is_cxx(own_cache, monkeypatch, tmp_path):
     wrapper = tmp_path / "my_compiler"
     wrapper.write_text('#!/bin/sh\nexec g++ "$@"\n')
