@@ -97,6 +97,7 @@ on a CPU it needs g++, or the compiler that $CXX names.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import ctypes
@@ -3665,11 +3666,12 @@ class Kernel(NamedTuple):
 def write_kernels(
     program: Program, numbers: Sequence, integers: Sequence, size: float
 ) -> tuple[list[Kernel], dict[str, int]]:
-    """C++ that stores `numbers` in y and `integers` in z, in kernels of `size` operations, and the rows of s and j."""
+    """C++ that stores `numbers` in y and `integers` in z, in kernels of at most `size` operations, and the rows of s
+    and j."""
     order = program.needed((*numbers, *integers))
     computed = [v for v in order if program.operations[v][1] != "load"]
-    home = {v: int(k // size) for k, v in enumerate(computed)}  # the kernel that computes a value
-    last = max(home.values(), default=0)
+    ends = kernel_ends(program, computed, (*numbers, *integers), size)
+    home = {v: bisect.bisect_right(ends, k) for k, v in enumerate(computed)}  # the kernel that computes a value
     places: dict[Any, list[tuple[str, int]]] = {}  # where a value is stored
     others: list[tuple[str, int, Any]] = []  # stores of constants and of inputs
     for tensor, values in (("y", numbers), ("z", integers)):
@@ -3685,12 +3687,41 @@ def write_kernels(
                 tensor = "s" if program.kind(x) == "number" else "j"
                 places[x] = [(tensor, scratch[tensor])]
                 scratch[tensor] += 1
-    kernels = [KernelWriter(program, places) for _ in range(last + 1)]
+    kernels = [KernelWriter(program, places) for _ in ends]
     for v in computed:
         kernels[home[v]].compute(v)
     for tensor, row, x in others:
-        kernels[last].store(tensor, row, x)
+        kernels[-1].store(tensor, row, x)
     return [Kernel(k.lines, sorted(k.tensors), k.rows) for k in kernels], scratch
+
+
+def kernel_ends(program: Program, computed: list[Value], outputs: Sequence, size: float) -> list[int]:
+    """Where the kernels end among the operations `computed`, with the fewest rows to load and store, and launches.
+
+    The cost of a kernel depends on its two ends alone. So the best ends up to any place follow from those before it."""
+    count = len(computed)
+    if count <= size:
+        return [count]
+    last_use: dict[Value, float] = {}
+    for place, v in enumerate(computed):
+        last_use |= {x: place for x in program.operations[v][2] if isinstance(x, Value)}
+    last_use |= {x: math.inf for x in outputs if isinstance(x, Value)}
+    step = max(1, int(size) // 100)  # ends are multiples of it
+    best = {0: (0, -1)}  # the least cost of the kernels that end at a place, and where the last of them starts
+    for end in (*range(step, count, step), count):
+        loaded: set[Value] = set()
+        stored, choices = 0, []
+        for start in range(end - 1, max(end - int(size), 0) - 1, -1):
+            stored += last_use[computed[start]] >= end
+            loaded.discard(computed[start])
+            loaded.update(x for x in program.operations[computed[start]][2] if isinstance(x, Value))
+            if start in best:
+                choices.append((best[start][0] + len(loaded) + stored + LAUNCH, start))
+        best[end] = min(choices)
+    ends = [count]
+    while best[ends[0]][1] > 0:
+        ends.insert(0, best[ends[0]][1])
+    return ends
 
 
 class KernelWriter:
@@ -3768,15 +3799,17 @@ def cpp_source(kernel: Kernel, dtype: torch.dtype, robots: int) -> str:
     )
 
 
-def cuda_source(kernel: Kernel, dtype: torch.dtype) -> str:
-    """A kernel with the tensors and the number of robots as arguments. A thread computes one robot."""
+def cuda_source(kernel: Kernel, dtype: torch.dtype, n: int) -> str:
+    """A kernel for n robots with the tensors as arguments. A thread computes one robot.
+
+    As n is a constant, so are the distances between rows. Half of the instructions would compute them otherwise."""
     real, integer = C_TYPES[dtype]
+    arguments = ", ".join(f"{pointer(name)} __restrict__ {name}" for name in kernel.tensors)
     return "\n".join(
         (
             CUDA_PRELUDE.format(real=real, integer=integer) + SHARED_PRELUDE,
-            'extern "C" __global__ void run('
-            + "".join(f"{pointer(name)} __restrict__ {name}, " for name in kernel.tensors)
-            + "int n) {",
+            f'extern "C" __global__ void run({arguments}) {{',
+            f"const long long n = {n};",
             "const int i = blockIdx.x * blockDim.x + threadIdx.x;",
             "if (i >= n) return;",
             *kernel.lines,
@@ -3826,7 +3859,7 @@ def load_cuda(code: bytes) -> Callable[[Sequence[Tensor], int], None]:
     kernel = torch.cuda._utils._cuda_load_module(code, ["run"])["run"]
 
     def launch(tensors: Sequence[Tensor], n: int) -> None:
-        kernel(((n + BLOCK - 1) // BLOCK, 1, 1), (BLOCK, 1, 1), [*tensors, n])
+        kernel(((n + BLOCK - 1) // BLOCK, 1, 1), (BLOCK, 1, 1), [*tensors])
 
     return launch
 
@@ -3850,7 +3883,8 @@ def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
 
 
 BLOCK = 32  # threads of a block on a GPU: a warp, so that 4,096 robots are on 128 multiprocessors
-KERNEL = 1000  # operations of a kernel on a GPU
+KERNEL = 2500  # the most operations of a kernel on a GPU: larger ones spill more registers
+LAUNCH = 700  # rows of 4,096 robots that a GPU loads in the time of a launch, see benchmarks/gpu_kernels.py
 
 
 def named_tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -3911,9 +3945,9 @@ def known_values(base: Model, model: Model, varied: tuple) -> list[np.ndarray | 
 
 
 class Code:
-    """A compiled `Recording`, for any number of robots; on a CPU for at least `block` robots."""
+    """A compiled `Recording`. On a CPU it is for `robots` or more, on a GPU for exactly so many."""
 
-    def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, block: int):
+    def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, robots: int):
         self.dtype, self.device, inputs = dtype, device, recording.inputs
         values: dict[str, list] = {"y": [], "z": []}
         self.sizes: dict[str, list[int]] = {"y": [], "z": []}
@@ -3933,11 +3967,12 @@ class Code:
         place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s", "j"]
         self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
         if on_cpu:
-            self.launches = [build_cpp(cpp_source(kernel, dtype, block)) for kernel in self.kernels]
+            self.launches = [build_cpp(cpp_source(kernel, dtype, robots)) for kernel in self.kernels]
         else:
             capability = torch.cuda.get_device_capability(device)
+            sources = [cuda_source(kernel, dtype, robots) for kernel in self.kernels]
             with ThreadPoolExecutor() as pool:
-                codes = list(pool.map(lambda kernel: nvrtc(cuda_source(kernel, dtype), capability), self.kernels))
+                codes = list(pool.map(lambda source: nvrtc(source, capability), sources))
             self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
 
     def expression(self, tree: Any, names: dict[str, Any]) -> str:
@@ -4000,14 +4035,14 @@ class CompiledFunction:
         varied = () if model is base else tuple(x for x in self.fields if getattr(model, x) is not getattr(base, x))
         capability = torch.backends.cpu.get_cpu_capability()
         register = {"AVX512": 64, "AVX2": 32}.get(capability, 16) // base.gravity.itemsize  # robots in a register
-        block = min(register, 1 << (n.bit_length() - 1))
-        key = constants_in(model, varied), block
+        robots = n if on_gpu(base.gravity.device) else min(register, 1 << (n.bit_length() - 1))
+        key = constants_in(model, varied), robots
         key += tuple((type(x), x) for x in args if not isinstance(x, (Tensor, tuple, list)))
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
                     recording = Recording(self.function, base, model, varied, args, self.known(model, varied))
-                    self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, block)
+                    self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, robots)
         return self.codes[key], n
 
     def __call__(self, model: Model, *args: Any) -> Any:
@@ -4284,11 +4319,11 @@ class VecSim(gymnasium.vector.VectorEnv):
         if chunk is None and on_cpu:
             chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize, self.model.nv)
         else:
-            chunk = min(chunk or CUDA_CHUNK, self.num_envs)
+            chunk = min(chunk or math.ceil(self.num_envs / math.ceil(self.num_envs / CUDA_CHUNK)), self.num_envs)
         starts = range(0, self.num_envs, chunk)
         self._parts: list[slice | Tensor] = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
-        if on_cpu and self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
-            self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk) % self.num_envs
+        if self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
+            self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk, device=self.device) % self.num_envs
         self._carries: list[Carry] = []
         self._run = compile_regions(self.model) if self.compiled else EAGER
         self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None

@@ -176,14 +176,19 @@ def load_source(kernel: str) -> dict:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """The registers of a thread, and the bytes of its stack."""
+    """The registers of a thread, the bytes of its stack, its instructions, and the cycles for which they make it wait.
+
+    An instruction of this architecture has 128 bits. Bits 105 to 108 are the cycles until the next one may follow.
+    They don't contain the time that loads take. Each instruction is counted once, as if the code had no branches."""
     tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    words = (("registers", "REG"), ("stack", "STACK"))
-    return {key: int(re.search(rf"{word}:(\d+)", text)[1]) for key, word in words}
+        words = [tool, "-res-usage", "-sass", file.name]
+        text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    upper = [int(word, 16) for word in re.findall(r"/\* 0x([0-9a-f]{16}) \*/", text)[1::2]]
+    found = {key: int(re.search(rf"{word}:(\d+)", text)[1]) for key, word in (("registers", "REG"), ("stack", "STACK"))}
+    return found | dict(instructions=len(upper), cycles=sum(word >> 41 & 15 for word in upper))
 
 
 def registers(name: str, kernel: str) -> list[dict]:
@@ -208,14 +213,14 @@ def find_nvrtc() -> ctypes.CDLL:
 
 
 class CountedCode(vecsim.Code):
-    """A compiled function of the physics that counts its calls. It keeps its machine code and launches nothing."""
+    """A compiled function of the physics that counts its calls, and what its kernels use. It launches nothing."""
 
     def __init__(self, *arguments):
         def load_module(cubin: bytes, names: list[str]) -> dict:
-            self.cubins.append(cubin)
+            self.used.append(usage(cubin))
             return dict(run=lambda grid, block, arguments: None)
 
-        self.record, self.cubins = dict(calls=0), []
+        self.record, self.used = dict(calls=0), []
         with mock.patch.object(torch.cuda._utils, "_cuda_load_module", load_module):
             super().__init__(*arguments)
 
@@ -226,14 +231,15 @@ class CountedCode(vecsim.Code):
         copied = [2 * size / ENVIRONMENTS for size in operators.sizes]  # inputs that are not contiguous
         self.record["calls"] += 1
         self.record |= dict(bytes=[round(size, 1) for size in (*copied, *sizes)], fallbacks=operators.names)
+        for name in ("instructions", "cycles"):
+            self.record[name] = [0] * len(copied) + [kernel[name] for kernel in self.used]
         return result
 
 
 def most_registers(name: str, code: CountedCode) -> list[dict]:
     """The most registers and the largest stack of the kernels of a function of the physics."""
-    used = [usage(cubin) for cubin in code.cubins]
-    most = {key: max(kernel[key] for kernel in used) for key in ("registers", "stack")}
-    return [dict(kernel=f"{name}, the most of its {len(used)} kernels", warps=vecsim.BLOCK // 32) | most]
+    most = {key: max(kernel[key] for kernel in code.used) for key in ("registers", "stack")}
+    return [dict(kernel=f"{name}, the most of its {len(code.used)} kernels", warps=vecsim.BLOCK // 32) | most]
 
 
 class Operators(TorchDispatchMode):

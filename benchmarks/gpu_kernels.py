@@ -4,11 +4,14 @@ It needs triton and NVRTC (`pip install -e ".[gpu-kernels]"`) and g++, but no GP
 of an environment step, the bytes that they read and write, and the registers that they need on an H100. The counts are
 those of the code that vecsim and PyTorch write. The rates follow from a model and are a prediction:
 
-- A launch within a CUDA graph takes 1.5 to 2.5 us, or longer if its bytes do. Both ends are predicted.
+- A launch within a CUDA graph takes 1.5 to 2.5 us and the time of its arithmetic, or longer if its bytes do. Both ends
+  are predicted.
+- The arithmetic of a kernel of the physics takes at least the cycles for which its instructions make a warp wait, by
+  the machine code. Where a scheduler has several warps, it issues one instruction a cycle.
 - Memory moves 3.0 TB/s. A launch whose bytes fit 40 MB finds them in the cache of the card, which moves 5.5 TB/s.
 - More than 8,192 robots are stepped in chunks, one after the other.
 
-The model knows no arithmetic, no uncoalesced access and no spilled registers, so it is an upper bound.
+The model knows no arithmetic of PyTorch's kernels and no waiting for memory, so it is an upper bound.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from benchmarks.comparisons import GYMNASIUM_TASKS
 from benchmarks.referee import save, say
 
 LAUNCH = 1.5e-6, 2.5e-6  # s
+CLOCK, SCHEDULERS = 1.7e9, 132 * 4  # cycles/s; four for each multiprocessor
 MEMORY, CACHE, CACHE_SIZE = 3.0e12, 5.5e12, 40e6  # bytes/s, bytes/s, bytes
 BYTES_OUTSIDE = 60  # of a launch outside of regions, for one environment: a copy of a few rows
 SIZES = 1024, 4096, 16384, 65536, 131072
@@ -38,11 +42,18 @@ def step_seconds(counted: dict, num_envs: int, launch: float, chunk: int) -> flo
     if num_envs > chunk:
         return math.ceil(num_envs / chunk) * step_seconds(counted, chunk, launch, chunk)
 
-    def seconds(size: float) -> float:  # of a launch that moves so many bytes for each environment
-        moved = size * num_envs
-        return max(launch, moved / (CACHE if moved < CACHE_SIZE else MEMORY))
+    warps = math.ceil(num_envs / 32 / SCHEDULERS)  # of a scheduler
 
-    inside = sum(region["calls"] * seconds(size) for region in counted["regions"] for size in region["bytes"])
+    def seconds(size: float, instructions: int = 0, cycles: int = 0) -> float:
+        """Of a launch that moves `size` bytes for each environment."""
+        moved = size * num_envs
+        arithmetic = max(cycles, warps * instructions) / CLOCK
+        return max(launch + arithmetic, moved / (CACHE if moved < CACHE_SIZE else MEMORY))
+
+    inside = 0.0
+    for region in counted["regions"]:
+        columns = (region.get(name, [0] * len(region["bytes"])) for name in ("instructions", "cycles"))
+        inside += region["calls"] * sum(map(seconds, region["bytes"], *columns))
     return inside + counted["outside"] * seconds(BYTES_OUTSIDE)
 
 

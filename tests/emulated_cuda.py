@@ -21,14 +21,14 @@ BEFORE = """
 static thread_local struct { int x; } blockIdx, blockDim, threadIdx;
 static inline float __int_as_float(int bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
 """
-# A function for `build_cpp`: tensors[0] holds the number of blocks, of threads in a block, and of robots.
+# A function for `build_cpp`: tensors[0] holds the number of blocks, and of threads in a block.
 AFTER = """
 extern "C" void run(void* const* tensors, long long) {
     const long long* sizes = (const long long*)tensors[0];
     blockDim.x = sizes[1];
     for (blockIdx.x = 0; blockIdx.x < sizes[0]; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
-            kernel(ARGUMENTS(int)sizes[2]);
+            kernel(ARGUMENTS);
 }
 """
 
@@ -38,17 +38,16 @@ class Kernel:
 
     def __init__(self, source: str, launched: Counter):
         source = source.replace(" void run(", " void kernel(")
-        types = re.search(r"void kernel\((.*)int n\)", source)[1].split(", ")[:-1]  # real* __restrict__ y, ...
+        types = re.search(r"void kernel\((.*)\) {", source)[1].split(", ")  # real* __restrict__ y, ...
         pointers = [kind.split(" __restrict__ ")[0] for kind in types]
-        arguments = "".join(f"({pointer})tensors[{k + 1}], " for k, pointer in enumerate(pointers))
+        arguments = ", ".join(f"({pointer})tensors[{k + 1}]" for k, pointer in enumerate(pointers))
         self.launched = launched
         self.function = vecsim.build_cpp(BEFORE + source + AFTER.replace("ARGUMENTS", arguments))
 
     def __call__(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: list) -> None:
-        *tensors, n = args
-        assert grid[1:] == block[1:] == (1, 1) and all(x.is_contiguous() for x in tensors)
+        assert grid[1:] == block[1:] == (1, 1) and all(x.is_contiguous() for x in args)
         self.launched["physics"] += 1
-        self.function([torch.tensor([grid[0], block[0], n]), *tensors], n)
+        self.function([torch.tensor([grid[0], block[0]]), *args], 0)
 
 
 @contextlib.contextmanager

@@ -121,6 +121,11 @@ def test_a_rate_is_predicted_by_hand():
     assert gpu_kernels.step_seconds(counted, 2000, 2e-6, chunk=16_384) == pytest.approx(large + 2e-6)
     in_cache = 2 * 30_000 * 1000 / gpu_kernels.CACHE  # 30 MB do
     assert gpu_kernels.step_seconds(counted, 4000, 2e-6, chunk=1000) == pytest.approx(4 * (in_cache + 2e-6))
+    regions[0] |= dict(instructions=[3400], cycles=[8500])  # 2 and 5 us for one warp
+    assert gpu_kernels.step_seconds(counted, 100, 2e-6, chunk=16_384) == pytest.approx(3 * 2e-6 + 2 * 5e-6)
+    warps = 132 * 4 * 32  # of a card that is full once
+    full = gpu_kernels.step_seconds(counted | dict(outside=0), 5 * warps, 1.0, chunk=10 * warps)
+    assert full == pytest.approx(2 * (1.0 + 5 * 2e-6))
     task = gpu_kernels.predict(counted, chunk=16_384)
     assert task["launches"] == 2 and task["bytes"] == 60_000
     record = json.loads(json.dumps(dict(tasks=[task])))

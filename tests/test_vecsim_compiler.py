@@ -461,6 +461,29 @@ def test_random_expressions(branches, count, size):
     np.testing.assert_allclose(tensors["y"].numpy(), exact, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_kernels_end_where_fewest_rows_cross(seed, monkeypatch):
+    """No other ends of kernels of at most five operations load and store fewer rows, launches included."""
+    monkeypatch.setattr(vecsim, "LAUNCH", 3)
+    program, rng = vecsim.Program(), random.Random(seed)
+    values = [number(program, row) for row in range(3)]
+    for _ in range(11):
+        values.append(program.append("number", rng.choice(list(BINARY)), *rng.choices(values[-6:], k=2)))
+    roots = values[-4:]
+    count = sum(program.operations[v][1] != "load" for v in program.needed(roots))
+
+    def cost(ends=None):
+        with monkeypatch.context() as patch:
+            if ends:
+                patch.setattr(vecsim, "kernel_ends", lambda *_: ends)
+            kernels, _ = vecsim.write_kernels(program, roots, [], 5)
+        return sum(kernel.rows for kernel in kernels) + vecsim.LAUNCH * len(kernels)
+
+    choices = itertools.chain(*(itertools.combinations(range(1, count), k) for k in range(count)))
+    costs = {cost([*inner, count]) for inner in choices if max(np.diff([0, *inner, count])) <= 5}
+    assert cost() == min(costs) < max(costs)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants among the results of the physics
 # ----------------------------------------------------------------------------------------------------------------------
