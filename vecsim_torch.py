@@ -3387,7 +3387,7 @@ class Program:
         return [new(index) if isinstance(index, Value) else elements[index] for index in indices]
 
     def needed(self, roots: Iterable[Any]) -> list[Value]:
-        """The operations that `roots` need, depth first: what is computed is used soon."""
+        """The operations that `roots` need, depth first, and of several arguments the newest: values are used soon."""
         found, order = set(), []
         for root in roots:
             waiting = [(root, False)]
@@ -3400,7 +3400,8 @@ class Program:
                     continue
                 found.add(x)
                 waiting.append((x, True))
-                waiting.extend((argument, False) for argument in reversed(self.operations[x][2]))
+                arguments = sorted(x for x in self.operations[x][2] if isinstance(x, Value))
+                waiting.extend((argument, False) for argument in arguments)
         return order
 
 
