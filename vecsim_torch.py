@@ -3117,14 +3117,14 @@ def end_step(
     robots: Robots,
     carry: Carry,
     dynamics: Dynamics,
-    dropped: Tensor,
+    dropped: tuple[Tensor, ...],
     action: Tensor,
     noise: Noise,
 ) -> tuple[Carry, Transition]:
     """Reward, termination and auto-reset after the physics of a control step.
 
     carry: qpos, qvel and warmstart are already those of the new state. dropped: (N,) contacts that found no pair slot,
-    over all physics steps. action: (nu, N). A robot whose simulation diverged (not finite, or beyond RUNAWAY) is reset
+    in each physics step. action: (nu, N). A robot whose simulation diverged (not finite, or beyond RUNAWAY) is reset
     alone. It is reported as invalid and truncated, with reward 0 and with its fresh observation as `final_obs`.
     """
     task, model = settings.task, robots.now
@@ -3162,7 +3162,7 @@ def end_step(
     terms = {name: torch.where(invalid, 0.0, value.to(final_obs.dtype)) for name, value in terms.items()}
     whole = ended & ~invalid & (age == length)  # an episode that began at a random age is older than its length
     of_episodes = torch.ones_like(episode_return), episode_return, length, truncated
-    counted = [torch.where(whole, x, 0.0) for x in of_episodes] + [invalid, ~invalid, dropped]
+    counted = [torch.where(whole, x, 0.0) for x in of_episodes] + [invalid, ~invalid, sum(dropped)]
     counted += [terms[name] for name in task.averaged]
     return next_carry, Transition(
         obs=torch.where(ended, fresh_obs, final_obs),
@@ -3179,9 +3179,20 @@ def end_step(
     )
 
 
+def physics(
+    model: Model, state: State, ctrl: Sequence[Tensor], integrator: str | None, iterations: int, run: Regions
+) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
+    """A physics step for each of `ctrl`. Returns the last state and dynamics, and what each step dropped."""
+    dropped = []
+    for held in ctrl:
+        state, dynamics = step(model, state, held, integrator, iterations, run)
+        dropped.append(dynamics.smooth.constraints.dropped)
+    return state, dynamics, tuple(dropped)
+
+
 PHYSICS = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
 OTHERS = randomized_fields, begin_step, end_step
-vars(EAGER).update((function.__name__, function) for function in (*PHYSICS, *OTHERS))
+vars(EAGER).update((function.__name__, function) for function in (*PHYSICS, *OTHERS, physics))
 
 
 @torch.no_grad()
@@ -3195,10 +3206,9 @@ def environment_step(
         values = carry.parameters, drawn
         robots = Robots(*(dataclasses.replace(model, **run.randomized_fields(model, x)) for x in values))
     carry, ctrl = run.begin_step(settings, robots.now, carry, action, noise)
-    state, dropped = State(carry.qpos, carry.qvel, carry.warmstart), torch.zeros_like(carry.age)
-    for held in ctrl:
-        state, dynamics = step(robots.now, state, held, settings.integrator, settings.iterations, run)
-        dropped = dropped + dynamics.smooth.constraints.dropped
+    state = State(carry.qpos, carry.qvel, carry.warmstart)
+    integrator, iterations = settings.integrator, settings.iterations
+    state, dynamics, dropped = run.physics(robots.now, state, ctrl, integrator, iterations, run)
     carry = carry._replace(qpos=state.qpos, qvel=state.qvel, warmstart=state.warmstart)
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
@@ -3226,6 +3236,7 @@ def compile_regions(base: Model) -> Regions:
             found[key] = known_values(base, model, varied)
         return found[key]
 
+    run.physics = physics if on_gpu(base.gravity.device) else CompiledPhysics(run)
     run.newton_iteration.known = known
     run.advance.known = lambda *given: [None] * 3 + known(*given)  # no row of the `State` is a constant
     options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
@@ -3782,20 +3793,17 @@ class KernelWriter:
 
 
 def cpp_source(kernel: Kernel, dtype: torch.dtype, robots: int) -> str:
-    """A function of the addresses of the kernel's tensors and of the number of robots, for blocks of `robots`.
-
-    The last block may repeat robots of the one before it."""
+    """A function of the addresses of the kernel's tensors, which are (rows, robots): a vector for each row."""
     real, integer = C_TYPES[dtype]
     prelude = CPU_PRELUDE.format(real=real, integer=integer, robots=robots, big=BIG[dtype], half_pi=HALF_PI[dtype])
     return "\n".join(
         (
             prelude + SHARED_PRELUDE,
-            'extern "C" void run(void* const* tensors, long long n) {',
+            'extern "C" void run(void* const* tensors) {',
+            "enum { n = ROBOTS, i = 0 };",
             *(f"{pointer(name)} {name} = ({pointer(name)})tensors[{k}];" for k, name in enumerate(kernel.tensors)),
-            "for (long long start = 0; start < n; start += ROBOTS) {",
-            "const long long i = start + ROBOTS <= n ? start : n - ROBOTS;",
             *kernel.lines,
-            "}}",
+            "}",
         )
     )
 
@@ -3825,8 +3833,8 @@ def pointer(name: str) -> str:
     return kinds.get(name[0], "const real*")
 
 
-def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
-    """Compile with $CXX or g++. Returns a function of the tensors and the number of robots.
+def build_cpp(source: str) -> Callable[..., None]:
+    """Compile with $CXX or g++. Returns the C function `run`. Python's lock is free while it runs.
 
     Compiled code stays in the folder where PyTorch keeps its own. RuntimeError if there is no compiler or it fails."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
@@ -3847,12 +3855,7 @@ def build_cpp(source: str) -> Callable[[Sequence[Tensor], int], None]:
             built.rename(library)  # whole or not at all: other processes look for it
     function = ctypes.CDLL(str(library)).run
     function.restype = None
-
-    def launch(tensors: Sequence[Tensor], n: int) -> None:
-        addresses = (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
-        function(addresses, ctypes.c_int64(n))  # without Python's lock, so that threads can step chunks side by side
-
-    return launch
+    return function
 
 
 def load_cuda(code: bytes) -> Callable[[Sequence[Tensor], int], None]:
@@ -3886,6 +3889,10 @@ def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
 BLOCK = 32  # threads of a block on a GPU: a warp, so that 4,096 robots are on 128 multiprocessors
 KERNEL = 2500  # the most operations of a kernel on a GPU: larger ones spill more registers
 LAUNCH = 700  # rows of 4,096 robots that a GPU loads in the time of a launch, see benchmarks/gpu_kernels.py
+
+
+def is_number(x: Tensor) -> bool:
+    return x.dtype.is_floating_point
 
 
 def named_tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -3945,75 +3952,229 @@ def known_values(base: Model, model: Model, varied: tuple) -> list[np.ndarray | 
     return begun.values if kept else begun.values[:-count] + [None] * count
 
 
+def expression(tree: Any, sizes: dict[str, list[int]], names: dict[str, Any]) -> str:
+    """Python that makes `tree` from lists y and z of (rows, n). `sizes` gets their rows, and `names` the types."""
+    if isinstance(tree, Tensor):
+        tensor = "y" if is_number(tree) else "z"
+        sizes[tensor].append(tree.numel())
+        piece = f"{tensor}[{len(sizes[tensor]) - 1}]"
+        return piece if tree.dim() == 2 else f"{piece}.view({''.join(f'{size}, ' for size in tree.shape[:-1])}n)"
+    if isinstance(tree, tuple):
+        items = "".join(f"{expression(item, sizes, names)}, " for item in tree)
+        if not hasattr(tree, "_fields"):
+            return f"({items})"
+        names[type(tree).__name__] = type(tree)
+        return f"{type(tree).__name__}({items})"
+    return repr(tree)
+
+
+class Interface:
+    """The inputs and the result of compiled code, as tensors (..., N).
+
+    given: the inputs, and the expressions that find them in (model, args). result: nested tuples of tensors. Both are
+    as for one robot."""
+
+    def __init__(self, given: Sequence[tuple[str, Tensor]], result: Any, dtype: torch.dtype, device: torch.device):
+        self.device, names = device, {}
+        self.inputs = eval(f"lambda model, args: ({''.join(f'{where}, ' for where, _ in given)})")
+        self.shapes = [x.shape[:-1] for _, x in given]
+        self.dtypes = [dtype if is_number(x) else torch.int64 for _, x in given]
+        self.sizes: dict[str, list[int]] = {"y": [], "z": []}
+        self.result = eval(f"lambda y, z, n: {expression(result, self.sizes, names)}", names)
+        self.rows = {tensor: sum(rows) for tensor, rows in self.sizes.items()}
+        self.kinds = {"y": dtype, "z": torch.int64}
+
+    def read(self, model: Model, args: tuple, n: int) -> list[Tensor]:
+        """The inputs, contiguous. ValueError if they are not what the code was compiled for."""
+        tensors = list(self.inputs(model, args))
+        for k, (x, shape, dtype) in enumerate(zip(tensors, self.shapes, self.dtypes, strict=True)):
+            if x.dtype != dtype or x.device != self.device or x.shape[:-1] != shape:
+                wanted = f"a tensor {(*shape, n)} of {dtype} on {self.device}"
+                raise ValueError(f"compiled for {wanted}, not for {tuple(x.shape)} of {x.dtype} on {x.device}")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError("compiled code has no gradients; use torch.no_grad() or eager functions")
+            if x.shape[-1] != n or not x.is_contiguous():
+                tensors[k] = x.expand(*shape, n).contiguous()
+        return tensors
+
+    def new(self, rows: dict[str, int], n: int) -> list[Tensor]:
+        """Two empty tensors, of numbers and of integers."""
+        return [torch.empty(rows[t], n, dtype=dtype, device=self.device) for t, dtype in self.kinds.items()]
+
+    def results(self, y: Tensor, z: Tensor, n: int) -> Any:
+        return self.result(y.split(self.sizes["y"]), z.split(self.sizes["z"]), n)
+
+
 class Code:
-    """A compiled `Recording`. On a CPU it is for `robots` or more, on a GPU for exactly so many."""
+    """A compiled `Recording`. On a CPU, `function` computes a block of `robots`, see `Loop`; on a GPU, a call launches
+    kernels for exactly so many."""
 
     def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, robots: int):
-        self.dtype, self.device, inputs = dtype, device, recording.inputs
+        self.dtype, self.device, self.robots, self.recording = dtype, device, robots, recording
         values: dict[str, list] = {"y": [], "z": []}
-        self.sizes: dict[str, list[int]] = {"y": [], "z": []}
         for x, array in zip(recording.outputs, recording.values, strict=True):
-            values["y" if x.dtype.is_floating_point else "z"] += list(array.flat)
-        names: dict[str, Any] = {}
-        self.results = eval(f"lambda y, z, n: {self.expression(recording.result, names)}", names)
+            values["y" if is_number(x) else "z"] += list(array.flat)
+        self.rows = {tensor: len(x) for tensor, x in values.items()}
         on_cpu = not on_gpu(device)
         size = math.inf if on_cpu else KERNEL
         self.kernels, self.scratch = write_kernels(recording.program, values["y"], values["z"], size)
 
         used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in "xk"})
-        numbers = [int(name[1:]) for name in used]
-        self.inputs = eval(f"lambda model, args: ({''.join(f'{inputs[k][0]}, ' for k in numbers)})")
-        self.leading = [inputs[k][1].shape[:-1] for k in numbers]
+        self.given = [recording.inputs[int(name[1:])] for name in used]
+        self.interface = Interface(self.given, recording.result, dtype, device)
         self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in recording.program.tables]
         place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s", "j"]
         self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
         if on_cpu:
-            self.launches = [build_cpp(cpp_source(kernel, dtype, robots)) for kernel in self.kernels]
+            [kernel] = self.kernels
+            self.function = build_cpp(cpp_source(kernel, dtype, robots))
         else:
             capability = torch.cuda.get_device_capability(device)
             sources = [cuda_source(kernel, dtype, robots) for kernel in self.kernels]
             with ThreadPoolExecutor() as pool:
                 codes = list(pool.map(lambda source: nvrtc(source, capability), sources))
-            self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
+            with torch.cuda.device(device):
+                self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
 
-    def expression(self, tree: Any, names: dict[str, Any]) -> str:
-        """Python that makes the result from the pieces of y and z, lists of (rows, n). `names` gets its types."""
-        if isinstance(tree, Tensor):
-            tensor = "y" if tree.dtype.is_floating_point else "z"
-            self.sizes[tensor].append(tree.numel())
-            piece = f"{tensor}[{len(self.sizes[tensor]) - 1}]"
-            return piece if tree.dim() == 2 else f"{piece}.view({''.join(f'{size}, ' for size in tree.shape[:-1])}n)"
-        if isinstance(tree, tuple):
-            items = "".join(f"{self.expression(item, names)}, " for item in tree)
-            if not hasattr(tree, "_fields"):
-                return f"({items})"
-            names[type(tree).__name__] = type(tree)
-            return f"{type(tree).__name__}({items})"
-        return repr(tree)
+    @functools.cached_property
+    def loop(self) -> Loop:
+        recording = self.recording
+        call = self, [x for _, x in self.given], recording.outputs
+        return Loop([call], self.given, recording.result, self.dtype, self.robots)
 
     def __call__(self, model: Model, args: tuple, n: int) -> Any:
-        tensors = list(self.inputs(model, args))
-        for k, (x, leading) in enumerate(zip(tensors, self.leading, strict=True)):
-            if x.shape != (*leading, n) or not x.is_contiguous():
-                if x.shape[:-1] != leading:
-                    raise ValueError(f"compiled for a tensor {(*leading, n)}, not {tuple(x.shape)}")
-                tensors[k] = x.expand(*leading, n).contiguous()
-            if x.dtype != self.dtype and x.dtype != torch.int64:
-                raise ValueError(f"compiled for {self.dtype}, not {x.dtype}")
-        new = functools.partial(torch.empty, device=self.device)
-        y = new(sum(self.sizes["y"]), n, dtype=self.dtype)
-        z = new(sum(self.sizes["z"]), n, dtype=torch.int64)
-        tensors += [*self.tables, y, z, new(self.scratch["s"], n, dtype=self.dtype)]
-        tensors.append(new(self.scratch["j"], n, dtype=torch.int64))
-        for launch, places in zip(self.launches, self.places, strict=True):
-            launch([tensors[k] for k in places], n)
-        return self.results(y.split(self.sizes["y"]), z.split(self.sizes["z"]), n)
+        if not on_gpu(self.device):
+            return self.loop(model, args, n)
+        inputs, y_and_z = self.interface.read(model, args, n), self.interface.new(self.rows, n)
+        between = self.interface.new({"y": self.scratch["s"], "z": self.scratch["j"]}, n)
+        tensors = [*inputs, *self.tables, *y_and_z, *between]
+        with torch.cuda.device(self.device):
+            for launch, places in zip(self.launches, self.places, strict=True):
+                launch([tensors[k] for k in places], n)
+        return self.interface.results(*y_and_z, n)
+
+
+# For each block of robots: copy rows of tensors (rows, n) into the memory of the block, call functions, and copy back.
+CPU_LOOP = """
+#include <string.h>
+enum {{ ROBOTS = {robots} }};
+struct Rows {{ char* block; char* tensor; long long rows, bytes; }};  // bytes of a number
+template <int BYTES, bool IN> static void copy(const Rows& x, long long n, long long i) {{
+    for (long long row = 0; row < x.rows; row++) {{
+        char *a = x.block + row * ROBOTS * BYTES, *b = x.tensor + (row * n + i) * BYTES;
+        memcpy(IN ? a : b, IN ? b : a, ROBOTS * BYTES);
+    }}
+}}
+template <bool IN> static void copy(const Rows* x, long long count, long long n, long long i) {{
+    for (; count; count--, x++) x->bytes == 4 ? copy<4, IN>(*x, n, i) : copy<8, IN>(*x, n, i);
+}}
+extern "C" void run(
+    long long n, long long calls, void (**functions)(void* const*), const long long* first, void* const* pointers,
+    long long inputs, const Rows* input, long long outputs, const Rows* output
+) {{
+    for (long long start = 0; start < n; start += ROBOTS) {{
+        const long long i = start + ROBOTS <= n ? start : n - ROBOTS;  // the last block may repeat robots
+        copy<true>(input, inputs, n, i);
+        for (long long k = 0; k < calls; k++) functions[k](pointers + first[k]);
+        copy<false>(output, outputs, n, i);
+    }}
+}}
+"""
+
+
+class Loop:
+    """C++ for a CPU that makes calls of compiled functions for one block of robots after the other.
+
+    So what a call hands to another stays in the processor's cache. calls: (code, its inputs, its results), as tensors
+    of one robot. What a call takes from another is the same object. given, result: see `Interface`."""
+
+    def __init__(self, calls: list[tuple[Code, list, list]], given: list, result: Any, dtype: torch.dtype, robots: int):
+        self.codes = [code for code, _, _ in calls]
+        outputs = [x for _, x in named_tensors(result, "")]
+        last = {id(x): k for k, (_, inputs, _) in enumerate(calls) for x in inputs}  # the call that needs a tensor last
+        last |= {id(x): len(calls) for x in outputs}
+        given = [(where, x) for where, x in given if id(x) in last]
+        self.interface = Interface(given, result, dtype, torch.device("cpu"))
+        bytes_of = {"y": dtype.itemsize, "z": torch.int64.itemsize}
+        rows = {"y": 0, "z": 0}  # of the memory of a block: numbers, then integers
+        free: dict[tuple[str, int], list[int]] = {}  # memory that no later call needs, by its rows
+        ending: dict[int, list[tuple[str, int, int]]] = {}  # memory that no call after this one needs
+        places: dict[int, tuple[str, int]] = {}  # of a tensor: its first row in the memory of a block
+
+        def reserve(tensor: str, count: int) -> int:
+            if free.get((tensor, count)):
+                return free[tensor, count].pop()
+            rows[tensor] += count
+            return rows[tensor] - count
+
+        def place(x: Tensor, first: dict[str, int]) -> None:
+            tensor = "y" if is_number(x) else "z"
+            places[id(x)] = tensor, first[tensor]
+            first[tensor] += x.numel()
+
+        for _, x in given:
+            place(x, {tensor: reserve(tensor, x.numel()) for tensor in ("y" if is_number(x) else "z")})
+        words: list[tuple[str, int]] = []  # what the pointers of all calls point to
+        firsts: list[int] = []  # the first pointer of each call
+        for k, (code, inputs, results) in enumerate(calls):
+            start = {tensor: reserve(tensor, count) for tensor, count in code.rows.items()}
+            tensors = [places[id(x)] for x in inputs] + [("address", x.data_ptr()) for x in code.tables]
+            tensors += start.items()
+            firsts.append(len(words))
+            words += [tensors[at] for at in code.places[0]]
+            end = max((last.get(id(x), k) for x in results), default=k)
+            ending.setdefault(end, []).extend((t, count, start[t]) for t, count in code.rows.items())
+            for x in results:
+                place(x, start)
+            for tensor, count, row in ending.pop(k, ()):
+                free.setdefault((tensor, count), []).append(row)
+
+        parts = {"y": 0, "z": rows["y"] * robots * bytes_of["y"]}  # of the memory of a block
+        self.bytes = parts["z"] + rows["z"] * robots * bytes_of["z"]
+
+        def offset(tensor: str, row: int) -> int:
+            return row if tensor == "address" else parts[tensor] + row * robots * bytes_of[tensor]
+
+        def copies(tensors: list[Tensor]) -> np.ndarray:
+            kinds = [places[id(x)] for x in tensors]
+            table = [(offset(*at), 0, x.numel(), bytes_of[at[0]]) for at, x in zip(kinds, tensors, strict=True)]
+            return np.array(table, dtype=np.int64).reshape(-1, 4)  # see `Rows` in CPU_LOOP
+
+        self.pointers = np.array([offset(*word) for word in words], dtype=np.int64)
+        self.is_offset = np.array([tensor != "address" for tensor, _ in words], dtype=np.int64)
+        self.firsts = np.array(firsts, dtype=np.int64)
+        self.functions = np.array([ctypes.cast(code.function, ctypes.c_void_p).value for code in self.codes])
+        self.loads = copies([x for _, x in given])
+        outputs.sort(key=lambda x: not is_number(x))  # as in y, then in z
+        self.stores = copies(outputs)
+        self.numbers = sum(map(is_number, outputs))
+        self.run = build_cpp(CPU_LOOP.format(robots=robots))
+
+    def __call__(self, model: Model, args: tuple, n: int) -> Any:
+        inputs, (y, z) = self.interface.read(model, args, n), self.interface.new(self.interface.rows, n)
+        block = torch.empty(self.bytes, dtype=torch.uint8)
+        loads, stores = self.loads.copy(), self.stores.copy()
+        pointers = self.pointers + self.is_offset * block.data_ptr()
+        loads[:, 0] += block.data_ptr()
+        loads[:, 1] = [x.data_ptr() for x in inputs]
+        stores[:, 0] += block.data_ptr()
+        for part, tensor in ((stores[: self.numbers], y), (stores[self.numbers :], z)):
+            sizes = part[:, 2] * part[:, 3] * n
+            part[:, 1] = tensor.data_ptr() + np.cumsum(sizes) - sizes
+        tables = (self.functions, self.firsts, pointers), (loads,), (stores,)
+        counts = len(self.functions), len(loads), len(stores)
+        words = [n]
+        for count, arrays in zip(counts, tables, strict=True):
+            words += [count, *(x.ctypes.data for x in arrays)]
+        self.run(*map(ctypes.c_int64, words))
+        return self.interface.results(y, z, n)
 
 
 def constants_in(model: Model, varied: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """The names of these fields, and what they have besides tensors of numbers, which are inputs."""
     for name in varied:
-        if not all(x.is_floating_point() for _, x in named_tensors(getattr(model, name), name)):
+        field = getattr(model, name)  # the tensors of a terrain have no axis of robots
+        if isinstance(field, Terrain) or not all(is_number(x) for _, x in named_tensors(field, name)):
             raise ValueError(f"compiled for another model, which differs in {name}")
     return tuple((name, repr(rebuilt(getattr(model, name), lambda _: None))) for name in varied)
 
@@ -4021,34 +4182,92 @@ def constants_in(model: Model, varied: Sequence[str]) -> tuple[tuple[str, str], 
 class CompiledFunction:
     """`function` of the physics, compiled for the model `base` when it is called first.
 
-    Fields of the model may be replaced, as randomisation does. Numbers among the arguments are constants. known: of
-    (model, varied), see `Recording`."""
+    Fields of the model may be replaced, as randomisation does. What is no tensor among the arguments is constant.
+    known: of (model, varied), see `Recording`."""
 
     def __init__(self, function: Callable, base: Model, known: Callable = lambda *_: []):
         self.function, self.base, self.known = function, base, known
         self.fields = [field.name for field in dataclasses.fields(base)]
+        self.tensors = [x for name in self.fields for _, x in named_tensors(getattr(base, name), name)]
+        self.changes = self.count_changes()
         self.codes: dict[tuple, Code] = {}
         self.one_at_a_time = threading.Lock()
 
-    def compile(self, model: Model, *args: Any) -> tuple[Code, int]:
-        """The code for these arguments, and their number of robots."""
-        base, n = self.base, next(x for _, x in named_tensors(args, "")).shape[-1]
-        varied = () if model is base else tuple(x for x in self.fields if getattr(model, x) is not getattr(base, x))
-        capability = torch.backends.cpu.get_cpu_capability()
-        register = {"AVX512": 64, "AVX2": 32}.get(capability, 16) // base.gravity.itemsize  # robots in a register
-        robots = n if on_gpu(base.gravity.device) else min(register, 1 << (n.bit_length() - 1))
-        key = constants_in(model, varied), robots
-        key += tuple((type(x), x) for x in args if not isinstance(x, (Tensor, tuple, list)))
+    def count_changes(self) -> int:
+        """How often the model's tensors have been changed in place."""
+        return sum(x._version for x in self.tensors if not x.is_inference())
+
+    def varied(self, model: Model) -> tuple[str, ...]:
+        """The fields that have been replaced. ValueError if one was changed in place, because it is a constant."""
+        if self.count_changes() != self.changes:
+            raise ValueError("the compiled model was changed in place; use dataclasses.replace instead")
+        return (
+            ()
+            if model is self.base
+            else tuple(x for x in self.fields if getattr(model, x) is not getattr(self.base, x))
+        )
+
+    def robots(self, args: tuple) -> tuple[int, int]:
+        """The number of robots in the arguments, and the number for which code is compiled."""
+        n = max(x.shape[-1] for _, x in named_tensors(args, ""))
+        if on_gpu(self.base.gravity.device):
+            return n, n
+        bits = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)  # of a register
+        return n, min(bits // 8 // self.base.gravity.itemsize, 1 << max(0, n.bit_length() - 1))
+
+    def compile(self, model: Model, args: tuple, robots: int) -> Code:
+        """The code for these arguments and for so many robots."""
+        base, varied = self.base, self.varied(model)
+        key = constants_in(model, varied), robots, repr(rebuilt(args, lambda _: None))
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
                     recording = Recording(self.function, base, model, varied, args, self.known(model, varied))
                     self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, robots)
-        return self.codes[key], n
+        return self.codes[key]
 
     def __call__(self, model: Model, *args: Any) -> Any:
-        code, n = self.compile(model, *args)
-        return code(model, args, n)
+        n, robots = self.robots(args)
+        return self.compile(model, args, robots)(model, args, n)
+
+
+class CompiledPhysics:
+    """`physics` for a CPU. The functions of `run` that it calls become one `Loop`."""
+
+    def __init__(self, run: Regions):
+        self.run, self.loops = run, {}
+        self.one_at_a_time = threading.Lock()
+
+    def loop(self, model: Model, args: tuple, varied: tuple, robots: int) -> Loop:
+        calls: list[tuple[Code, list, list]] = []
+
+        def traced(function: CompiledFunction) -> Callable:
+            def call(model: Model, *args: Any) -> Any:
+                code = function.compile(model, args, robots)
+                result = rebuilt(function.function(model, *args), torch.clone)  # each tensor is another object
+                calls.append((code, code.interface.inputs(model, args), [x for _, x in named_tensors(result, "")]))
+                return result
+
+            return call
+
+        functions = {name: traced(x) for name, x in vars(self.run).items() if isinstance(x, CompiledFunction)}
+        one_robot = lambda tree: rebuilt(tree, lambda x: x[..., :1].clone())
+        fields, args = {name: one_robot(getattr(model, name)) for name in varied}, one_robot(args)
+        model = dataclasses.replace(model, **fields)
+        given = [*itertools.chain(*(named_tensors(x, f"model.{name}") for name, x in fields.items()))]
+        given += named_tensors(args, "args")
+        result = physics(model, *args, Regions(**functions))
+        return Loop(calls, given, result, model.gravity.dtype, robots)
+
+    def __call__(self, model: Model, *args: Any) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
+        first, args = self.run.begin_dynamics, args[:-1]
+        varied, (n, robots) = first.varied(model), first.robots(args)
+        key = constants_in(model, varied), robots, repr(rebuilt(args, lambda _: None))
+        if key not in self.loops:
+            with self.one_at_a_time, torch.no_grad():
+                if key not in self.loops:
+                    self.loops[key] = self.loop(model, args, varied, robots)
+        return self.loops[key](model, args, n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4345,10 +4564,12 @@ class VecSim(gymnasium.vector.VectorEnv):
 
         run = Regions(**{name: recorded(name, function) for name, function in vars(EAGER).items()})
         environment_step(self.settings, self.model, self._carries[0], action, noise, run)
-        calls = list({name: (name, args) for name, args in calls}.values())
+        calls = list({name: (name, args) for name, args in calls if name != "physics"}.values())
         with ThreadPoolExecutor(self._cores) as pool:
             compiled = [(getattr(self._run, name), args) for name, args in calls]
-            jobs = [pool.submit(f.compile, *args) for f, args in compiled if isinstance(f, CompiledFunction)]
+            _, robots = self._run.begin_dynamics.robots((action,))
+            ours = [(f, args) for f, args in compiled if isinstance(f, CompiledFunction)]
+            jobs = [pool.submit(f.compile, args[0], args[1:], robots) for f, args in ours]
             for function, args in compiled:
                 if not isinstance(function, CompiledFunction):
                     function(*args)
