@@ -114,6 +114,7 @@ import operator
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -3326,6 +3327,8 @@ class Program:
         mine = self.kind(x)
         if mine == kind:
             return x
+        if kind == "truth":
+            return self.apply("ne", x, 0)
         if mine == "truth" and isinstance(x, Value):
             return self.apply("where", x, *((1.0, 0.0) if kind == "number" else (1, 0)))
         return self.apply("to_number" if kind == "number" else "to_integer", x)
@@ -3335,6 +3338,10 @@ class Program:
         operands = args[1:] if name == "where" else args
         kinds = [self.kind(x) for x in operands]
         kind = "number" if "number" in kinds or name == "div" else "integer" if "integer" in kinds else "truth"
+        if kind == "truth" and (name in COMPARISONS or name in ("max", "min")):
+            kind = "integer"  # in C++ a truth is 0 or -1
+        if kind != "truth" and name == "not":
+            raise NotImplementedError("the compiler of the physics inverts truths only")
         if name == "to_number" or name == "to_integer":
             kind = name.removeprefix("to_")
         else:
@@ -3763,7 +3770,7 @@ class KernelWriter:
         """The name of a value, which is loaded if it comes from memory; or a constant."""
         if not isinstance(x, Value):
             if kind != "number":
-                return f"whole({x:d})"
+                return "(whole(0) == 0)" if x is True else f"whole({x:d})"
             text = {math.inf: "INFINITY", -math.inf: "-INFINITY"}.get(x, repr(x))
             return f"number({'NAN' if math.isnan(x) else text})"
         if x not in self.known:
@@ -3833,27 +3840,41 @@ def pointer(name: str) -> str:
     return kinds.get(name[0], "const real*")
 
 
+def instruction_set() -> str:
+    """What this CPU can execute, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else [platform.processor()]
+    flags = [line for line in lines if line.startswith(("flags", "Features"))]
+    return f"{torch.backends.cpu.get_cpu_capability()} {platform.machine()} {(flags or lines)[0]}"
+
+
 def build_cpp(source: str) -> Callable[..., None]:
     """Compile with $CXX or g++. Returns the C function `run`. Python's lock is free while it runs.
 
     Compiled code stays in the folder where PyTorch keeps its own. RuntimeError if there is no compiler or it fails."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
-    words = [*os.environ.get("CXX", "g++").split(), *flags]
+    words = [*shlex.split(os.environ.get("CXX") or "g++"), *flags]
     folder = Path(cache_dir()) / "vecsim"
-    library = folder / f"{hashlib.sha256(' '.join((cpu_name(), *words, source)).encode()).hexdigest()}.so"
-    if not library.exists():
+    key = " ".join((instruction_set(), *words, source))
+    library = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.so"
+    loaded = None
+    with contextlib.suppress(OSError):  # there is none, or it is damaged
+        loaded = ctypes.CDLL(str(library))
+    if loaded is None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             code, built = Path(scratch) / "code.cpp", Path(scratch) / "code.so"
             code.write_text(source)
             try:
                 done = subprocess.run([*words, code, "-o", built], capture_output=True, text=True)
-            except FileNotFoundError:
-                raise RuntimeError(f"{words[0]} not found; name a C++ compiler in $CXX, or do not compile") from None
+            except OSError as error:
+                advice = "name a C++ compiler in $CXX, or do not compile"
+                raise RuntimeError(f"{words[0]}: {error.strerror}; {advice}") from None
             if done.returncode:
                 raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
-            built.rename(library)  # whole or not at all: other processes look for it
-    function = ctypes.CDLL(str(library)).run
+            built.replace(library)  # whole or not at all: other processes look for it
+        loaded = ctypes.CDLL(str(library))
+    function = loaded.run
     function.restype = None
     return function
 
@@ -4010,7 +4031,7 @@ class Code:
     kernels for exactly so many."""
 
     def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, robots: int):
-        self.dtype, self.device, self.robots, self.recording = dtype, device, robots, recording
+        self.dtype, self.device = dtype, device
         values: dict[str, list] = {"y": [], "z": []}
         for x, array in zip(recording.outputs, recording.values, strict=True):
             values["y" if is_number(x) else "z"] += list(array.flat)
@@ -4020,27 +4041,22 @@ class Code:
         self.kernels, self.scratch = write_kernels(recording.program, values["y"], values["z"], size)
 
         used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in "xk"})
-        self.given = [recording.inputs[int(name[1:])] for name in used]
-        self.interface = Interface(self.given, recording.result, dtype, device)
+        given = [(where, x[..., :1].clone()) for where, x in (recording.inputs[int(name[1:])] for name in used)]
+        self.interface = Interface(given, recording.result, dtype, device)
         self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in recording.program.tables]
         place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s", "j"]
         self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
         if on_cpu:
             [kernel] = self.kernels
             self.function = build_cpp(cpp_source(kernel, dtype, robots))
+            call = self, [x for _, x in given], recording.outputs
+            self.loop = Loop([call], given, recording.result, dtype, robots)
         else:
             capability = torch.cuda.get_device_capability(device)
             sources = [cuda_source(kernel, dtype, robots) for kernel in self.kernels]
             with ThreadPoolExecutor() as pool:
                 codes = list(pool.map(lambda source: nvrtc(source, capability), sources))
-            with torch.cuda.device(device):
-                self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
-
-    @functools.cached_property
-    def loop(self) -> Loop:
-        recording = self.recording
-        call = self, [x for _, x in self.given], recording.outputs
-        return Loop([call], self.given, recording.result, self.dtype, self.robots)
+            self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
 
     def __call__(self, model: Model, args: tuple, n: int) -> Any:
         if not on_gpu(self.device):
@@ -4048,9 +4064,8 @@ class Code:
         inputs, y_and_z = self.interface.read(model, args, n), self.interface.new(self.rows, n)
         between = self.interface.new({"y": self.scratch["s"], "z": self.scratch["j"]}, n)
         tensors = [*inputs, *self.tables, *y_and_z, *between]
-        with torch.cuda.device(self.device):
-            for launch, places in zip(self.launches, self.places, strict=True):
-                launch([tensors[k] for k in places], n)
+        for launch, places in zip(self.launches, self.places, strict=True):
+            launch([tensors[k] for k in places], n)
         return self.interface.results(*y_and_z, n)
 
 
@@ -4306,22 +4321,18 @@ SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
-CPU_CHUNK = 1024  # environments a core steps together: enough to outweigh the calls, few enough for its caches
-LARGE = 8  # a robot with more degrees of freedom gets half of CPU_CHUNK
+CPU_CHUNK = 2048  # environments a core steps together: enough to outweigh the calls, few enough for its caches
 CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and for its registers
 
 
-def cpu_chunk(num_envs: int, cores: int, itemsize: int, nv: int) -> int:
+def cpu_chunk(num_envs: int, cores: int, itemsize: int) -> int:
     """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
 
-    A robot with more than LARGE degrees of freedom gets half: its rows leave the cache sooner.
-
     Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
-    more. HalfCheetah's `begin_dynamics` takes 0.24 us a robot with 1,024 float32 and 0.13 us with 1,040.
+    more. HalfCheetah's step takes 2.0 us a robot with 2,048 float32 and 1.6 us with 2,064.
     """
     line, share = 64 // itemsize, math.ceil(num_envs / cores)
-    most = CPU_CHUNK if nv <= LARGE else CPU_CHUNK // 2
-    lines = math.ceil(share / math.ceil(share / most) / line)
+    lines = math.ceil(share / math.ceil(share / CPU_CHUNK) / line)
     return line * (lines + (lines % 16 == 0))
 
 
@@ -4537,7 +4548,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         on_cpu = self.device.type == "cpu"
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None and on_cpu:
-            chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize, self.model.nv)
+            chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize)
         else:
             chunk = min(chunk or math.ceil(self.num_envs / math.ceil(self.num_envs / CUDA_CHUNK)), self.num_envs)
         starts = range(0, self.num_envs, chunk)

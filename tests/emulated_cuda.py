@@ -4,6 +4,7 @@ g++ compiles their source. A kernel then runs on tensors of the CPU, one thread 
 """
 
 import contextlib
+import ctypes
 import re
 from collections import Counter
 from unittest import mock
@@ -23,7 +24,7 @@ static inline float __int_as_float(int bits) { float x; memcpy(&x, &bits, sizeof
 """
 # A function for `build_cpp`: tensors[0] holds the number of blocks, and of threads in a block.
 AFTER = """
-extern "C" void run(void* const* tensors, long long) {
+extern "C" void run(void* const* tensors) {
     const long long* sizes = (const long long*)tensors[0];
     blockDim.x = sizes[1];
     for (blockIdx.x = 0; blockIdx.x < sizes[0]; blockIdx.x++)
@@ -31,6 +32,10 @@ extern "C" void run(void* const* tensors, long long) {
             kernel(ARGUMENTS);
 }
 """
+
+
+def addresses(tensors: list[torch.Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
 
 
 class Kernel:
@@ -47,7 +52,8 @@ class Kernel:
     def __call__(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: list) -> None:
         assert grid[1:] == block[1:] == (1, 1) and all(x.is_contiguous() for x in args)
         self.launched["physics"] += 1
-        self.function([torch.tensor([grid[0], block[0]]), *args], 0)
+        sizes = torch.tensor([grid[0], block[0]])
+        self.function(addresses([sizes, *args]))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import emulated_cuda
 import mujoco
 import numpy as np
 import pytest
@@ -451,13 +452,13 @@ def test_random_expressions(branches, count, size):
     kernels, scratch = vecsim.write_kernels(program, roots, [], size)
     rows_between = sum(scratch.values())
     assert len(kernels) == 1 and rows_between == 0 if size == INF else len(kernels) > 4 and rows_between > 4
-    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    tensors = {"x0": x, "y": x.new_full((len(roots), 5), NAN), "s": x.new_full((scratch["s"], 5), NAN)}
-    tensors["j"] = torch.full((scratch["j"], 5), -7)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tensors = {"x0": x, "y": x.new_full((len(roots), 8), NAN), "s": x.new_full((scratch["s"], 8), NAN)}
+    tensors["j"] = torch.full((scratch["j"], 8), -7)
     for kernel in kernels:
-        launch = vecsim.build_cpp(vecsim.cpp_source(kernel, x.dtype, 4))
-        launch([tensors[name] for name in kernel.tensors], 5)
-    exact = [np.broadcast_to(evaluated(t, x.numpy(), lambda name, *args: EXACT[name](*args)), 5) for t in trees]
+        run = vecsim.build_cpp(vecsim.cpp_source(kernel, x.dtype, 8))
+        run(emulated_cuda.addresses([tensors[name] for name in kernel.tensors]))
+    exact = [np.broadcast_to(evaluated(t, x.numpy(), lambda name, *args: EXACT[name](*args)), 8) for t in trees]
     np.testing.assert_allclose(tensors["y"].numpy(), exact, rtol=1e-9, atol=1e-9)
 
 
@@ -691,10 +692,10 @@ def test_all_features_of_the_physics_are_compiled(name, quickly_built):
 
 def test_code_is_compiled_once_and_then_read_from_the_disk(own_cache):
     x, double = torch.ones(1, 8, dtype=torch.float64), lambda x: 2 * x + 1
-    assert torch.equal(compiled(double)(x), double(x)) and len(own_cache) == 1
-    assert torch.equal(compiled(double)(x), double(x)) and len(own_cache) == 1
-    assert torch.equal(compiled(lambda x: 3 * x + 1)(x), 3 * x + 1) and len(own_cache) == 2
-    assert compiled(double, torch.float32)(x.float()).dtype == torch.float32 and len(own_cache) == 3
+    assert torch.equal(compiled(double)(x), double(x)) and len(own_cache) == 2  # the function and the loop over blocks
+    assert torch.equal(compiled(double)(x), double(x)) and len(own_cache) == 2
+    assert torch.equal(compiled(lambda x: 3 * x + 1)(x), 3 * x + 1) and len(own_cache) == 3
+    assert compiled(double, torch.float32)(x.float()).dtype == torch.float32 and len(own_cache) == 4
 
 
 def test_a_compiler_that_fails(own_cache, monkeypatch):
@@ -706,12 +707,12 @@ def test_a_compiler_that_fails(own_cache, monkeypatch):
             function(x)
     assert len(own_cache) == 2
     monkeypatch.delenv("CXX")
-    assert torch.equal(function(x), 2 * x) and own_cache[-1][0] == "g++"
+    assert torch.equal(function(x), 2 * x) and {command[0] for command in own_cache[2:]} == {"g++"}
 
 
 def test_a_compiler_that_is_not_there(own_cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -v")
-    with pytest.raises(RuntimeError, match=r"no-such-compiler not found; name a C\+\+ compiler in \$CXX"):
+    with pytest.raises(RuntimeError, match=r"no-such-compiler: No such file .*; name a C\+\+ compiler in \$CXX"):
         compiled(lambda x: 2 * x)(torch.ones(1, 8, dtype=torch.float64))
 
 
@@ -722,13 +723,13 @@ def test_gather_along_another_axis_is_refused(own_cache):
 
 
 def test_the_compiler_is_cxx(own_cache, monkeypatch, tmp_path):
-    wrapper = tmp_path / "my_compiler"
+    wrapper = tmp_path / "my compiler"
     wrapper.write_text('#!/bin/sh\nexec g++ "$@"\n')
     wrapper.chmod(0o755)
-    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("CXX", f"'{wrapper}' -v")
     x = torch.ones(1, 8, dtype=torch.float64)
     assert torch.equal(compiled(lambda x: x - 2)(x), x - 2)
-    assert [command[0] for command in own_cache] == [str(wrapper)]
+    assert {command[0] for command in own_cache} == {str(wrapper)}
 
 
 def test_threads_that_call_at_once(own_cache):
@@ -747,4 +748,4 @@ def test_threads_that_call_at_once(own_cache):
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(4))) <= 1e-13
-    assert len(own_cache) == len(function.codes) <= 3
+    assert len(own_cache) == 2 * len(function.codes) <= 6  # with a loop over blocks of each size

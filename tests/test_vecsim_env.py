@@ -477,24 +477,17 @@ def chunk_sizes(env):
 
 
 def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
-    for cores, itemsize, nv, most in (
-        (1, 4, 6, 1024),
-        (2, 4, 6, 1024),
-        (1, 4, 8, 1024),
-        (3, 4, 9, 512),
-        (16, 4, 23, 512),
-        (2, 8, 6, 1024),
-    ):
+    for cores, itemsize in ((1, 4), (2, 4), (3, 4), (16, 4), (2, 8)):
         for num_envs in (*range(1, 300), *range(448, 20_000, 64)):
-            size = vecsim.cpu_chunk(num_envs, cores, itemsize, nv)
+            size = vecsim.cpu_chunk(num_envs, cores, itemsize)
             rounds = math.ceil(num_envs / size / cores)
-            assert size <= most + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
-            assert rounds <= math.ceil(num_envs / cores / most)
+            assert size <= 2048 + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
+            assert rounds <= math.ceil(num_envs / cores / 2048)
             assert rounds * size - num_envs / cores <= rounds * 33  # hardly more than its share
     compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 256, 1024)}
     assert compiled == {5: [16], 128: [128], 256: [272], 1024: [1040]}
-    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 2050, compile=True)) == [688, 688, 688]
-    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 2050)) == [688, 688, 674]
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 4100, compile=True)) == [1376, 1376, 1376]
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 4100)) == [1376, 1376, 1348]
 
 
 def test_compiled_chunks_and_threads_change_nothing(traced, monkeypatch):
@@ -546,6 +539,7 @@ def test_the_first_step_compiles_on_all_cores(traced, monkeypatch):
     _, compiled = make_compiled("InvertedPendulum-v5", **FAST)
     for _ in range(2):
         compiled.step(random_actions(compiled))
+    built = [call for call in built if call[0] != vecsim.CPU_LOOP.format(robots=16)]
     sources, threads = zip(*built, strict=True)
     assert len(set(sources)) == len(sources) == 3 and len(set(threads)) == 2  # begin, iteration, advance
 
@@ -645,7 +639,7 @@ def test_which_compiler_compiles_what(monkeypatch):
     assert compiled == [function.__name__ for function in vecsim.OTHERS]
     ours = {name for name, function in vars(run).items() if isinstance(function, vecsim.CompiledFunction)}
     assert ours == {function.__name__ for function in vecsim.PHYSICS}
-    assert ours | set(compiled) == set(vars(vecsim.EAGER))
+    assert ours | set(compiled) | {"physics"} == set(vars(vecsim.EAGER))
     env.reset(seed=0)
     inputs = env.model, env.state(), random_actions(env).T
     for integrator in ("euler", "rk4"):
