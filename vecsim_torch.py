@@ -372,7 +372,8 @@ class Velocity(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One robot. Every floating-point tensor ends in an environment axis of size 1, or N where robots differ.
+    """One robot. A floating-point tensor ends in an environment axis of size 1, or N where robots differ; a terrain has
+    no such axis.
 
     Tuples describe structure: loops over them unroll when a function is compiled. `*_index` tensors gather rows.
     To change parameters, use `dataclasses.replace`. As in an mjModel, fields that depend on the changed ones stay as
@@ -1778,7 +1779,7 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     turn = xmat[segments.link_index]
     centre = (xpos[segments.link_index] + apply(turn, segments.centre) - origin).unbind(1)
     axis = apply(turn, segments.axis).unbind(1)
-    # Vectors are lists of three (P, N) from here on: the compiler makes one loop of operations of one shape
+    # Vectors are lists of three (P, N) from here on
     i, j = segments.first_index, segments.second_index
     centre1, centre2, axis1, axis2 = ([x[rows] for x in vector] for vector in (centre, axis) for rows in (i, j))
     radius1, radius2 = segments.radius[i], segments.radius[j]
@@ -3222,9 +3223,9 @@ def on_gpu(device: torch.device) -> bool:
 def compile_regions(base: Model) -> Regions:
     """Compiled functions for one model, one task and its settings: PHYSICS by this file, OTHERS by PyTorch.
 
-    A task may use any operator in OTHERS. PyTorch keeps compiled code with the code object of a function, and limits
-    its number. So each model compiles a copy of the code object. On a CPU the generated wrapper is C++ that releases
-    Python's lock, so that threads can step chunks side by side.
+    On a CPU all calls of PHYSICS become one loop. A task may use any operator in OTHERS. PyTorch keeps compiled code
+    with the code object of a function, and limits its number. So each model compiles a copy of the code object. On a
+    CPU the generated wrapper is C++ that releases Python's lock, so that threads can step chunks side by side.
     """
     run = Regions()
     for function in PHYSICS:
@@ -3275,9 +3276,9 @@ def without_checks(run: Regions) -> Regions:
 # The physics has no branches, and its tables are the same for all robots. So a function is called once with one robot,
 # and every operation on tensors is recorded as operations on their elements. An element is a constant or a `Value`.
 # Constants fold, products with zero vanish, and equal operations are one. What is left becomes C++, with a variable for
-# each value. On a CPU a variable holds as many robots as a vector register, and one loop over the robots is the whole
-# function: nothing between its inputs and outputs goes through memory. On a GPU a thread has one robot. As a thread has
-# at most 255 registers, the function is cut into kernels there.
+# each value. On a CPU a variable holds as many robots as a vector register: a block. One loop over the blocks makes all
+# calls of the physics steps of a control step, so a block stays in the processor's cache. On a GPU a thread has one
+# robot. As a thread has at most 255 registers, a function is cut into kernels there.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -4110,53 +4111,45 @@ class Loop:
         last |= {id(x): len(calls) for x in outputs}
         given = [(where, x) for where, x in given if id(x) in last]
         self.interface = Interface(given, result, dtype, torch.device("cpu"))
-        bytes_of = {"y": dtype.itemsize, "z": torch.int64.itemsize}
-        rows = {"y": 0, "z": 0}  # of the memory of a block: numbers, then integers
-        free: dict[tuple[str, int], list[int]] = {}  # memory that no later call needs, by its rows
-        ending: dict[int, list[tuple[str, int, int]]] = {}  # memory that no call after this one needs
-        places: dict[int, tuple[str, int]] = {}  # of a tensor: its first row in the memory of a block
+        row_bytes = {True: robots * dtype.itemsize, False: robots * torch.int64.itemsize}  # of numbers, of integers
+        self.bytes = 0  # of the memory of a block
+        places: dict[int, int] = {}  # where a tensor begins in it
+        free: dict[int, list[int]] = {}  # pieces that no later call needs, by their bytes
+        ending: dict[int, list[tuple[int, int]]] = {}  # pieces that no call after this one needs
 
-        def reserve(tensor: str, count: int) -> int:
-            if free.get((tensor, count)):
-                return free[tensor, count].pop()
-            rows[tensor] += count
-            return rows[tensor] - count
+        def place(tensors: Sequence[Tensor], k: int) -> list[int]:
+            """Give memory to the numbers and to the integers of `tensors` from call k on. Returns both starts."""
+            starts = []
+            for kind, size in row_bytes.items():
+                mine = [x for x in tensors if is_number(x) == kind]
+                total = size * sum(x.numel() for x in mine)
+                if free.get(total):
+                    start = free[total].pop()
+                else:
+                    start, self.bytes = self.bytes, self.bytes + total
+                starts.append(start)
+                end = max((last.get(id(x), k) for x in mine), default=k)
+                ending.setdefault(end, []).append((total, start))
+                for x in mine:
+                    places[id(x)], start = start, start + size * x.numel()
+            return starts
 
-        def place(x: Tensor, first: dict[str, int]) -> None:
-            tensor = "y" if is_number(x) else "z"
-            places[id(x)] = tensor, first[tensor]
-            first[tensor] += x.numel()
-
-        for _, x in given:
-            place(x, {tensor: reserve(tensor, x.numel()) for tensor in ("y" if is_number(x) else "z")})
-        words: list[tuple[str, int]] = []  # what the pointers of all calls point to
+        place([x for _, x in given], 0)
+        pointers: list[tuple[int, bool]] = []  # of all calls: addresses, or places in the memory of a block
         firsts: list[int] = []  # the first pointer of each call
         for k, (code, inputs, results) in enumerate(calls):
-            start = {tensor: reserve(tensor, count) for tensor, count in code.rows.items()}
-            tensors = [places[id(x)] for x in inputs] + [("address", x.data_ptr()) for x in code.tables]
-            tensors += start.items()
-            firsts.append(len(words))
-            words += [tensors[at] for at in code.places[0]]
-            end = max((last.get(id(x), k) for x in results), default=k)
-            ending.setdefault(end, []).extend((t, count, start[t]) for t, count in code.rows.items())
-            for x in results:
-                place(x, start)
-            for tensor, count, row in ending.pop(k, ()):
-                free.setdefault((tensor, count), []).append(row)
-
-        parts = {"y": 0, "z": rows["y"] * robots * bytes_of["y"]}  # of the memory of a block
-        self.bytes = parts["z"] + rows["z"] * robots * bytes_of["z"]
-
-        def offset(tensor: str, row: int) -> int:
-            return row if tensor == "address" else parts[tensor] + row * robots * bytes_of[tensor]
+            tensors = [(places[id(x)], True) for x in inputs] + [(x.data_ptr(), False) for x in code.tables]
+            tensors += [(start, True) for start in place(results, k)]
+            firsts.append(len(pointers))
+            pointers += [tensors[at] for at in code.places[0]]
+            for total, start in ending.pop(k, ()):
+                free.setdefault(total, []).append(start)
 
         def copies(tensors: list[Tensor]) -> np.ndarray:
-            kinds = [places[id(x)] for x in tensors]
-            table = [(offset(*at), 0, x.numel(), bytes_of[at[0]]) for at, x in zip(kinds, tensors, strict=True)]
+            table = [(places[id(x)], 0, x.numel(), row_bytes[is_number(x)] // robots) for x in tensors]
             return np.array(table, dtype=np.int64).reshape(-1, 4)  # see `Rows` in CPU_LOOP
 
-        self.pointers = np.array([offset(*word) for word in words], dtype=np.int64)
-        self.is_offset = np.array([tensor != "address" for tensor, _ in words], dtype=np.int64)
+        self.pointers, self.is_place = np.array(pointers, dtype=np.int64).reshape(-1, 2).T
         self.firsts = np.array(firsts, dtype=np.int64)
         self.functions = np.array([ctypes.cast(code.function, ctypes.c_void_p).value for code in self.codes])
         self.loads = copies([x for _, x in given])
@@ -4169,7 +4162,7 @@ class Loop:
         inputs, (y, z) = self.interface.read(model, args, n), self.interface.new(self.interface.rows, n)
         block = torch.empty(self.bytes, dtype=torch.uint8)
         loads, stores = self.loads.copy(), self.stores.copy()
-        pointers = self.pointers + self.is_offset * block.data_ptr()
+        pointers = self.pointers + self.is_place * block.data_ptr()
         loads[:, 0] += block.data_ptr()
         loads[:, 1] = [x.data_ptr() for x in inputs]
         stores[:, 0] += block.data_ptr()
@@ -4216,11 +4209,8 @@ class CompiledFunction:
         """The fields that have been replaced. ValueError if one was changed in place, because it is a constant."""
         if self.count_changes() != self.changes:
             raise ValueError("the compiled model was changed in place; use dataclasses.replace instead")
-        return (
-            ()
-            if model is self.base
-            else tuple(x for x in self.fields if getattr(model, x) is not getattr(self.base, x))
-        )
+        fields = () if model is self.base else self.fields
+        return tuple(x for x in fields if getattr(model, x) is not getattr(self.base, x))
 
     def robots(self, args: tuple) -> tuple[int, int]:
         """The number of robots in the arguments, and the number for which code is compiled."""
