@@ -2390,7 +2390,8 @@ class Measured(NamedTuple):
     """What a task sees of the robots after a step, or after a reset, when there is no `dynamics`.
 
     Gymnasium reads qpos and qvel after the step, and everything else from mjData, which still holds the last evaluation
-    of the dynamics before the step ended. `Task.sense` reproduces that.
+    of the dynamics before the step ended. `Task.sense` reproduces that. `dynamics` has only the tensors that the task
+    read when it was checked, and None in place of the others.
     """
 
     qpos: Tensor  # (nq, N)
@@ -2888,6 +2889,7 @@ class Settings:
     hidden_observations: tuple[str, ...] | None  # groups of the observation that are left out
     stack_observations: int  # how many observations the policy sees at once
     delay_observations: int  # control steps until it sees an observation
+    reads: tuple[str, ...] = ()  # the tensors of the dynamics that the task reads, as `check_task` finds them
 
 
 class Noise(NamedTuple):
@@ -3055,9 +3057,22 @@ def begin_step(
     return carry, [ctrl[k] for k in steps_ago]
 
 
-def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors]:
+class Reads(TorchDispatchMode):
+    """Collects the ids of the tensors that operators read."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found |= {id(x) for x in tree_leaves((args, kwargs))}
+        return function(*args, **(kwargs or {}))
+
+
+def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors, tuple[str, ...]]:
     """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape, or if
-    the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start.
+    the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start, and
+    the names of the tensors of the dynamics that the task reads.
     """
     task, n = settings.task, noise.qpos.shape[-1]
 
@@ -3096,15 +3111,19 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     ctrl = check("control", task.control(model, action), model.nu)
     _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
-    now = check_named("sense", task.sense(model, after), like=sensed)
-    terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
-    check("the sum of the rewards whose names start with reward_", task.total(terms))
-    healthy = check("healthy", task.healthy(after, now))
-    if healthy.dtype != torch.bool:
-        raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
-    check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
-    begin(after, like=memory)
-    return groups, privileged
+    with Reads() as reads:
+        now = check_named("sense", task.sense(model, after), like=sensed)
+        terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
+        check("the sum of the rewards whose names start with reward_", task.total(terms))
+        healthy = check("healthy", task.healthy(after, now))
+        if healthy.dtype != torch.bool:
+            raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
+        check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
+        begin(after, like=memory)
+        check_named("observe", task.observe(model, after, now), like=groups)
+        check_named("privileged", task.privileged(model, after, now), like=privileged)
+    names = tuple(name for name, x in named_tensors(dynamics, "dynamics") if id(x) in reads.found)
+    return groups, privileged, names
 
 
 class Robots(NamedTuple):
@@ -3182,13 +3201,24 @@ def end_step(
 
 
 def physics(
-    model: Model, state: State, ctrl: Sequence[Tensor], integrator: str | None, iterations: int, run: Regions
+    model: Model,
+    state: State,
+    ctrl: Sequence[Tensor],
+    integrator: str | None,
+    iterations: int,
+    run: Regions,
+    reads: Sequence[str] | None = None,
 ) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
-    """A physics step for each of `ctrl`. Returns the last state and dynamics, and what each step dropped."""
+    """A physics step for each of `ctrl`. Returns the last state and dynamics, and what each step dropped.
+
+    reads: names of tensors, such as "dynamics.smooth.xpos". The others become None. Default: all stay."""
     dropped = []
     for held in ctrl:
         state, dynamics = step(model, state, held, integrator, iterations, run)
         dropped.append(dynamics.smooth.constraints.dropped)
+    if reads is not None:
+        names = iter([name for name, _ in named_tensors(dynamics, "dynamics")])
+        dynamics = rebuilt(dynamics, lambda x: x if next(names) in reads else None)
     return state, dynamics, tuple(dropped)
 
 
@@ -3209,8 +3239,8 @@ def environment_step(
         robots = Robots(*(dataclasses.replace(model, **run.randomized_fields(model, x)) for x in values))
     carry, ctrl = run.begin_step(settings, robots.now, carry, action, noise)
     state = State(carry.qpos, carry.qvel, carry.warmstart)
-    integrator, iterations = settings.integrator, settings.iterations
-    state, dynamics, dropped = run.physics(robots.now, state, ctrl, integrator, iterations, run)
+    how = settings.integrator, settings.iterations, run, settings.reads
+    state, dynamics, dropped = run.physics(robots.now, state, ctrl, *how)
     carry = carry._replace(qpos=state.qpos, qvel=state.qvel, warmstart=state.warmstart)
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
@@ -4261,11 +4291,21 @@ class CompiledPhysics:
         model = dataclasses.replace(model, **fields)
         given = [*itertools.chain(*(named_tensors(x, f"model.{name}") for name, x in fields.items()))]
         given += named_tensors(args, "args")
-        result = physics(model, *args, Regions(**functions))
+        *args, reads = args
+        result = physics(model, *args, Regions(**functions), reads)
         return Loop(calls, given, result, model.gravity.dtype, robots)
 
-    def __call__(self, model: Model, *args: Any) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
-        first, args = self.run.begin_dynamics, args[:-1]
+    def __call__(
+        self,
+        model: Model,
+        state: State,
+        ctrl: Sequence[Tensor],
+        integrator: str | None,
+        iterations: int,
+        run: Regions | None = None,
+        reads: Sequence[str] | None = None,
+    ) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
+        first, args = self.run.begin_dynamics, (state, ctrl, integrator, iterations, reads)
         varied, (n, robots) = first.varied(model), first.robots(args)
         key = constants_in(model, varied), robots, repr(rebuilt(args, lambda _: None))
         if key not in self.loops:
@@ -4489,7 +4529,8 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _prepare_spaces(self) -> None:
         self._observation_rows = 0  # not known yet
         noise = map_tensors(lambda x: x[..., :1].expand(*x.shape[:-1], 13), self._draw_noise())
-        groups, privileged = check_task(self.settings, self._robots(noise.parameters), noise)
+        groups, privileged, reads = check_task(self.settings, self._robots(noise.parameters), noise)
+        self.settings = dataclasses.replace(self.settings, reads=reads)
         hidden = set(self.settings.hidden_observations or ())
         if hidden - groups.keys() or hidden >= groups.keys():
             raise InputError(f"hidden_observations must leave some of {', '.join(groups)} and hide nothing else")
