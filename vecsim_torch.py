@@ -4351,19 +4351,7 @@ SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
-CPU_CHUNK = 2048  # environments a core steps together: enough to outweigh the calls, few enough for its caches
-CUDA_CHUNK = 8192  # on a GPU: few enough for its cache by the model of benchmarks/gpu_kernels.py, and for its registers
-
-
-def cpu_chunk(num_envs: int, cores: int, itemsize: int) -> int:
-    """Environments that a core steps together: equal shares of about CPU_CHUNK at most, in whole cache lines.
-
-    Rows that begin a multiple of 1 KiB apart share few sets of the cache and evict each other, so there is one line
-    more. HalfCheetah's step takes 2.0 us a robot with 2,048 float32 and 1.6 us with 2,064.
-    """
-    line, share = 64 // itemsize, math.ceil(num_envs / cores)
-    lines = math.ceil(share / math.ceil(share / CPU_CHUNK) / line)
-    return line * (lines + (lines % 16 == 0))
+CHUNK = 8192  # the most environments that a device or a core steps together, so that their tensors stay in its cache
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -4412,7 +4400,7 @@ class Options:
     max_episode_steps: int | None = None  # the time limit; default the task's own
     random_initial_ages: bool = False  # the first episodes start at random ages, so their time limits do not coincide
     compile: bool = False  # compile the step; on CUDA also capture it as one graph
-    chunk: int | None = None  # environments stepped together; default see CUDA_CHUNK and `cpu_chunk`
+    chunk: int | None = None  # environments stepped together; default: equal shares of CHUNK or less
     # True for the task's own ranges, or ranges of `parameter_rows`: {"friction": (0.5, 1.25)}.
     randomize: bool | dict[str, Any] | None = None
     observation_noise: float = 0.0  # size of the uniform noise in obs, times the task's scale of each group
@@ -4578,10 +4566,10 @@ class VecSim(gymnasium.vector.VectorEnv):
         """Which environments are stepped together, and the functions and threads that step them."""
         on_cpu = self.device.type == "cpu"
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
-        if chunk is None and on_cpu:
-            chunk = cpu_chunk(self.num_envs, cores, self.dtype.itemsize)
-        else:
-            chunk = min(chunk or math.ceil(self.num_envs / math.ceil(self.num_envs / CUDA_CHUNK)), self.num_envs)
+        if chunk is None:
+            line = 64 // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
+            share = self.num_envs / cores
+            chunk = line * math.ceil(share / math.ceil(share / CHUNK) / line)
         starts = range(0, self.num_envs, chunk)
         self._parts: list[slice | Tensor] = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
         if self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large

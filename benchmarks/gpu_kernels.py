@@ -103,6 +103,6 @@ def write(options: Namespace) -> None:
                 continue
             tasks[env_id] = counted | dict(commit=machine.commit())
             versions = {name: metadata.version(name) for name in ("torch", "triton", "nvidia-cuda-nvrtc-cu12")}
-            rows = [predict(task, vecsim_torch.CUDA_CHUNK) for task in tasks.values()]
+            rows = [predict(task, vecsim_torch.CHUNK) for task in tasks.values()]
             about = dict(hardware=HARDWARE, commit=machine.commit(), command="python -m benchmarks gpu-kernels")
             save(path, about | dict(versions=versions, tasks=rows))

@@ -259,7 +259,7 @@ def claims():
     ]
     words = "zero one two three four five six seven eight nine".split()
     low, high = (f"{1e6 * seconds:g}" for seconds in gpu_kernels.LAUNCH)
-    chunk = f"more than {vecsim_torch.CUDA_CHUNK:,} environments are stepped in chunks"
+    chunk = f"more than {vecsim_torch.CHUNK:,} environments are stepped in chunks"
     yield f"a launch takes {low} to {high} us or the time of its traffic, and {chunk}"
     yield f"take {words[round(min(times))]} to {words[round(max(times))]} times as long to train on a CPU"
 

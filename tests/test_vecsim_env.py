@@ -476,18 +476,24 @@ def chunk_sizes(env):
     return [chunk.shape[1] for chunk in env._split(torch.zeros(1, env.num_envs))]
 
 
-def test_chunks_of_a_cpu_share_the_robots_and_have_no_rows_of_whole_kibibytes():
-    for cores, itemsize in ((1, 4), (2, 4), (3, 4), (16, 4), (2, 8)):
-        for num_envs in (*range(1, 300), *range(448, 20_000, 64)):
-            size = vecsim.cpu_chunk(num_envs, cores, itemsize)
-            rounds = math.ceil(num_envs / size / cores)
-            assert size <= 2048 + 16 and size * itemsize % 1024 and size * itemsize % 64 == 0
-            assert rounds <= math.ceil(num_envs / cores / 2048)
-            assert rounds * size - num_envs / cores <= rounds * 33  # hardly more than its share
-    compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 256, 1024)}
-    assert compiled == {5: [16], 128: [128], 256: [272], 1024: [1040]}
-    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 4100, compile=True)) == [1376, 1376, 1376]
-    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 4100)) == [1376, 1376, 1348]
+def test_chunks_of_a_cpu_share_the_robots(monkeypatch):
+    """Equally, in whole cache lines, on as few rounds of all cores as possible."""
+    env = vecsim.make("InvertedPendulum-v5", 2)
+    for cores, env.dtype in ((1, torch.float32), (2, torch.float32), (3, torch.float32), (2, torch.float64)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+        line = 64 // env.dtype.itemsize
+        for env.num_envs in (*range(1, 300), *range(448, 50_000, 4003), 65536):
+            env._prepare_chunks(None)
+            sizes = [part.stop - part.start for part in env._parts]
+            assert sum(sizes) == env.num_envs and max(sizes) <= vecsim.CHUNK
+            assert len(sizes) == 1 or sizes[0] % line == 0
+            rounds = math.ceil(len(sizes) / cores)
+            assert rounds == math.ceil(env.num_envs / cores / vecsim.CHUNK)
+            assert max(sizes) < env.num_envs / cores / rounds + line
+    monkeypatch.undo()
+    compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 10_000)}
+    assert compiled == {5: [16], 128: [128], 10_000: [5008, 5008]}
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 10_000)) == [5008, 4992]
 
 
 def test_compiled_chunks_and_threads_change_nothing(traced, monkeypatch):
