@@ -293,7 +293,8 @@ def count(env_id: str) -> dict:
     vecsim.Code = CountedCode
     env = make_environment(env_id, True)
     physics = {name: function for name, function in vars(env._run).items() if hasattr(function, "codes")}
-    env._run = vecsim.Regions(**{name: watch(name, function) for name, function in vars(env._run).items()})
+    watched = {name: watch(name, function) for name, function in vars(env._run).items() if name != "physics"}
+    vars(env._run).update(watched)
     action = torch.zeros(env.model.nu, ENVIRONMENTS)
     with torch.no_grad():
         env._step_chunks(action)
