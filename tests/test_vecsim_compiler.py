@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,6 +17,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from faults import broken
 from test_vecsim_physics import FEATURES, batch, converged, visit
 from test_vecsim_physics import random_tree as random_robot
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -296,6 +298,45 @@ def test_the_sine_of_what_is_not_finite_is_nan(dtype):
         assert y.isnan().tolist() == [[True, True, True, False, False]]
 
 
+TRUTHS_OF = {  # functions of x, y (2, N) and of integers i (1, N)
+    "exclusive or with a constant": lambda x, y, i: ((x > 0) ^ True, (x > 0) ^ False, i ^ True),
+    "equal": lambda x, y, i: ((x > 0) == True, (x > 0) == False, (x > 0) == (y > 0), (x > 0) != True),  # noqa: E712
+    "order": lambda x, y, i: ((x > 0) < (y > 0), (x > 0) >= (y > 0), (x > 0) <= True, (x > 0) > False),
+    "truths among numbers": lambda x, y, i: ((x > 0) == y, (x > 0) > y, (x > 0) <= i, (x > 0) * y, (x > 0) + i),
+    "where": lambda x, y, i: (
+        *(torch.where(x > 0, True, False) ^ (y > 0), torch.where(x > 0, y > 0, False)),
+        *(torch.where(x > 0, True, y > 0), torch.where((x > 0).amin(0), x, y)),
+    ),
+    "maximum and minimum": lambda x, y, i: (
+        *(torch.maximum(x > 0, y > 0), torch.minimum(x > 0, y > 0), (x > 0).amin(0), (x > 0).amin(0, keepdim=True)),
+        *(torch.maximum(x > 0, y > 0) ^ True, torch.minimum(x > 0, y > 0) & (x < 0.4)),
+    ),
+    "the opposite of a maximum": lambda x, y, i: (~torch.maximum(x > 0, y > 0), ~(x > 0).amin(0)),
+    "sums and products": lambda x, y, i: (
+        *((x > 0) + (y > 0), (x > 0) * (y > 0), ((x > 0) + (y > 0)) ^ True, ((x > 0) * (y > 0)) ^ True),
+        *(((x > 0) + (y > 0)) & ((x > 0) * (y > 0)), ((x > 0) + (y > 0)).sum(0)),
+    ),
+    "truths of numbers": lambda x, y, i: (x.bool(), ~x.bool(), x.bool() & (y > 0), i.bool(), x.bool().sum(0)),
+}
+
+
+@pytest.mark.parametrize("case", TRUTHS_OF)
+def test_truths_and_integers(case):
+    """For all pairs of 0.5, -0.5, 0 and 1. A truth may come back as an integer."""
+    numbers = torch.tensor([0.5, -0.5, 0.0, 1.0], dtype=torch.float64)
+    x, y = torch.cartesian_prod(numbers, numbers).T
+    args = torch.stack((x, y)), torch.stack((y, x.roll(1))), (2 * x).long()[None].abs()
+    function = TRUTHS_OF[case]
+    for k, (ours, exact) in enumerate(zip(compiled(function)(*args), function(*args), strict=True)):
+        same = torch.equal(ours != 0, exact) if exact.dtype == torch.bool else torch.equal(ours, exact)
+        assert same and ours.shape == exact.shape, f"result {k}"
+
+
+def test_integers_are_not_inverted(own_cache):
+    with pytest.raises(NotImplementedError, match="inverts truths only"):
+        compiled(lambda i: ~i)(torch.zeros(1, 4, dtype=torch.int64))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
 # ----------------------------------------------------------------------------------------------------------------------
@@ -496,11 +537,11 @@ def half_cheetah():
     return vecsim.load_model(m, dtype=torch.float64)
 
 
-def random_state(model, n, seed=0):
+def random_state(model, n, seed=0, spread=0.5):
     """States on and in the ground."""
     g = torch.Generator().manual_seed(seed)
     noise = lambda rows: torch.randn(rows, n, generator=g, dtype=model.qpos0.dtype)
-    qpos = model.qpos0 + 0.5 * noise(model.nq)
+    qpos = model.qpos0 + spread * noise(model.nq)
     return vecsim.State(qpos, 3 * noise(model.nv), 10 * noise(model.nv)), noise(model.nu).clamp(-1, 1)
 
 
@@ -618,6 +659,40 @@ def test_numbers_among_the_arguments_are_constants_of_a_code():
     assert len(function.codes) == 3
 
 
+def test_numbers_within_tuples_are_constants_of_a_code():
+    """And so is the length of a list."""
+    function = vecsim.CompiledFunction(lambda _, pair: pair[0] * pair[1], small_model())
+    x = torch.ones(2, 5, dtype=torch.float64)
+    for factor in (2.0, 3.0, 2.0):
+        assert torch.equal(function(small_model(), (x, factor)), factor * x)
+    assert len(function.codes) == 2
+    function = vecsim.CompiledFunction(lambda _, tensors: sum(tensors), small_model())
+    for count in (1, 3, 2, 3):
+        assert torch.equal(function(small_model(), [x] * count), count * x)
+    assert len(function.codes) == 3
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 0, 20), (20, 1, 0)])
+def test_no_robots(sizes):
+    """Nothing is the result; and code that is compiled for none is right for one."""
+    function = lambda x, i: (x * 2, x.sum(0), x.gather(0, i), i + 1)
+    ours = compiled(function)
+    for n in sizes:
+        x = torch.arange(3.0 * n, dtype=torch.float64).view(3, n)
+        args = x, torch.ones(2, n, dtype=torch.int64)
+        for a, b in zip(ours(*args), function(*args), strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("integers_first", [True, False])
+def test_integers_in_place_of_numbers(integers_first):
+    """They are refused, or have a code of their own. The code for numbers is right in any case."""
+    ours, x = compiled(lambda x: x * 2), torch.tensor([[0.5, -1.5, 3.0]], dtype=torch.float64)
+    for y in (x.long(), x, x.long()) if integers_first else (x, x.long(), x):
+        with contextlib.nullcontext() if y is x else contextlib.suppress(ValueError):
+            assert torch.equal(ours(y).to(y.dtype), y * 2)
+
+
 def test_any_strides():
     """Columns of a wider tensor, every second robot, transposed, expanded and of size 1."""
     wide = torch.randn(6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -686,6 +761,381 @@ def test_all_features_of_the_physics_are_compiled(name, quickly_built):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The physics of a control step as one loop over the robots
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Three balls on a rail that touch each other; the first one can leave the ground.
+BALLS = """<mujoco><option timestep=".004"/><worldbody><geom type="plane" size="9 9 1"/>
+  <body pos="0 0 .1"><joint name="x" type="slide" axis="1 0 0" damping=".1"/><joint type="slide" axis="0 0 1"/>
+    <geom size=".1"/></body>
+  <body pos=".1 0 .1"><joint type="slide" axis="1 0 0"/><geom size=".1"/></body>
+  <body pos=".2 0 .1"><joint type="slide" axis="1 0 0" damping=".2"/><geom size=".1"/></body>
+</worldbody><actuator>
+  <position joint="x" kp="5" kv="1" ctrlrange="-1 1" ctrllimited="true"/></actuator></mujoco>"""
+SPREADS = {"pendulum": 0.5, "balls": 0.05}  # of the positions
+INTEGRATORS = "euler", "implicitfast", "rk4"
+
+
+def new_balls(dtype):
+    """They have three pairs and one slot, so they drop contacts."""
+    return vecsim.load_model(mujoco.MjModel.from_xml_string(BALLS), dtype=dtype, pair_slots=1)
+
+
+MODELS = {"pendulum": small_model, "balls": functools.cache(new_balls)}
+
+
+def model_of(robot, dtype=torch.float64):
+    return MODELS[robot](dtype)
+
+
+@functools.cache
+def functions_of(robot, dtype=torch.float64):
+    return vecsim.compile_regions(model_of(robot, dtype))
+
+
+def start_of(robot, n, controls=1, dtype=torch.float64):
+    """A state, and a list of different controls."""
+    model = model_of(robot, dtype)
+    states = [random_state(model, n, seed, SPREADS[robot]) for seed in range(controls)]
+    return states[0][0], [ctrl for _, ctrl in states]
+
+
+def physics_of(model, run, *args):
+    return run.physics(model, *args, run)
+
+
+def assert_same_physics(model, run, *args, tolerance=1e-12):
+    """The compiled state, dynamics and dropped contacts are the eager ones. Returns the compiled result."""
+    found, right = (physics_of(model, functions, *args) for functions in (run, vecsim.EAGER))
+    n = args[0].qpos.shape[1]
+    for (name, ours), (same_name, exact) in zip(*(vecsim.named_tensors(x, "") for x in (found, right)), strict=True):
+        assert (name, ours.dtype) == (same_name, exact.dtype) and ours.shape == (*exact.shape[:-1], n)
+        wrong = (ours - exact).abs() / (1 + exact.abs())  # what is the same for all robots may be (..., 1)
+        assert (wrong <= tolerance).all(), name
+    return found
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+@pytest.mark.parametrize("robot", SPREADS)
+def test_the_loop_computes_what_eager_pytorch_does(robot, integrator):
+    """With different controls, and with one tensor several times."""
+    model, run = model_of(robot), functions_of(robot)
+    assert isinstance(run.physics, vecsim.CompiledPhysics)
+    for n in SIZES:
+        state, ctrls = start_of(robot, n, 5)
+        for given in (ctrls[:1], ctrls[:2], ctrls, ctrls[:1] * 2, ctrls[:1] * 5):
+            _, dynamics, dropped = assert_same_physics(model, run, state, given, integrator, 2)
+            assert len(dropped) == len(given)
+    active = vecsim.active_weights(dynamics.smooth.constraints, dynamics.solution)
+    if robot == "pendulum":
+        assert (active.limit > 0).any()
+    else:
+        assert (active.contact > 0).any() and (active.pair > 0).any() and all((x > 0).any() for x in dropped)
+
+
+@pytest.mark.parametrize("robot, tolerance", [("pendulum", 1e-4), ("balls", 2e-3)])
+def test_the_loop_in_single_precision(robot, tolerance):
+    """There numbers and integers differ in size."""
+    model, run = model_of(robot, torch.float32), functions_of(robot, torch.float32)
+    for n in SIZES:
+        state, ctrls = start_of(robot, n, 2, torch.float32)
+        for integrator in INTEGRATORS[:2]:
+            assert_same_physics(model, run, state, ctrls, integrator, 2, tolerance=tolerance)
+
+
+def test_the_loop_for_other_numbers_of_iterations_and_the_integrator_of_the_model():
+    model, run = model_of("balls"), functions_of("balls")
+    state, ctrls = start_of("balls", 5, 2)
+    results = [assert_same_physics(model, run, state, ctrls, None, count) for count in (1, 4, 1)]
+    first, other, again = (dynamics.solution.qacc for _, dynamics, _ in results)
+    assert torch.equal(first, again) and (first - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("robot", SPREADS)
+def test_the_loop_honours_replaced_fields(robot):
+    """For all robots alike, for each robot, and anew with other values; also what is no tensor."""
+    model, run = model_of(robot), functions_of(robot)
+    state, ctrls = start_of(robot, 6, 2)
+    plain = assert_same_physics(model, run, state, ctrls, "euler", 2)
+    per_robot = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    changes = [
+        {name: getattr(model, name) * factor}
+        for name in ("mass", "actuator_gain")
+        for factor in (1.5 * torch.ones_like(per_robot[:1]), 5 * per_robot[:1], per_robot, per_robot.flip(0))
+    ]
+    changes += [{"timestep": 0.002}, {"timestep": 0.003}]
+    changes += [{"mass": model.mass * per_robot, "dof_damping": model.dof_damping + 0.1}]
+    results = [plain]
+    for change in changes:
+        other = dataclasses.replace(model, **change)
+        results.append(assert_same_physics(other, run, state, ctrls, "euler", 2))
+    qvels = [state.qvel for state, _, _ in results]
+    assert all((a - b).abs().max() > 1e-6 for a, b in itertools.combinations(qvels, 2))
+    assert_same_physics(model, run, state, ctrls, "euler", 2)
+
+
+def test_the_loop_reads_any_strides():
+    """Transposed tensors, a control that is the same for all robots, and one tensor as velocity and warm start."""
+    model, run = model_of("pendulum"), functions_of("pendulum")
+    (qpos, qvel, _), ctrls = start_of("pendulum", 20, 2)
+    state = vecsim.State(qpos.T.contiguous().T, qvel, qvel)
+    assert not state.qpos.is_contiguous()
+    assert_same_physics(model, run, state, [ctrls[0][:, :1], ctrls[1][:, :1].expand(-1, 20)], "euler", 2)
+
+
+def test_results_of_the_loop_do_not_share_memory():
+    """Neither with each other, nor with inputs, nor with another call's."""
+    model, run = model_of("balls"), functions_of("balls")
+    given = *start_of("balls", 5, 2), "euler", 2
+    inputs = [x.clone() for x in tensors_of(given)]
+    first = tensors_of(physics_of(model, run, *given))
+    before = [x.clone() for x in first]
+    second = tensors_of(physics_of(model, run, *given))
+    assert all(map(torch.equal, first, second))
+    for x in second:
+        x.fill_(7)
+    assert all(map(torch.equal, first, before)) and all(map(torch.equal, tensors_of(given), inputs))
+    for k, x in enumerate(first):
+        x.fill_(k)
+    assert all((x == k).all() for k, x in enumerate(first))
+
+
+@contextlib.contextmanager
+def forgetful(monkeypatch):
+    """torch.empty, whose memory may hold old results that are right, gives NaN and -1."""
+    empty = torch.empty
+
+    def filled(*size, **kind):
+        x = empty(*size, **kind)
+        return x.fill_(NAN) if x.is_floating_point() else x.view(torch.uint8).fill_(255).view(x.dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", filled)
+        yield patch
+
+
+# Functions that are wrong if their results lie where their arguments do: rows are stored while others wait.
+TURNS = (
+    lambda _, x, y, i: torch.stack((x[1] + y[2], x[2] - 0.5 * y[0], 0.5 * x[0] + y[1])).sin(),
+    lambda _, x, y, i: (
+        torch.stack((x[2] * y[1], x[0] + y[2], x[1] - y[0])).cos(),
+        x[:1] + 1,
+        torch.stack((i[1], 1 - i[0])),
+    ),
+    lambda _, x, y, i: (x.gather(0, (i + 1) & 1), torch.stack((i[1] + i[0], 1 - i[0]))),
+)
+
+
+@functools.cache
+def turns():
+    return [vecsim.CompiledFunction(function, small_model()) for function in TURNS]
+
+
+def calls_at_random(seed, call, inputs):
+    """Make 12 calls of functions on what others returned. The results are some of all that they returned."""
+    rng, known = random.Random(seed), {"x": [*inputs[:2]], "i": [inputs[2]], "rest": []}
+    for _ in range(12):
+        result = call(
+            rng.randrange(len(TURNS)), rng.choice(known["x"][-3:]), known["x"][-1], rng.choice(known["i"][-2:])
+        )
+        for _, x in vecsim.named_tensors(result, ""):
+            name = "i" if x.dtype == torch.int64 else "x" if len(x) == 3 else "rest"
+            known[name].append(x)
+    found = [*itertools.chain(*known.values())]
+    return tuple(rng.sample(found, 6)), known["x"][-1], tuple(rng.sample(known["i"], 2))
+
+
+def assert_same_calls(seed, n):
+    """A `Loop` makes calls at random, and eager PyTorch does."""
+    calls, robots, model = [], min(8, 1 << n.bit_length() - 1), small_model()
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, 3, n, generator=g, dtype=torch.float64)
+    inputs = x, y, torch.randint(2, (2, n), generator=g)
+
+    def traced(k, *args):
+        code = turns()[k].compile(model, args, robots)
+        result = vecsim.rebuilt(TURNS[k](model, *args), torch.clone)
+        calls.append((code, code.interface.inputs(model, args), tensors_of(result)))
+        return result
+
+    one_robot = [x[:, :1].clone() for x in inputs]
+    result = calls_at_random(seed, traced, one_robot)
+    loop = vecsim.Loop(calls, list(vecsim.named_tensors(one_robot, "args")), result, torch.float64, robots)
+    right = calls_at_random(seed, lambda k, *args: TURNS[k](model, *args), inputs)
+    for a, b in zip(tensors_of(loop(model, inputs, n)), tensors_of(right), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_calls_that_hand_tensors_to_each_other(n):
+    for seed in range(20):
+        assert_same_calls(seed, n)
+
+
+def try_the_loop():
+    """What the faults below must fail: the balls, whose functions have several results, also integers; other calls."""
+    for integrator, count in (("euler", 2), ("rk4", 1)):
+        run = vecsim.compile_regions(model_of("balls"))
+        assert_same_physics(model_of("balls"), run, *start_of("balls", 33, count), integrator, 3)
+    for seed in range(10):
+        assert_same_calls(seed, 33)
+
+
+FAULTS_OF_THE_LOOP = {  # a piece of the source of Loop, its method, and what replaces the piece
+    "memory is freed one call too early": ("__init__", "ending.pop(k, ())", "ending.pop(k + 1, ())"),
+    "memory that is needed longest is freed at once": ("__init__", "ending.pop(k, ())", "ending.pop(max(ending))"),
+    "memory of inputs is shared": ("__init__", "reserve(tensor, x.numel())", "0 * reserve(tensor, x.numel())"),
+    "results are in the wrong rows": ("__init__", "first[tensor] += x.numel()", "first[tensor] += x.shape[0]"),
+    "numbers are stored in the wrong order": ("__init__", "not is_number(x))", "(not is_number(x), -x.numel()))"),
+    "two results have the same place": ("__call__", "np.cumsum(sizes) - sizes", "np.maximum(0, sizes - sizes)"),
+}
+FAULTS_OF_CPP = {  # a piece of CPU_LOOP, and what replaces it
+    "the last block is left out": ("start < n;", "start + ROBOTS <= n;"),
+    "the first robot is left out": ("start = 0;", "start = n > 1;"),
+    "the last block is shifted": ("n - ROBOTS;", "n - ROBOTS - (n > ROBOTS);"),
+    "a wrong row is loaded": ("(row * n + i)", "((IN ? x.rows - 1 - row : row) * n + i)"),
+    "a wrong row is stored": ("(row * n + i)", "((IN ? row : x.rows - 1 - row) * n + i)"),
+    "the last call is left out": ("k < calls;", "k < calls - 1;"),
+    "calls are made in the wrong order": (
+        "functions[k](pointers + first[k])", "functions[calls - 1 - k](pointers + first[calls - 1 - k])"),
+}  # fmt: skip
+
+
+def test_the_loop_without_a_fault(monkeypatch):
+    with forgetful(monkeypatch):
+        try_the_loop()
+
+
+@pytest.mark.parametrize("fault", [*FAULTS_OF_THE_LOOP, *FAULTS_OF_CPP])
+def test_the_loop_shows_the_fault(fault, monkeypatch):
+    with forgetful(monkeypatch) as patch:
+        if fault in FAULTS_OF_CPP:
+            right, wrong = FAULTS_OF_CPP[fault]
+            assert vecsim.CPU_LOOP.count(right) == 1
+            patch.setattr(vecsim, "CPU_LOOP", vecsim.CPU_LOOP.replace(right, wrong))
+        else:
+            name, right, wrong = FAULTS_OF_THE_LOOP[fault]
+            patch.setattr(vecsim.Loop, name, broken(vecsim.Loop, name, right, wrong))
+        with pytest.raises(AssertionError):
+            try_the_loop()
+
+
+def test_memory_of_a_block_is_used_again():
+    """Another control needs memory for itself and for the integers that its functions return, also what it dropped."""
+    model, run = model_of("balls"), functions_of("balls")
+    sizes = {}
+    for count in (3, 4, 5):
+        args = *start_of("balls", 33, count), "euler", 2
+        _, robots = run.begin_dynamics.robots(args)
+        sizes[count] = run.physics.loop(model, args, (), robots).bytes
+    functions = run.begin_dynamics, run.newton_iteration, run.newton_iteration, run.advance
+    integers = sum(next(iter(function.codes.values())).rows["z"] for function in functions)
+    needed = 8 * robots * (model.nu + integers)
+    assert 0 < sizes[4] - sizes[3] <= needed and sizes[5] - sizes[4] <= needed
+
+
+def test_threads_that_call_the_loop_at_once():
+    """With different numbers of robots. The first calls compile; each size of register once."""
+    model, run = model_of("balls"), vecsim.compile_regions(model_of("balls"))
+    start, sizes = threading.Barrier(2), ((33, 1, 500), (16, 3, 700))
+    right = {
+        n: tensors_of(vecsim.physics(model, *start_of("balls", n, 2), "euler", 2, vecsim.EAGER))
+        for n in itertools.chain(*sizes)
+    }
+
+    def work(sizes):
+        given = [(n, *start_of("balls", n, 2)) for n in sizes]
+        start.wait()
+        wrong = []
+        for n, state, ctrls in given * 30:
+            ours = tensors_of(physics_of(model, run, state, ctrls, "euler", 2))
+            wrong += [float(((a - b).abs() / (1 + b.abs())).sum()) for a, b in zip(ours, right[n], strict=True)]
+        return max(wrong)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(work, sizes)) <= 1e-10
+    assert len(run.physics.loops) == 3
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 0, 20), (20, 1, 0)])
+def test_no_robots_in_the_loop(sizes):
+    """Nothing is the result; and what is compiled for none is right for one."""
+    model, run = model_of("balls"), vecsim.compile_regions(model_of("balls"))
+    for n in sizes:
+        assert_same_physics(model, run, *start_of("balls", n, 2), "euler", 2)
+
+
+def test_a_model_that_was_changed_in_place_is_refused():
+    model = new_balls(torch.float64)
+    run = vecsim.compile_regions(model)
+    state, ctrls = start_of("balls", 5)
+    assert_same_physics(model, run, state, ctrls, "euler", 2)
+    model.gravity.mul_(2)
+    calls = (
+        lambda: physics_of(model, run, state, ctrls, "euler", 2),
+        lambda: physics_of(dataclasses.replace(model, mass=2 * model.mass), run, state, ctrls, "euler", 2),
+        lambda: run.begin_dynamics(model, state, ctrls[0]),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="the compiled model was changed in place; use dataclasses.replace"):
+            call()
+
+
+def test_a_replaced_terrain_is_refused():
+    model, run = model_of("pendulum"), functions_of("pendulum")
+    state, ctrls = start_of("pendulum", 5)
+    zeros = functools.partial(torch.zeros, dtype=torch.float64)
+    flat = vecsim.Terrain(zeros(3, 3), 1.0, (0.0, 0.0), zeros(1, 3), (1, 1), 2.0)
+    with_terrain = dataclasses.replace(model, terrain=flat)
+    raised = dataclasses.replace(model, terrain=flat._replace(heights=flat.heights + 1))
+    for functions, other in ((run, with_terrain), (vecsim.compile_regions(with_terrain), raised)):
+        for call in (
+            lambda: physics_of(other, functions, state, ctrls, "euler", 2),
+            lambda: functions.begin_dynamics(other, state, ctrls[0]),
+        ):
+            with pytest.raises(ValueError, match="compiled for another model, which differs in terrain"):
+                call()
+
+
+WRONG = {  # tensors that are refused, and what the message says
+    "integers": (lambda x: x.long(), "not for .* of torch.int64"),
+    "another precision": (lambda x: x.float(), "not for .* of torch.float32"),
+    "another device": (lambda x: x.to("meta"), "not for .* on meta"),
+    "gradients": (lambda x: x.clone().requires_grad_(), r"compiled code has no gradients; use torch.no_grad\(\)"),
+}
+
+
+@pytest.mark.parametrize("compiled_before", [True, False])
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_tensors_are_refused(kind, compiled_before):
+    """Whichever tensor it is. Then right ones are computed as ever."""
+    (change, message), model = WRONG[kind], model_of("pendulum")
+    run = functions_of("pendulum")
+    state, ctrls = start_of("pendulum", 5, 2)
+    for name in ("qpos", "qvel", "warmstart", "ctrl"):
+        run = run if compiled_before else vecsim.compile_regions(model)
+        right = lambda: assert_same_physics(model, run, state, ctrls, "euler", 2)
+        if compiled_before:
+            right()
+        if name == "ctrl":
+            given = state, [ctrls[0], change(ctrls[1])]
+        else:
+            given = state._replace(**{name: change(getattr(state, name))}), ctrls
+        with pytest.raises(ValueError, match=message):
+            physics_of(model, run, *given, "euler", 2)
+        right()
+
+
+def test_tensors_with_gradients_are_allowed_where_none_are_computed():
+    model, run = model_of("pendulum"), functions_of("pendulum")
+    state, ctrls = start_of("pendulum", 5)
+    state = state._replace(qvel=state.qvel.requires_grad_())
+    with torch.no_grad():
+        result = assert_same_physics(model, run, state, ctrls, "euler", 2)
+    assert not any(x.requires_grad for x in tensors_of(result))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The compiler of C++, its cache, and threads
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -708,6 +1158,37 @@ def test_a_compiler_that_fails(own_cache, monkeypatch):
     assert len(own_cache) == 2
     monkeypatch.delenv("CXX")
     assert torch.equal(function(x), 2 * x) and {command[0] for command in own_cache[2:]} == {"g++"}
+
+
+def test_an_emptied_library_is_built_again(own_cache, monkeypatch, tmp_path):
+    """As a full disk may leave it. In another folder, because a process keeps what it has loaded from a path."""
+    x, double = torch.ones(1, 8, dtype=torch.float64), lambda x: 2 * x
+    assert torch.equal(compiled(double)(x), 2 * x) and len(own_cache) == 2
+    names = [library.name for library in (tmp_path / "cache" / "vecsim").glob("*.so")]
+    folder = tmp_path / "other" / "vecsim"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder.parent))
+    for _ in range(2):
+        assert torch.equal(compiled(double)(x), 2 * x) and len(own_cache) == 4
+    assert len(names) == 2 and all((folder / name).stat().st_size > 0 for name in names)
+
+
+def test_an_empty_name_of_the_compiler_means_gcc(own_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "")
+    x = torch.ones(1, 8, dtype=torch.float64)
+    assert torch.equal(compiled(lambda x: x - 2)(x), x - 2)
+    assert {command[0] for command in own_cache} == {"g++"}
+
+
+def test_a_compiler_that_may_not_be_executed(own_cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o644)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RuntimeError, match=r"compiler: Permission denied; name a C\+\+ compiler in \$CXX"):
+        compiled(lambda x: 2 * x)(torch.ones(1, 8, dtype=torch.float64))
 
 
 def test_a_compiler_that_is_not_there(own_cache, monkeypatch):
