@@ -3369,8 +3369,9 @@ class Program:
         operands = args[1:] if name == "where" else args
         kinds = [self.kind(x) for x in operands]
         kind = "number" if "number" in kinds or name == "div" else "integer" if "integer" in kinds else "truth"
-        if kind == "truth" and (name in COMPARISONS or name in ("max", "min")):
-            kind = "integer"  # in C++ a truth is 0 or -1
+        if kind == "truth":
+            name = {"add": "or", "max": "or", "mul": "and", "min": "and"}.get(name, name)
+            kind = "integer" if name in COMPARISONS else kind  # in C++ a truth is 0 or -1
         if kind != "truth" and name == "not":
             raise NotImplementedError("the compiler of the physics inverts truths only")
         if name == "to_number" or name == "to_integer":
@@ -3478,7 +3479,7 @@ class Recorder(TorchDispatchMode):
 
     def input(self, number: int, x: Tensor, known: np.ndarray | None) -> Tensor:
         """Make x (..., N) an input, and return it for one robot. known: its values elsewhere; constants stay."""
-        kind, one = "number" if x.dtype.is_floating_point else "integer", x[..., :1].clone()
+        kind, one = "number" if x.dtype.is_floating_point else "integer", of_one_robot(x)
         values = list(known.flat) if known is not None else [Value()] * one.numel()
         for row, value in enumerate(values):
             if isinstance(value, Value):
@@ -3947,6 +3948,11 @@ def is_number(x: Tensor) -> bool:
     return x.dtype.is_floating_point
 
 
+def of_one_robot(x: Tensor) -> Tensor:
+    """x (..., N) of the first robot, or zeros if there is none."""
+    return x[..., :1].clone() if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+
+
 def named_tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested tuples and lists, with the expression that gives each of them from `name`."""
     if isinstance(tree, Tensor):
@@ -4072,7 +4078,7 @@ class Code:
         self.kernels, self.scratch = write_kernels(recording.program, values["y"], values["z"], size)
 
         used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in "xk"})
-        given = [(where, x[..., :1].clone()) for where, x in (recording.inputs[int(name[1:])] for name in used)]
+        given = [(where, of_one_robot(x)) for where, x in (recording.inputs[int(name[1:])] for name in used)]
         self.interface = Interface(given, recording.result, dtype, device)
         self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in recording.program.tables]
         place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s", "j"]
@@ -4217,6 +4223,19 @@ def constants_in(model: Model, varied: Sequence[str]) -> tuple[tuple[str, str], 
     return tuple((name, repr(rebuilt(getattr(model, name), lambda _: None))) for name in varied)
 
 
+def constants_among(args: tuple) -> str:
+    """What is no tensor among the arguments, and which tensors are numbers."""
+    return repr(rebuilt(args, is_number))
+
+
+def check_tensors(tree: Any, like: Tensor, *dtypes: torch.dtype) -> None:
+    """ValueError if a tensor of `tree` has none of these types or is on another device than `like`."""
+    for _, x in named_tensors(tree, ""):
+        if x.dtype not in dtypes or x.device != like.device:
+            wanted = f"tensors of {like.dtype} on {like.device}"
+            raise ValueError(f"compiled for {wanted}, not for {tuple(x.shape)} of {x.dtype} on {x.device}")
+
+
 class CompiledFunction:
     """`function` of the physics, compiled for the model `base` when it is called first.
 
@@ -4253,10 +4272,12 @@ class CompiledFunction:
     def compile(self, model: Model, args: tuple, robots: int) -> Code:
         """The code for these arguments and for so many robots."""
         base, varied = self.base, self.varied(model)
-        key = constants_in(model, varied), robots, repr(rebuilt(args, lambda _: None))
+        key = constants_in(model, varied), robots, constants_among(args)
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
+                    given = args, [getattr(model, name) for name in varied]
+                    check_tensors(given, base.gravity, base.gravity.dtype, torch.int64)
                     recording = Recording(self.function, base, model, varied, args, self.known(model, varied))
                     self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, robots)
         return self.codes[key]
@@ -4286,7 +4307,7 @@ class CompiledPhysics:
             return call
 
         functions = {name: traced(x) for name, x in vars(self.run).items() if isinstance(x, CompiledFunction)}
-        one_robot = lambda tree: rebuilt(tree, lambda x: x[..., :1].clone())
+        one_robot = lambda tree: rebuilt(tree, of_one_robot)
         fields, args = {name: one_robot(getattr(model, name)) for name in varied}, one_robot(args)
         model = dataclasses.replace(model, **fields)
         given = [*itertools.chain(*(named_tensors(x, f"model.{name}") for name, x in fields.items()))]
@@ -4307,10 +4328,11 @@ class CompiledPhysics:
     ) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
         first, args = self.run.begin_dynamics, (state, ctrl, integrator, iterations, reads)
         varied, (n, robots) = first.varied(model), first.robots(args)
-        key = constants_in(model, varied), robots, repr(rebuilt(args, lambda _: None))
+        key = constants_in(model, varied), robots, constants_among(args)
         if key not in self.loops:
             with self.one_at_a_time, torch.no_grad():
                 if key not in self.loops:
+                    check_tensors(args, first.base.gravity, first.base.gravity.dtype)
                     self.loops[key] = self.loop(model, args, varied, robots)
         return self.loops[key](model, args, n)
 
