@@ -984,8 +984,8 @@ def try_the_loop():
 FAULTS_OF_THE_LOOP = {  # a piece of the source of Loop, its method, and what replaces the piece
     "memory is freed one call too early": ("__init__", "ending.pop(k, ())", "ending.pop(k + 1, ())"),
     "memory that is needed longest is freed at once": ("__init__", "ending.pop(k, ())", "ending.pop(max(ending))"),
-    "memory of inputs is shared": ("__init__", "reserve(tensor, x.numel())", "0 * reserve(tensor, x.numel())"),
-    "results are in the wrong rows": ("__init__", "first[tensor] += x.numel()", "first[tensor] += x.shape[0]"),
+    "new memory begins where all begins": ("__init__", "start, self.bytes = self.bytes,", "start, self.bytes = 0,"),
+    "results are in the wrong rows": ("__init__", "start + size * x.numel()", "start + size * x.shape[0]"),
     "numbers are stored in the wrong order": ("__init__", "not is_number(x))", "(not is_number(x), -x.numel()))"),
     "two results have the same place": ("__call__", "np.cumsum(sizes) - sizes", "np.maximum(0, sizes - sizes)"),
 }
@@ -1025,7 +1025,7 @@ def test_memory_of_a_block_is_used_again():
     model, run = model_of("balls"), functions_of("balls")
     sizes = {}
     for count in (3, 4, 5):
-        args = *start_of("balls", 33, count), "euler", 2
+        args = *start_of("balls", 33, count), "euler", 2, None
         _, robots = run.begin_dynamics.robots(args)
         sizes[count] = run.physics.loop(model, args, (), robots).bytes
     functions = run.begin_dynamics, run.newton_iteration, run.newton_iteration, run.advance
