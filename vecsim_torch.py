@@ -3074,7 +3074,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start, and
     the names of the tensors of the dynamics that the task reads.
     """
-    task, n = settings.task, noise.qpos.shape[-1]
+    task, n, reads = settings.task, noise.qpos.shape[-1], Reads()
 
     def check(method: str, answer: Any, *rows: int | None) -> Tensor:
         """The answer, which must be (*rows, N); None is any number."""
@@ -3083,6 +3083,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
             shape = ", ".join("rows" if x is None else str(x) for x in rows)
             rule = f"{method} must be a tensor of shape ({shape and f'{shape}, '}N)"
             raise InputError(f"{rule}, not ({', '.join(map(str, given))}); in this check N = {n}")
+        reads.found.add(id(answer))  # it may be a tensor of the dynamics
         return answer
 
     def check_named(method: str, answer: Any, *rows: int | None, like: Tensors | None = None) -> Tensors:
@@ -3111,7 +3112,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     ctrl = check("control", task.control(model, action), model.nu)
     _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
-    with Reads() as reads:
+    with reads:
         now = check_named("sense", task.sense(model, after), like=sensed)
         terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
         check("the sum of the rewards whose names start with reward_", task.total(terms))

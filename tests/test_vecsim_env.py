@@ -655,6 +655,39 @@ def test_which_compiler_compiles_what(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_step_keeps_what_the_task_reads_of_the_dynamics(traced, monkeypatch):
+    """Eager and compiled, in whichever method the task reads. A reset has no dynamics."""
+
+    class Reader(vecsim.InvertedPendulum):
+        def observe(self, model, p, sensed):
+            bias = torch.zeros_like(p.qvel) if p.dynamics is None else p.dynamics.smooth.qfrc_bias
+            return super().observe(model, p, sensed) | {"bias": bias}
+
+        def healthy(self, p, sensed):
+            return super().healthy(p, sensed) & (p.dynamics.solution.qacc[0].abs() < 1e9)
+
+    monkeypatch.setitem(vecsim.TASKS, "Reader", Reader)
+    seen, end_step = [], vecsim.end_step
+
+    def spy(*args):
+        seen.append(args[3])
+        return end_step(*args)
+
+    eager, compiled = (vecsim.make("Reader", 8, compile=flag, **FAST) for flag in (False, True))
+    compiled._run.end_step = spy
+    monkeypatch.setattr(eager, "_run", vecsim.Regions(**vars(vecsim.EAGER) | {"end_step": spy}))
+    obs = []
+    for env in (eager, compiled):
+        env.reset(seed=0)
+        obs.append(env.step(random_actions(env))[0])
+        assert env.settings.reads == ("dynamics.smooth.qfrc_bias", "dynamics.solution.qacc")
+        assert [name for name, _ in vecsim.named_tensors(seen[-1], "dynamics")] == list(env.settings.reads)
+    assert obs[0][:, -2:].abs().min() > 0
+    torch.testing.assert_close(*obs, rtol=1e-4, atol=1e-4)
+    assert vecsim.make("InvertedPendulum-v5", 8).settings.reads == ()
+    assert "dynamics.smooth.xpos" in vecsim.make("Humanoid-v5", 2, compile=False).settings.reads
+
+
 def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
     """Those of the physics have none."""
     eager, compiled = (
