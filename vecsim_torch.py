@@ -4375,6 +4375,7 @@ MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
 CHUNK = 8192  # the most environments that a device or a core steps together, so that their tensors stay in its cache
+SHARE = 100_000  # robots times squared degrees of freedom for which a further core is worth a thread, about 0.4 ms
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -4591,7 +4592,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None:
             line = 64 // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
-            share = self.num_envs / cores
+            share = self.num_envs / max(1, min(cores, self.num_envs * self.model.nv**2 // SHARE))
             chunk = line * math.ceil(share / math.ceil(share / CHUNK) / line)
         starts = range(0, self.num_envs, chunk)
         self._parts: list[slice | Tensor] = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
@@ -5243,7 +5244,7 @@ for _name in TASKS:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-COMPILING = "compiling, one to four minutes the first time, 20 seconds once PyTorch's cache has the code"
+COMPILING = "compiling, about a minute the first time, 10 seconds once the cache has the code"
 
 
 @dataclass
@@ -5257,7 +5258,7 @@ class RunFlags:
     device: str = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
     compile: bool = True
-    """compile the physics, the policy and the losses with torch.compile; takes one to four minutes the first time.
+    """compile the physics, the policy and the losses; takes about a minute the first time.
     Without, a run starts at once, and its steps take many times as long"""
     cuda_graphs: bool = True
     """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""

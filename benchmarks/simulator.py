@@ -230,7 +230,7 @@ def check(args: BenchmarkArgs) -> int:
         print(f"  {dtype}, {iterations} iterations: {wrong.median():.1e}, {wrong.quantile(0.99):.1e}{note}")
     print("Train with --solver-iterations so large that more do not lower the error.")
     if m.nu:
-        print("Speed; compiling takes one to four minutes (--no-compile omits it)", flush=True)
+        print("Speed; compiling takes up to a minute (--no-compile omits it)", flush=True)
         args = dataclasses.replace(args, env_id=AnyRobot, integrator=vecsim.integrator_of(m))
         result = benchmark(args, xml_file=str(path))
         ours, theirs = result["physics_steps_per_second"], result["mujoco_c_physics_steps_per_second"]

@@ -477,8 +477,12 @@ def chunk_sizes(env):
 
 
 def test_chunks_of_a_cpu_share_the_robots(monkeypatch):
-    """Equally, in whole cache lines, on as few rounds of all cores as possible."""
+    """Equally, in whole cache lines, on as few rounds of all cores as possible. Little work has one core."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for env_id, num_envs, parts in (("InvertedPendulum-v5", 8192, 1), ("Ant-v5", 512, 1), ("Ant-v5", 1024, 2)):
+        assert len(chunk_sizes(vecsim.make(env_id, num_envs))) == parts
     env = vecsim.make("InvertedPendulum-v5", 2)
+    monkeypatch.setattr(vecsim, "SHARE", 1)
     for cores, env.dtype in ((1, torch.float32), (2, torch.float32), (3, torch.float32), (2, torch.float64)):
         monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
         line = 64 // env.dtype.itemsize
