@@ -25,14 +25,11 @@ The first table compares one physics step with MuJoCo C, in float64; the second 
 held for one environment step, and the same start states from the middle of episodes. vecsim is timed with observations,
 rewards and resets; the others simulate physics alone, in their favour. The error of one step is the difference in qvel
 from MuJoCo C, whose solver runs to convergence: the largest over the degrees of freedom, divided by
-timestep x (1 + the largest acceleration). The table of scaling, `sim` and those of whole trainings are older than
-the latest changes of the physics step, and show vecsim slower than the second table does.
+timestep x (1 + the largest acceleration). The tables of `sim` are older than the compiler of the physics, and show
+vecsim slower than the second table does.
 
-All speeds here are older than the compiler of the physics in vecsim_torch.py, with which the steps are faster.
-
-The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs
-found most of their code in PyTorch's cache, so they compiled faster. A second core helps least where a step is short:
-Hopper makes 1.30 times the steps of one core, and the pendulum makes fewer.
+The second table was measured within half an hour on a shared machine, and its speeds vary from run to run. The rk4 runs
+found most of their code in the cache, so they compiled faster. @CORES@
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one
@@ -55,7 +52,7 @@ Environment steps/s from the second iteration on, logging included. Other librar
 their users run them, and three of them also on vecsim, with the batch and the networks of ours. All contenders of a
 table integrate alike, except Brax, which has its own models: `euler` is how our defaults train; `rk4` is how Gymnasium
 ships every task except HalfCheetah, and about four times the work. The first start has empty compiler caches; the
-second finds what the first left.
+second finds what the first left. The tables of Ant and HalfCheetah were measured at the same time, on a core each.
 """
 
 GPU = """## GPU
