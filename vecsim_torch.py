@@ -4107,7 +4107,8 @@ class Code:
         return self.interface.results(*y_and_z, n)
 
 
-# For each block of robots: copy rows of tensors (rows, n) into the memory of the block, call functions, and copy back.
+# For each block from first_block on, before `end`: copy rows of tensors (rows, n) into the memory of the block, call
+# functions, and copy back.
 CPU_LOOP = """
 #include <string.h>
 enum {{ ROBOTS = {robots} }};
@@ -4122,10 +4123,11 @@ template <bool IN> static void copy(const Rows* x, long long count, long long n,
     for (; count; count--, x++) x->bytes == 4 ? copy<4, IN>(*x, n, i) : copy<8, IN>(*x, n, i);
 }}
 extern "C" void run(
-    long long n, long long calls, void (**functions)(void* const*), const long long* first, void* const* pointers,
-    long long inputs, const Rows* input, long long outputs, const Rows* output
+    long long n, long long first_block, long long end, long long calls, void (**functions)(void* const*),
+    const long long* first, void* const* pointers, long long inputs, const Rows* input, long long outputs,
+    const Rows* output
 ) {{
-    for (long long start = 0; start < n; start += ROBOTS) {{
+    for (long long start = first_block * ROBOTS; start < end * ROBOTS; start += ROBOTS) {{
         const long long i = start + ROBOTS <= n ? start : n - ROBOTS;  // the last block may repeat robots
         copy<true>(input, inputs, n, i);
         for (long long k = 0; k < calls; k++) functions[k](pointers + first[k]);
@@ -4135,6 +4137,16 @@ extern "C" void run(
 """
 
 
+SHARE = 1_000_000  # operations on blocks that are worth a thread: 0.2 ms
+
+
+class Threads:
+    """Threads of a CPU, this one included."""
+
+    def __init__(self, count: int):
+        self.count, self.pool = count, ThreadPoolExecutor(count)
+
+
 class Loop:
     """C++ for a CPU that makes calls of compiled functions for one block of robots after the other.
 
@@ -4142,7 +4154,8 @@ class Loop:
     of one robot. What a call takes from another is the same object. given, result: see `Interface`."""
 
     def __init__(self, calls: list[tuple[Code, list, list]], given: list, result: Any, dtype: torch.dtype, robots: int):
-        self.codes = [code for code, _, _ in calls]
+        self.codes, self.robots = [code for code, _, _ in calls], robots
+        self.operations = sum(len(code.kernels[0].lines) for code in self.codes)
         outputs = [x for _, x in named_tensors(result, "")]
         last = {id(x): k for k, (_, inputs, _) in enumerate(calls) for x in inputs}  # the call that needs a tensor last
         last |= {id(x): len(calls) for x in outputs}
@@ -4195,23 +4208,35 @@ class Loop:
         self.numbers = sum(map(is_number, outputs))
         self.run = build_cpp(CPU_LOOP.format(robots=robots))
 
-    def __call__(self, model: Model, args: tuple, n: int) -> Any:
+    def __call__(self, model: Model, args: tuple, n: int, threads: Threads | None = None) -> Any:
+        """The results for n robots. `threads` share the blocks if that is worth the time to wake them."""
         inputs, (y, z) = self.interface.read(model, args, n), self.interface.new(self.interface.rows, n)
-        block = torch.empty(self.bytes, dtype=torch.uint8)
-        loads, stores = self.loads.copy(), self.stores.copy()
-        pointers = self.pointers + self.is_place * block.data_ptr()
-        loads[:, 0] += block.data_ptr()
-        loads[:, 1] = [x.data_ptr() for x in inputs]
-        stores[:, 0] += block.data_ptr()
-        for part, tensor in ((stores[: self.numbers], y), (stores[self.numbers :], z)):
-            sizes = part[:, 2] * part[:, 3] * n
-            part[:, 1] = tensor.data_ptr() + np.cumsum(sizes) - sizes
-        tables = (self.functions, self.firsts, pointers), (loads,), (stores,)
-        counts = len(self.functions), len(loads), len(stores)
-        words = [n]
-        for count, arrays in zip(counts, tables, strict=True):
-            words += [count, *(x.ctypes.data for x in arrays)]
-        self.run(*map(ctypes.c_int64, words))
+        blocks = math.ceil(n / self.robots)
+        shares = min(threads.count, self.operations * blocks // SHARE) if threads else 1
+        ends = [blocks * k // max(1, shares) for k in range(max(1, shares) + 1)]
+        memory = torch.empty(len(ends) - 1, self.bytes, dtype=torch.uint8)
+
+        def compute(k: int) -> None:
+            block = memory[k].data_ptr()
+            loads, stores = self.loads.copy(), self.stores.copy()
+            pointers = self.pointers + self.is_place * block
+            loads[:, 0] += block
+            loads[:, 1] = [x.data_ptr() for x in inputs]
+            stores[:, 0] += block
+            for part, tensor in ((stores[: self.numbers], y), (stores[self.numbers :], z)):
+                sizes = part[:, 2] * part[:, 3] * n
+                part[:, 1] = tensor.data_ptr() + np.cumsum(sizes) - sizes
+            tables = (self.functions, self.firsts, pointers), (loads,), (stores,)
+            counts = len(self.functions), len(loads), len(stores)
+            words = [n, ends[k], ends[k + 1]]
+            for count, arrays in zip(counts, tables, strict=True):
+                words += [count, *(x.ctypes.data for x in arrays)]
+            self.run(*map(ctypes.c_int64, words))
+
+        jobs = [threads.pool.submit(compute, k) for k in range(1, len(ends) - 1)] if threads else []
+        compute(0)
+        for job in jobs:
+            job.result()
         return self.interface.results(y, z, n)
 
 
@@ -4291,6 +4316,8 @@ class CompiledFunction:
 class CompiledPhysics:
     """`physics` for a CPU. The functions of `run` that it calls become one `Loop`."""
 
+    threads: Threads | None = None  # that share the robots
+
     def __init__(self, run: Regions):
         self.run, self.loops = run, {}
         self.one_at_a_time = threading.Lock()
@@ -4335,7 +4362,7 @@ class CompiledPhysics:
                 if key not in self.loops:
                     check_tensors(args, first.base.gravity, first.base.gravity.dtype)
                     self.loops[key] = self.loop(model, args, varied, robots)
-        return self.loops[key](model, args, n)
+        return self.loops[key](model, args, n, self.threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4374,8 +4401,7 @@ SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
 COMPILED_ROWS = 32  # the most rows of `Constraints.pair_jacobian` that compile in minutes: their solver is unrolled
-CHUNK = 8192  # the most environments that a device or a core steps together, so that their tensors stay in its cache
-SHARE = 100_000  # robots times squared degrees of freedom for which a further core is worth a thread, about 0.4 ms
+CHUNK = 8192  # the most environments that are stepped together, so that their tensors stay in a cache
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -4592,16 +4618,16 @@ class VecSim(gymnasium.vector.VectorEnv):
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None:
             line = 64 // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
-            share = self.num_envs / max(1, min(cores, self.num_envs * self.model.nv**2 // SHARE))
-            chunk = line * math.ceil(share / math.ceil(share / CHUNK) / line)
+            chunk = line * math.ceil(self.num_envs / math.ceil(self.num_envs / CHUNK) / line)
         starts = range(0, self.num_envs, chunk)
         self._parts: list[slice | Tensor] = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
         if self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
             self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk, device=self.device) % self.num_envs
         self._carries: list[Carry] = []
         self._run = compile_regions(self.model) if self.compiled else EAGER
-        self._threads = ThreadPoolExecutor(cores) if cores > 1 and len(self._parts) > 1 else None
-        self._fast: Regions | None = None  # from the second step on; the first one compiles, without threads
+        if isinstance(self._run.physics, CompiledPhysics) and cores > 1:
+            self._run.physics.threads = Threads(cores)
+        self._fast: Regions | None = None  # from the second step on; the first one compiles
 
     def _compile_ahead(self, action: Tensor, noise: Noise) -> None:
         """Compile the functions of a step for a chunk with these inputs, on all cores.
@@ -4703,7 +4729,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
             info = to_numpy(info)
             return *map(to_numpy, answer), with_masks(info, info["_final_obs"])
-        with one_thread() if self._threads else contextlib.nullcontext():
+        with one_thread() if self.compiled and self._cores > 1 else contextlib.nullcontext():
             return self._step(actions.to(self.device, self.dtype))
 
     def _step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -4733,8 +4759,8 @@ class VecSim(gymnasium.vector.VectorEnv):
 
         if self.compiled and not self._fast and self._cores > 1:
             self._compile_ahead(*(self._part(x, self._parts[0]) for x in (action, drawn)))
-        run, threads = self._fast or self._run, self._threads if self._fast else None
-        transitions = list((threads.map if threads else map)(step_chunk, self._parts, self._carries))
+        run = self._fast or self._run
+        transitions = list(map(step_chunk, self._parts, self._carries))
         if not self._fast:
             on_cpu = self.device.type == "cpu"
             self._fast = without_checks(self._run) if self.compiled and on_cpu else self._run

@@ -990,8 +990,8 @@ FAULTS_OF_THE_LOOP = {  # a piece of the source of Loop, its method, and what re
     "two results have the same place": ("__call__", "np.cumsum(sizes) - sizes", "np.maximum(0, sizes - sizes)"),
 }
 FAULTS_OF_CPP = {  # a piece of CPU_LOOP, and what replaces it
-    "the last block is left out": ("start < n;", "start + ROBOTS <= n;"),
-    "the first robot is left out": ("start = 0;", "start = n > 1;"),
+    "the last block is left out": ("start < end * ROBOTS;", "start < end * ROBOTS && start + ROBOTS <= n;"),
+    "the first robot is left out": ("start = first_block * ROBOTS;", "start = first_block * ROBOTS + (n > 1);"),
     "the last block is shifted": ("n - ROBOTS;", "n - ROBOTS - (n > ROBOTS);"),
     "a wrong row is loaded": ("(row * n + i)", "((IN ? x.rows - 1 - row : row) * n + i)"),
     "a wrong row is stored": ("(row * n + i)", "((IN ? row : x.rows - 1 - row) * n + i)"),
@@ -1032,6 +1032,25 @@ def test_memory_of_a_block_is_used_again():
     integers = sum(next(iter(function.codes.values())).rows["z"] for function in functions)
     needed = 8 * robots * (model.nu + integers)
     assert 0 < sizes[4] - sizes[3] <= needed and sizes[5] - sizes[4] <= needed
+
+
+def test_threads_that_share_the_blocks(monkeypatch):
+    """Any number of them computes the same bits. Little work has one thread."""
+    model, run, runs = model_of("balls"), functions_of("balls"), []
+    for n in (1, 16, 33, 500):
+        state, ctrls = start_of("balls", n, 2)
+        alone = tensors_of(physics_of(model, run, state, ctrls, "euler", 2))
+        monkeypatch.setattr(run.physics, "threads", vecsim.Threads(3))
+        for share, most in ((10**9, 1), (1, 3)):
+            monkeypatch.setattr(vecsim, "SHARE", share)
+            for loop in run.physics.loops.values():
+                plain = vecsim.build_cpp(vecsim.CPU_LOOP.format(robots=loop.robots))
+                monkeypatch.setattr(loop, "run", lambda *words, plain=plain: (runs.append(words), plain(*words)))
+            runs.clear()
+            shared = tensors_of(physics_of(model, run, state, ctrls, "euler", 2))
+            assert len(runs) == min(most, 3)
+            assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+        monkeypatch.setattr(run.physics, "threads", None)
 
 
 def test_threads_that_call_the_loop_at_once():
