@@ -146,9 +146,9 @@ def claims():
             if run["threads"] == 1:
                 ratio[run["env_id"]] = run["physics_steps_per_second"] / run["mujoco_c_physics_steps_per_second"]
     gain = {name: speed / of_cores[1][name] for name, speed in of_cores[2].items()}
-    least, second, *_ = sorted(gain, key=gain.get)
-    assert (least, second) == ("InvertedPendulum-v5", "Hopper-v5") and gain[least] < 1
-    yield f"Hopper makes {gain[second]:.2f} times the steps of one core"
+    least, *_, most = sorted(gain, key=gain.get)
+    assert (least, most) == ("InvertedPendulum-v5", "Humanoid-v5") and gain[least] < 1
+    yield f"Humanoid makes {gain[most]:.2f} times the steps of one core"
     score = result("ppo/Humanoid-v5-seed1.json")["gymnasium"]
     a_step = score["mean"] / score["mean_length"]
     yield f"earns {a_step:.1f} a step: 5 for not falling, and 1.25 times its speed"
