@@ -28,9 +28,9 @@ from MuJoCo C, whose solver runs to convergence: the largest over the degrees of
 timestep x (1 + the largest acceleration). The tables of `sim` are older than the compiler of the physics, and show
 vecsim slower than the second table does.
 
-The second table was measured within half an hour on a shared machine, and its speeds vary from run to run. The rk4 runs
-found most of their code in the cache, so they compiled faster. A second core helps most where a step is
-long: Humanoid makes 1.42 times the steps of one core, and the pendulum makes fewer.
+The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs
+found most of their code in the cache, so they compiled faster. A second core helps most where a step is long: Humanoid
+makes 1.42 times the steps of one core, and the pendulum makes fewer.
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one
