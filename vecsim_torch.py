@@ -3256,7 +3256,7 @@ def compile_regions(base: Model) -> Regions:
 
     On a CPU all calls of PHYSICS become one loop. A task may use any operator in OTHERS. PyTorch keeps compiled code
     with the code object of a function, and limits its number. So each model compiles a copy of the code object. On a
-    CPU the generated wrapper is C++ that releases Python's lock, so that threads can step chunks side by side.
+    CPU the generated wrapper is C++, which is called faster.
     """
     run = Regions()
     for function in PHYSICS:
@@ -4144,7 +4144,7 @@ class Threads:
     """Threads of a CPU, this one included."""
 
     def __init__(self, count: int):
-        self.count, self.pool = count, ThreadPoolExecutor(count)
+        self.count, self.pool = count, ThreadPoolExecutor(count - 1)
 
 
 class Loop:
@@ -4277,7 +4277,7 @@ class CompiledFunction:
         self.one_at_a_time = threading.Lock()
 
     def count_changes(self) -> int:
-        """How often the model's tensors have been changed in place."""
+        """How often the model's tensors have been changed in place. Those of inference mode do not count it."""
         return sum(x._version for x in self.tensors if not x.is_inference())
 
     def varied(self, model: Model) -> tuple[str, ...]:
@@ -4319,7 +4319,7 @@ class CompiledPhysics:
     threads: Threads | None = None  # that share the robots
 
     def __init__(self, run: Regions):
-        self.run, self.loops = run, {}
+        self.run, self.loops = Regions(**vars(run)), {}  # a copy, which does not hold this object
         self.one_at_a_time = threading.Lock()
 
     def loop(self, model: Model, args: tuple, varied: tuple, robots: int) -> Loop:
@@ -4420,8 +4420,8 @@ def normal_tensors(method: Callable) -> Callable:
 def one_thread() -> Iterator[None]:
     """PyTorch's operations use one thread inside, also in new threads: a step, and the policy between two steps.
 
-    Its further threads wait busily for some milliseconds after an operation. They would keep the cores from the threads
-    of the chunks."""
+    Its further threads wait busily for some milliseconds after an operation. They would keep the cores from those of the
+    physics. PyTorch's number of threads belongs to the process, so this is not for two threads at once."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -4619,6 +4619,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         if chunk is None:
             line = 64 // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
             chunk = line * math.ceil(self.num_envs / math.ceil(self.num_envs / CHUNK) / line)
+        else:
+            chunk = min(chunk, self.num_envs)
         starts = range(0, self.num_envs, chunk)
         self._parts: list[slice | Tensor] = [slice(start, min(start + chunk, self.num_envs)) for start in starts]
         if self.compiled and len(starts) * chunk > self.num_envs:  # copies make all chunks equally large
@@ -4735,6 +4737,8 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """`step` from actions that are a tensor (N, nu) on the device."""
         if self.compiled and has_cuda_graphs(self.device):
+            if isinstance(self._run.begin_dynamics, CompiledFunction):
+                self._run.begin_dynamics.varied(self.model)  # ValueError if the graph has old constants
             with torch.cuda.device(self.device):
                 t, copy = self._replay(actions.T), torch.clone  # the next replay overwrites its results
         else:

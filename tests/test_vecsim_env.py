@@ -489,6 +489,7 @@ def test_chunks_share_the_robots():
     compiled = {n: chunk_sizes(vecsim.make("InvertedPendulum-v5", n, compile=True)) for n in (5, 128, 10_000)}
     assert compiled == {5: [16], 128: [128], 10_000: [5008, 5008]}
     assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 10_000)) == [5008, 4992]
+    assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 10, chunk=5000, compile=True)) == [10]
 
 
 def test_compiled_chunks_and_threads_change_nothing(traced, monkeypatch):

@@ -19,7 +19,7 @@ env = vecsim_torch.make(
 )  # fmt: skip
 chunk = len(torch.arange(num_envs)[env._parts[0]])  # the compiled functions that are timed below take so many robots
 tests = [torch.tensor(rows.T, dtype=env.dtype, device=device).contiguous() for rows in test_states(chunk)]
-with torch.no_grad(), vecsim_torch.one_thread() if env._threads else contextlib.nullcontext():  # as in env.step
+with torch.no_grad(), vecsim_torch.one_thread() if env._cores > 1 else contextlib.nullcontext():  # as in env.step
     state, ctrl = vecsim_torch.State(*tests[:3]), tests[3]
     after, _ = vecsim_torch.step(env.model, state, ctrl, "euler", settings["iterations"], env._run)
 note_errors(after.qvel.T.cpu())
