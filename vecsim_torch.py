@@ -4420,8 +4420,8 @@ def normal_tensors(method: Callable) -> Callable:
 def one_thread() -> Iterator[None]:
     """PyTorch's operations use one thread inside, also in new threads: a step, and the policy between two steps.
 
-    Its further threads wait busily for some milliseconds after an operation. They would keep the cores from those of the
-    physics. PyTorch's number of threads belongs to the process, so this is not for two threads at once."""
+    Its further threads wait busily for some milliseconds after an operation. They would keep the cores from those of
+    the physics. PyTorch's number of threads belongs to the process, so this is not for two threads at once."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
