@@ -3255,8 +3255,7 @@ def compile_regions(base: Model) -> Regions:
     """Compiled functions for one model, one task and its settings: PHYSICS by this file, OTHERS by PyTorch.
 
     On a CPU all calls of PHYSICS become one loop. A task may use any operator in OTHERS. PyTorch keeps compiled code
-    with the code object of a function, and limits its number. So each model compiles a copy of the code object. On a
-    CPU the generated wrapper is C++, which is called faster.
+    with the code object of a function, and limits its number. So each model compiles a copy of the code object.
     """
     run = Regions()
     for function in PHYSICS:
@@ -4097,6 +4096,7 @@ class Code:
             self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
 
     def __call__(self, model: Model, args: tuple, n: int) -> Any:
+        """The result of the function for n robots."""
         if not on_gpu(self.device):
             return self.loop(model, args, n)
         inputs, y_and_z = self.interface.read(model, args, n), self.interface.new(self.rows, n)
@@ -4137,7 +4137,7 @@ extern "C" void run(
 """
 
 
-SHARE = 1_000_000  # operations on blocks that are worth a thread: 0.2 ms
+SHARE = 1_000_000  # operations on blocks that are worth a thread: about 0.2 ms
 
 
 class Threads:
@@ -4314,15 +4314,16 @@ class CompiledFunction:
 
 
 class CompiledPhysics:
-    """`physics` for a CPU. The functions of `run` that it calls become one `Loop`."""
+    """`physics` for a CPU. The functions of `run` that it calls become one `Loop`, once for each kind of arguments."""
 
-    threads: Threads | None = None  # that share the robots
+    threads: Threads | None = None  # that share the blocks
 
     def __init__(self, run: Regions):
         self.run, self.loops = Regions(**vars(run)), {}  # a copy, which does not hold this object
         self.one_at_a_time = threading.Lock()
 
     def loop(self, model: Model, args: tuple, varied: tuple, robots: int) -> Loop:
+        """Call `physics` eagerly with one robot, note what it calls, and compile that for blocks of `robots`."""
         calls: list[tuple[Code, list, list]] = []
 
         def traced(function: CompiledFunction) -> Callable:
@@ -4354,6 +4355,7 @@ class CompiledPhysics:
         run: Regions | None = None,
         reads: Sequence[str] | None = None,
     ) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
+        """As `physics`. It calls its own functions, not those of `run`."""
         first, args = self.run.begin_dynamics, (state, ctrl, integrator, iterations, reads)
         varied, (n, robots) = first.varied(model), first.robots(args)
         key = constants_in(model, varied), robots, constants_among(args)
