@@ -135,9 +135,10 @@ import mujoco
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch._decomp import decomposition_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 
 class InputError(ValueError):
@@ -2390,8 +2391,7 @@ class Measured(NamedTuple):
     """What a task sees of the robots after a step, or after a reset, when there is no `dynamics`.
 
     Gymnasium reads qpos and qvel after the step, and everything else from mjData, which still holds the last evaluation
-    of the dynamics before the step ended. `Task.sense` reproduces that. `dynamics` has only the tensors that the task
-    read when it was checked, and None in place of the others.
+    of the dynamics before the step ended. `Task.sense` reproduces that.
     """
 
     qpos: Tensor  # (nq, N)
@@ -2889,7 +2889,6 @@ class Settings:
     hidden_observations: tuple[str, ...] | None  # groups of the observation that are left out
     stack_observations: int  # how many observations the policy sees at once
     delay_observations: int  # control steps until it sees an observation
-    reads: tuple[str, ...] = ()  # the tensors of the dynamics that the task reads, as `check_task` finds them
 
 
 class Noise(NamedTuple):
@@ -3035,11 +3034,7 @@ def show(settings: Settings, obs: Tensor, seen: Tensor | None) -> tuple[Tensor, 
 def begin_step(
     settings: Settings, model: Model, carry: Carry, action: Tensor, noise: Noise
 ) -> tuple[Carry, list[Tensor]]:
-    """Push the robots whose time has come, and return ctrl (nu, N) of each physics step of this control step.
-
-    A delay of d physics steps: physics step j of this control step sees the action given ceil((d - j) / frame_skip)
-    control steps ago, or this step's action if d <= j. Before the first action of an episode the robot gets zeros.
-    """
+    """Push the robots whose time has come. Returns ctrl (nu, N) of this action and of delayed ones, newest first."""
     task, drawn = settings.task, noise.parameters
     if "push" in drawn:
         due = carry.push_countdown <= 0
@@ -3052,29 +3047,14 @@ def begin_step(
     actions = [action, *carry.delayed.unbind(0)]
     if settings.delay:
         carry = carry._replace(delayed=torch.stack(actions[:-1]))
-    steps_ago = [max(0, math.ceil((settings.delay - j) / task.frame_skip)) for j in range(task.frame_skip)]
-    ctrl = [task.control(model, past) for past in actions]
-    return carry, [ctrl[k] for k in steps_ago]
+    return carry, [task.control(model, past) for past in actions]
 
 
-class Reads(TorchDispatchMode):
-    """Collects the ids of the tensors that operators read."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found |= {id(x) for x in tree_leaves((args, kwargs))}
-        return function(*args, **(kwargs or {}))
-
-
-def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors, tuple[str, ...]]:
+def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors]:
     """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape, or if
-    the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start, and
-    the names of the tensors of the dynamics that the task reads.
+    the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start.
     """
-    task, n, reads = settings.task, noise.qpos.shape[-1], Reads()
+    task, n = settings.task, noise.qpos.shape[-1]
 
     def check(method: str, answer: Any, *rows: int | None) -> Tensor:
         """The answer, which must be (*rows, N); None is any number."""
@@ -3083,7 +3063,6 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
             shape = ", ".join("rows" if x is None else str(x) for x in rows)
             rule = f"{method} must be a tensor of shape ({shape and f'{shape}, '}N)"
             raise InputError(f"{rule}, not ({', '.join(map(str, given))}); in this check N = {n}")
-        reads.found.add(id(answer))  # it may be a tensor of the dynamics
         return answer
 
     def check_named(method: str, answer: Any, *rows: int | None, like: Tensors | None = None) -> Tensors:
@@ -3112,19 +3091,17 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     ctrl = check("control", task.control(model, action), model.nu)
     _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
-    with reads:
-        now = check_named("sense", task.sense(model, after), like=sensed)
-        terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
-        check("the sum of the rewards whose names start with reward_", task.total(terms))
-        healthy = check("healthy", task.healthy(after, now))
-        if healthy.dtype != torch.bool:
-            raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
-        check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
-        begin(after, like=memory)
-        check_named("observe", task.observe(model, after, now), like=groups)
-        check_named("privileged", task.privileged(model, after, now), like=privileged)
-    names = tuple(name for name, x in named_tensors(dynamics, "dynamics") if id(x) in reads.found)
-    return groups, privileged, names
+    now = check_named("sense", task.sense(model, after), like=sensed)
+    terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
+    check("the sum of the rewards whose names start with reward_", task.total(terms))
+    healthy = check("healthy", task.healthy(after, now))
+    if healthy.dtype != torch.bool:
+        raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
+    check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
+    begin(after, like=memory)
+    check_named("observe", task.observe(model, after, now), like=groups)
+    check_named("privileged", task.privileged(model, after, now), like=privileged)
+    return groups, privileged
 
 
 class Robots(NamedTuple):
@@ -3139,7 +3116,7 @@ def end_step(
     robots: Robots,
     carry: Carry,
     dynamics: Dynamics,
-    dropped: tuple[Tensor, ...],
+    dropped: Sequence[Tensor],
     action: Tensor,
     noise: Noise,
 ) -> tuple[Carry, Transition]:
@@ -3201,49 +3178,33 @@ def end_step(
     )
 
 
-def physics(
-    model: Model,
-    state: State,
-    ctrl: Sequence[Tensor],
-    integrator: str | None,
-    iterations: int,
-    run: Regions,
-    reads: Sequence[str] | None = None,
-) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
-    """A physics step for each of `ctrl`. Returns the last state and dynamics, and what each step dropped.
-
-    reads: names of tensors, such as "dynamics.smooth.xpos". The others become None. Default: all stay."""
-    dropped = []
-    for held in ctrl:
-        state, dynamics = step(model, state, held, integrator, iterations, run)
-        dropped.append(dynamics.smooth.constraints.dropped)
-    if reads is not None:
-        names = iter([name for name, _ in named_tensors(dynamics, "dynamics")])
-        dynamics = rebuilt(dynamics, lambda x: x if next(names) in reads else None)
-    return state, dynamics, tuple(dropped)
-
-
-PHYSICS = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
-OTHERS = randomized_fields, begin_step, end_step
-vars(EAGER).update((function.__name__, function) for function in (*PHYSICS, *OTHERS, physics))
-
-
 @torch.no_grad()
 def environment_step(
     settings: Settings, model: Model, carry: Carry, action: Tensor, noise: Noise, run: Regions
 ) -> tuple[Carry, Transition]:
-    """One control step: frame_skip physics steps under action (nu, N), reward, auto-reset."""
-    robots = Robots(model, model)
+    """One control step: frame_skip physics steps under action (nu, N), reward, auto-reset.
+
+    A delay of d physics steps: physics step j of this control step sees the action given ceil((d - j) / frame_skip)
+    control steps ago, or this step's action if d <= j. Before the first action of an episode the robot gets zeros.
+    """
+    robots, skip = Robots(model, model), settings.task.frame_skip
     if carry.parameters:
         drawn = {name: noise.parameters[name] for name in carry.parameters}
         values = carry.parameters, drawn
         robots = Robots(*(dataclasses.replace(model, **run.randomized_fields(model, x)) for x in values))
     carry, ctrl = run.begin_step(settings, robots.now, carry, action, noise)
-    state = State(carry.qpos, carry.qvel, carry.warmstart)
-    how = settings.integrator, settings.iterations, run, settings.reads
-    state, dynamics, dropped = run.physics(robots.now, state, ctrl, *how)
+    state, dropped = State(carry.qpos, carry.qvel, carry.warmstart), []
+    for j in range(skip):
+        steps_ago = max(0, math.ceil((settings.delay - j) / skip))
+        state, dynamics = step(robots.now, state, ctrl[steps_ago], settings.integrator, settings.iterations, run)
+        dropped.append(dynamics.smooth.constraints.dropped)
     carry = carry._replace(qpos=state.qpos, qvel=state.qvel, warmstart=state.warmstart)
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
+
+
+COMPILED = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
+COMPILED += randomized_fields, begin_step, end_step
+vars(EAGER).update((function.__name__, function) for function in COMPILED)
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -3252,63 +3213,31 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def compile_regions(base: Model) -> Regions:
-    """Compiled functions for one model, one task and its settings: PHYSICS by this file, OTHERS by PyTorch.
+    """The functions of a step, compiled for one model. Each is compiled when it is called first."""
+    run = Regions(**{function.__name__: CompiledFunction(function, base) for function in COMPILED})
+    found: dict[str, list] = {}
 
-    On a CPU all calls of PHYSICS become one loop. A task may use any operator in OTHERS. PyTorch keeps compiled code
-    with the code object of a function, and limits its number. So each model compiles a copy of the code object.
-    """
-    run = Regions()
-    for function in PHYSICS:
-        setattr(run, function.__name__, CompiledFunction(function, base))
-    found: dict[tuple, list] = {}
-
-    def known(model: Model, varied: tuple) -> list:
-        key = constants_in(model, varied)
+    def known(model: Changed, count: int) -> list:
+        """Of a function whose arguments are the model, `count` tensors, and the dynamics."""
+        key = signature(model)
         if key not in found:
-            found[key] = known_values(base, model, varied)
-        return found[key]
+            found[key] = known_values(base, model)
+        return [None] * (len(named_tensors(model, "")) + count) + found[key]
 
-    run.physics = physics if on_gpu(base.gravity.device) else CompiledPhysics(run)
-    run.newton_iteration.known = known
-    run.advance.known = lambda *given: [None] * 3 + known(*given)  # no row of the `State` is a constant
-    options: dict[str, Any] = {"unroll_reductions_threshold": 32, "max_fusion_size": 1024}
-    if not on_gpu(base.gravity.device):
-        options |= {"cpp_wrapper": True, "cpp.threads": 1, "size_asserts": False, "cpp.enable_tiling_heuristics": False}
-    else:  # independent kernels become one launch
-        options |= {"combo_kernels": True}
-    for function in OTHERS:
-        private = types.FunctionType(function.__code__.replace(), function.__globals__, None, function.__defaults__)
-        setattr(run, function.__name__, torch.compile(private, fullgraph=True, dynamic=False, options=options))
+    run.newton_iteration.known = lambda args: known(args[0], 0)
+    run.advance.known = lambda args: known(args[0], 3)  # no row of the `State` is a constant
     return run
 
 
-def without_checks(run: Regions) -> Regions:
-    """The functions of `run` without PyTorch's checks. Inputs of other shapes than so far give wrong numbers.
-
-    Before each call PyTorch checks the inputs, all tensors of the model included, and its own state. Behind the checks
-    is one code object for each combination of shapes. A function that was compiled for several combinations, or
-    for none so far, keeps its checks. A private function of PyTorch finds the code; without it all checks stay.
-    """
-    fast = Regions(**vars(run))
-    compiled_codes = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])
-    for name, function in vars(run).items():
-        plain = getattr(function, "__wrapped__", None)
-        codes = [entry.code for entry in compiled_codes(plain.__code__)] if plain else []
-        if len(codes) == 1:
-            used = {word: plain.__globals__[word] for word in codes[0].co_names if word in plain.__globals__}
-            setattr(fast, name, types.FunctionType(codes[0], used, None, plain.__defaults__))
-    return fast
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Compiler: a function of the physics becomes C++ that computes one robot with scalars
+# Compiler: a function of a step becomes C++ that computes one robot with scalars
 #
-# The physics has no branches, and its tables are the same for all robots. So a function is called once with one robot,
-# and every operation on tensors is recorded as operations on their elements. An element is a constant or a `Value`.
+# A step has no branches, and its tables are the same for all robots. So a function is called once with one robot, and
+# every operation on tensors is recorded as operations on their elements. An element is a constant or a `Value`.
 # Constants fold, products with zero vanish, and equal operations are one. What is left becomes C++, with a variable for
 # each value. On a CPU a variable holds as many robots as a vector register: a block. One loop over the blocks makes all
-# calls of the physics steps of a control step, so a block stays in the processor's cache. On a GPU a thread has one
-# robot. As a thread has at most 255 registers, a function is cut into kernels there.
+# calls of a control step, so a block stays in the processor's cache. On a GPU a thread has one robot. As a thread has
+# at most 255 registers, a function is cut into kernels there.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -3320,11 +3249,22 @@ FOLD = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
     "div": lambda a, b: a / b if b else math.copysign(math.inf, b) * a,
     "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan, "sin": math.sin, "cos": math.cos, "tan": math.tan,
-    "max": lambda a, b: b if a < b else a, "min": lambda a, b: b if b < a else a, "hypot": math.hypot, "pow": pow,
+    "max": lambda a, b: b if a < b or b != b else a, "min": lambda a, b: b if b < a or b != b else a,
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": lambda a: not a,
     "where": lambda condition, a, b: a if condition else b, "to_number": float, "to_integer": int,
 }  # fmt: skip
+OF_ONE_NUMBER = "exp expm1 log log1p log2 tanh sinh cosh asin acos atan floor ceil trunc rint".split()
+OF_TWO_NUMBERS = "pow hypot atan2 fmod".split()
+NUMPY_NAMES = {"pow": "power", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "atan2": "arctan2"}
+
+
+def fold(name: str, *args: float) -> float:
+    """A function of the C library, of constants."""
+    return float(getattr(np, NUMPY_NAMES.get(name, name))(*args))
+
+
+FOLD |= {name: functools.partial(fold, name) for name in (*OF_ONE_NUMBER, *OF_TWO_NUMBERS)}
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 INFIX = COMPARISONS | {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^"}
 
@@ -3368,12 +3308,13 @@ class Program:
         """The value of an operation: a constant where it can be, an older value where it is equal."""
         operands = args[1:] if name == "where" else args
         kinds = [self.kind(x) for x in operands]
-        kind = "number" if "number" in kinds or name == "div" else "integer" if "integer" in kinds else "truth"
+        of_numbers = name == "div" or name in OF_ONE_NUMBER or name in OF_TWO_NUMBERS
+        kind = "number" if "number" in kinds or of_numbers else "integer" if "integer" in kinds else "truth"
         if kind == "truth":
             name = {"add": "or", "max": "or", "mul": "and", "min": "and"}.get(name, name)
             kind = "integer" if name in COMPARISONS else kind  # in C++ a truth is 0 or -1
         if kind != "truth" and name == "not":
-            raise NotImplementedError("the compiler of the physics inverts truths only")
+            raise NotImplementedError("the compiler inverts truths only")
         if name == "to_number" or name == "to_integer":
             kind = name.removeprefix("to_")
         else:
@@ -3479,7 +3420,7 @@ class Recorder(TorchDispatchMode):
 
     def input(self, number: int, x: Tensor, known: np.ndarray | None) -> Tensor:
         """Make x (..., N) an input, and return it for one robot. known: its values elsewhere; constants stay."""
-        kind, one = "number" if x.dtype.is_floating_point else "integer", of_one_robot(x)
+        kind, one = kind_of(x), of_one_robot(x)
         values = list(known.flat) if known is not None else [Value()] * one.numel()
         for row, value in enumerate(values):
             if isinstance(value, Value):
@@ -3492,17 +3433,27 @@ class Recorder(TorchDispatchMode):
         return np.asarray(function(*args), dtype=object)
 
     def reduce(self, name: str, x: np.ndarray, axes: Sequence[int], keep: bool) -> np.ndarray:
+        """Along these axes; none means all. The last one has the robots, which do not know of each other."""
+        axes = [axes] if isinstance(axes, int) else axes or range(x.ndim)
+        if x.shape[-1:] == (1,) and {-1, x.ndim - 1} & {*axes}:
+            raise NotImplementedError("compiled code computes one robot: it cannot sum or compare over all of them")
         for axis in axes:
             rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [0.0 * x.sum(axis, keepdims=True)]
             x = functools.reduce(functools.partial(self.elementwise, name), rows)
         return x if keep else np.squeeze(x, tuple(axes))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if any(id(x) in self.arrays for x in tree_leaves(args)):
-            name = function.overloadpacket.__name__
-            if name not in RULES or (kwargs or {}).keys() & {"alpha", "rounding_mode"}:
-                raise NotImplementedError(f"the compiler of the physics has no rule for {function}; see RULES")
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise NotImplementedError(f"{function} would be drawn once for all: use the task's random_rows")
+        is_known = any(id(x) in self.arrays for x in tree_leaves(args))
+        if is_known and (name not in RULES or kwargs.keys() - OF_MEMORY):
+            if function not in decomposition_table:
+                raise NotImplementedError(f"the compiler has no rule for {function}; see RULES in vecsim_torch.py")
+            with self:  # PyTorch knows simpler operators for it
+                return decomposition_table[function](*args, **kwargs)
+        result = function(*args, **kwargs)
+        if is_known:
             found = RULES[name](self, result, *tree_map_only(Tensor, self.array, args))
             single = isinstance(result, Tensor)
             for x, array in zip([result] if single else result, [found] if single else found, strict=True):
@@ -3518,30 +3469,33 @@ def as_objects(values: Iterable[Any], shape: Sequence[int]) -> np.ndarray:
     return array.reshape(shape)
 
 
+def fixed(index: np.ndarray) -> np.ndarray:
+    """An index or a mask that is the same for all robots."""
+    if any(isinstance(x, Value) for x in index.flat):
+        raise NotImplementedError(
+            "in compiled code, what differs between robots can only index the first axis; or gather"
+        )
+    return index.astype(bool if all(isinstance(x, bool) for x in index.flat) else int)
+
+
 def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np.ndarray:
     """x[index] of tensors. What differs between robots indexes the first axis."""
-    rows = index[0]
-    if rows is None or not any(isinstance(i, Value) for i in rows.flat):
-        return x[tuple(slice(None) if i is None else i.astype(int) for i in index)]
+    rows, *others = index
+    if any(i is not None for i in others) or not any(isinstance(i, Value) for i in rows.flat):
+        return x[tuple(slice(None) if i is None else fixed(i) for i in index)]
     columns = [r.program.pick(list(rows.flat), tuple(column)) for column in x.reshape(len(x), -1).T]
     return as_objects(itertools.chain(*zip(*columns, strict=True)), result.shape)
 
 
 def gather(r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
-    """torch.gather along the first axis."""
-    if axis != 0:
-        raise NotImplementedError("the compiler of the physics gathers along the first axis only")
+    """torch.gather. The last axis has the robots."""
+    if axis % x.ndim == x.ndim - 1:
+        raise NotImplementedError("compiled code computes one robot: it cannot gather from others")
+    x, index = np.moveaxis(x, axis, 0), np.moveaxis(index, axis, 0)
     found = np.empty(index.shape, dtype=object)
     for place in np.ndindex(index.shape[1:]):
         found[:, *place] = r.program.pick(list(index[:, *place]), tuple(x[:, *place]))
-    return found
-
-
-def put(x: np.ndarray, axis: int, index: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """torch.index_copy, with an index that is the same for all robots."""
-    copy = x.copy()
-    np.moveaxis(copy, axis, 0)[index.astype(int)] = np.moveaxis(source, axis, 0)
-    return copy
+    return np.moveaxis(found, 0, axis)
 
 
 def add_rows(
@@ -3550,7 +3504,7 @@ def add_rows(
     """torch.index_add. A row may occur several times in the index."""
     copy = x.copy()
     rows = np.moveaxis(copy, axis, 0)
-    for row, added in zip(index.astype(int), np.moveaxis(source, axis, 0), strict=True):
+    for row, added in zip(fixed(index), np.moveaxis(source, axis, 0), strict=True):
         rows[row] = r.elementwise("add", rows[row], added)
     return copy
 
@@ -3566,9 +3520,35 @@ def power(r: Recorder, result: Tensor, x: np.ndarray, exponent: Any) -> np.ndarr
     return r.elementwise("mul", x, x) if is_square else r.elementwise("pow", x, exponent)
 
 
+def product(r: Recorder, result: Tensor, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The product of matrices."""
+    return r.reduce("add", r.elementwise("mul", a[..., None], b[..., None, :, :]), [-2], False)
+
+
+def sign(r: Recorder, x: np.ndarray) -> np.ndarray:
+    is_positive, is_negative = (r.elementwise(name, x, 0) for name in ("gt", "lt"))
+    return r.elementwise("where", is_positive, 1, r.elementwise("where", is_negative, -1, 0))
+
+
+def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the largest or smallest rows, and its index: `name` compares a later row with it."""
+    first, *others = np.moveaxis(x, axis, 0)
+    best, index = first, as_objects([0] * first.size, first.shape)
+    for k, row in enumerate(others, 1):
+        better = r.elementwise(name, row, best)
+        best, index = r.elementwise("where", better, row, best), r.elementwise("where", better, k, index)
+    return tuple(np.expand_dims(y, axis) if keep else y for y in (best, index))
+
+
+def write(x: np.ndarray, axis: int, index: Any, source: np.ndarray) -> np.ndarray:
+    """x after x[index] = source, where `index` is one of this axis."""
+    copy = x.copy()
+    np.moveaxis(copy, axis, 0)[index] = source if isinstance(index, int) else np.moveaxis(source, axis, 0)
+    return copy
+
+
 def convert(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
-    kind = "number" if result.dtype.is_floating_point else "truth" if result.dtype == torch.bool else "integer"
-    return as_objects((r.program.convert(kind, value) for value in x.flat), x.shape)
+    return as_objects((r.program.convert(kind_of(result), value) for value in x.flat), x.shape)
 
 
 def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
@@ -3577,24 +3557,41 @@ def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
     return x.reshape(result.shape)
 
 
-SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot lt le gt ge eq ne where".split()
+SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot atan2 fmod lt le gt ge eq ne where".split()
+SAME_NAME += OF_ONE_NUMBER
 OTHER_NAME = {"maximum": "max", "minimum": "min", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
 OTHER_NAME |= {"logical_and": "and", "logical_or": "or", "bitwise_not": "not", "logical_not": "not"}
+OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
 RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the recorder, the result, and the arguments
     "rsub": lambda r, _, a, b: r.elementwise("sub", b, a),
     "reciprocal": lambda r, _, x: r.elementwise("div", 1.0, x),
     "rsqrt": lambda r, _, x: r.elementwise("div", 1.0, r.elementwise("sqrt", x)),
     "pow": power,
     "clamp": clamp,
-    "sum": lambda r, result, x, axes, keep=False: r.reduce("add", convert(r, result, x), axes, keep),
-    "amin": lambda r, _, x, axes, keep=False: r.reduce("min", x, axes, keep),
+    "sum": lambda r, result, x, axes=(), keep=False: r.reduce("add", convert(r, result, x), axes, keep),
+    "prod": lambda r, result, x, axes=(), keep=False: r.reduce("mul", convert(r, result, x), axes, keep),
+    "amin": lambda r, _, x, axes=(), keep=False: r.reduce("min", x, axes, keep),
+    "amax": lambda r, _, x, axes=(), keep=False: r.reduce("max", x, axes, keep),
+    "any": lambda r, result, x, axes=(), keep=False: r.reduce("or", convert(r, result, x), axes, keep),
+    "all": lambda r, result, x, axes=(), keep=False: r.reduce("and", convert(r, result, x), axes, keep),
+    "argmax": lambda r, _, x, axis, keep=False: extreme(r, "gt", x, axis, keep)[1],
+    "argmin": lambda r, _, x, axis, keep=False: extreme(r, "lt", x, axis, keep)[1],
+    "mm": product,
+    "bmm": product,
+    "isnan": lambda r, _, x: r.elementwise("ne", x, x),
+    "round": lambda r, _, x: r.elementwise("rint", x),
+    "sign": lambda r, result, x: convert(r, result, sign(r, x)),
     "_to_copy": convert,
     "view": view,
     "_unsafe_view": view,
     "index": take,
     "gather": gather,
-    "index_copy": lambda r, _, x, axis, index, source: put(x, axis, index, source),
+    "index_copy": lambda r, _, x, axis, index, source: write(x, axis, fixed(index), source),
     "index_add": add_rows,
+    "slice_scatter": lambda r, _, x, source, axis=0, *ends: write(x, axis, slice(*ends), source),
+    "select_scatter": lambda r, _, x, source, axis, index: write(x, axis, index, source),
+    "copy": lambda r, result, x, source: convert(r, result, np.broadcast_to(source, x.shape)),
+    "fill": lambda r, result, x, value: convert(r, result, np.broadcast_to(value, x.shape)),
     "clone": lambda r, _, x: x,
     "detach": lambda r, _, x: x,
     "expand": lambda r, result, x, *_: np.broadcast_to(x, result.shape),
@@ -3608,8 +3605,11 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "split_with_sizes": lambda r, _, x, sizes, axis=0: np.split(x, np.cumsum(sizes)[:-1], axis),
     "stack": lambda r, _, arrays, axis=0: np.stack(arrays, axis),
     "cat": lambda r, _, arrays, axis=0: np.concatenate(arrays, axis),
+    "flip": lambda r, _, x, axes: np.flip(x, axes),
+    "repeat": lambda r, _, x, counts: np.tile(x, counts),
 }
-RULES |= {name: lambda r, result, *_: r.array(result) for name in ("zeros_like", "ones_like", "new_zeros")}
+NEW = "zeros_like ones_like full_like new_zeros new_ones new_full".split()  # they do not depend on an input
+RULES |= {name: lambda r, result, *_: r.array(result) for name in NEW}
 RULES |= {
     name: lambda r, _, *args, ours=ours: r.elementwise(ours, *args)
     for name, ours in (dict(zip(SAME_NAME, SAME_NAME, strict=True)) | OTHER_NAME).items()
@@ -3633,11 +3633,12 @@ FUNCTION void store(real* p, F x) {{ __builtin_memcpy(p, &x, sizeof x); }}
 #define EACH(R, expression) {{ R y; for (int l = 0; l < ROBOTS; l++) y[l] = expression; return y; }}
 FUNCTION I load(const long long* p) EACH(I, p[l])
 FUNCTION void store(long long* p, I x) {{ for (int l = 0; l < ROBOTS; l++) p[l] = x[l]; }}
+FUNCTION I load(const bool* p) EACH(I, -p[l])
+FUNCTION void store(bool* p, I x) {{ for (int l = 0; l < ROBOTS; l++) p[l] = x[l] != 0; }}
 FUNCTION F table(const real* p, I i) EACH(F, p[i[l]])
 FUNCTION F pick(const F* p, I i) EACH(F, p[i[l]][l])
-FUNCTION F f_sqrt(F x) EACH(F, sqrt(x[l]))
-FUNCTION F f_pow(F x, F a) EACH(F, pow(x[l], a[l]))
-FUNCTION F f_hypot(F x, F y0) EACH(F, hypot(x[l], y0[l]))
+#define OF_ONE(f) FUNCTION F f_##f(F x) EACH(F, f(x[l]))
+#define OF_TWO(f) FUNCTION F f_##f(F a, F b) EACH(F, f(a[l], b[l]))
 FUNCTION F f_to_number(I x) {{ return __builtin_convertvector(x, F); }}
 FUNCTION I f_to_integer(F x) {{ return __builtin_convertvector(x, I); }}
 FUNCTION I f_bits(F x) {{ return (I)x; }}
@@ -3672,11 +3673,12 @@ FUNCTION F load(const real* p) {{ return *p; }}
 FUNCTION I load(const long long* p) {{ return *p; }}
 FUNCTION void store(real* p, F x) {{ *p = x; }}
 FUNCTION void store(long long* p, I x) {{ *p = x; }}
+FUNCTION I load(const bool* p) {{ return *p; }}
+FUNCTION void store(bool* p, I x) {{ *p = x != 0; }}
 FUNCTION F table(const real* p, I i) {{ return p[i]; }}
 FUNCTION F pick(const F* p, I i) {{ return p[i]; }}
-FUNCTION F f_sqrt(F x) {{ return sqrt(x); }}
-FUNCTION F f_pow(F x, F a) {{ return pow(x, a); }}
-FUNCTION F f_hypot(F x, F y) {{ return hypot(x, y); }}
+#define OF_ONE(f) FUNCTION F f_##f(F x) {{ return f(x); }}
+#define OF_TWO(f) FUNCTION F f_##f(F a, F b) {{ return f(a, b); }}
 FUNCTION F f_to_number(I x) {{ return x; }}
 FUNCTION I f_to_integer(F x) {{ return x; }}
 FUNCTION I f_bits(F x) {{ union {{ F number; I bits; }} u = {{x}}; return u.bits; }}
@@ -3686,15 +3688,19 @@ FUNCTION F f_tan(F x) {{ return tan(x); }}
 """
 SHARED_PRELUDE = """
 FUNCTION F f_neg(F x) { return -x; }
+FUNCTION I f_neg(I x) { return -x; }
 FUNCTION F f_abs(F x) { return x < 0 ? -x : x; }
+FUNCTION I f_abs(I x) { return x < 0 ? -x : x; }
 FUNCTION I f_not(I x) { return x == 0; }
 FUNCTION F f_where(I condition, F a, F b) { return condition ? a : b; }
 FUNCTION I f_where(I condition, I a, I b) { return condition ? a : b; }
-FUNCTION F f_max(F a, F b) { return a < b ? b : a; }
+FUNCTION F f_max(F a, F b) { return (a < b) | (b != b) ? b : a; }
 FUNCTION I f_max(I a, I b) { return a < b ? b : a; }
-FUNCTION F f_min(F a, F b) { return b < a ? b : a; }
+FUNCTION F f_min(F a, F b) { return (b < a) | (b != b) ? b : a; }
 FUNCTION I f_min(I a, I b) { return b < a ? b : a; }
 """
+SHARED_PRELUDE += "\n".join(f"OF_ONE({name})" for name in ("sqrt", *OF_ONE_NUMBER))
+SHARED_PRELUDE += "\n" + "\n".join(f"OF_TWO({name})" for name in OF_TWO_NUMBERS)
 C_KINDS = {"number": "F", "integer": "I", "truth": "I"}
 C_TYPES = {torch.float32: ("float", "int"), torch.float64: ("double", "long long")}
 BIG = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # adding it rounds to an integer
@@ -3705,27 +3711,33 @@ HALF_PI = {  # as a sum whose first two parts have so few bits that their produc
 
 
 class Kernel(NamedTuple):
-    """A piece of a program. Its lines read and write rows of tensors. These are the inputs x0, x1, ... (numbers) and
-    k0, k1, ... (integers), constant tables t0, t1, ..., and the outputs y (numbers) and z (integers). In s (numbers)
-    and j (integers), values go from one kernel to another."""
+    """A piece of a program. Its lines read and write rows of tensors. These are the inputs x0, x1, ... (numbers), k0,
+    k1, ... (integers) and q0, q1, ... (truths), constant tables t0, t1, ..., and the outputs y (numbers), z (integers)
+    and w (truths). In s (numbers) and j (others), values go from one kernel to another."""
 
     lines: list[str]
     tensors: list[str]
     rows: int  # read and written
 
 
-def write_kernels(
-    program: Program, numbers: Sequence, integers: Sequence, size: float
-) -> tuple[list[Kernel], dict[str, int]]:
-    """C++ that stores `numbers` in y and `integers` in z, in kernels of at most `size` operations, and the rows of s
-    and j."""
-    order = program.needed((*numbers, *integers))
+INPUTS = {"number": "x", "integer": "k", "truth": "q"}
+OUTPUTS = {"number": "y", "integer": "z", "truth": "w"}
+POINTERS = {  # C types, by the first letter of a tensor's name
+    "x": "const real*", "k": "const long long*", "q": "const bool*", "t": "const real*",
+    "y": "real*", "z": "long long*", "w": "bool*", "s": "real*", "j": "long long*",
+}  # fmt: skip
+
+
+def write_kernels(program: Program, outputs: dict[str, Sequence], size: float) -> tuple[list[Kernel], dict[str, int]]:
+    """C++ that stores the values of each of OUTPUTS, in kernels of up to `size` operations, and the rows of s and j."""
+    roots = [*itertools.chain(*outputs.values())]
+    order = program.needed(roots)
     computed = [v for v in order if program.operations[v][1] != "load"]
-    ends = kernel_ends(program, computed, (*numbers, *integers), size)
+    ends = kernel_ends(program, computed, roots, size)
     home = {v: bisect.bisect_right(ends, k) for k, v in enumerate(computed)}  # the kernel that computes a value
     places: dict[Any, list[tuple[str, int]]] = {}  # where a value is stored
     others: list[tuple[str, int, Any]] = []  # stores of constants and of inputs
-    for tensor, values in (("y", numbers), ("z", integers)):
+    for tensor, values in outputs.items():
         for row, x in enumerate(values):
             if x in home and isinstance(x, Value):
                 places.setdefault(x, []).append((tensor, row))
@@ -3807,7 +3819,7 @@ class KernelWriter:
             return f"number({'NAN' if math.isnan(x) else text})"
         if x not in self.known:
             kind, name, args = self.program.operations[x]
-            place = self.places[x][0] if name != "load" else (f"{'x' if kind == 'number' else 'k'}{args[0]}", args[1])
+            place = self.places[x][0] if name != "load" else (f"{INPUTS[kind]}{args[0]}", args[1])
             self.define(x, f"load({self.row(*place)})")
         return f"v{x:d}"
 
@@ -3840,7 +3852,7 @@ def cpp_source(kernel: Kernel, dtype: torch.dtype, robots: int) -> str:
             prelude + SHARED_PRELUDE,
             'extern "C" void run(void* const* tensors) {',
             "enum { n = ROBOTS, i = 0 };",
-            *(f"{pointer(name)} {name} = ({pointer(name)})tensors[{k}];" for k, name in enumerate(kernel.tensors)),
+            *(f"auto {name} = ({POINTERS[name[0]]})tensors[{k}];" for k, name in enumerate(kernel.tensors)),
             *kernel.lines,
             "}",
         )
@@ -3852,7 +3864,7 @@ def cuda_source(kernel: Kernel, dtype: torch.dtype, n: int) -> str:
 
     As n is a constant, so are the distances between rows. Half of the instructions would compute them otherwise."""
     real, integer = C_TYPES[dtype]
-    arguments = ", ".join(f"{pointer(name)} __restrict__ {name}" for name in kernel.tensors)
+    arguments = ", ".join(f"{POINTERS[name[0]]} __restrict__ {name}" for name in kernel.tensors)
     return "\n".join(
         (
             CUDA_PRELUDE.format(real=real, integer=integer) + SHARED_PRELUDE,
@@ -3864,12 +3876,6 @@ def cuda_source(kernel: Kernel, dtype: torch.dtype, n: int) -> str:
             "}",
         )
     )
-
-
-def pointer(name: str) -> str:
-    """The C type of a tensor of a kernel."""
-    kinds = {"y": "real*", "s": "real*", "z": "long long*", "j": "long long*", "k": "const long long*"}
-    return kinds.get(name[0], "const real*")
 
 
 def instruction_set() -> str:
@@ -3944,8 +3950,9 @@ KERNEL = 2500  # the most operations of a kernel on a GPU: larger ones spill mor
 LAUNCH = 700  # rows of 4,096 robots that a GPU loads in the time of a launch, see benchmarks/gpu_kernels.py
 
 
-def is_number(x: Tensor) -> bool:
-    return x.dtype.is_floating_point
+def kind_of(x: Tensor) -> str:
+    """The kind of its elements in a `Program`."""
+    return "number" if x.dtype.is_floating_point else "truth" if x.dtype == torch.bool else "integer"
 
 
 def of_one_robot(x: Tensor) -> Tensor:
@@ -3953,57 +3960,54 @@ def of_one_robot(x: Tensor) -> Tensor:
     return x[..., :1].clone() if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
 
 
-def named_tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested tuples and lists, with the expression that gives each of them from `name`."""
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, (tuple, list)):
-        fields = getattr(tree, "_fields", None)
-        for k, item in enumerate(tree):
-            yield from named_tensors(item, f"{name}.{fields[k]}" if fields else f"{name}[{k}]")
+def named_tensors(tree: Any, name: str) -> list[tuple[str, Tensor]]:
+    """The tensors of nested tuples, lists and dicts, with the expression that gives each of them from `name`."""
+    leaves, _ = tree_flatten_with_path(tree)
+    return [(name + keystr(path), x) for path, x in leaves if isinstance(x, Tensor)]
 
 
-def rebuilt(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """`tree` with function(x) in place of each tensor x."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, (tuple, list)):
-        items = [rebuilt(item, function) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
+def signature(tree: Any) -> str:
+    """What `tree` has besides the numbers in its tensors."""
+    return repr(tree_map_only(Tensor, kind_of, tree))
+
+
+class Changed(NamedTuple):
+    """A model, as the fields in which it differs from the one that code is compiled for."""
+
+    fields: dict[str, Any]
 
 
 class Recording:
-    """What `function` of (model, *args) does, in plain PyTorch, recorded as a `Program`.
+    """What `function` of `args` does, in plain PyTorch, recorded as a `Program`.
 
-    varied: the fields in which `model` differs from `base`. They may differ between robots, so they are inputs, as the
-    tensors in `args`. All else is constant. known: arrays of values of the tensors in `args`, see `Recorder.input`."""
+    args: trees of tensors, which are inputs; all else is constant. A `Changed` stands for the model `base` with other
+    fields. known: arrays of values of the tensors, see `Recorder.input`."""
 
-    def __init__(self, function: Callable, base: Model, model: Model, varied: tuple, args: tuple, known: list):
-        self.program = Program()
-        recorder = Recorder(self.program)
-        self.inputs: list[tuple[str, Tensor]] = []  # with the expression that gives each of them
-
-        def one_robot(tree: Any, name: str, known: list) -> Any:
-            numbers, facts = itertools.count(len(self.inputs)), iter(known)
-            self.inputs += named_tensors(tree, name)
-            return rebuilt(tree, lambda x: recorder.input(next(numbers), x, next(facts, None)))
-
-        fields = {name: one_robot(getattr(model, name), f"model.{name}", []) for name in varied}
-        args = one_robot(args, "args", known)
+    def __init__(self, function: Callable, base: Model, args: tuple, known: Iterable = ()):
+        self.program, self.inputs = Program(), named_tensors(args, "args")
+        recorder, numbers, known = Recorder(self.program), itertools.count(), iter(known)
+        args = tree_map_only(Tensor, lambda x: recorder.input(next(numbers), x, next(known, None)), args)
+        args = models_of(base, args)
         with torch.no_grad(), recorder:
-            self.result = function(dataclasses.replace(base, **fields), *args)
+            self.result = torch.func.functionalize(function)(*args)
         self.outputs = [x for _, x in named_tensors(self.result, "")]
         self.values = [recorder.array(x) for x in self.outputs]
 
 
-def known_values(base: Model, model: Model, varied: tuple) -> list[np.ndarray | None]:
+def models_of(base: Model, tree: Any) -> Any:
+    """`tree` with models in place of every `Changed`."""
+    is_changed = lambda x: isinstance(x, Changed)
+    return tree_map_only(Changed, lambda x: dataclasses.replace(base, **x.fields), tree, is_leaf=is_changed)
+
+
+def known_values(base: Model, changed: Changed) -> list[np.ndarray | None]:
     """Values of the tensors of `Dynamics`, before and after Newton iterations: which of their rows are constants.
 
     A robot in a plane has many of them. A solution has those that an iteration keeps, or none."""
     zeros = [base.qpos0.new_zeros(rows, 1) for rows in (base.nq, base.nv, base.nv, base.nu)]
-    begun = Recording(begin_dynamics, base, model, varied, (State(*zeros[:3]), zeros[3]), [])
-    iterated = Recording(newton_iteration, base, model, varied, tuple(begun.result), begun.values)
+    begun = Recording(begin_dynamics, base, (changed, State(*zeros[:3]), zeros[3]))
+    given = [None] * len(named_tensors(changed, "")) + begun.values
+    iterated = Recording(newton_iteration, base, (changed, *begun.result), given)
     count = len(iterated.values)
     pairs = zip(*(itertools.chain(*(x.flat for x in values)) for values in (begun.values[-count:], iterated.values)))
     kept = all(isinstance(old, Value) or (not isinstance(new, Value) and old == new) for old, new in pairs)
@@ -4011,16 +4015,19 @@ def known_values(base: Model, model: Model, varied: tuple) -> list[np.ndarray | 
 
 
 def expression(tree: Any, sizes: dict[str, list[int]], names: dict[str, Any]) -> str:
-    """Python that makes `tree` from lists y and z of (rows, n). `sizes` gets their rows, and `names` the types."""
+    """Python that makes `tree` from lists y, z and w of (rows, n). `sizes` gets their rows, and `names` the types."""
+    inner = lambda item: expression(item, sizes, names)
     if isinstance(tree, Tensor):
-        tensor = "y" if is_number(tree) else "z"
-        sizes[tensor].append(tree.numel())
-        piece = f"{tensor}[{len(sizes[tensor]) - 1}]"
+        rows, tensor = sizes[kind_of(tree)], OUTPUTS[kind_of(tree)]
+        rows.append(tree.numel())
+        piece = f"{tensor}[{len(rows) - 1}]"
         return piece if tree.dim() == 2 else f"{piece}.view({''.join(f'{size}, ' for size in tree.shape[:-1])}n)"
-    if isinstance(tree, tuple):
-        items = "".join(f"{expression(item, sizes, names)}, " for item in tree)
+    if isinstance(tree, dict):
+        return f"{{{''.join(f'{key!r}: {inner(item)}, ' for key, item in tree.items())}}}"
+    if isinstance(tree, (tuple, list)):
+        items = "".join(f"{inner(item)}, " for item in tree)
         if not hasattr(tree, "_fields"):
-            return f"({items})"
+            return f"[{items}]" if isinstance(tree, list) else f"({items})"
         names[type(tree).__name__] = type(tree)
         return f"{type(tree).__name__}({items})"
     return repr(tree)
@@ -4029,23 +4036,27 @@ def expression(tree: Any, sizes: dict[str, list[int]], names: dict[str, Any]) ->
 class Interface:
     """The inputs and the result of compiled code, as tensors (..., N).
 
-    given: the inputs, and the expressions that find them in (model, args). result: nested tuples of tensors. Both are
-    as for one robot."""
+    given: the inputs, and the expressions that find them in `args`. result: a tree of tensors. Both are as for one
+    robot. TypeError for a result of another precision."""
 
     def __init__(self, given: Sequence[tuple[str, Tensor]], result: Any, dtype: torch.dtype, device: torch.device):
         self.device, names = device, {}
-        self.inputs = eval(f"lambda model, args: ({''.join(f'{where}, ' for where, _ in given)})")
-        self.shapes = [x.shape[:-1] for _, x in given]
-        self.dtypes = [dtype if is_number(x) else torch.int64 for _, x in given]
-        self.sizes: dict[str, list[int]] = {"y": [], "z": []}
-        self.result = eval(f"lambda y, z, n: {expression(result, self.sizes, names)}", names)
-        self.rows = {tensor: sum(rows) for tensor, rows in self.sizes.items()}
-        self.kinds = {"y": dtype, "z": torch.int64}
+        self.dtypes = {"number": dtype, "integer": torch.int64, "truth": torch.bool}
+        for where, x in named_tensors(result, "result"):
+            if x.dtype != self.dtypes[kind_of(x)]:
+                types = ", ".join(map(str, self.dtypes.values()))
+                raise TypeError(f"compiled code returns {types}, but {where} is {x.dtype}")
+        self.inputs = eval(f"lambda args: ({''.join(f'{where}, ' for where, _ in given)})")
+        self.wanted = [(x.shape[:-1], self.dtypes[kind_of(x)]) for _, x in given]
+        self.sizes: dict[str, list[int]] = {kind: [] for kind in OUTPUTS}
+        text = expression(result, self.sizes, names)
+        self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {text}", names)
+        self.rows = [sum(rows) for rows in self.sizes.values()]
 
-    def read(self, model: Model, args: tuple, n: int) -> list[Tensor]:
+    def read(self, args: tuple, n: int) -> list[Tensor]:
         """The inputs, contiguous. ValueError if they are not what the code was compiled for."""
-        tensors = list(self.inputs(model, args))
-        for k, (x, shape, dtype) in enumerate(zip(tensors, self.shapes, self.dtypes, strict=True)):
+        tensors = list(self.inputs(args))
+        for k, (x, (shape, dtype)) in enumerate(zip(tensors, self.wanted, strict=True)):
             if x.dtype != dtype or x.device != self.device or x.shape[:-1] != shape:
                 wanted = f"a tensor {(*shape, n)} of {dtype} on {self.device}"
                 raise ValueError(f"compiled for {wanted}, not for {tuple(x.shape)} of {x.dtype} on {x.device}")
@@ -4055,12 +4066,15 @@ class Interface:
                 tensors[k] = x.expand(*shape, n).contiguous()
         return tensors
 
-    def new(self, rows: dict[str, int], n: int) -> list[Tensor]:
-        """Two empty tensors, of numbers and of integers."""
-        return [torch.empty(rows[t], n, dtype=dtype, device=self.device) for t, dtype in self.kinds.items()]
+    def new(self, rows: Iterable[int], n: int) -> list[Tensor]:
+        """Empty tensors, one of each kind."""
+        dtypes = self.dtypes.values()
+        return [torch.empty(count, n, dtype=dtype, device=self.device) for count, dtype in zip(rows, dtypes)]
 
-    def results(self, y: Tensor, z: Tensor, n: int) -> Any:
-        return self.result(y.split(self.sizes["y"]), z.split(self.sizes["z"]), n)
+    def results(self, outputs: Sequence[Tensor], n: int) -> Any:
+        """outputs: of `new` with `rows`."""
+        pieces = (x.split(sizes) for x, sizes in zip(outputs, self.sizes.values(), strict=True))
+        return self.result(*pieces, n)
 
 
 class Code:
@@ -4068,20 +4082,18 @@ class Code:
     kernels for exactly so many."""
 
     def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, robots: int):
-        self.dtype, self.device = dtype, device
-        values: dict[str, list] = {"y": [], "z": []}
+        self.dtype, self.device, program = dtype, device, recording.program
+        values: dict[str, list] = {tensor: [] for tensor in OUTPUTS.values()}
         for x, array in zip(recording.outputs, recording.values, strict=True):
-            values["y" if is_number(x) else "z"] += list(array.flat)
-        self.rows = {tensor: len(x) for tensor, x in values.items()}
+            kind = kind_of(x)
+            values[OUTPUTS[kind]] += [program.convert(kind, value) for value in array.flat]
         on_cpu = not on_gpu(device)
-        size = math.inf if on_cpu else KERNEL
-        self.kernels, self.scratch = write_kernels(recording.program, values["y"], values["z"], size)
-
-        used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in "xk"})
+        self.kernels, self.scratch = write_kernels(program, values, math.inf if on_cpu else KERNEL)
+        used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in INPUTS.values()})
         given = [(where, of_one_robot(x)) for where, x in (recording.inputs[int(name[1:])] for name in used)]
         self.interface = Interface(given, recording.result, dtype, device)
-        self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in recording.program.tables]
-        place = [*used, *(f"t{k}" for k in range(len(self.tables))), "y", "z", "s", "j"]
+        self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in program.tables]
+        place = [*used, *(f"t{k}" for k in range(len(self.tables))), *OUTPUTS.values(), *self.scratch]
         self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
         if on_cpu:
             [kernel] = self.kernels
@@ -4095,16 +4107,15 @@ class Code:
                 codes = list(pool.map(lambda source: nvrtc(source, capability), sources))
             self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
 
-    def __call__(self, model: Model, args: tuple, n: int) -> Any:
+    def __call__(self, args: tuple, n: int) -> Any:
         """The result of the function for n robots."""
         if not on_gpu(self.device):
-            return self.loop(model, args, n)
-        inputs, y_and_z = self.interface.read(model, args, n), self.interface.new(self.rows, n)
-        between = self.interface.new({"y": self.scratch["s"], "z": self.scratch["j"]}, n)
-        tensors = [*inputs, *self.tables, *y_and_z, *between]
+            return self.loop(args, n)
+        inputs, outputs = self.interface.read(args, n), self.interface.new(self.interface.rows, n)
+        tensors = [*inputs, *self.tables, *outputs, *self.interface.new(self.scratch.values(), n)]
         for launch, places in zip(self.launches, self.places, strict=True):
             launch([tensors[k] for k in places], n)
-        return self.interface.results(*y_and_z, n)
+        return self.interface.results(outputs, n)
 
 
 # For each block from first_block on, before `end`: copy rows of tensors (rows, n) into the memory of the block, call
@@ -4120,7 +4131,7 @@ template <int BYTES, bool IN> static void copy(const Rows& x, long long n, long 
     }}
 }}
 template <bool IN> static void copy(const Rows* x, long long count, long long n, long long i) {{
-    for (; count; count--, x++) x->bytes == 4 ? copy<4, IN>(*x, n, i) : copy<8, IN>(*x, n, i);
+    for (; count; count--, x++) (x->bytes == 1 ? copy<1, IN> : x->bytes == 4 ? copy<4, IN> : copy<8, IN>)(*x, n, i);
 }}
 extern "C" void run(
     long long n, long long first_block, long long end, long long calls, void (**functions)(void* const*),
@@ -4161,18 +4172,18 @@ class Loop:
         last |= {id(x): len(calls) for x in outputs}
         given = [(where, x) for where, x in given if id(x) in last]
         self.interface = Interface(given, result, dtype, torch.device("cpu"))
-        row_bytes = {True: robots * dtype.itemsize, False: robots * torch.int64.itemsize}  # of numbers, of integers
+        item_bytes = {kind: dtype.itemsize for kind, dtype in self.interface.dtypes.items()}
         self.bytes = 0  # of the memory of a block
         places: dict[int, int] = {}  # where a tensor begins in it
         free: dict[int, list[int]] = {}  # pieces that no later call needs, by their bytes
         ending: dict[int, list[tuple[int, int]]] = {}  # pieces that no call after this one needs
 
         def place(tensors: Sequence[Tensor], k: int) -> list[int]:
-            """Give memory to the numbers and to the integers of `tensors` from call k on. Returns both starts."""
+            """Give memory to `tensors` from call k on, a piece for each kind. Returns the starts of the pieces."""
             starts = []
-            for kind, size in row_bytes.items():
-                mine = [x for x in tensors if is_number(x) == kind]
-                total = size * sum(x.numel() for x in mine)
+            for kind, size in item_bytes.items():
+                mine = [x for x in tensors if kind_of(x) == kind]
+                total = robots * size * sum(x.numel() for x in mine)
                 if free.get(total):
                     start = free[total].pop()
                 else:
@@ -4181,7 +4192,7 @@ class Loop:
                 end = max((last.get(id(x), k) for x in mine), default=k)
                 ending.setdefault(end, []).append((total, start))
                 for x in mine:
-                    places[id(x)], start = start, start + size * x.numel()
+                    places[id(x)], start = start, start + robots * size * x.numel()
             return starts
 
         place([x for _, x in given], 0)
@@ -4196,175 +4207,164 @@ class Loop:
                 free.setdefault(total, []).append(start)
 
         def copies(tensors: list[Tensor]) -> np.ndarray:
-            table = [(places[id(x)], 0, x.numel(), row_bytes[is_number(x)] // robots) for x in tensors]
+            table = [(places[id(x)], 0, x.numel(), item_bytes[kind_of(x)]) for x in tensors]
             return np.array(table, dtype=np.int64).reshape(-1, 4)  # see `Rows` in CPU_LOOP
 
         self.pointers, self.is_place = np.array(pointers, dtype=np.int64).reshape(-1, 2).T
         self.firsts = np.array(firsts, dtype=np.int64)
         self.functions = np.array([ctypes.cast(code.function, ctypes.c_void_p).value for code in self.codes])
         self.loads = copies([x for _, x in given])
-        outputs.sort(key=lambda x: not is_number(x))  # as in y, then in z
         self.stores = copies(outputs)
-        self.numbers = sum(map(is_number, outputs))
+        self.kinds = np.array([[*OUTPUTS].index(kind_of(x)) for x in outputs], dtype=np.int64)
+        self.first_rows = np.zeros_like(self.kinds)  # of the outputs, among those of their kind
+        for kind in range(len(OUTPUTS)):
+            rows = self.stores[self.kinds == kind, 2]
+            self.first_rows[self.kinds == kind] = np.cumsum(rows) - rows
         self.run = build_cpp(CPU_LOOP.format(robots=robots))
 
-    def __call__(self, model: Model, args: tuple, n: int, threads: Threads | None = None) -> Any:
+    def __call__(self, args: tuple, n: int, threads: Threads | None = None) -> Any:
         """The results for n robots. `threads` share the blocks if that is worth the time to wake them."""
-        inputs, (y, z) = self.interface.read(model, args, n), self.interface.new(self.interface.rows, n)
+        inputs, outputs = self.interface.read(args, n), self.interface.new(self.interface.rows, n)
         blocks = math.ceil(n / self.robots)
         shares = min(threads.count, self.operations * blocks // SHARE) if threads else 1
         ends = [blocks * k // max(1, shares) for k in range(max(1, shares) + 1)]
         memory = torch.empty(len(ends) - 1, self.bytes, dtype=torch.uint8)
+        loads, stores = self.loads.copy(), self.stores.copy()
+        loads[:, 1] = [x.data_ptr() for x in inputs]
+        addresses = np.array([x.data_ptr() for x in outputs], dtype=np.int64)
+        stores[:, 1] = addresses[self.kinds] + self.first_rows * stores[:, 3] * n
 
         def compute(k: int) -> None:
             block = memory[k].data_ptr()
-            loads, stores = self.loads.copy(), self.stores.copy()
-            pointers = self.pointers + self.is_place * block
-            loads[:, 0] += block
-            loads[:, 1] = [x.data_ptr() for x in inputs]
-            stores[:, 0] += block
-            for part, tensor in ((stores[: self.numbers], y), (stores[self.numbers :], z)):
-                sizes = part[:, 2] * part[:, 3] * n
-                part[:, 1] = tensor.data_ptr() + np.cumsum(sizes) - sizes
-            tables = (self.functions, self.firsts, pointers), (loads,), (stores,)
-            counts = len(self.functions), len(loads), len(stores)
+            to_block = np.array([block, 0, 0, 0])
+            tables = (
+                (self.functions, self.firsts, self.pointers + self.is_place * block),
+                *((table + to_block,) for table in (loads, stores)),
+            )
             words = [n, ends[k], ends[k + 1]]
-            for count, arrays in zip(counts, tables, strict=True):
-                words += [count, *(x.ctypes.data for x in arrays)]
+            for arrays in tables:
+                words += [len(arrays[0]), *(x.ctypes.data for x in arrays)]
             self.run(*map(ctypes.c_int64, words))
 
         jobs = [threads.pool.submit(compute, k) for k in range(1, len(ends) - 1)] if threads else []
         compute(0)
         for job in jobs:
             job.result()
-        return self.interface.results(y, z, n)
-
-
-def constants_in(model: Model, varied: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """The names of these fields, and what they have besides tensors of numbers, which are inputs."""
-    for name in varied:
-        field = getattr(model, name)  # the tensors of a terrain have no axis of robots
-        if isinstance(field, Terrain) or not all(is_number(x) for _, x in named_tensors(field, name)):
-            raise ValueError(f"compiled for another model, which differs in {name}")
-    return tuple((name, repr(rebuilt(getattr(model, name), lambda _: None))) for name in varied)
-
-
-def constants_among(args: tuple) -> str:
-    """What is no tensor among the arguments, and which tensors are numbers."""
-    return repr(rebuilt(args, is_number))
-
-
-def check_tensors(tree: Any, like: Tensor, *dtypes: torch.dtype) -> None:
-    """ValueError if a tensor of `tree` has none of these types or is on another device than `like`."""
-    for _, x in named_tensors(tree, ""):
-        if x.dtype not in dtypes or x.device != like.device:
-            wanted = f"tensors of {like.dtype} on {like.device}"
-            raise ValueError(f"compiled for {wanted}, not for {tuple(x.shape)} of {x.dtype} on {x.device}")
+        return self.interface.results(outputs, n)
 
 
 class CompiledFunction:
-    """`function` of the physics, compiled for the model `base` when it is called first.
+    """`function` of a step, compiled for the model `base` when it is called first.
 
-    Fields of the model may be replaced, as randomisation does. What is no tensor among the arguments is constant.
-    known: of (model, varied), see `Recording`."""
+    Fields of models may be replaced, as randomisation does. What is no tensor among the arguments is constant.
+    known: of the arguments, see `Recording`."""
 
-    def __init__(self, function: Callable, base: Model, known: Callable = lambda *_: []):
+    def __init__(self, function: Callable, base: Model, known: Callable = lambda args: ()):
         self.function, self.base, self.known = function, base, known
         self.fields = [field.name for field in dataclasses.fields(base)]
-        self.tensors = [x for name in self.fields for _, x in named_tensors(getattr(base, name), name)]
+        tensors = tree_leaves([getattr(base, name) for name in self.fields])
+        self.tensors = [x for x in tensors if isinstance(x, Tensor) and not x.is_inference()]  # those count changes
         self.changes = self.count_changes()
-        self.codes: dict[tuple, Code] = {}
+        self.codes: dict[str, Code] = {}
         self.one_at_a_time = threading.Lock()
 
     def count_changes(self) -> int:
-        """How often the model's tensors have been changed in place. Those of inference mode do not count it."""
-        return sum(x._version for x in self.tensors if not x.is_inference())
+        """How often the model's tensors have been changed in place."""
+        return sum(x._version for x in self.tensors)
 
-    def varied(self, model: Model) -> tuple[str, ...]:
-        """The fields that have been replaced. ValueError if one was changed in place, because it is a constant."""
+    def check_model(self) -> None:
+        """ValueError if the model was changed in place, because its tensors are constants of the code."""
         if self.count_changes() != self.changes:
             raise ValueError("the compiled model was changed in place; use dataclasses.replace instead")
+
+    def difference(self, model: Model) -> Changed:
+        """The fields that have been replaced. Their tensors are inputs, so they must be numbers (..., N)."""
         fields = () if model is self.base else self.fields
-        return tuple(x for x in fields if getattr(model, x) is not getattr(self.base, x))
+        fields = {x: getattr(model, x) for x in fields if getattr(model, x) is not getattr(self.base, x)}
+        for name, field in fields.items():  # the tensors of a terrain have no axis of robots
+            if isinstance(field, Terrain) or any(kind_of(x) != "number" for _, x in named_tensors(field, name)):
+                raise ValueError(f"compiled for another model, which differs in {name}")
+        return Changed(fields)
 
-    def robots(self, args: tuple) -> tuple[int, int]:
-        """The number of robots in the arguments, and the number for which code is compiled."""
-        n = max(x.shape[-1] for _, x in named_tensors(args, ""))
+    def without_models(self, args: tuple) -> tuple:
+        """The arguments with differences in place of models."""
+        self.check_model()
+        return tree_map_only(Model, self.difference, args)
+
+    def robots(self, n: int) -> int:
+        """The number of robots for which code is compiled, if there are n."""
         if on_gpu(self.base.gravity.device):
-            return n, n
+            return n
         bits = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)  # of a register
-        return n, min(bits // 8 // self.base.gravity.itemsize, 1 << max(0, n.bit_length() - 1))
+        return min(bits // 8 // self.base.gravity.itemsize, 1 << max(0, n.bit_length() - 1))
 
-    def compile(self, model: Model, args: tuple, robots: int) -> Code:
-        """The code for these arguments and for so many robots."""
-        base, varied = self.base, self.varied(model)
-        key = constants_in(model, varied), robots, constants_among(args)
+    def compile(self, args: tuple, robots: int) -> Code:
+        """The code for these arguments, of `without_models`, and for so many robots."""
+        key, like = f"{robots} {signature(args)}", self.base.gravity
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
-                    given = args, [getattr(model, name) for name in varied]
-                    check_tensors(given, base.gravity, base.gravity.dtype, torch.int64)
-                    recording = Recording(self.function, base, model, varied, args, self.known(model, varied))
-                    self.codes[key] = Code(recording, base.gravity.dtype, base.gravity.device, robots)
+                    for name, x in named_tensors(args, "args"):
+                        if x.dtype not in (like.dtype, torch.int64, torch.bool) or x.device != like.device:
+                            wanted = f"{name} must be of {like.dtype}, torch.int64 or torch.bool on {like.device}"
+                            raise ValueError(f"{wanted}, not of {x.dtype} on {x.device}")
+                    recording = Recording(self.function, self.base, args, self.known(args))
+                    self.codes[key] = Code(recording, like.dtype, like.device, robots)
         return self.codes[key]
 
-    def __call__(self, model: Model, *args: Any) -> Any:
-        n, robots = self.robots(args)
-        return self.compile(model, args, robots)(model, args, n)
+    def __call__(self, *args: Any) -> Any:
+        args = self.without_models(args)
+        n = max(x.shape[-1] for _, x in named_tensors(args, ""))
+        return self.compile(args, self.robots(n))(args, n)
 
 
-class CompiledPhysics:
-    """`physics` for a CPU. The functions of `run` that it calls become one `Loop`, once for each kind of arguments."""
+class CompiledCalls:
+    """`function` of (*args, run) for a CPU. It does nothing but call functions of `run`: these become one `Loop`.
 
-    threads: Threads | None = None  # that share the blocks
+    In each call, args must be trees of the same structure, of tensors only. The first one has N columns."""
 
-    def __init__(self, run: Regions):
-        self.run, self.loops = Regions(**vars(run)), {}  # a copy, which does not hold this object
+    def __init__(self, function: Callable, run: Regions, threads: Threads | None = None):
+        self.function, self.run, self.threads = function, run, threads
+        self.loops: dict[int, Loop] = {}
         self.one_at_a_time = threading.Lock()
 
-    def loop(self, model: Model, args: tuple, varied: tuple, robots: int) -> Loop:
-        """Call `physics` eagerly with one robot, note what it calls, and compile that for blocks of `robots`."""
-        calls: list[tuple[Code, list, list]] = []
+    def loop(self, args: tuple, robots: int) -> Loop:
+        """Call the function eagerly with one robot, note what it calls, and compile that for blocks of `robots`."""
+        pool = ThreadPoolExecutor(self.threads.count if self.threads else 1)
+        jobs: dict[tuple, Any] = {}  # what the pool compiles
+        calls: list[tuple] = []
 
-        def traced(function: CompiledFunction) -> Callable:
-            def call(model: Model, *args: Any) -> Any:
-                code = function.compile(model, args, robots)
-                result = rebuilt(function.function(model, *args), torch.clone)  # each tensor is another object
-                calls.append((code, code.interface.inputs(model, args), [x for _, x in named_tensors(result, "")]))
+        def noted(compiled: CompiledFunction) -> Callable:
+            def call(*args: Any) -> Any:
+                result = tree_map_only(Tensor, torch.clone, compiled.function(*args))  # each tensor is another object
+                args = compiled.without_models(args)
+                key = compiled, signature(args)
+                if key not in jobs:
+                    jobs[key] = pool.submit(compiled.compile, args, robots)
+                calls.append((jobs[key], args, [x for _, x in named_tensors(result, "")]))
                 return result
 
             return call
 
-        functions = {name: traced(x) for name, x in vars(self.run).items() if isinstance(x, CompiledFunction)}
-        one_robot = lambda tree: rebuilt(tree, of_one_robot)
-        fields, args = {name: one_robot(getattr(model, name)) for name in varied}, one_robot(args)
-        model = dataclasses.replace(model, **fields)
-        given = [*itertools.chain(*(named_tensors(x, f"model.{name}") for name, x in fields.items()))]
-        given += named_tensors(args, "args")
-        *args, reads = args
-        result = physics(model, *args, Regions(**functions), reads)
-        return Loop(calls, given, result, model.gravity.dtype, robots)
+        args = tree_map_only(Tensor, of_one_robot, args)
+        with pool, torch.no_grad():
+            result = self.function(*args, Regions(**{name: noted(x) for name, x in vars(self.run).items()}))
+            codes = [(job.result(), args, results) for job, args, results in calls]
+        calls = [(code, code.interface.inputs(args), results) for code, args, results in codes]
+        base = self.run.begin_dynamics.base
+        return Loop(calls, named_tensors(args, "args"), result, base.gravity.dtype, robots)
 
-    def __call__(
-        self,
-        model: Model,
-        state: State,
-        ctrl: Sequence[Tensor],
-        integrator: str | None,
-        iterations: int,
-        run: Regions | None = None,
-        reads: Sequence[str] | None = None,
-    ) -> tuple[State, Dynamics, tuple[Tensor, ...]]:
-        """As `physics`. It calls its own functions, not those of `run`."""
-        first, args = self.run.begin_dynamics, (state, ctrl, integrator, iterations, reads)
-        varied, (n, robots) = first.varied(model), first.robots(args)
-        key = constants_in(model, varied), robots, constants_among(args)
-        if key not in self.loops:
-            with self.one_at_a_time, torch.no_grad():
-                if key not in self.loops:
-                    check_tensors(args, first.base.gravity, first.base.gravity.dtype)
-                    self.loops[key] = self.loop(model, args, varied, robots)
-        return self.loops[key](model, args, n, self.threads)
+    def __call__(self, *args: Any) -> Any:
+        first, tree = self.run.begin_dynamics, args
+        first.check_model()
+        while not isinstance(tree, Tensor):
+            tree = tree[0]
+        n, robots = tree.shape[-1], first.robots(tree.shape[-1])
+        if robots not in self.loops:
+            with self.one_at_a_time:
+                if robots not in self.loops:
+                    self.loops[robots] = self.loop(args, robots)
+        return self.loops[robots](args, n, self.threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4569,8 +4569,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _prepare_spaces(self) -> None:
         self._observation_rows = 0  # not known yet
         noise = map_tensors(lambda x: x[..., :1].expand(*x.shape[:-1], 13), self._draw_noise())
-        groups, privileged, reads = check_task(self.settings, self._robots(noise.parameters), noise)
-        self.settings = dataclasses.replace(self.settings, reads=reads)
+        groups, privileged = check_task(self.settings, self._robots(noise.parameters), noise)
         hidden = set(self.settings.hidden_observations or ())
         if hidden - groups.keys() or hidden >= groups.keys():
             raise InputError(f"hidden_observations must leave some of {', '.join(groups)} and hide nothing else")
@@ -4629,42 +4628,14 @@ class VecSim(gymnasium.vector.VectorEnv):
             self._parts[-1] = torch.arange(starts[-1], starts[-1] + chunk, device=self.device) % self.num_envs
         self._carries: list[Carry] = []
         self._run = compile_regions(self.model) if self.compiled else EAGER
-        if isinstance(self._run.physics, CompiledPhysics) and cores > 1:
-            self._run.physics.threads = Threads(cores)
-        self._fast: Regions | None = None  # from the second step on; the first one compiles
-
-    def _compile_ahead(self, action: Tensor, noise: Noise) -> None:
-        """Compile the functions of a step for a chunk with these inputs, on all cores.
-
-        An eager step gives their arguments. PyTorch compiles one function at a time, in this thread."""
-        calls: list[tuple[str, tuple]] = []
-
-        def recorded(name: str, function: Callable) -> Callable:
-            def call(*args: Any) -> Any:
-                calls.append((name, args))
-                return function(*args)
-
-            return call
-
-        run = Regions(**{name: recorded(name, function) for name, function in vars(EAGER).items()})
-        environment_step(self.settings, self.model, self._carries[0], action, noise, run)
-        calls = list({name: (name, args) for name, args in calls if name != "physics"}.values())
-        with ThreadPoolExecutor(self._cores) as pool:
-            compiled = [(getattr(self._run, name), args) for name, args in calls]
-            _, robots = self._run.begin_dynamics.robots((action,))
-            ours = [(f, args) for f, args in compiled if isinstance(f, CompiledFunction)]
-            jobs = [pool.submit(f.compile, args[0], args[1:], robots) for f, args in ours]
-            for function, args in compiled:
-                if not isinstance(function, CompiledFunction):
-                    function(*args)
-            for job in jobs:
-                job.result()
+        step = functools.partial(environment_step, self.settings, self.model)
+        self._environment_step = functools.partial(step, run=self._run)  # of a chunk's carry, actions and noise
+        if isinstance(self._run.begin_step, CompiledFunction) and not on_gpu(self.device):
+            self._environment_step = CompiledCalls(step, self._run, Threads(cores) if cores > 1 else None)
 
     def _part(self, tensors: Any, part: slice | Tensor) -> Any:
-        """`tensors` (..., N) of one chunk. Functions are compiled for strides, so those of all chunks are alike."""
-        if len(self._parts) == 1 and isinstance(part, slice):
-            return map_tensors(Tensor.contiguous, tensors)
-        return map_tensors(lambda x: torch.clone(x[..., part], memory_format=torch.contiguous_format), tensors)
+        """`tensors` (..., N) of one chunk."""
+        return map_tensors(lambda x: x[..., part].contiguous(), tensors)
 
     def _split(self, tensors: Any) -> list[Any]:
         """`tensors` (..., N) of every chunk: a Carry, a Noise or a tensor. The last chunk may end with copies."""
@@ -4740,7 +4711,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         """`step` from actions that are a tensor (N, nu) on the device."""
         if self.compiled and has_cuda_graphs(self.device):
             if isinstance(self._run.begin_dynamics, CompiledFunction):
-                self._run.begin_dynamics.varied(self.model)  # ValueError if the graph has old constants
+                self._run.begin_dynamics.check_model()  # ValueError if the graph has old constants
             with torch.cuda.device(self.device):
                 t, copy = self._replay(actions.T), torch.clone  # the next replay overwrites its results
         else:
@@ -4759,17 +4730,11 @@ class VecSim(gymnasium.vector.VectorEnv):
 
         def step_chunk(part: slice | Tensor, carry: Carry) -> Transition:
             mine, noise = (self._part(x, part) for x in (action, drawn))
-            new, transition = environment_step(self.settings, self.model, carry, mine, noise, run)
+            new, transition = self._environment_step(carry, mine, noise)
             map_tensors(Tensor.copy_, carry, new)
             return transition
 
-        if self.compiled and not self._fast and self._cores > 1:
-            self._compile_ahead(*(self._part(x, self._parts[0]) for x in (action, drawn)))
-        run = self._fast or self._run
         transitions = list(map(step_chunk, self._parts, self._carries))
-        if not self._fast:
-            on_cpu = self.device.type == "cpu"
-            self._fast = without_checks(self._run) if self.compiled and on_cpu else self._run
         t = transitions[0]
         if len(transitions) > 1 or len(t.ended) > self.num_envs:
             t = self._join(transitions)
