@@ -3254,14 +3254,14 @@ FOLD = {
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": lambda a: not a,
     "where": lambda condition, a, b: a if condition else b, "to_number": float, "to_integer": int,
 }  # fmt: skip
-OF_ONE_NUMBER = "exp expm1 log log1p log2 tanh sinh cosh asin acos atan floor ceil trunc rint".split()
+OF_ONE_NUMBER = "exp exp2 expm1 log log1p log2 log10 tanh sinh cosh asin acos atan erf floor ceil trunc rint".split()
 OF_TWO_NUMBERS = "pow hypot atan2 fmod".split()
 NUMPY_NAMES = {"pow": "power", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "atan2": "arctan2"}
 
 
 def fold(name: str, *args: float) -> float:
     """A function of the C library, of constants."""
-    return float(getattr(np, NUMPY_NAMES.get(name, name))(*args))
+    return math.erf(*args) if name == "erf" else float(getattr(np, NUMPY_NAMES.get(name, name))(*args))
 
 
 FOLD |= {name: functools.partial(fold, name) for name in (*OF_ONE_NUMBER, *OF_TWO_NUMBERS)}
@@ -3438,7 +3438,8 @@ class Recorder(TorchDispatchMode):
         if x.shape[-1:] == (1,) and {-1, x.ndim - 1} & {*axes}:
             raise NotImplementedError("compiled code computes one robot: it cannot sum or compare over all of them")
         for axis in axes:
-            rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [0.0 * x.sum(axis, keepdims=True)]
+            neutral = np.full_like(x.sum(axis, keepdims=True), {"add": 0, "mul": 1, "or": False, "and": True}.get(name))
+            rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [neutral]
             x = functools.reduce(functools.partial(self.elementwise, name), rows)
         return x if keep else np.squeeze(x, tuple(axes))
 
@@ -3448,10 +3449,11 @@ class Recorder(TorchDispatchMode):
             raise NotImplementedError(f"{function} would be drawn once for all: use the task's random_rows")
         is_known = any(id(x) in self.arrays for x in tree_leaves(args))
         if is_known and (name not in RULES or kwargs.keys() - OF_MEMORY):
-            if function not in decomposition_table:
+            with self:  # PyTorch may know simpler operators for it
+                result = decomposition_table.get(function, function.decompose)(*args, **kwargs)
+            if result is NotImplemented:
                 raise NotImplementedError(f"the compiler has no rule for {function}; see RULES in vecsim_torch.py")
-            with self:  # PyTorch knows simpler operators for it
-                return decomposition_table[function](*args, **kwargs)
+            return result
         result = function(*args, **kwargs)
         if is_known:
             found = RULES[name](self, result, *tree_map_only(Tensor, self.array, args))
@@ -3475,7 +3477,7 @@ def fixed(index: np.ndarray) -> np.ndarray:
         raise NotImplementedError(
             "in compiled code, what differs between robots can only index the first axis; or gather"
         )
-    return index.astype(bool if all(isinstance(x, bool) for x in index.flat) else int)
+    return index.astype(bool if any(isinstance(x, bool) for x in index.flat) else int)
 
 
 def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np.ndarray:
@@ -3530,7 +3532,17 @@ def sign(r: Recorder, x: np.ndarray) -> np.ndarray:
     return r.elementwise("where", is_positive, 1, r.elementwise("where", is_negative, -1, 0))
 
 
-def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool) -> tuple[np.ndarray, np.ndarray]:
+def quotient(r: Recorder, x: Any, y: Any) -> np.ndarray:
+    """x / y, rounded down."""
+    return r.elementwise("floor", r.elementwise("div", x, y))
+
+
+def remainder(r: Recorder, x: Any, y: Any) -> np.ndarray:
+    """x modulo y, with the sign of y."""
+    return r.elementwise("sub", x, r.elementwise("mul", quotient(r, x, y), y))
+
+
+def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The first of the largest or smallest rows, and its index: `name` compares a later row with it."""
     first, *others = np.moveaxis(x, axis, 0)
     best, index = first, as_objects([0] * first.size, first.shape)
@@ -3558,7 +3570,7 @@ def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
 
 
 SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot atan2 fmod lt le gt ge eq ne where".split()
-SAME_NAME += OF_ONE_NUMBER
+SAME_NAME += [name for name in OF_ONE_NUMBER if name != "rint"]
 OTHER_NAME = {"maximum": "max", "minimum": "min", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
 OTHER_NAME |= {"logical_and": "and", "logical_or": "or", "bitwise_not": "not", "logical_not": "not"}
 OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
@@ -3574,13 +3586,17 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "amax": lambda r, _, x, axes=(), keep=False: r.reduce("max", x, axes, keep),
     "any": lambda r, result, x, axes=(), keep=False: r.reduce("or", convert(r, result, x), axes, keep),
     "all": lambda r, result, x, axes=(), keep=False: r.reduce("and", convert(r, result, x), axes, keep),
-    "argmax": lambda r, _, x, axis, keep=False: extreme(r, "gt", x, axis, keep)[1],
-    "argmin": lambda r, _, x, axis, keep=False: extreme(r, "lt", x, axis, keep)[1],
+    "argmax": lambda r, _, *args: extreme(r, "gt", *args)[1],
+    "argmin": lambda r, _, *args: extreme(r, "lt", *args)[1],
     "mm": product,
     "bmm": product,
     "isnan": lambda r, _, x: r.elementwise("ne", x, x),
     "round": lambda r, _, x: r.elementwise("rint", x),
     "sign": lambda r, result, x: convert(r, result, sign(r, x)),
+    "remainder": lambda r, result, x, y: convert(r, result, remainder(r, x, y)),
+    "floor_divide": lambda r, result, x, y: convert(r, result, quotient(r, x, y)),
+    "max": lambda r, result, x, *how: extreme(r, "gt", x, *how) if how else r.reduce("max", x, (), False),
+    "min": lambda r, result, x, *how: extreme(r, "lt", x, *how) if how else r.reduce("min", x, (), False),
     "_to_copy": convert,
     "view": view,
     "_unsafe_view": view,
@@ -3591,7 +3607,7 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "slice_scatter": lambda r, _, x, source, axis=0, *ends: write(x, axis, slice(*ends), source),
     "select_scatter": lambda r, _, x, source, axis, index: write(x, axis, index, source),
     "copy": lambda r, result, x, source: convert(r, result, np.broadcast_to(source, x.shape)),
-    "fill": lambda r, result, x, value: convert(r, result, np.broadcast_to(value, x.shape)),
+    "fill": lambda r, result, x, value: convert(r, result, np.broadcast_to(np.asarray(value, object), x.shape)),
     "clone": lambda r, _, x: x,
     "detach": lambda r, _, x: x,
     "expand": lambda r, result, x, *_: np.broadcast_to(x, result.shape),
@@ -4287,9 +4303,14 @@ class CompiledFunction:
         return Changed(fields)
 
     def without_models(self, args: tuple) -> tuple:
-        """The arguments with differences in place of models."""
+        """The arguments with differences in place of models. ValueError for tensors of a wrong type or device."""
         self.check_model()
-        return tree_map_only(Model, self.difference, args)
+        args, like = tree_map_only(Model, self.difference, args), self.base.gravity
+        for name, x in named_tensors(args, "args"):
+            if x.dtype not in (like.dtype, torch.int64, torch.bool) or x.device != like.device:
+                wanted = f"{name} must be of {like.dtype}, torch.int64 or torch.bool on {like.device}"
+                raise ValueError(f"{wanted}, not of {x.dtype} on {x.device}")
+        return args
 
     def robots(self, n: int) -> int:
         """The number of robots for which code is compiled, if there are n."""
@@ -4304,10 +4325,6 @@ class CompiledFunction:
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
-                    for name, x in named_tensors(args, "args"):
-                        if x.dtype not in (like.dtype, torch.int64, torch.bool) or x.device != like.device:
-                            wanted = f"{name} must be of {like.dtype}, torch.int64 or torch.bool on {like.device}"
-                            raise ValueError(f"{wanted}, not of {x.dtype} on {x.device}")
                     recording = Recording(self.function, self.base, args, self.known(args))
                     self.codes[key] = Code(recording, like.dtype, like.device, robots)
         return self.codes[key]
@@ -4336,12 +4353,12 @@ class CompiledCalls:
 
         def noted(compiled: CompiledFunction) -> Callable:
             def call(*args: Any) -> Any:
-                result = tree_map_only(Tensor, torch.clone, compiled.function(*args))  # each tensor is another object
-                args = compiled.without_models(args)
-                key = compiled, signature(args)
+                given = compiled.without_models(args)
+                key = compiled, signature(given)
                 if key not in jobs:
-                    jobs[key] = pool.submit(compiled.compile, args, robots)
-                calls.append((jobs[key], args, [x for _, x in named_tensors(result, "")]))
+                    jobs[key] = pool.submit(compiled.compile, given, robots)
+                result = tree_map_only(Tensor, torch.clone, compiled.function(*args))  # each tensor is another object
+                calls.append((jobs[key], given, [x for _, x in named_tensors(result, "")]))
                 return result
 
             return call

@@ -87,9 +87,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     hour = modes.add_parser("gpu", parents=[running], help="the first hour on a GPU, in blocks of at most 9 minutes")
     hour.add_argument("blocks", nargs="*", default=[], help="default: all; --dry-run lists them", metavar="BLOCK")
     hour.add_argument("--quick", action="store_true", help="a rehearsal: small sizes, files of their own")
-    kernels = modes.add_parser("gpu-kernels", parents=[everywhere], help="predicts speed on a GPU; needs triton")
+    kernels = modes.add_parser("gpu-kernels", parents=[everywhere], help="predicts speed on a GPU")
     kernels.add_argument("--env-id", type=tasks, default=[], help="tasks, separated by commas")
-    kernels.add_argument("--interpret", action="store_true", help="run the code on the CPU and compare it with eager")
+    kernels.add_argument("--emulate", action="store_true", help="run the kernels on the CPU, beside eager PyTorch")
     write = modes.add_parser("report", parents=[everywhere], help="tables and pictures of all results")
     write.add_argument("--dollars-per-hour", type=price, help="price of the machine, for steps per dollar")
     film = "film the trained robots of `runs ppo`, too, or these alone, into a file of their own"

@@ -60,13 +60,12 @@ second finds what the first left. The tables of Ant and HalfCheetah were measure
 
 GPU = """## GPU
 
-No GPU has run this project. Launches, traffic and registers are counted in the code for an H100: CUDA C++ that vecsim
-writes for the physics, and kernels that PyTorch writes for the rest. Rates are predicted from them by a model. In it a
-launch takes 1.5 to 2.5 us and the cycles for which the instructions of the physics make a warp wait, or the time of its
-traffic. More than 8,192 environments are stepped in chunks of that many. The model is an upper bound: it knows no
-arithmetic of PyTorch's kernels and no waiting for memory. Of the physics, the table has the most registers and the
-largest stack of all kernels of a function. A stack holds spilled registers, arrays that are indexed, and 32 bytes for
-the sine and cosine of large angles.
+No GPU has run this project. Launches, traffic and registers are counted in the code for an H100: the CUDA C++ that
+vecsim writes. Rates are predicted from them by a model. In it a launch takes 1.5 to 2.5 us and the cycles for which its
+instructions make a warp wait, or the time of its traffic. More than 8,192 environments are stepped in chunks of that
+many. The model is an upper bound, because it knows no waiting for memory. Registers and stacks are the most of all
+kernels of a function. A stack holds spilled registers, arrays that are indexed, and 32 bytes for the sine and cosine of
+large angles.
 
 Our aim for Ant is 300 launches and 300 KB: it makes 136 launches and moves 285 KB. At 4,096 environments launches and
 arithmetic limit it about equally.

@@ -462,11 +462,11 @@ def stages(record: dict) -> str:
 
 
 def predicted(record: dict) -> str:
-    """What gpu_kernels.py counted and predicts: one row for each task, then one for each region of a task."""
+    """What gpu_kernels.py counted and predicts: one row for each task, then one for each of its functions."""
     rows, tasks = [], record["tasks"]
     for task in tasks:
         row = {"task": task["env_id"], "": "predicted"}
-        row["launches of an environment step, in regions + outside"] = f"{task['launches']:,} + {task['outside']}"
+        row["launches of a step, by vecsim's compiler + others"] = f"{task['launches']:,} + {task['outside']}"
         row["traffic of an environment and step"] = f"{task['bytes'] / 1e3:,.0f} KB"
         for size, rates in task["rates"].items():
             heading = f"million environment steps/s at {int(size):,}"
@@ -480,14 +480,11 @@ def kernels(tasks: list[dict]) -> str:
     rows = []
     for task in tasks:
         for region in task["regions"]:
-            best = min(region["registers"], key=lambda configuration: configuration["stack"])
-            worst = max(configuration["stack"] for configuration in region["registers"])
-            row = {"task and region": f"{task['env_id']}, {region['region']}", "": "predicted"}
+            row = {"task and function": f"{task['env_id']}, {region['region']}", "": "predicted"}
             row["launches x calls in a step"] = f"{len(region['bytes'])} x {region['calls']}"
             row["traffic of an environment and call"] = f"{sum(region['bytes']) / 1e3:.1f} KB"
-            row |= {"registers of the heaviest kernel": best["registers"], "its stack": f"{best['stack']} B"}
-            rows.append(row | {"its stack in the worst configuration": f"{worst} B"})
-    return table("regions", rows)
+            rows.append(row | {"most registers": region["registers"], "largest stack": f"{region['stack']} B"})
+    return table("functions", rows)
 
 
 def first_hour(records: list[dict]) -> str:

@@ -35,24 +35,6 @@ def signal_handlers():
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """torch.compile traces and guards the first step as ever, but eager PyTorch runs the graphs: this list."""
-    import torch  # after the settings above
-
-    graphs, compile = [], torch.compile
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    def trace(function, options, **given):
-        return compile(function, backend=keep, **given)
-
-    monkeypatch.setattr(torch, "compile", trace)
-    return graphs
-
-
-@pytest.fixture
 def quickly_built(monkeypatch, tmp_path):
     """g++ does not optimise: large robots are compiled in a tenth of the time."""
     compiler = tmp_path / "compiler"

@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 import threading
-import types
 from pathlib import Path
 
 import gymnasium
@@ -492,7 +491,7 @@ def test_chunks_share_the_robots():
     assert chunk_sizes(vecsim.make("InvertedPendulum-v5", 10, chunk=5000, compile=True)) == [10]
 
 
-def test_compiled_chunks_and_threads_change_nothing(traced, monkeypatch):
+def test_compiled_chunks_and_threads_change_nothing(monkeypatch):
     """The second chunk of 128 is one of 64 with 64 copies, which count nowhere."""
     chosen = []
     monkeypatch.setattr(vecsim, "SHARE", 1)
@@ -501,9 +500,8 @@ def test_compiled_chunks_and_threads_change_nothing(traced, monkeypatch):
     options = {"compile": True, "max_episode_steps": 3, "random_initial_ages": True, **FAST}
     whole, parts = (vecsim.make("InvertedPendulum-v5", 192, chunk=chunk, **options) for chunk in (192, 128))
     assert torch.equal(whole.reset(seed=0)[0], parts.reset(seed=0)[0])
-    of_whole, graphs = rollout(whole, 5), len(traced)
-    assert same(of_whole, rollout(parts, 5))
-    assert len(traced) == 2 * graphs  # both chunks run the same code
+    assert same(rollout(whole, 5), rollout(parts, 5))
+    assert len(parts._environment_step.loops) == 1  # both chunks run the same code
     assert chunk_sizes(whole) == [192] and chunk_sizes(parts) == [128, 128]
     assert chosen == [1, 2] * 10  # a step keeps PyTorch's own threads off the cores
     assert whole.pop_statistics() == pytest.approx(parts.pop_statistics(), nan_ok=True)
@@ -526,8 +524,8 @@ def assert_rollouts_agree(eager, compiled, steps, tolerance):
         assert a.dtype == b.dtype and ((a.double() - b.double()).abs() / (1 + a.double().abs())).max() <= tolerance
 
 
-def test_the_first_step_compiles_on_all_cores(traced, monkeypatch):
-    """Each function of the physics is built once, for both chunks, and not all in one thread."""
+def test_the_first_step_compiles_on_all_cores(monkeypatch):
+    """Each function is built once, for both chunks, and not all in one thread."""
     built, build = [], vecsim.build_cpp
     started = threading.Barrier(2, timeout=60)
 
@@ -543,7 +541,8 @@ def test_the_first_step_compiles_on_all_cores(traced, monkeypatch):
         compiled.step(random_actions(compiled))
     built = [call for call in built if call[0] != vecsim.CPU_LOOP.format(robots=16)]
     sources, threads = zip(*built, strict=True)
-    assert len(set(sources)) == len(sources) == 3 and len(set(threads)) == 2  # begin, iteration, advance
+    assert len(set(sources)) == len(sources) == 5  # begin, iteration and advance; before and after them
+    assert len(set(threads)) == 2
 
 
 @pytest.mark.slow
@@ -614,11 +613,9 @@ LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation":
 def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, monkeypatch, request):
     """Robots that lie on the ground, on themselves and against their joint limits, in float64.
 
-    Two small robots are compiled as in a training. For the large ones, PyTorch's compiler only traces, and g++ does not
-    optimise."""
+    Two small robots are compiled as in a training. For the large ones, g++ does not optimise."""
     if compiler:
         request.getfixturevalue(compiler)
-        request.getfixturevalue("traced")
     monkeypatch.setitem(vecsim.TASKS, "Limbs", Limbs)
     eager, compiled = make_compiled(env_id, dtype=torch.float64, **options)
     put_in_contact(eager)
@@ -632,27 +629,24 @@ def test_compiled_equals_eager_in_contact(env_id, compiler, options, active, mon
     assert_rollouts_agree(eager, compiled, 2, 1e-7)  # rounding, 1e-16, times the condition of the contact problem
 
 
-def test_which_compiler_compiles_what(monkeypatch):
-    """PyTorch compiles nothing here."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **given: compiled.append(function.__name__) or function)
-    env = vecsim.make("InvertedPendulum-v5", 4, **FAST)
-    run = vecsim.compile_regions(env.model)
-    assert compiled == [function.__name__ for function in vecsim.OTHERS]
-    ours = {name for name, function in vars(run).items() if isinstance(function, vecsim.CompiledFunction)}
-    assert ours == {function.__name__ for function in vecsim.PHYSICS}
-    assert ours | set(compiled) | {"physics"} == set(vars(vecsim.EAGER))
+def test_pytorch_compiles_nothing(monkeypatch):
+    """A compiled environment needs no other compiler than this file's and C++'s."""
+    monkeypatch.setattr(torch, "compile", None)
+    env = vecsim.make("InvertedPendulum-v5", 4, compile=True, **FAST)
+    assert all(isinstance(function, vecsim.CompiledFunction) for function in vars(env._run).values())
+    assert vars(env._run).keys() == vars(vecsim.EAGER).keys()
     env.reset(seed=0)
+    env.step(random_actions(env))
     inputs = env.model, env.state(), random_actions(env).T
     for integrator in ("euler", "rk4"):
         for a, b in zip(
-            vecsim.step(*inputs, integrator, 2, run)[0], vecsim.step(*inputs, integrator, 2)[0], strict=True
+            vecsim.step(*inputs, integrator, 2, env._run)[0], vecsim.step(*inputs, integrator, 2)[0], strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_keeps_what_the_task_reads_of_the_dynamics(traced, monkeypatch):
-    """Eager and compiled, in whichever method the task reads. A reset has no dynamics."""
+def test_a_task_reads_the_dynamics_in_any_method(monkeypatch):
+    """Eager and compiled. A reset has no dynamics."""
 
     class Reader(vecsim.InvertedPendulum):
         def observe(self, model, p, sensed):
@@ -663,60 +657,13 @@ def test_a_step_keeps_what_the_task_reads_of_the_dynamics(traced, monkeypatch):
             return super().healthy(p, sensed) & (p.dynamics.solution.qacc[0].abs() < 1e9)
 
     monkeypatch.setitem(vecsim.TASKS, "Reader", Reader)
-    seen, end_step = [], vecsim.end_step
-
-    def spy(*args):
-        seen.append(args[3])
-        return end_step(*args)
-
-    eager, compiled = (vecsim.make("Reader", 8, compile=flag, **FAST) for flag in (False, True))
-    compiled._run.end_step = spy
-    monkeypatch.setattr(eager, "_run", vecsim.Regions(**vars(vecsim.EAGER) | {"end_step": spy}))
     obs = []
-    for env in (eager, compiled):
+    for flag in (False, True):
+        env = vecsim.make("Reader", 8, compile=flag, **FAST)
         env.reset(seed=0)
         obs.append(env.step(random_actions(env))[0])
-        assert env.settings.reads == ("dynamics.smooth.qfrc_bias", "dynamics.solution.qacc")
-        assert [name for name, _ in vecsim.named_tensors(seen[-1], "dynamics")] == list(env.settings.reads)
     assert obs[0][:, -2:].abs().min() > 0
     torch.testing.assert_close(*obs, rtol=1e-4, atol=1e-4)
-    assert vecsim.make("InvertedPendulum-v5", 8).settings.reads == ()
-    assert "dynamics.smooth.xpos" in vecsim.make("Humanoid-v5", 2, compile=False).settings.reads
-
-
-def test_from_the_second_step_on_compiled_functions_skip_the_checks(traced):
-    """Those of the physics have none."""
-    eager, compiled = (
-        vecsim.make("InvertedPendulum-v5", 24, chunk=16, compile=given, seed=0) for given in (False, True)
-    )
-    eager.reset(seed=1)
-    compiled.reset(seed=1)
-    action = random_actions(eager)
-    for step in range(3):
-        obs, reward, *_ = eager.step(action)
-        other_obs, other_reward, *_ = compiled.step(action)
-        torch.testing.assert_close((other_obs, other_reward), (obs, reward), rtol=1e-4, atol=1e-4)
-        if step == 0:
-            checked, fast = vars(compiled._run), vars(compiled._fast)
-            assert {name for name in fast if fast[name] is not checked[name]} == {"begin_step", "end_step"}
-            graphs = len(traced)
-            torch._dynamo.reset()  # forgets what was compiled
-            vars(compiled._run).update(begin_step=None, end_step=None)
-    assert len(traced) == graphs
-
-
-def test_a_function_for_several_shapes_or_for_none_so_far_keeps_its_checks(traced):
-    run = vecsim.Regions()
-    for name in ("once", "twice", "never"):
-        private = types.FunctionType((lambda x: x * 2 + 1).__code__.replace(co_name=name), globals())
-        setattr(run, name, torch.compile(private, options=None, dynamic=False))
-    inputs = {"once": (3,), "twice": (3, 4), "never": ()}
-    for name, sizes in inputs.items():
-        for n in sizes:
-            getattr(run, name)(torch.ones(n))
-    fast = vecsim.without_checks(run)
-    assert fast.once is not run.once and fast.twice is run.twice and fast.never is run.never
-    assert torch.equal(fast.once(torch.ones(3)), torch.full((3,), 3.0)) and len(traced) == 3
 
 
 def test_a_compiled_function_takes_any_number_of_robots_and_a_tensor_twice():
@@ -756,18 +703,18 @@ def test_the_benchmarks_error_is_that_of_the_functions_it_timed(monkeypatch):
     assert seen == [16] * 4 and errors.shape == (16,) and errors.max() <= 1e-4
 
 
-def test_the_benchmarks_error_compiles_nothing_new(traced):
+def test_the_benchmarks_error_compiles_nothing_new():
     """It runs what was compiled for the timed steps."""
     env = vecsim.make("InvertedPendulum-v5", 16, compile=True)
     env.reset(seed=0), env.step(random_actions(env)), env.step(random_actions(env))
 
     def compiled():
-        return len(traced), {name: len(f.codes) for name, f in vars(env._run).items() if hasattr(f, "codes")}
+        return {name: len(function.codes) for name, function in vars(env._run).items()}
 
     before = compiled()
     simulator.acceleration_errors(env, random_actions(env), 2)
     simulator.acceleration_errors(env, random_actions(env), 4)
-    assert before[0] >= 2 and before[1]["newton_iteration"] == 1 and compiled() == before
+    assert before["newton_iteration"] == before["end_step"] == 1 and compiled() == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ class Feeling(vecsim.Task):
 
 
 @pytest.mark.slow
-def test_names_are_understood_by_the_compiler(traced, monkeypatch):
-    """It traces all methods, and the results are the same."""
+def test_names_are_understood_by_the_compiler(monkeypatch):
+    """It records all methods, and the results are the same."""
     monkeypatch.setitem(vecsim.TASKS, "Feeling", Feeling)
     envs = [vecsim.make("Feeling", 8, compile=flag, dtype=torch.float64) for flag in (False, True)]
     for env in envs:
