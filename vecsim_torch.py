@@ -2707,7 +2707,7 @@ def load_class(location: str) -> Any:
     module_name = "_".join(path.with_suffix("").parts[1:])
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
-        sys.modules[module_name] = importlib.util.module_from_spec(spec)  # dataclasses and torch.compile look it up
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
         try:
             spec.loader.exec_module(sys.modules[module_name])
         except BaseException:  # a mistake in the file; the next call executes it again
@@ -2942,6 +2942,14 @@ def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> An
     if isinstance(first, dict):
         return {name: map_tensors(function, first[name], *(other[name] for other in others)) for name in first}
     return type(first)(*(map_tensors(function, *parts) for parts in zip(first, *others, strict=True)))
+
+
+def copy_tensors(to: Any, source: Any) -> None:
+    """Copy the tensors of `source` to those that have the same place in `to`, in one operation for each type."""
+    pairs: dict[torch.dtype, list] = {}
+    map_tensors(lambda mine, theirs: pairs.setdefault(mine.dtype, []).append((mine, theirs)), to, source)
+    for of_a_type in pairs.values():
+        torch._foreach_copy_(*map(list, zip(*of_a_type, strict=True)))
 
 
 RUNAWAY = 1e6  # a coordinate or velocity beyond this (m, rad, per s) is a diverged simulation
@@ -4549,6 +4557,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         self.metadata = dict(autoreset_mode=SAME_STEP, render_fps=round(1 / self.control_step))
         rows = parameter_rows(self.model)
         self._parameter_rows = {name: rows[name] for name in self.settings.ranges}
+        bounds = [(low, high - low) for name, (low, high) in self.settings.ranges.items() for _ in range(rows[name])]
+        self._parameter_bounds = torch.tensor(bounds, dtype=self.dtype, device=self.device).view(-1, 2, 1).unbind(1)
         self._generators = [torch.Generator(self.device) for _ in range(2)]
         self._seed(given.seed)
         self._prepare_spaces()
@@ -4576,9 +4586,9 @@ class VecSim(gymnasium.vector.VectorEnv):
             return random(rows, self.num_envs, generator=generator, device=self.device, dtype=self.dtype)
 
         qpos, qvel = draw(self.model.nq, first), draw(self.model.nv, first, self.task.normal_velocity_noise)
-        task, rows = draw(self.task.random_rows, first), list(self._parameter_rows.values())
-        drawn = zip(self.settings.ranges.items(), draw(sum(rows), second).split(rows), strict=True)
-        parameters = {name: scaled(values, bounds) for (name, bounds), values in drawn}
+        task, (low, width) = draw(self.task.random_rows, first), self._parameter_bounds
+        drawn = (low + width * draw(len(low), second)).split(list(self._parameter_rows.values()))
+        parameters = dict(zip(self._parameter_rows, drawn, strict=True))
         return Noise(qpos, qvel, task, parameters, draw(self._observation_rows, second))
 
     # -- spaces and names ----------------------------------------------------------------------------------------------
@@ -4667,7 +4677,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         if not self._carries:
             self._carries = [map_tensors(torch.clone, chunk) for chunk in chunks]
         for mine, theirs in zip(self._carries, chunks, strict=True):
-            map_tensors(Tensor.copy_, mine, theirs)  # in place: the graph needs fixed addresses
+            copy_tensors(mine, theirs)  # in place: the graph needs fixed addresses
 
     def _get_carry(self) -> Carry:
         if not self._carries:
@@ -4748,7 +4758,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         def step_chunk(part: slice | Tensor, carry: Carry) -> Transition:
             mine, noise = (self._part(x, part) for x in (action, drawn))
             new, transition = self._environment_step(carry, mine, noise)
-            map_tensors(Tensor.copy_, carry, new)
+            copy_tensors(carry, new)
             return transition
 
         transitions = list(map(step_chunk, self._parts, self._carries))

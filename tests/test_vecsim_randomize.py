@@ -323,12 +323,17 @@ def test_delay_line(frame_skip, delay):
     assert env.settings.delay == delay  # physics steps of 2 ms
     env.reset(seed=0)
     carry, applied = env._get_carry(), []
+
+    def spy(model, state, ctrl):
+        assert (ctrl == ctrl[0, 0]).all()
+        applied.append(float(ctrl[0, 0]))
+        return vecsim.begin_dynamics(model, state, ctrl)
+
+    run = vecsim.Regions(**vars(vecsim.EAGER) | {"begin_dynamics": spy})
     actions = [float(k) for k in range(1, 7)]
     for value in actions:
         action = torch.full((3, 2), value)
-        carry, ctrl = vecsim.begin_step(env.settings, env.model, carry, action, env._draw_noise())
-        applied += [float(x[0, 0]) for x in ctrl]
-        assert all((x == x[0, 0]).all() and len(ctrl) == frame_skip for x in ctrl)
+        carry, _ = vecsim.environment_step(env.settings, env.model, carry, action, env._draw_noise(), run)
     assert applied == delayed_by_hand(actions, delay, frame_skip)
 
 
