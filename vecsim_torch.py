@@ -121,6 +121,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import warnings
 import zipfile
@@ -137,6 +138,7 @@ import torch
 from torch import Tensor, distributed
 from torch._decomp import decomposition_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
@@ -2406,6 +2408,10 @@ class Measured(NamedTuple):
 class Task:
     """A robot, what it observes and what it is rewarded for. The fields are options, under Gymnasium's names.
 
+    The methods are written for one robot, in columns of tensors; robots do not know of each other. They are compiled:
+    numbers and tensors that are no arguments are constants from then on, and a value of a tensor cannot decide what
+    Python does. Random numbers are in `noise`. In float32, integers have 32 bits there.
+
     A task of your own is a subclass with the same decorator. It names its MJCF, overrides `observe` and `reward`, and
     perhaps others. Shapes: actions (nu, N), rewards (N,), groups of observations (rows, N). `check_task` checks them.
     """
@@ -3058,11 +3064,18 @@ def begin_step(
     return carry, [task.control(model, past) for past in actions]
 
 
-def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors]:
+class Answers(NamedTuple):
+    """What the methods of a task answered."""
+
+    groups: Tensors  # of the observation, at the start
+    privileged: Tensors  # of the privileged observation, at the start
+    all: list[tuple[str, Tensor]]  # with their names
+
+
+def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
     """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape, or if
-    the integrator is not possible. Returns the groups of the observation and of the privileged one, at the start.
-    """
-    task, n = settings.task, noise.qpos.shape[-1]
+    the integrator is not possible."""
+    task, n, answers = settings.task, noise.qpos.shape[-1], []
 
     def check(method: str, answer: Any, *rows: int | None) -> Tensor:
         """The answer, which must be (*rows, N); None is any number."""
@@ -3071,6 +3084,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
             shape = ", ".join("rows" if x is None else str(x) for x in rows)
             rule = f"{method} must be a tensor of shape ({shape and f'{shape}, '}N)"
             raise InputError(f"{rule}, not ({', '.join(map(str, given))}); in this check N = {n}")
+        answers.append((method, answer))
         return answer
 
     def check_named(method: str, answer: Any, *rows: int | None, like: Tensors | None = None) -> Tensors:
@@ -3099,6 +3113,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     ctrl = check("control", task.control(model, action), model.nu)
     _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
+    after = after._replace(qvel=qvel + 0.1 * noise.qvel)  # so robots differ
     now = check_named("sense", task.sense(model, after), like=sensed)
     terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
     check("the sum of the rewards whose names start with reward_", task.total(terms))
@@ -3109,7 +3124,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors,
     begin(after, like=memory)
     check_named("observe", task.observe(model, after, now), like=groups)
     check_named("privileged", task.privileged(model, after, now), like=privileged)
-    return groups, privileged
+    return Answers(groups, privileged, answers)
 
 
 class Robots(NamedTuple):
@@ -3210,8 +3225,8 @@ def environment_step(
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
 
-COMPILED = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
-COMPILED += randomized_fields, begin_step, end_step
+PHYSICS = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
+COMPILED = *PHYSICS, randomized_fields, begin_step, end_step
 vars(EAGER).update((function.__name__, function) for function in COMPILED)
 
 
@@ -3261,6 +3276,7 @@ FOLD = {
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": lambda a: not a,
     "where": lambda condition, a, b: a if condition else b, "to_number": float, "to_integer": int,
+    "floor_div": operator.floordiv, "mod": operator.mod,  # of integers
 }  # fmt: skip
 OF_ONE_NUMBER = "exp exp2 expm1 log log1p log2 log10 tanh sinh cosh asin acos atan erf floor ceil trunc rint".split()
 OF_TWO_NUMBERS = "pow hypot atan2 fmod".split()
@@ -3283,12 +3299,16 @@ class Program:
     An operation has a kind (number, integer or truth), a name and arguments. Its name is one of FOLD, or:
     load (tensor, row): an element of an input. table (tensor, Value): an element of a constant tensor.
     pick (Value, *elements): one of several elements.
+
+    exact: whether results that are not finite, and every last bit, are PyTorch's, as a task may expect. The physics is
+    faster otherwise: products with zero vanish, and to divide by a constant is to multiply.
     """
 
-    def __init__(self):
+    def __init__(self, dtype: torch.dtype = torch.float64, exact: bool = False):
+        self.dtype, self.exact = dtype, exact  # dtype: that of numbers. Integers have as many bits
         self.operations: list[tuple[str, str, tuple]] = []
         self.values: dict[tuple, Value] = {}
-        self.tables: dict[tuple, int] = {}  # constant tensors and their numbers
+        self.tables: dict[tuple, str] = {}  # elements of constant tensors, and the tensors' names
 
     def append(self, kind: str, name: str, *args: Any) -> Value:
         key = name, *((type(x), x) for x in args)
@@ -3347,14 +3367,15 @@ class Program:
         if name == "sub" and is_constant(first, 0):
             return self.apply("neg", last)
         if name == "mul":
-            if is_constant(last, 0):
+            if is_constant(last, 0) and not self.exact:
                 return last
             if is_constant(last, 1) or is_constant(last, -1):
                 return first if last == 1 else self.apply("neg", first)
-        if name == "div" and is_constant(first, 0):
+        if name == "div" and is_constant(first, 0) and not self.exact:
             return first
         if name == "div" and not isinstance(last, Value) and last:
-            return self.apply("mul", first, 1 / last)
+            is_power_of_two = math.frexp(last)[0] in (-0.5, 0.5)
+            return self.apply("mul", first, 1 / last) if is_power_of_two or not self.exact else None
         if name == "neg":
             _, inner_name, inner_args = self.operations[first]
             if inner_name == "neg":
@@ -3374,16 +3395,26 @@ class Program:
         return None
 
     def pick(self, indices: Sequence[Any], elements: tuple) -> list[Any]:
-        """elements[index] for each of the indices."""
-        if all(type(x) is type(elements[0]) and x == elements[0] for x in elements):
+        """elements[index] for each of the indices. Negative ones count from the end; one too large means the last."""
+        kinds, count = {self.kind(x) for x in elements}, len(elements)
+        if len(kinds) == 1 and len(set(elements)) == 1:
             return [elements[0]] * len(indices)
-        if any(isinstance(x, Value) for x in elements):
-            kind = "number" if any(self.kind(x) == "number" for x in elements) else "integer"
-            new = lambda index: self.append(kind, "pick", index, *elements)
+        kind = "number" if "number" in kinds else "integer"  # truths are stored as integers
+        stored = tuple(self.convert(kind, x) for x in elements)
+        if any(isinstance(x, Value) for x in stored):
+            new = lambda index: self.append(kind, "pick", index, *stored)
         else:
-            number = self.tables.setdefault(elements, len(self.tables))
-            new = lambda index: self.append("number", "table", number, index)
-        return [new(index) if isinstance(index, Value) else elements[index] for index in indices]
+            table = self.tables.setdefault((kind, stored), f"{TABLES[kind]}{len(self.tables)}")
+            new = lambda index: self.append(kind, "table", table, index)
+
+        def element(index: Any) -> Any:
+            if not isinstance(index, Value):
+                return elements[index]
+            index = self.apply("where", self.apply("lt", index, 0), self.apply("add", index, count), index)
+            found = new(self.apply("min", self.apply("max", index, 0), count - 1))
+            return self.convert("truth", found) if kinds == {"truth"} else found
+
+        return [element(index) for index in indices]
 
     def needed(self, roots: Iterable[Any]) -> list[Value]:
         """The operations that `roots` need, depth first, and of several arguments the newest: values are used soon."""
@@ -3441,10 +3472,8 @@ class Recorder(TorchDispatchMode):
         return np.asarray(function(*args), dtype=object)
 
     def reduce(self, name: str, x: np.ndarray, axes: Sequence[int], keep: bool) -> np.ndarray:
-        """Along these axes; none means all. The last one has the robots, which do not know of each other."""
+        """Along these axes; none means all."""
         axes = [axes] if isinstance(axes, int) else axes or range(x.ndim)
-        if x.shape[-1:] == (1,) and {-1, x.ndim - 1} & {*axes}:
-            raise NotImplementedError("compiled code computes one robot: it cannot sum or compare over all of them")
         for axis in axes:
             neutral = np.full_like(x.sum(axis, keepdims=True), {"add": 0, "mul": 1, "or": False, "and": True}.get(name))
             rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [neutral]
@@ -3454,8 +3483,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise NotImplementedError(f"{function} would be drawn once for all: use the task's random_rows")
-        is_known = any(id(x) in self.arrays for x in tree_leaves(args))
+            raise NotImplementedError("random numbers would be drawn once for all steps: use the task's random_rows")
+        is_known = any(id(x) in self.arrays for x in tree_leaves((args, kwargs)))
+        if is_known and name == "copy_":  # torch.func.functionalize writes back what changed
+            raise NotImplementedError("a task changed an argument of its method in place: clone it before")
         if is_known and (name not in RULES or kwargs.keys() - OF_MEMORY):
             with self:  # PyTorch may know simpler operators for it
                 result = decomposition_table.get(function, function.decompose)(*args, **kwargs)
@@ -3467,12 +3498,12 @@ class Recorder(TorchDispatchMode):
             found = RULES[name](self, result, *tree_map_only(Tensor, self.array, args))
             single = isinstance(result, Tensor)
             for x, array in zip([result] if single else result, [found] if single else found, strict=True):
-                self.keep(x, np.asarray(array, dtype=object))
+                self.keep(x, convert(self, x, np.asarray(array, dtype=object)))
         return result
 
 
 def as_objects(values: Iterable[Any], shape: Sequence[int]) -> np.ndarray:
-    """An array of Python objects. np.array would make numbers of numpy from a list of numbers."""
+    """An array of Python objects. np.array would convert them to numbers of numpy."""
     flat = list(values)
     array = np.empty(len(flat), dtype=object)
     array[:] = flat
@@ -3482,9 +3513,7 @@ def as_objects(values: Iterable[Any], shape: Sequence[int]) -> np.ndarray:
 def fixed(index: np.ndarray) -> np.ndarray:
     """An index or a mask that is the same for all robots."""
     if any(isinstance(x, Value) for x in index.flat):
-        raise NotImplementedError(
-            "in compiled code, what differs between robots can only index the first axis; or gather"
-        )
+        raise NotImplementedError("what differs between robots can only index the first axis, or use torch.gather")
     return index.astype(bool if any(isinstance(x, bool) for x in index.flat) else int)
 
 
@@ -3498,9 +3527,7 @@ def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np
 
 
 def gather(r: Recorder, result: Tensor, x: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
-    """torch.gather. The last axis has the robots."""
-    if axis % x.ndim == x.ndim - 1:
-        raise NotImplementedError("compiled code computes one robot: it cannot gather from others")
+    """torch.gather."""
     x, index = np.moveaxis(x, axis, 0), np.moveaxis(index, axis, 0)
     found = np.empty(index.shape, dtype=object)
     for place in np.ndindex(index.shape[1:]):
@@ -3535,19 +3562,50 @@ def product(r: Recorder, result: Tensor, a: np.ndarray, b: np.ndarray) -> np.nda
     return r.reduce("add", r.elementwise("mul", a[..., None], b[..., None, :, :]), [-2], False)
 
 
-def sign(r: Recorder, x: np.ndarray) -> np.ndarray:
+def sign(r: Recorder, result: Tensor, x: np.ndarray) -> np.ndarray:
     is_positive, is_negative = (r.elementwise(name, x, 0) for name in ("gt", "lt"))
     return r.elementwise("where", is_positive, 1, r.elementwise("where", is_negative, -1, 0))
 
 
-def quotient(r: Recorder, x: Any, y: Any) -> np.ndarray:
-    """x / y, rounded down."""
-    return r.elementwise("floor", r.elementwise("div", x, y))
-
-
-def remainder(r: Recorder, x: Any, y: Any) -> np.ndarray:
+def remainder(r: Recorder, result: Tensor, x: Any, y: Any) -> np.ndarray:
     """x modulo y, with the sign of y."""
-    return r.elementwise("sub", x, r.elementwise("mul", quotient(r, x, y), y))
+    if kind_of(result) == "integer":
+        return r.elementwise("mod", x, y)
+    rest = r.elementwise("fmod", x, y)
+    signs = (r.elementwise("lt", z, 0) for z in (rest, y))
+    differ = r.elementwise("and", r.elementwise("ne", rest, 0), r.elementwise("xor", *signs))
+    return r.elementwise("where", differ, r.elementwise("add", rest, y), rest)
+
+
+def floor_divide(r: Recorder, result: Tensor, x: Any, y: Any) -> np.ndarray:
+    """x / y, rounded down."""
+    if kind_of(result) == "integer":
+        return r.elementwise("floor_div", x, y)
+    whole = r.elementwise("div", r.elementwise("sub", x, remainder(r, result, x, y)), y)
+    return r.elementwise("rint", whole)
+
+
+def truths(r: Recorder, *arrays: Any) -> list[np.ndarray]:
+    return [r.elementwise("ne", x, 0) for x in arrays]
+
+
+def variance(r: Recorder, result: Tensor, x: np.ndarray, axes: Sequence[int], correction: float) -> np.ndarray:
+    axes = axes or range(x.ndim)
+    count = math.prod(x.shape[axis] for axis in axes)
+    mean = r.elementwise("div", r.reduce("add", x, axes, True), count)
+    off = r.elementwise("sub", x, mean)
+    return r.elementwise("div", r.reduce("add", r.elementwise("mul", off, off), axes, False), count - correction)
+
+
+def put(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any], value: np.ndarray, add: bool = False) -> Any:
+    """x after x[index] = value. A mask may differ between robots if `value` is one number."""
+    mask = index[0]
+    if len(index) == 1 and value.size == 1 and any(isinstance(i, Value) for i in mask.flat):
+        mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        return r.elementwise("where", *truths(r, mask), value.reshape(()), x)
+    copy = x.copy()
+    copy[tuple(slice(None) if i is None else fixed(i) for i in index)] = value
+    return copy
 
 
 def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -3555,7 +3613,8 @@ def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool = False
     first, *others = np.moveaxis(x, axis, 0)
     best, index = first, as_objects([0] * first.size, first.shape)
     for k, row in enumerate(others, 1):
-        better = r.elementwise(name, row, best)
+        is_first_nan = r.elementwise("and", r.elementwise("ne", row, row), r.elementwise("eq", best, best))
+        better = r.elementwise("or", r.elementwise(name, row, best), is_first_nan)
         best, index = r.elementwise("where", better, row, best), r.elementwise("where", better, k, index)
     return tuple(np.expand_dims(y, axis) if keep else y for y in (best, index))
 
@@ -3568,7 +3627,22 @@ def write(x: np.ndarray, axis: int, index: Any, source: np.ndarray) -> np.ndarra
 
 
 def convert(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
+    """x as the kind of numbers that the result has."""
     return as_objects((r.program.convert(kind_of(result), value) for value in x.flat), x.shape)
+
+
+def cast(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
+    """Tensor.to. Numbers have one precision, and integers are those of the compiled code."""
+    kinds = {r.program.kind(value) for value in x.flat} - {"truth"}
+    if kinds and result.dtype not in (r.program.dtype, torch.int32, torch.int64, torch.bool):
+        raise NotImplementedError(f"compiled code computes in {r.program.dtype}, not in {result.dtype}")
+    return convert(r, result, x)
+
+
+def broadcast(r: Recorder, result: Tensor, x: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> np.ndarray:
+    """x with its axes at these places of `shape`."""
+    sizes = dict(zip(axes, x.shape, strict=True))
+    return np.broadcast_to(x.reshape([sizes.get(axis, 1) for axis in range(len(shape))]), shape)
 
 
 def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
@@ -3580,7 +3654,7 @@ def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
 SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot atan2 fmod lt le gt ge eq ne where".split()
 SAME_NAME += [name for name in OF_ONE_NUMBER if name != "rint"]
 OTHER_NAME = {"maximum": "max", "minimum": "min", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
-OTHER_NAME |= {"logical_and": "and", "logical_or": "or", "bitwise_not": "not", "logical_not": "not"}
+OTHER_NAME |= {"bitwise_not": "not"}
 OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
 RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the recorder, the result, and the arguments
     "rsub": lambda r, _, a, b: r.elementwise("sub", b, a),
@@ -3600,12 +3674,20 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "bmm": product,
     "isnan": lambda r, _, x: r.elementwise("ne", x, x),
     "round": lambda r, _, x: r.elementwise("rint", x),
-    "sign": lambda r, result, x: convert(r, result, sign(r, x)),
-    "remainder": lambda r, result, x, y: convert(r, result, remainder(r, x, y)),
-    "floor_divide": lambda r, result, x, y: convert(r, result, quotient(r, x, y)),
+    "sign": sign,
+    "remainder": remainder,
+    "floor_divide": floor_divide,
     "max": lambda r, result, x, *how: extreme(r, "gt", x, *how) if how else r.reduce("max", x, (), False),
     "min": lambda r, result, x, *how: extreme(r, "lt", x, *how) if how else r.reduce("min", x, (), False),
-    "_to_copy": convert,
+    "_to_copy": cast,
+    "logical_and": lambda r, _, x, y: r.elementwise("and", *truths(r, x, y)),
+    "logical_or": lambda r, _, x, y: r.elementwise("or", *truths(r, x, y)),
+    "logical_not": lambda r, _, x: r.elementwise("eq", x, 0),
+    "signbit": lambda r, _, x: r.elementwise("lt", x, 0),
+    "var": variance,
+    "view_of": lambda r, _, x: x,
+    "broadcast_in_dim": broadcast,
+    "index_put": put,
     "view": view,
     "_unsafe_view": view,
     "index": take,
@@ -3614,8 +3696,8 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "index_add": add_rows,
     "slice_scatter": lambda r, _, x, source, axis=0, *ends: write(x, axis, slice(*ends), source),
     "select_scatter": lambda r, _, x, source, axis, index: write(x, axis, index, source),
-    "copy": lambda r, result, x, source: convert(r, result, np.broadcast_to(source, x.shape)),
-    "fill": lambda r, result, x, value: convert(r, result, np.broadcast_to(np.asarray(value, object), x.shape)),
+    "copy": lambda r, _, x, source: np.broadcast_to(source, x.shape),
+    "fill": lambda r, _, x, value: np.broadcast_to(np.asarray(value, object), x.shape),
     "clone": lambda r, _, x: x,
     "detach": lambda r, _, x: x,
     "expand": lambda r, result, x, *_: np.broadcast_to(x, result.shape),
@@ -3660,7 +3742,9 @@ FUNCTION void store(long long* p, I x) {{ for (int l = 0; l < ROBOTS; l++) p[l] 
 FUNCTION I load(const bool* p) EACH(I, -p[l])
 FUNCTION void store(bool* p, I x) {{ for (int l = 0; l < ROBOTS; l++) p[l] = x[l] != 0; }}
 FUNCTION F table(const real* p, I i) EACH(F, p[i[l]])
+FUNCTION I table(const long long* p, I i) EACH(I, p[i[l]])
 FUNCTION F pick(const F* p, I i) EACH(F, p[i[l]][l])
+FUNCTION I pick(const I* p, I i) EACH(I, p[i[l]][l])
 #define OF_ONE(f) FUNCTION F f_##f(F x) EACH(F, f(x[l]))
 #define OF_TWO(f) FUNCTION F f_##f(F a, F b) EACH(F, f(a[l], b[l]))
 FUNCTION F f_to_number(I x) {{ return __builtin_convertvector(x, F); }}
@@ -3678,7 +3762,12 @@ FUNCTION F sine(F x, integer quarters) {{
     }}
     I quadrant = f_to_integer(k) + quarters;
     F y = (quadrant & 1) != 0 ? c : r * s;
-    return (quadrant & 2) != 0 ? -y : y;
+    y = (quadrant & 2) != 0 ? -y : y;
+    I large = x * x > (real)1e10;  // beyond, k has too many digits
+    integer any = 0;
+    for (int l = 0; l < ROBOTS; l++) any |= large[l];
+    if (any) for (int l = 0; l < ROBOTS; l++) if (large[l]) y[l] = quarters ? cos(x[l]) : sin(x[l]);
+    return y;
 }}
 FUNCTION F f_sin(F x) {{ return sine(x, 0); }}
 FUNCTION F f_cos(F x) {{ return sine(x, 1); }}
@@ -3700,7 +3789,9 @@ FUNCTION void store(long long* p, I x) {{ *p = x; }}
 FUNCTION I load(const bool* p) {{ return *p; }}
 FUNCTION void store(bool* p, I x) {{ *p = x != 0; }}
 FUNCTION F table(const real* p, I i) {{ return p[i]; }}
+FUNCTION I table(const long long* p, I i) {{ return p[i]; }}
 FUNCTION F pick(const F* p, I i) {{ return p[i]; }}
+FUNCTION I pick(const I* p, I i) {{ return p[i]; }}
 #define OF_ONE(f) FUNCTION F f_##f(F x) {{ return f(x); }}
 #define OF_TWO(f) FUNCTION F f_##f(F a, F b) {{ return f(a, b); }}
 FUNCTION F f_to_number(I x) {{ return x; }}
@@ -3718,6 +3809,11 @@ FUNCTION I f_abs(I x) { return x < 0 ? -x : x; }
 FUNCTION I f_not(I x) { return x == 0; }
 FUNCTION F f_where(I condition, F a, F b) { return condition ? a : b; }
 FUNCTION I f_where(I condition, I a, I b) { return condition ? a : b; }
+FUNCTION I f_floor_div(I a, I b) {
+    I q = a / f_where(b == 0, whole(1), b), r = a - q * b;
+    return q - f_where((r != 0) & ((r < 0) ^ (b < 0)), whole(1), whole(0));
+}
+FUNCTION I f_mod(I a, I b) { return a - f_floor_div(a, b) * b; }
 FUNCTION F f_max(F a, F b) { return (a < b) | (b != b) ? b : a; }
 FUNCTION I f_max(I a, I b) { return a < b ? b : a; }
 FUNCTION F f_min(F a, F b) { return (b < a) | (b != b) ? b : a; }
@@ -3736,7 +3832,7 @@ HALF_PI = {  # as a sum whose first two parts have so few bits that their produc
 
 class Kernel(NamedTuple):
     """A piece of a program. Its lines read and write rows of tensors. These are the inputs x0, x1, ... (numbers), k0,
-    k1, ... (integers) and q0, q1, ... (truths), constant tables t0, t1, ..., and the outputs y (numbers), z (integers)
+    k1, ... (integers) and q0, q1, ... (truths), constant tables t0, u1, ..., and the outputs y (numbers), z (integers)
     and w (truths). In s (numbers) and j (others), values go from one kernel to another."""
 
     lines: list[str]
@@ -3744,10 +3840,11 @@ class Kernel(NamedTuple):
     rows: int  # read and written
 
 
+TABLES = {"number": "t", "integer": "u"}
 INPUTS = {"number": "x", "integer": "k", "truth": "q"}
 OUTPUTS = {"number": "y", "integer": "z", "truth": "w"}
 POINTERS = {  # C types, by the first letter of a tensor's name
-    "x": "const real*", "k": "const long long*", "q": "const bool*", "t": "const real*",
+    "x": "const real*", "k": "const long long*", "q": "const bool*", "t": "const real*", "u": "const long long*",
     "y": "real*", "z": "long long*", "w": "bool*", "s": "real*", "j": "long long*",
 }  # fmt: skip
 
@@ -3838,6 +3935,9 @@ class KernelWriter:
         """The name of a value, which is loaded if it comes from memory; or a constant."""
         if not isinstance(x, Value):
             if kind != "number":
+                bits = 8 * self.program.dtype.itemsize
+                if not -(1 << bits - 1) <= x < 1 << bits - 1:
+                    raise NotImplementedError(f"compiled code has integers of {bits} bits, but a task uses {x:d}")
                 return "(whole(0) == 0)" if x is True else f"whole({x:d})"
             text = {math.inf: "INFINITY", -math.inf: "-INFINITY"}.get(x, repr(x))
             return f"number({'NAN' if math.isnan(x) else text})"
@@ -3850,8 +3950,8 @@ class KernelWriter:
     def compute(self, v: Value) -> None:
         kind, name, args = self.program.operations[v]
         if name == "table":
-            self.tensors.add(f"t{args[0]}")
-            self.define(v, f"table(t{args[0]}, {self.operand(args[1], 'integer')})")
+            self.tensors.add(args[0])
+            self.define(v, f"table({args[0]}, {self.operand(args[1], 'integer')})")
         elif name == "pick":
             index, elements = self.operand(args[0], "integer"), ", ".join(self.operand(x, kind) for x in args[1:])
             if elements not in self.arrays:
@@ -3957,7 +4057,7 @@ def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     flags = "--gpu-architecture=sm_{}{}".format(*capability), "--prec-div=false", "--prec-sqrt=false", "-w"
     options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"physics.cu", 0, None, None)
+    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"step.cu", 0, None, None)
     failed = library.nvrtcCompileProgram(program, len(flags), options)
     what = "ProgramLog" if failed else "CUBIN"
     getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
@@ -4007,15 +4107,36 @@ class Recording:
     args: trees of tensors, which are inputs; all else is constant. A `Changed` stands for the model `base` with other
     fields. known: arrays of values of the tensors, see `Recorder.input`."""
 
-    def __init__(self, function: Callable, base: Model, args: tuple, known: Iterable = ()):
-        self.program, self.inputs = Program(), named_tensors(args, "args")
+    def __init__(self, function: Callable, base: Model, args: tuple, known: Iterable = (), exact: bool = False):
+        self.program, self.inputs = Program(base.gravity.dtype, exact), named_tensors(args, "args")
         recorder, numbers, known = Recorder(self.program), itertools.count(), iter(known)
         args = tree_map_only(Tensor, lambda x: recorder.input(next(numbers), x, next(known, None)), args)
         args = models_of(base, args)
-        with torch.no_grad(), recorder:
-            self.result = torch.func.functionalize(function)(*args)
+        try:
+            with torch.no_grad(), recorder, HostReads():
+                self.result = torch.func.functionalize(function)(*args)
+        except NotImplementedError as error:
+            lines = [x for x in traceback.extract_tb(error.__traceback__) if is_of_a_task(x.filename)]
+            where = f"{lines[-1].filename}:{lines[-1].lineno}, {lines[-1].line}" if lines else function.__name__
+            error.add_note(f"This was compiled: {where}\ncompile=False (--no-compile) accepts all operators.")
+            raise
         self.outputs = [x for _, x in named_tensors(self.result, "")]
         self.values = [recorder.array(x) for x in self.outputs]
+
+
+def is_of_a_task(filename: str) -> bool:
+    """Whether a file is neither this one nor one of PyTorch's."""
+    return filename != __file__ and not filename.startswith(str(Path(torch.__file__).parent))
+
+
+class HostReads(TorchFunctionMode):
+    """Refuses to make numbers of Python from tensors, because they would be those of one robot in one step."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"):
+            raise NotImplementedError(f"{name}: compiled code has no numbers of Python; use tensors, and torch.where")
+        return function(*args, **(kwargs or {}))
 
 
 def models_of(base: Model, tree: Any) -> Any:
@@ -4116,8 +4237,9 @@ class Code:
         used = sorted({name for kernel in self.kernels for name in kernel.tensors if name[0] in INPUTS.values()})
         given = [(where, of_one_robot(x)) for where, x in (recording.inputs[int(name[1:])] for name in used)]
         self.interface = Interface(given, recording.result, dtype, device)
-        self.tables = [torch.tensor(x, dtype=dtype, device=device) for x in program.tables]
-        place = [*used, *(f"t{k}" for k in range(len(self.tables))), *OUTPUTS.values(), *self.scratch]
+        dtypes = self.interface.dtypes
+        self.tables = [torch.tensor(x, dtype=dtypes[kind], device=device) for kind, x in program.tables]
+        place = [*used, *program.tables.values(), *OUTPUTS.values(), *self.scratch]
         self.places = [[place.index(name) for name in kernel.tensors] for kernel in self.kernels]
         if on_cpu:
             [kernel] = self.kernels
@@ -4172,6 +4294,7 @@ extern "C" void run(
 """
 
 
+CACHE_LINE = 64  # bytes
 SHARE = 1_000_000  # operations on blocks that are worth a thread: about 0.2 ms
 
 
@@ -4208,6 +4331,7 @@ class Loop:
             for kind, size in item_bytes.items():
                 mine = [x for x in tensors if kind_of(x) == kind]
                 total = robots * size * sum(x.numel() for x in mine)
+                total = math.ceil(total / CACHE_LINE) * CACHE_LINE
                 if free.get(total):
                     start = free[total].pop()
                 else:
@@ -4333,7 +4457,8 @@ class CompiledFunction:
         if key not in self.codes:
             with self.one_at_a_time:
                 if key not in self.codes:
-                    recording = Recording(self.function, self.base, args, self.known(args))
+                    exact = self.function not in PHYSICS
+                    recording = Recording(self.function, self.base, args, self.known(args), exact)
                     self.codes[key] = Code(recording, like.dtype, like.device, robots)
         return self.codes[key]
 
@@ -4595,8 +4720,14 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _prepare_spaces(self) -> None:
         self._observation_rows = 0  # not known yet
-        noise = map_tensors(lambda x: x[..., :1].expand(*x.shape[:-1], 13), self._draw_noise())
-        groups, privileged = check_task(self.settings, self._robots(noise.parameters), noise)
+        columns = torch.arange(13, device=self.device) % self.num_envs
+        of_many = map_tensors(lambda x: x[..., columns], self._draw_noise())
+        of_one = map_tensors(lambda x: x[..., -1:], of_many)
+        many, one = (check_task(self.settings, self._robots(x.parameters), x) for x in (of_many, of_one))
+        for (name, given), (_, alone) in zip(many.all, one.all, strict=True):
+            if not torch.allclose(given[..., -1:].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise InputError(f"{name} of a robot depends on the other robots; each has a column of its own")
+        groups, privileged = many.groups, many.privileged
         hidden = set(self.settings.hidden_observations or ())
         if hidden - groups.keys() or hidden >= groups.keys():
             raise InputError(f"hidden_observations must leave some of {', '.join(groups)} and hide nothing else")
@@ -4645,7 +4776,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         on_cpu = self.device.type == "cpu"
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None:
-            line = 64 // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
+            line = CACHE_LINE // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
             chunk = line * math.ceil(self.num_envs / math.ceil(self.num_envs / CHUNK) / line)
         else:
             chunk = min(chunk, self.num_envs)
@@ -4740,9 +4871,10 @@ class VecSim(gymnasium.vector.VectorEnv):
             if isinstance(self._run.begin_dynamics, CompiledFunction):
                 self._run.begin_dynamics.check_model()  # ValueError if the graph has old constants
             with torch.cuda.device(self.device):
-                t, copy = self._replay(actions.T), torch.clone  # the next replay overwrites its results
+                t = self._replay(actions.T)
         else:
-            t, copy = self._step_chunks(transposed(actions)), lambda x: x
+            t = self._step_chunks(transposed(actions))
+        copy = torch.clone  # the next replay overwrites the results; on a CPU they are views of one large tensor
         terms, ended = map_tensors(copy, {"invalid": t.invalid, **t.terms}), copy(t.ended)
         info = {"final_obs": transposed(t.final_obs), "_final_obs": ended} | terms
         info |= {"final_info": terms, "_final_info": ended}

@@ -245,7 +245,7 @@ OF_A_STEP = {  # a method of VecSim, a piece of its source, and a fault
     "the warm-up leaves its state": ("_replay", "self._set_carry(carry)", "pass"),
     "the warm-up leaves its statistics": ("_replay", "self._statistics.copy_(statistics)", "pass"),
     "the warm-up leaves its random generators": ("_replay", "generator.set_state(state)", "pass"),
-    "the next step overwrites results": ("_step", "(actions.T), torch.clone", "(actions.T), lambda x: x"),
+    "the next step overwrites results": ("_step", "copy = torch.clone", "copy = lambda x: x"),
 }  # fmt: skip
 
 

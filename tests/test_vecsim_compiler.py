@@ -20,7 +20,6 @@ import torch
 from faults import broken
 from test_vecsim_physics import FEATURES, batch, converged, visit
 from test_vecsim_physics import random_tree as random_robot
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import vecsim_torch as vecsim
@@ -63,6 +62,7 @@ def own_cache(monkeypatch, tmp_path):
 
 TABLE = torch.tensor([[0.5, 2.0], [-1.0, 3.0], [0.25, -0.0]], dtype=torch.float64)
 ROWS = torch.tensor([2, 0])
+TRUTH_TABLE, INTEGER_TABLE = torch.tensor([True, False, True]), torch.tensor([2, 0, 1])
 
 
 def written(x, y):
@@ -74,6 +74,17 @@ def written(x, y):
     u = torch.ones_like(x)
     u[:, :] = x[:1]
     return z, u, x.new_zeros(3, 1).copy_(ROWS[0]) + x
+
+
+def put(x, y, t):
+    """Writes at masks and at indices."""
+    z, u, v = x.clone(), t.clone(), x.clone()
+    z[x > y] = 0.5
+    u[u > 0] = 2.0
+    u[:, [0, 2]] = 1.0
+    v[ROWS] = y[:2]
+    v[torch.tensor([False, True, False])] = 3.0
+    return z, u, v
 
 
 def constant(x):
@@ -108,8 +119,17 @@ CASES = {
         *(f(z) for f in (torch.floor, torch.ceil, torch.trunc, torch.round) for z in (3 * x, bad)),
         (2 * x).floor() / 2 + (0.5 * torch.ones_like(x)).round(),
     ),
-    "sign isnan fmod": lambda x, y, i, bad, **_: (
-        *(x.sign(), (0 * x).sign(), (i - 1).sign(), bad.isnan(), torch.fmod(5 * x, y), torch.fmod(x, 0.3)),
+    "sign signbit isnan fmod": lambda x, y, i, bad, **_: (
+        *(
+            torch.signbit(x),
+            torch.copysign(y, x),
+            x.sign(),
+            (0 * x).sign(),
+            (i - 1).sign(),
+            bad.isnan(),
+            torch.fmod(5 * x, y),
+            torch.fmod(x, 0.3),
+        ),
     ),
     "remainder floor_divide": lambda x, positive, i, **_: (
         *(torch.remainder(3 * x, positive), 3 * x % 0.7, i % 2, (i - 1) % 3, x // 0.7, 3 * x // positive, (i - 1) // 2),
@@ -119,8 +139,17 @@ CASES = {
         torch.einsum("ij,kjn->kin", constant(x)[:, :2], t[:, :2]),
         torch.bmm(t.permute(2, 0, 1), t.permute(2, 1, 0))[:, 0].T + x[:2],
     ),
-    "argmax argmin max min": lambda x, y, t, i, **_: (
-        *(x.argmax(0), x.argmin(0), t.argmax(1, keepdim=True), t.argmin(-2), i.argmax(0), torch.max(x, y)),
+    "argmax argmin max min": lambda x, y, t, i, bad, **_: (
+        *(
+            *bad.max(0),
+            *bad.flip(0).min(0),
+            x.argmax(0),
+            x.argmin(0),
+            t.argmax(1, keepdim=True),
+            t.argmin(-2),
+            i.argmax(0),
+            torch.max(x, y),
+        ),
         *(*x.max(0), *t.min(1, keepdim=True), torch.min(x, y), x.gather(0, x.argmax(0, keepdim=True))),
     ),
     "any all": lambda x, t, i, bad, **_: (
@@ -135,6 +164,13 @@ CASES = {
         *(torch.full_like(x, 2.5) * x, x.new_ones(3, 1) + x, x.new_full((3, 1), 0.5) * x),
     ),
     "slice_scatter select_scatter fill copy": lambda x, y, **_: written(x, y),
+    "index_put": lambda x, y, t, **_: put(x, y, t),
+    "var view_of broadcast_in_dim": lambda x, t, **_: (
+        t.var(1),
+        t.std((0, 1)),
+        x.var(0, correction=0, keepdim=True),
+        x[:, :],
+    ),
     "clamp": lambda x, y, bad, **_: (
         *(z.clamp(-0.5, 0.25) for z in (x, bad)),
         *(z.clamp(min=-0.5) for z in (x, bad)),
@@ -163,10 +199,14 @@ CASES = {
             *((x > 0) & True, (x > 0) & False, (x > 0) | True, (x > 0) | False),
         )
     ),
-    "logical_and logical_or logical_not": lambda x, y, **_: tuple(
+    "logical_and logical_or logical_not": lambda x, y, i, bad, **_: tuple(
         truth.to(x.dtype)
         for truth in (
             torch.logical_and(x > 0, y > 0),
+            torch.logical_and(i, i + 1),
+            torch.logical_or(i - 1, x[:2]),
+            torch.logical_not(i),
+            torch.logical_not(bad),
             torch.logical_or(x > 0, y > 0),
             torch.logical_not(x > 0),
         )
@@ -195,6 +235,8 @@ CASES = {
         constant(x)[i[0], 0],
         constant(x)[i].sum(-1),
         constant(x)[i[1], 1] + x[0],
+        constant(x)[i - 1].sum(-1),
+        *(TRUTH_TABLE[i], ~TRUTH_TABLE[i - 2], INTEGER_TABLE[i[0]] + i[0], constant(x)[INTEGER_TABLE[i[0]], 0]),
         x[torch.tensor([True, False, True])] + 0,
     ),
     "gather": lambda x, t, i, **_: (
@@ -202,6 +244,7 @@ CASES = {
         t.transpose(0, 1).gather(0, i[:, None].expand(-1, 2, -1)),
         x.gather(0, ROWS[:, None].expand(-1, x.shape[1])),
         t.gather(1, i[:, None].expand(-1, 2, -1)),
+        *((x > 0).gather(0, i), torch.stack((i[0], i[1], i[0])).gather(0, i)),
     ),
     "index_copy index_add": lambda x, y, t, **_: (
         *(x.index_copy(0, ROWS, y[:2]), x.index_add(0, ROWS, y[:2]), t.index_copy(1, ROWS, t[:, 1:] + 1)),
@@ -244,8 +287,9 @@ CASES = {
     "unbind split_with_sizes": lambda x, t, **_: (
         *(part + 0 for part in (*x.unbind(0), *t.unbind(1), *t.unbind(-2), *x.split([1, 2]), *t.split([2, 0, 1], -2))),
     ),
-    "stack cat": lambda x, y, t, **_: (
+    "stack cat": lambda x, y, t, i, **_: (
         *(torch.stack((x, y)), torch.stack((x, y), 1), torch.stack((x, y), -2)),
+        *(-torch.cat((x > 0, x)), torch.stack((x > 0, x)) * 2, torch.stack((i > 0, i)).sum(0)),
         *(torch.cat((x, y[:1])), torch.cat((t, t[:, :1]), 1), torch.cat((t, t), -2)),
         torch.stack((x[0], torch.zeros_like(x[0]), torch.ones_like(y[0]))),
     ),
@@ -288,24 +332,25 @@ def all_results(n, dtype):
     return of_all_cases(dtype)(*inputs_of(n, dtype)), all_cases(*inputs_of(n, dtype))
 
 
-class Operators(TorchDispatchMode):
-    """Notes the names of PyTorch's operators."""
+class Used(dict):
+    """Rules, and the names of those that were used."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, rules):
+        super().__init__(rules)
         self.names = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
 
 
-def test_every_rule_has_a_case():
-    inputs, used = dict(zip(INPUTS, inputs_of(3, torch.float64), strict=True)), set()
+def test_every_rule_has_a_case(monkeypatch):
+    inputs, used = inputs_of(3, torch.float64), set()
     for names, case in CASES.items():
-        with Operators() as operators:
-            torch.func.functionalize(case)(**inputs)
-        assert operators.names.issuperset(names.split())
+        with monkeypatch.context() as patch:
+            patch.setattr(vecsim, "RULES", Used(vecsim.RULES))
+            record(lambda *args, case=case: case(**dict(zip(INPUTS, args, strict=True))), *inputs)
+            assert vecsim.RULES.names.issuperset(names.split()), names
         used.update(names.split())
     assert used == set(vecsim.RULES)
 
@@ -1315,18 +1360,29 @@ def test_a_compiler_that_is_not_there(own_cache, monkeypatch):
 
 
 REFUSED = {  # what a function does with x (2, 3, N) and i (2, N), and what the message says
-    "gathers along the robots": (lambda x, i: torch.gather(x[0], 1, i), "cannot gather from others"),
-    "sums over the robots": (lambda x, i: x.sum(-1), "cannot sum or compare over all of them"),
-    "takes a mean over the robots": (lambda x, i: x - x.mean(2, keepdim=True), "cannot sum or compare over all"),
-    "sums all": (lambda x, i: x * x.sum(), "cannot sum or compare over all of them"),
-    "takes the largest of all robots": (lambda x, i: x / x.amax(), "cannot sum or compare over all of them"),
     "indexes the second axis": (lambda x, i: x[:, i], "what differs between robots can only index the first axis"),
     "indexes two axes": (lambda x, i: x[i, i], "what differs between robots can only index the first axis"),
     "writes at an index": (lambda x, i: x.index_copy(0, i[:, 0], x), "what differs between robots can only index"),
-    "draws": (lambda x, i: x + torch.rand(2, 3, 1), "would be drawn once for all: use the task's random_rows"),
+    "draws": (
+        lambda x, i: x + torch.rand(2, 3, 1),
+        "random numbers would be drawn once for all steps: use the task's random_rows",
+    ),
     "draws like its argument": (lambda x, i: x + torch.randn_like(x), "would be drawn once for all"),
-    "changes its argument": (lambda x, i: x.mul_(2), "no rule for aten.copy_"),
-    "asks for a value": (lambda x, i: x if x[0, 0, 0] > 0 else 2 * x, "no rule for aten._local_scalar_dense"),
+    "makes a number": (lambda x, i: x * x[0, 0, 0].item(), "item: compiled code has no numbers of Python"),
+    "makes an array": (lambda x, i: x + float(x.numpy().mean()), "numpy: compiled code has no numbers of Python"),
+    "computes in another precision": (lambda x, i: (x.float() + 1).double(), "computes in torch.float64, not in torch"),
+    "has an operator without a rule": (
+        lambda x, i: x.sort(0).values,
+        "no rule for aten.sort.*(?s:.)*accepts all operators",
+    ),
+    "changes its argument": (
+        lambda x, i: x.mul_(2),
+        "a task changed an argument of its method in place: clone it before",
+    ),
+    "asks for a value": (
+        lambda x, i: x if x[0, 0, 0] > 0 else 2 * x,
+        "__bool__: compiled code has no numbers of Python",
+    ),
 }
 
 
@@ -1339,10 +1395,37 @@ def test_what_compiled_code_cannot_do_is_refused(case, own_cache):
 
 
 def test_a_result_of_another_precision_is_refused(own_cache):
-    x = torch.ones(2, 8)
+    x, wide = torch.ones(2, 8), torch.ones(1, 1, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"returns torch.float32, .* but result\[1\]\['y'\] is torch.float64"):
-        compiled(lambda x: (x, {"y": x.double()}), torch.float32)(x)
+        compiled(lambda x: (x, {"y": x * wide}), torch.float32)(x)
     assert not own_cache
+
+
+def test_integers_have_as_many_bits_as_numbers(own_cache):
+    i = torch.tensor([[3, -4]])
+    with pytest.raises(NotImplementedError, match="integers of 32 bits, but a task uses 3000000000"):
+        compiled(lambda i: i + 3_000_000_000, torch.float32)(i)
+    assert torch.equal(compiled(lambda i: i + 3_000_000_000)(i), i + 3_000_000_000)
+
+
+def test_an_exact_program_keeps_every_bit_and_what_is_not_finite():
+    """As a task may expect. The physics is faster."""
+    x = torch.arange(1.0, 4000)[None]
+    bad = torch.tensor([[NAN, INF, -INF, 1.0]])
+    cases = (
+        (lambda x: (x / 41, (x / 41).floor(), (x / 47).long(), x // 41, x % 41, 1 / (x / 0.1)), x),
+        (lambda i: (i // 41, i % 41, (i + 20_000_000) % 1000, -i // 7, -i % 7, i // -7, i % -7), x.long()),
+        (lambda x: (x * 0, 0 / x, x % INF, (torch.eye(2) @ x.expand(2, -1)), x.sin(), (x * 1e9).cos()), bad),
+    )
+    for function, given in cases:
+        base = small_model(torch.float32)
+        code = vecsim.Code(
+            vecsim.Recording(function, base, (given[:, :1],), exact=True), torch.float32, base.gravity.device, 1
+        )
+        for ours, exact in zip(code((given,), given.shape[1]), function(given), strict=True):
+            torch.testing.assert_close(
+                ours, exact, rtol=1e-6 * (given is bad), atol=1e-6 * (given is bad), equal_nan=True
+            )
 
 
 def test_tensors_that_a_function_changes_in_place():

@@ -145,6 +145,11 @@ MISTAKES = {
     PENDULUM + "frame_skip = 4": "Mine.frame_skip is an option, so it needs a type annotation$",
     FROZEN + "class Mine(vecsim_torch.Task):\n    " + METHOD["observe"] + "{}": "Mine must define the method reward$",
     PENDULUM + METHOD["observe"] + "{'a': p.qpos[0]}": r"observe\['a'\] must be .*\(rows, N\), not \(13\); .* N = 13",
+    PENDULUM + METHOD["observe"] + "{'a': p.qpos - p.qpos.mean(1, keepdim=True)}": (
+        r"observe\['a'\] of a robot depends on the other robots"
+    ),
+    PENDULUM + METHOD["reward"] + "{'reward_a': p.qvel[0].flip(0)}": "of a robot depends on the other robots",
+    PENDULUM + METHOD["reward"] + "{'reward_a': p.qvel[0] / p.qpos.shape[1]}": "of a robot depends on the other robots",
     PENDULUM + METHOD["observe"] + "{'a': p.qpos.T}": r"observe\['a'\] must be .* shape \(rows, N\), not \(13, 2\)",
     PENDULUM + METHOD["observe"] + "p.qpos": "observe must be a dict of tensors, not Tensor$",
     PENDULUM + METHOD["privileged"] + "{'a': 1.0}": r"privileged\['a'\] must be .* shape \(rows, N\), not \(float\)",
