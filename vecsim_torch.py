@@ -3127,6 +3127,13 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
     return Answers(groups, privileged, answers)
 
 
+def check_independence(many: Answers, one: Answers) -> None:
+    """InputError if an answer for the last of many robots is not the answer for that robot alone."""
+    for (name, given), (_, alone) in zip(many.all, one.all, strict=True):
+        if not torch.allclose(given[..., -1:].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise InputError(f"{name} of a robot depends on the other robots; each has a column of its own")
+
+
 class Robots(NamedTuple):
     """Models with the randomised parameters of each robot."""
 
@@ -4724,9 +4731,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         of_many = map_tensors(lambda x: x[..., columns], self._draw_noise())
         of_one = map_tensors(lambda x: x[..., -1:], of_many)
         many, one = (check_task(self.settings, self._robots(x.parameters), x) for x in (of_many, of_one))
-        for (name, given), (_, alone) in zip(many.all, one.all, strict=True):
-            if not torch.allclose(given[..., -1:].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise InputError(f"{name} of a robot depends on the other robots; each has a column of its own")
+        check_independence(many, one)
         groups, privileged = many.groups, many.privileged
         hidden = set(self.settings.hidden_observations or ())
         if hidden - groups.keys() or hidden >= groups.keys():

@@ -67,7 +67,7 @@ many. The model is an upper bound, because it knows no waiting for memory. Regis
 kernels of a function. A stack holds spilled registers, arrays that are indexed, and 32 bytes for the sine and cosine of
 large angles.
 
-Our aim for Ant is 300 launches and 300 KB: it makes 136 launches and moves 285 KB. At 4,096 environments launches and
+Our aim for Ant is 300 launches and 300 KB: it makes 124 launches and moves 276 KB. At 4,096 environments launches and
 arithmetic limit it about equally.
 """
 

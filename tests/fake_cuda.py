@@ -218,6 +218,7 @@ def fake_cuda():
     fake_tensor.init_gpu_context = lambda device: None
     torch.Generator, torch.compile, nn.Module.to = Generator, lambda function, **_: function, move
     vecsim.compile_regions = lambda model: vecsim.EAGER
+    vecsim.check_independence = lambda many, one: None  # a fake tensor has no values
     Tensor.numpy = lambda x: np.zeros(x.shape, str(x.dtype).removeprefix("torch."))
     replaced = dict(CUDAGraph=Graph, graph=capture, Stream=mock.Mock, current_stream=mock.Mock())
     replaced |= dict.fromkeys(("stream", "device"), lambda _: contextlib.nullcontext())
