@@ -20,7 +20,7 @@
 #         profile               where an iteration's time goes
 #     ./benchmark.sh gpu        the first hour on a GPU, in blocks of at most 9 minutes: --dry-run lists them, and
 #                               --device cpu --quick rehearses them
-#     ./benchmark.sh gpu-kernels   predicts that speed from the code for a GPU; needs triton, no GPU
+#     ./benchmark.sh gpu-kernels   predicts the speed on a GPU from the code for it; needs no GPU
 #     ./benchmark.sh mjcf DIR   which MJCF files below a folder the simulator accepts, and its error
 #     ./benchmark.sh report     writes results/README.md and draws its pictures, from the files in results/
 #

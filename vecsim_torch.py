@@ -2408,9 +2408,9 @@ class Measured(NamedTuple):
 class Task:
     """A robot, what it observes and what it is rewarded for. The fields are options, under Gymnasium's names.
 
-    The methods are written for one robot, in columns of tensors; robots do not know of each other. They are compiled:
-    numbers and tensors that are no arguments are constants from then on, and a value of a tensor cannot decide what
-    Python does. Random numbers are in `noise`. In float32, integers have 32 bits there.
+    The methods are written for one robot, in columns of tensors. No robot sees another. The methods are compiled:
+    numbers of Python, and tensors that are not arguments, become constants, and the value of a tensor cannot decide
+    what Python does. Random numbers come from `noise`. With dtype float32, compiled integers have 32 bits.
 
     A task of your own is a subclass with the same decorator. It names its MJCF, overrides `observe` and `reward`, and
     perhaps others. Shapes: actions (nu, N), rewards (N,), groups of observations (rows, N). `check_task` checks them.
@@ -2713,7 +2713,7 @@ def load_class(location: str) -> Any:
     module_name = "_".join(path.with_suffix("").parts[1:])
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
-        sys.modules[module_name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)  # the module dataclasses looks it up
         try:
             spec.loader.exec_module(sys.modules[module_name])
         except BaseException:  # a mistake in the file; the next call executes it again
@@ -3048,7 +3048,8 @@ def show(settings: Settings, obs: Tensor, seen: Tensor | None) -> tuple[Tensor, 
 def begin_step(
     settings: Settings, model: Model, carry: Carry, action: Tensor, noise: Noise
 ) -> tuple[Carry, list[Tensor]]:
-    """Push the robots whose time has come. Returns ctrl (nu, N) of this action and of delayed ones, newest first."""
+    """Push the robots whose time has come. Returns the carry, and ctrl (nu, N) of this action and of the delayed ones,
+    the newest first."""
     task, drawn = settings.task, noise.parameters
     if "push" in drawn:
         due = carry.push_countdown <= 0
@@ -3069,12 +3070,12 @@ class Answers(NamedTuple):
 
     groups: Tensors  # of the observation, at the start
     privileged: Tensors  # of the privileged observation, at the start
-    all: list[tuple[str, Tensor]]  # with their names
+    all: list[tuple[str, Tensor]]  # every answer, and the method that gave it
 
 
 def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
-    """Call every method of the task once, for the N robots of `noise`. InputError if an answer has a wrong shape, or if
-    the integrator is not possible."""
+    """Call every method of the task once, for the N robots of `noise`. Returns all answers. InputError if one has a
+    wrong shape, or if the integrator is not possible."""
     task, n, answers = settings.task, noise.qpos.shape[-1], []
 
     def check(method: str, answer: Any, *rows: int | None) -> Tensor:
@@ -3109,13 +3110,14 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
     check("sense['position']", sensed["position"], None)
     groups = check_named("observe", task.observe(model, start, sensed), None)
     privileged = check_named("privileged", task.privileged(model, start, sensed), None)
-    action = torch.zeros_like(qpos[:1]).expand(model.nu, -1)
+    action = noise.qvel[:1].expand(model.nu, -1)
     ctrl = check("control", task.control(model, action), model.nu)
     _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
     after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
-    after = after._replace(qvel=qvel + 0.1 * noise.qvel)  # so robots differ
+    after = after._replace(qpos=qpos + 0.1 * noise.qpos, qvel=qvel + 0.1 * noise.qvel)  # robots differ
     now = check_named("sense", task.sense(model, after), like=sensed)
-    terms = check_named("reward", task.reward(model, after, now, action, torch.zeros_like(now["position"])))
+    velocity = noise.qvel[:1].expand_as(now["position"])
+    terms = check_named("reward", task.reward(model, after, now, action, velocity))
     check("the sum of the rewards whose names start with reward_", task.total(terms))
     healthy = check("healthy", task.healthy(after, now))
     if healthy.dtype != torch.bool:
@@ -3128,7 +3130,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
 
 
 def check_independence(many: Answers, one: Answers) -> None:
-    """InputError if an answer for the last of many robots is not the answer for that robot alone."""
+    """InputError if an answer for the last of `many` robots differs from that for this robot alone, in `one`."""
     for (name, given), (_, alone) in zip(many.all, one.all, strict=True):
         if not torch.allclose(given[..., -1:].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
             raise InputError(f"{name} of a robot depends on the other robots; each has a column of its own")
@@ -3248,7 +3250,7 @@ def compile_regions(base: Model) -> Regions:
     found: dict[str, list] = {}
 
     def known(model: Changed, count: int) -> list:
-        """Of a function whose arguments are the model, `count` tensors, and the dynamics."""
+        """What is known of the arguments: a model, `count` tensors of which nothing is known, and the dynamics."""
         key = signature(model)
         if key not in found:
             found[key] = known_values(base, model)
@@ -3307,8 +3309,8 @@ class Program:
     load (tensor, row): an element of an input. table (tensor, Value): an element of a constant tensor.
     pick (Value, *elements): one of several elements.
 
-    exact: whether results that are not finite, and every last bit, are PyTorch's, as a task may expect. The physics is
-    faster otherwise: products with zero vanish, and to divide by a constant is to multiply.
+    exact: whether constants divide as PyTorch's do, and what is not finite times zero is NaN, as a task may expect. The
+    physics is faster otherwise: products with zero vanish, and to divide by a constant is to multiply.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float64, exact: bool = False):
@@ -3482,8 +3484,9 @@ class Recorder(TorchDispatchMode):
         """Along these axes; none means all."""
         axes = [axes] if isinstance(axes, int) else axes or range(x.ndim)
         for axis in axes:
-            neutral = np.full_like(x.sum(axis, keepdims=True), {"add": 0, "mul": 1, "or": False, "and": True}.get(name))
-            rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [neutral]
+            rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [x.sum(axis, keepdims=True)]
+            if not x.shape[axis]:
+                rows[0].fill({"add": 0, "mul": 1, "or": False, "and": True}[name])
             x = functools.reduce(functools.partial(self.elementwise, name), rows)
         return x if keep else np.squeeze(x, tuple(axes))
 
@@ -3588,8 +3591,9 @@ def floor_divide(r: Recorder, result: Tensor, x: Any, y: Any) -> np.ndarray:
     """x / y, rounded down."""
     if kind_of(result) == "integer":
         return r.elementwise("floor_div", x, y)
-    whole = r.elementwise("div", r.elementwise("sub", x, remainder(r, result, x, y)), y)
-    return r.elementwise("rint", whole)
+    rest, ratio = remainder(r, result, x, y), r.elementwise("div", x, y)
+    whole = r.elementwise("rint", r.elementwise("div", r.elementwise("sub", x, rest), y))
+    return r.elementwise("where", r.elementwise("ne", rest, rest), r.elementwise("floor", ratio), whole)  # y = 0
 
 
 def truths(r: Recorder, *arrays: Any) -> list[np.ndarray]:
@@ -3606,8 +3610,11 @@ def variance(r: Recorder, result: Tensor, x: np.ndarray, axes: Sequence[int], co
 
 def put(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any], value: np.ndarray, add: bool = False) -> Any:
     """x after x[index] = value. A mask may differ between robots if `value` is one number."""
+    if add:
+        raise NotImplementedError("the compiler cannot add to what an index names: use torch.index_add")
     mask = index[0]
-    if len(index) == 1 and value.size == 1 and any(isinstance(i, Value) for i in mask.flat):
+    is_mask = mask is not None and {r.program.kind(i) for i in mask.flat} == {"truth"}
+    if is_mask and len(index) == 1 and value.size == 1 and any(isinstance(i, Value) for i in mask.flat):
         mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
         return r.elementwise("where", *truths(r, mask), value.reshape(()), x)
     copy = x.copy()
@@ -3639,9 +3646,9 @@ def convert(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
 
 
 def cast(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
-    """Tensor.to. Numbers have one precision, and integers are those of the compiled code."""
+    """Tensor.to. A program has one precision, and integers of one size. NotImplementedError for a smaller one."""
     kinds = {r.program.kind(value) for value in x.flat} - {"truth"}
-    if kinds and result.dtype not in (r.program.dtype, torch.int32, torch.int64, torch.bool):
+    if kinds and result.dtype not in (torch.float32, torch.float64, torch.int32, torch.int64, torch.bool):
         raise NotImplementedError(f"compiled code computes in {r.program.dtype}, not in {result.dtype}")
     return convert(r, result, x)
 
@@ -3654,6 +3661,8 @@ def broadcast(r: Recorder, result: Tensor, x: np.ndarray, shape: Sequence[int], 
 
 def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
     if isinstance(shape, torch.dtype):  # the bits of numbers
+        if not all(isinstance(value, Value) and r.program.kind(value) == "number" for value in x.flat):
+            raise NotImplementedError("the compiler knows the bits of numbers only, which are no constants")
         return as_objects((r.program.append("integer", "bits", value) for value in x.flat), x.shape)
     return x.reshape(result.shape)
 
@@ -4189,7 +4198,7 @@ class Interface:
     """The inputs and the result of compiled code, as tensors (..., N).
 
     given: the inputs, and the expressions that find them in `args`. result: a tree of tensors. Both are as for one
-    robot. TypeError for a result of another precision."""
+    robot. TypeError if a result has a dtype that compiled code lacks."""
 
     def __init__(self, given: Sequence[tuple[str, Tensor]], result: Any, dtype: torch.dtype, device: torch.device):
         self.device, names = device, {}
@@ -4381,9 +4390,9 @@ class Loop:
         """The results for n robots. `threads` share the blocks if that is worth the time to wake them."""
         inputs, outputs = self.interface.read(args, n), self.interface.new(self.interface.rows, n)
         blocks = math.ceil(n / self.robots)
-        shares = min(threads.count, self.operations * blocks // SHARE) if threads else 1
-        ends = [blocks * k // max(1, shares) for k in range(max(1, shares) + 1)]
-        memory = torch.empty(len(ends) - 1, self.bytes, dtype=torch.uint8)
+        shares = max(1, min(threads.count, self.operations * blocks // SHARE)) if threads else 1
+        ends = [blocks * k // shares for k in range(shares + 1)]
+        memory = torch.empty(shares, self.bytes, dtype=torch.uint8)
         loads, stores = self.loads.copy(), self.stores.copy()
         loads[:, 1] = [x.data_ptr() for x in inputs]
         addresses = np.array([x.data_ptr() for x in outputs], dtype=np.int64)
@@ -4401,7 +4410,7 @@ class Loop:
                 words += [len(arrays[0]), *(x.ctypes.data for x in arrays)]
             self.run(*map(ctypes.c_int64, words))
 
-        jobs = [threads.pool.submit(compute, k) for k in range(1, len(ends) - 1)] if threads else []
+        jobs = [threads.pool.submit(compute, k) for k in range(1, shares)]
         compute(0)
         for job in jobs:
             job.result()
@@ -4411,8 +4420,8 @@ class Loop:
 class CompiledFunction:
     """`function` of a step, compiled for the model `base` when it is called first.
 
-    Fields of models may be replaced, as randomisation does. What is no tensor among the arguments is constant.
-    known: of the arguments, see `Recording`."""
+    Fields of models may be replaced, as randomisation does. Arguments that are not tensors are constants of the code.
+    known: a function of the arguments, which gives `known` of `Recording`."""
 
     def __init__(self, function: Callable, base: Model, known: Callable = lambda args: ()):
         self.function, self.base, self.known = function, base, known
@@ -4433,7 +4442,7 @@ class CompiledFunction:
             raise ValueError("the compiled model was changed in place; use dataclasses.replace instead")
 
     def difference(self, model: Model) -> Changed:
-        """The fields that have been replaced. Their tensors are inputs, so they must be numbers (..., N)."""
+        """The fields that have been replaced. Their tensors are inputs: numbers (..., N), or it is a ValueError."""
         fields = () if model is self.base else self.fields
         fields = {x: getattr(model, x) for x in fields if getattr(model, x) is not getattr(self.base, x)}
         for name, field in fields.items():  # the tensors of a terrain have no axis of robots
@@ -4442,7 +4451,7 @@ class CompiledFunction:
         return Changed(fields)
 
     def without_models(self, args: tuple) -> tuple:
-        """The arguments with differences in place of models. ValueError for tensors of a wrong type or device."""
+        """The arguments with a `Changed` in place of each model. ValueError for tensors of a wrong type or device."""
         self.check_model()
         args, like = tree_map_only(Model, self.difference, args), self.base.gravity
         for name, x in named_tensors(args, "args"):
@@ -4476,9 +4485,9 @@ class CompiledFunction:
 
 
 class CompiledCalls:
-    """`function` of (*args, run) for a CPU. It does nothing but call functions of `run`: these become one `Loop`.
+    """`function` of (*args, run) for a CPU. All its arithmetic is in functions of `run`, whose calls become one `Loop`.
 
-    In each call, args must be trees of the same structure, of tensors only. The first one has N columns."""
+    In each call, args must be trees of the same structure, of tensors only. The first tensor has N columns."""
 
     def __init__(self, function: Callable, run: Regions, threads: Threads | None = None):
         self.function, self.run, self.threads = function, run, threads
@@ -4580,7 +4589,7 @@ def one_thread() -> Iterator[None]:
     """PyTorch's operations use one thread inside, also in new threads: a step, and the policy between two steps.
 
     Its further threads wait busily for some milliseconds after an operation. They would keep the cores from those of
-    the physics. PyTorch's number of threads belongs to the process, so this is not for two threads at once."""
+    the step. PyTorch's number of threads belongs to the process, so this is not for two threads at once."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -4727,8 +4736,11 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _prepare_spaces(self) -> None:
         self._observation_rows = 0  # not known yet
-        columns = torch.arange(13, device=self.device) % self.num_envs
-        of_many = map_tensors(lambda x: x[..., columns], self._draw_noise())
+        columns = torch.arange(13, device=self.device) % self.num_envs  # few tensors have 13 rows by chance
+        of_many, generator = map_tensors(lambda x: x[..., columns], self._draw_noise()), torch.Generator(self.device)
+        generator.manual_seed(0)
+        different = (torch.rand(x.shape, generator=generator, out=torch.empty_like(x)) for x in of_many[:3])
+        of_many = Noise(*different, *of_many[3:])
         of_one = map_tensors(lambda x: x[..., -1:], of_many)
         many, one = (check_task(self.settings, self._robots(x.parameters), x) for x in (of_many, of_one))
         check_independence(many, one)
@@ -4781,7 +4793,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         on_cpu = self.device.type == "cpu"
         cores = self._cores = torch.get_num_threads() if on_cpu else 1
         if chunk is None:
-            line = CACHE_LINE // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line, or in a register
+            line = CACHE_LINE // self.dtype.itemsize if on_cpu else 1  # numbers in a cache line
             chunk = line * math.ceil(self.num_envs / math.ceil(self.num_envs / CHUNK) / line)
         else:
             chunk = min(chunk, self.num_envs)
@@ -4797,19 +4809,15 @@ class VecSim(gymnasium.vector.VectorEnv):
             self._environment_step = CompiledCalls(step, self._run, Threads(cores) if cores > 1 else None)
 
     def _part(self, tensors: Any, part: slice | Tensor) -> Any:
-        """`tensors` (..., N) of one chunk."""
+        """`tensors` (..., N) of one chunk. The last chunk may end with copies."""
         return map_tensors(lambda x: x[..., part].contiguous(), tensors)
-
-    def _split(self, tensors: Any) -> list[Any]:
-        """`tensors` (..., N) of every chunk: a Carry, a Noise or a tensor. The last chunk may end with copies."""
-        return [self._part(tensors, part) for part in self._parts]
 
     def _join(self, chunks: Sequence[Any]) -> Any:
         """The tensors (..., N) of which `chunks` are the parts, without the copies."""
         return map_tensors(lambda *parts: torch.cat(parts, -1)[..., : self.num_envs], *chunks)
 
     def _set_carry(self, carry: Carry) -> None:
-        chunks = self._split(carry)
+        chunks = [self._part(carry, part) for part in self._parts]
         if not self._carries:
             self._carries = [map_tensors(torch.clone, chunk) for chunk in chunks]
         for mine, theirs in zip(self._carries, chunks, strict=True):
@@ -4890,15 +4898,12 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _step_chunks(self, action: Tensor) -> Transition:
         """`environment_step` of every chunk, from action (nu, N). Updates states and statistics in place."""
-        drawn = self._draw_noise()
-
-        def step_chunk(part: slice | Tensor, carry: Carry) -> Transition:
+        drawn, transitions = self._draw_noise(), []
+        for part, carry in zip(self._parts, self._carries, strict=True):
             mine, noise = (self._part(x, part) for x in (action, drawn))
             new, transition = self._environment_step(carry, mine, noise)
             copy_tensors(carry, new)
-            return transition
-
-        transitions = list(map(step_chunk, self._parts, self._carries))
+            transitions.append(transition)
         t = transitions[0]
         if len(transitions) > 1 or len(t.ended) > self.num_envs:
             t = self._join(transitions)
@@ -5405,7 +5410,7 @@ for _name in TASKS:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-COMPILING = "compiling, about a minute the first time, 10 seconds once the cache has the code"
+COMPILING = "compiling, about half a minute the first time, some seconds once the cache has the code"
 
 
 @dataclass
@@ -5419,7 +5424,7 @@ class RunFlags:
     device: str = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N"""
     compile: bool = True
-    """compile the physics, the policy and the losses; takes about a minute the first time.
+    """compile the simulator, the policy and the losses; takes about half a minute the first time.
     Without, a run starts at once, and its steps take many times as long"""
     cuda_graphs: bool = True
     """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""

@@ -1,8 +1,8 @@
 """Predicts the speed on a GPU from the code for it: `python -m benchmarks gpu-kernels`.
 
-It needs NVRTC, cuobjdump (`pip install -e ".[gpu-kernels]"`; triton has the latter) and g++, but no GPU. For each task
-it compiles a control step for an H100 and counts the launches, the bytes that they read and write, and the registers
-that they need. The rates follow from a model and are a prediction:
+It needs NVRTC and cuobjdump, but no GPU: `pip install -e ".[gpu-kernels]"` (cuobjdump is in triton). For each task it
+compiles a control step for an H100 and counts the launches, the bytes that they read and write, and the registers that
+they need. The rates follow from a model and are a prediction:
 
 - A launch within a CUDA graph takes 1.5 to 2.5 us and the time of its arithmetic, or longer if its bytes do. Both ends
   are predicted.
@@ -11,9 +11,8 @@ that they need. The rates follow from a model and are a prediction:
 - Memory moves 3.0 TB/s. A launch whose bytes fit 40 MB finds them in the cache of the card, which moves 5.5 TB/s.
 - More than 8,192 robots are stepped in chunks, one after the other.
 
-The model knows no waiting for memory, so it is an upper bound. The tensors are on the CPU, and nothing is launched: the
-counted step computes with arbitrary numbers. With --emulate, g++ compiles the kernels, and the steps are compared with
-eager ones, see tests/emulated_cuda.py.
+The model knows no waiting for memory, so it is an upper bound. The tensors are on the CPU, and nothing is launched.
+With --emulate, which needs g++ alone, the kernels run on the CPU beside eager PyTorch, see tests/emulated_cuda.py.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from benchmarks.referee import save, say
 LAUNCH = 1.5e-6, 2.5e-6  # s
 CLOCK, SCHEDULERS = 1.7e9, 132 * 4  # cycles/s; four for each multiprocessor
 MEMORY, CACHE, CACHE_SIZE = 3.0e12, 5.5e12, 40e6  # bytes/s, bytes/s, bytes
-BYTES_OUTSIDE = 60  # of a launch outside of regions, for one environment: a copy of a few rows
+BYTES_OUTSIDE = 60  # of a launch outside of compiled functions, for one environment: a copy of a few rows
 COUNTED, EMULATED = 4096, 32  # environments of a counted and of an emulated step
 SIZES = 1024, 4096, 16384, 65536, 131072
 HARDWARE = "no GPU; predicted for an NVIDIA H100 (sm_90)"
@@ -125,11 +124,10 @@ def find_nvrtc() -> ctypes.CDLL:
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that launch a kernel, and bytes of what they return."""
+    """Bytes of what each operator returns, of those that launch a kernel."""
 
     def __init__(self):
         super().__init__()
-        self.names: list[str] = []
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -137,7 +135,6 @@ class Operators(TorchDispatchMode):
         returned = operator(*args, **kwargs or {})
         view = not operator._schema.is_mutable and any(r.alias_info for r in operator._schema.returns)
         if not view and not name.startswith("empty") and name not in ("detach", "_reshape_alias"):
-            self.names.append(name)
             self.sizes.append(sum(x.nbytes for x in tree_leaves(returned) if isinstance(x, torch.Tensor)))
         return returned
 
@@ -146,7 +143,7 @@ class CountedCode(vecsim.Code):
     """A compiled function that counts its calls, and what its kernels use. It launches nothing."""
 
     def __init__(self, *arguments):
-        self.calls, self.used, self.operators = 0, [], Operators()
+        self.calls, self.operators = 0, Operators()
         super().__init__(*arguments)
         self.used = USED[-len(self.kernels) :]  # of its kernels, which were the last to be loaded
 
@@ -191,16 +188,16 @@ def count(env_id: str) -> dict:
     with compiled_for_a_gpu():
         env = make_environment(env_id, COUNTED, True)
         action = torch.zeros(env.model.nu, COUNTED)
-        with torch.no_grad(), mock.patch.object(torch, "empty", torch.zeros):  # indices that are there
+        with torch.no_grad(), mock.patch.object(torch, "empty", torch.zeros):  # zeros are indices that exist
             env._step_chunks(action)
         codes = [(name, code) for name, f in vars(env._run).items() for code in f.codes.values()]
         for _, code in codes:
             code.calls = 0
         with torch.no_grad(), Operators() as operators:
             env._step_chunks(action)
-    inside = sum(code.calls * len(code.operators.names) for _, code in codes)  # both count them
+    inside = sum(code.calls * len(code.operators.sizes) for _, code in codes)  # both count them
     regions = [code.record(name) for name, code in codes if code.calls]
-    return dict(env_id=env_id, frame_skip=env.task.frame_skip, regions=regions, outside=len(operators.names) - inside)
+    return dict(env_id=env_id, frame_skip=env.task.frame_skip, regions=regions, outside=len(operators.sizes) - inside)
 
 
 def emulate(env_id: str, steps: int = 2) -> list[dict]:

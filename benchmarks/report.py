@@ -27,7 +27,7 @@ makes physics steps alone, in float64, with the solver and the tolerance of each
 held for one environment step, and the same start states from the middle of episodes. vecsim is timed with observations,
 rewards and resets; the others simulate physics alone, in their favour. The error of one step is the difference in qvel
 from MuJoCo C, whose solver runs to convergence: the largest over the degrees of freedom, divided by
-timestep x (1 + the largest acceleration). The tables of `sim` are older than the compiler of the physics, and show
+timestep x (1 + the largest acceleration). The tables of `sim` are older than the simulator's compiler, and show
 vecsim slower than the second table does.
 
 The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs

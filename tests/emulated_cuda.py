@@ -1,4 +1,4 @@
-"""The CUDA kernels of the physics on a CPU, for machines without a GPU.
+"""The CUDA kernels of a step on a CPU, for machines without a GPU.
 
 g++ compiles their source. A kernel then runs on tensors of the CPU, one thread after the other.
 """
@@ -51,14 +51,14 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: list) -> None:
         assert grid[1:] == block[1:] == (1, 1) and all(x.is_contiguous() for x in args)
-        self.launched["physics"] += 1
+        self.launched["kernels"] += 1
         sizes = torch.tensor([grid[0], block[0]])
         self.function(addresses([sizes, *args]))
 
 
 @contextlib.contextmanager
 def emulated_cuda(launched: Counter):
-    """Compile functions of the physics as for a GPU, but run them on the CPU, where `launched` counts launches."""
+    """Compile functions of a step as for a GPU, but run them on the CPU, where `launched` counts launches."""
 
     def load_module(source: str, names: list[str]) -> dict[str, Kernel]:
         assert names == ["run"]

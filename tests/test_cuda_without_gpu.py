@@ -113,7 +113,7 @@ def test_the_cuda_kernels_of_the_physics_compute_what_eager_pytorch_does(robot, 
     with emulated(monkeypatch, robot) as launched:
         run = vecsim.compile_regions(start_of(robot, dtype)[0])
         assert_emulation_is_exact(robot, dtype, integrator, run)
-    codes = {name: code for name in vars(run) for code in getattr(vars(run)[name], "codes", {}).values()}
+    codes = {name: code for name, function in vars(run).items() for code in function.codes.values()}
     in_pieces = {name for name, code in codes.items() if len(code.kernels) > 1 and code.scratch["s"] > 0}
     assert in_pieces == PIECES[robot][1] & codes.keys()
     evaluations = 2 * (4 if integrator == "rk4" else 1)  # of the dynamics

@@ -1362,6 +1362,12 @@ def test_a_compiler_that_is_not_there(own_cache, monkeypatch):
 REFUSED = {  # what a function does with x (2, 3, N) and i (2, N), and what the message says
     "indexes the second axis": (lambda x, i: x[:, i], "what differs between robots can only index the first axis"),
     "indexes two axes": (lambda x, i: x[i, i], "what differs between robots can only index the first axis"),
+    "adds at an index": (lambda x, i: x.index_put((ROWS % 2,), x, accumulate=True), "use torch.index_add"),
+    "writes at an index of robots": (lambda x, i: x[0].index_put((i[0],), x[0, 0, 0]), "can only index the first axis"),
+    "reads the bits of a constant": (
+        lambda x, i: torch.cat((x, torch.zeros_like(x))).view(torch.int64),
+        "bits of numbers only",
+    ),
     "writes at an index": (lambda x, i: x.index_copy(0, i[:, 0], x), "what differs between robots can only index"),
     "draws": (
         lambda x, i: x + torch.rand(2, 3, 1),
@@ -1370,7 +1376,7 @@ REFUSED = {  # what a function does with x (2, 3, N) and i (2, N), and what the 
     "draws like its argument": (lambda x, i: x + torch.randn_like(x), "would be drawn once for all"),
     "makes a number": (lambda x, i: x * x[0, 0, 0].item(), "item: compiled code has no numbers of Python"),
     "makes an array": (lambda x, i: x + float(x.numpy().mean()), "numpy: compiled code has no numbers of Python"),
-    "computes in another precision": (lambda x, i: (x.float() + 1).double(), "computes in torch.float64, not in torch"),
+    "computes in another precision": (lambda x, i: (x.half() + 1).double(), "computes in torch.float64, not in torch"),
     "has an operator without a rule": (
         lambda x, i: x.sort(0).values,
         "no rule for aten.sort.*(?s:.)*accepts all operators",
@@ -1408,7 +1414,7 @@ def test_integers_have_as_many_bits_as_numbers(own_cache):
     assert torch.equal(compiled(lambda i: i + 3_000_000_000)(i), i + 3_000_000_000)
 
 
-def test_an_exact_program_keeps_every_bit_and_what_is_not_finite():
+def test_an_exact_program_divides_and_keeps_what_is_not_finite():
     """As a task may expect. The physics is faster."""
     x = torch.arange(1.0, 4000)[None]
     bad = torch.tensor([[NAN, INF, -INF, 1.0]])

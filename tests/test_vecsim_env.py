@@ -472,7 +472,7 @@ def test_chunks_change_nothing(env_id, options):
 
 
 def chunk_sizes(env):
-    return [chunk.shape[1] for chunk in env._split(torch.zeros(1, env.num_envs))]
+    return [env._part(torch.zeros(1, env.num_envs), part).shape[1] for part in env._parts]
 
 
 def test_chunks_share_the_robots():
@@ -594,7 +594,7 @@ def put_in_contact(env):
     env.set_state(qpos, qvel)
 
 
-EULER = {"integrator": "euler"}  # as trained; fewer regions to compile than Runge-Kutta's
+EULER = {"integrator": "euler"}  # as trained; fewer functions to compile than Runge-Kutta's
 LIMBS = {"integrator": "implicitfast", "pair_slots": 1, "healthy_z_range": (0.1, 2.0)}
 LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation": False}
 
