@@ -29,9 +29,9 @@ rewards and resets; the others simulate physics alone, in their favour. The erro
 from MuJoCo C, whose solver runs to convergence: the largest over the degrees of freedom, divided by
 timestep x (1 + the largest acceleration). A training ran on the other core meanwhile.
 
-The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs
-found most of their code in the cache, so they compiled faster. A second core helps most where a step is long: Humanoid
-makes 1.42 times the steps of one core, and the pendulum makes fewer.
+The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs and
+those on two cores found most of their code in the cache, so they compiled faster. A second core helps most where a step
+is long: Ant makes 1.92 times the steps of one core, and the pendulum makes fewer.
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one

@@ -147,8 +147,8 @@ def claims():
                 ratio[run["env_id"]] = run["physics_steps_per_second"] / run["mujoco_c_physics_steps_per_second"]
     gain = {name: speed / of_cores[1][name] for name, speed in of_cores[2].items()}
     least, *_, most = sorted(gain, key=gain.get)
-    assert (least, most) == ("InvertedPendulum-v5", "Humanoid-v5") and gain[least] < 1
-    yield f"Humanoid makes {gain[most]:.2f} times the steps of one core"
+    assert (least, most) == ("InvertedPendulum-v5", "Ant-v5") and gain[least] < 1
+    yield f"Ant makes {gain[most]:.2f} times the steps of one core"
     run = result("ppo/Humanoid-v5-seed1.json")
     score = run["gymnasium"]
     assert (
