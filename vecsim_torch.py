@@ -3130,10 +3130,15 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
 
 
 def check_independence(many: Answers, one: Answers) -> None:
-    """InputError if an answer for the last of `many` robots differs from that for this robot alone, in `one`."""
+    """InputError if an answer for the last of `many` robots differs from that for this robot alone, in `one`.
+
+    Batched solvers round differently, and contacts amplify that; a difference of 0.1% of all numbers together passes.
+    """
     for (name, given), (_, alone) in zip(many.all, one.all, strict=True):
-        if not torch.allclose(given[..., -1:].double(), alone.double(), rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise InputError(f"{name} of a robot depends on the other robots; each has a column of its own")
+        given, alone = given[..., -1:].double(), alone.double()
+        tolerance = 1e-3 * (1 + float(alone.nan_to_num().abs().sum()))  # host sync
+        if not torch.allclose(given, alone, rtol=0, atol=tolerance, equal_nan=True):
+            raise InputError(f"{name} of a robot depends on the other robots, but a task computes each of them alone")
 
 
 class Robots(NamedTuple):
@@ -3459,7 +3464,7 @@ class Recorder(TorchDispatchMode):
         if id(x) in self.arrays:
             return self.arrays[id(x)][1]
         if id(x) not in self.constants:
-            self.constants[id(x)] = x, as_objects(x.flatten().tolist(), x.shape)
+            self.constants[id(x)] = x, as_objects(x.flatten().tolist(), x.shape)  # host sync
         return self.constants[id(x)][1]
 
     def keep(self, x: Tensor, array: np.ndarray) -> None:
@@ -3573,6 +3578,7 @@ def product(r: Recorder, result: Tensor, a: np.ndarray, b: np.ndarray) -> np.nda
 
 
 def sign(r: Recorder, result: Tensor, x: np.ndarray) -> np.ndarray:
+    """-1, 0 or 1."""
     is_positive, is_negative = (r.elementwise(name, x, 0) for name in ("gt", "lt"))
     return r.elementwise("where", is_positive, 1, r.elementwise("where", is_negative, -1, 0))
 
@@ -3597,10 +3603,12 @@ def floor_divide(r: Recorder, result: Tensor, x: Any, y: Any) -> np.ndarray:
 
 
 def truths(r: Recorder, *arrays: Any) -> list[np.ndarray]:
+    """Whether the elements differ from 0."""
     return [r.elementwise("ne", x, 0) for x in arrays]
 
 
 def variance(r: Recorder, result: Tensor, x: np.ndarray, axes: Sequence[int], correction: float) -> np.ndarray:
+    """The sum of squares about the mean, divided by the count without `correction`."""
     axes = axes or range(x.ndim)
     count = math.prod(x.shape[axis] for axis in axes)
     mean = r.elementwise("div", r.reduce("add", x, axes, True), count)
@@ -3669,8 +3677,7 @@ def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
 
 SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot atan2 fmod lt le gt ge eq ne where".split()
 SAME_NAME += [name for name in OF_ONE_NUMBER if name != "rint"]
-OTHER_NAME = {"maximum": "max", "minimum": "min", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
-OTHER_NAME |= {"bitwise_not": "not"}
+OTHER_NAME = {"maximum": "max", "minimum": "min"} | {f"bitwise_{name}": name for name in ("and", "or", "xor", "not")}
 OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
 RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the recorder, the result, and the arguments
     "rsub": lambda r, _, a, b: r.elementwise("sub", b, a),
@@ -4120,7 +4127,7 @@ class Changed(NamedTuple):
 class Recording:
     """What `function` of `args` does, in plain PyTorch, recorded as a `Program`.
 
-    args: trees of tensors, which are inputs; all else is constant. A `Changed` stands for the model `base` with other
+    args: trees of tensors, which are inputs. All else is constant. A `Changed` stands for the model `base` with other
     fields. known: arrays of values of the tensors, see `Recorder.input`."""
 
     def __init__(self, function: Callable, base: Model, args: tuple, known: Iterable = (), exact: bool = False):
