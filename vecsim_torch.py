@@ -4033,33 +4033,44 @@ def instruction_set() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {platform.machine()} {(flags or lines)[0]}"
 
 
+def from_cache(key: str, suffix: str, build: Callable[[Path], None], again: bool = False) -> Path:
+    """The file with the compiled code of `key`, in the folder where PyTorch keeps its own.
+
+    build writes it to a path, if it is not there or must be built again."""
+    folder = Path(cache_dir()) / "vecsim"
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}{suffix}"
+    if again or not path.exists() or not path.stat().st_size:  # a full disk may leave an empty file
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / "code"
+            build(built)
+            built.replace(path)  # whole or not at all: other processes look for it
+    return path
+
+
 def build_cpp(source: str) -> Callable[..., None]:
     """Compile with $CXX or g++. Returns the C function `run`. Python's lock is free while it runs.
 
-    Compiled code stays in the folder where PyTorch keeps its own. RuntimeError if there is no compiler or it fails."""
+    RuntimeError if there is no compiler or it fails."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
     words = [*shlex.split(os.environ.get("CXX") or "g++"), *flags]
-    folder = Path(cache_dir()) / "vecsim"
-    key = " ".join((instruction_set(), *words, source))
-    library = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.so"
-    loaded = None
-    with contextlib.suppress(OSError):  # there is none, or it is damaged
-        loaded = ctypes.CDLL(str(library))
-    if loaded is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            code, built = Path(scratch) / "code.cpp", Path(scratch) / "code.so"
-            code.write_text(source)
-            try:
-                done = subprocess.run([*words, code, "-o", built], capture_output=True, text=True)
-            except OSError as error:
-                advice = "name a C++ compiler in $CXX, or do not compile"
-                raise RuntimeError(f"{words[0]}: {error.strerror}; {advice}") from None
-            if done.returncode:
-                raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
-            built.replace(library)  # whole or not at all: other processes look for it
-        loaded = ctypes.CDLL(str(library))
-    function = loaded.run
+
+    def build(path: Path) -> None:
+        code = path.with_suffix(".cpp")
+        code.write_text(source)
+        try:
+            done = subprocess.run([*words, code, "-o", path], capture_output=True, text=True)
+        except OSError as error:
+            advice = "name a C++ compiler in $CXX, or do not compile"
+            raise RuntimeError(f"{words[0]}: {error.strerror}; {advice}") from None
+        if done.returncode:
+            raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
+
+    file = functools.partial(from_cache, " ".join((instruction_set(), *words, source)), ".so", build)
+    try:
+        function = ctypes.CDLL(str(file())).run
+    except OSError:  # it is damaged
+        function = ctypes.CDLL(str(file(again=True))).run
     function.restype = None
     return function
 
@@ -4077,19 +4088,26 @@ def load_cuda(code: bytes) -> Callable[[Sequence[Tensor], int], None]:
 def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
     """The machine code (cubin) of CUDA C++ for a GPU of this capability."""
     library = torch.cuda._utils._get_gpu_rtc_library()
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    version, update = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(version), ctypes.byref(update))
     flags = "--gpu-architecture=sm_{}{}".format(*capability), "--prec-div=false", "--prec-sqrt=false", "-w"
-    options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"step.cu", 0, None, None)
-    failed = library.nvrtcCompileProgram(program, len(flags), options)
-    what = "ProgramLog" if failed else "CUBIN"
-    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-    answer = ctypes.create_string_buffer(size.value)
-    getattr(library, f"nvrtcGet{what}")(program, answer)
-    library.nvrtcDestroyProgram(ctypes.byref(program))
-    if failed:
-        raise RuntimeError(f"NVRTC failed: {answer.value.decode()}")
-    return answer.raw
+
+    def build(path: Path) -> None:
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"step.cu", 0, None, None)
+        failed = library.nvrtcCompileProgram(program, len(flags), options)
+        what = "ProgramLog" if failed else "CUBIN"
+        getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        answer = ctypes.create_string_buffer(size.value)
+        getattr(library, f"nvrtcGet{what}")(program, answer)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+        if failed:
+            raise RuntimeError(f"NVRTC failed: {answer.value.decode()}")
+        path.write_bytes(answer.raw)
+
+    key = " ".join((f"NVRTC {version.value}.{update.value}", *flags, source))
+    return from_cache(key, ".cubin", build).read_bytes()
 
 
 BLOCK = 32  # threads of a block on a GPU: a warp, so that 4,096 robots are on 128 multiprocessors

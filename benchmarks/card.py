@@ -1,12 +1,13 @@
-"""What the predictions in gpu_kernels.py assume of a card: time of a launch, speed of its memory. Prints JSON.
+"""What the predictions in gpu_kernels.py assume of a card: time of a launch, speed of its memory. Writes JSON.
 
-python -m benchmarks.card cuda
+python -m benchmarks.card cuda card.json
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
@@ -44,4 +45,5 @@ def measure(device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(vecsim_torch.pick_device(sys.argv[1])), indent=1))
+    _, device, path = sys.argv
+    Path(path).write_text(json.dumps(measure(vecsim_torch.pick_device(device)), indent=1))

@@ -28,7 +28,6 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
@@ -118,9 +117,17 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def find_nvrtc() -> ctypes.CDLL:
-    """The library in the package nvidia-cuda-nvrtc-cu12. A build of PyTorch for CPUs comes without it."""
+    """PyTorch's own, or for a build of PyTorch for CPUs, which has none, that of the package nvidia-cuda-nvrtc-cu12."""
+    if torch.version.cuda:
+        return torch.cuda._utils._get_gpu_rtc_library()
     [folder] = importlib.util.find_spec("nvidia.cuda_nvrtc").submodule_search_locations
     return ctypes.CDLL(str(Path(folder) / "lib/libnvrtc.so.12"))
+
+
+def nvrtc_version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    find_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
 
 
 class Operators(TorchDispatchMode):
@@ -241,7 +248,7 @@ def write(options: Namespace) -> None:
             tasks[env_id] = count(env_id) | dict(commit=machine.commit())
         except ModuleNotFoundError as error:
             raise SystemExit(f'error: {error}; pip install -e ".[gpu-kernels]"') from None
-        versions = {name: metadata.version(name) for name in ("torch", "nvidia-cuda-nvrtc-cu12")}
+        versions = dict(torch=torch.__version__, nvrtc=nvrtc_version())
         rows = [predict(task, vecsim.CHUNK) for task in tasks.values()]
         about = dict(hardware=HARDWARE, commit=machine.commit(), command="python -m benchmarks gpu-kernels")
         save(path, about | dict(versions=versions, tasks=rows))

@@ -467,4 +467,4 @@ def test_jax_translates_the_training_for_cuda(tmp_path):
     run = jax.jit(jax.vmap(functools.partial(ppo_jax.advance, setup), in_axes=(0, 0, None)))
     text = run.trace(hyper, state, np.int32(1)).lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.while" in text and "f64" not in text
-    assert set(re.findall(r"custom_call @(\w+)", text)) <= {"cusolver_potrf_ffi"}
+    assert set(re.findall(r"custom_call @(\w+)", text)) <= {"cusolver_potrf_ffi", "AllocateBuffer"}

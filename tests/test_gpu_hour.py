@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_benchmark import accept
 
 import vecsim_torch
@@ -137,7 +138,7 @@ def test_a_rate_is_predicted_by_hand():
 @pytest.mark.slow
 def test_the_code_for_a_gpu_computes_what_eager_pytorch_does(tmp_path):
     """Emulated on the CPU; and the counts of that code, which become a prediction."""
-    for package in ("triton", "nvidia.cuda_nvrtc"):
+    for package in ("triton", *(() if torch.version.cuda else ("nvidia.cuda_nvrtc",))):
         pytest.importorskip(package, reason=f'no {package}; pip install -e ".[gpu-kernels]"')
     words = [sys.executable, "-m", "benchmarks", "gpu-kernels", "--env-id", "InvertedPendulum-v5"]
     words += ["--results", str(tmp_path)]

@@ -1337,6 +1337,59 @@ def test_an_emptied_library_is_built_again(own_cache, monkeypatch, tmp_path):
     assert len(names) == 2 and all((folder / name).stat().st_size > 0 for name in names)
 
 
+class Nvrtc:
+    """Stands in for NVRTC: the machine code of a source is its length, and an empty source is an error."""
+
+    def __init__(self, version):
+        self.version, self.sources = version, []
+
+    def nvrtcVersion(self, *places):
+        for place, number in zip(places, self.version, strict=True):
+            place._obj.value = number
+
+    def nvrtcCreateProgram(self, program, source, *_):
+        self.sources.append(source)
+
+    def nvrtcCompileProgram(self, program, count, flags):
+        self.answer = b"cubin\0%d %s" % (len(self.sources[-1]), flags[0]) if self.sources[-1] else b"nothing to compile"
+        return int(not self.sources[-1])
+
+    def nvrtcGetCUBINSize(self, program, size):
+        size._obj.value = len(self.answer)
+
+    def nvrtcGetCUBIN(self, program, answer):
+        answer.raw = self.answer
+
+    nvrtcGetProgramLogSize, nvrtcGetProgramLog = nvrtcGetCUBINSize, nvrtcGetCUBIN
+    nvrtcDestroyProgram = lambda self, program: None
+
+
+def test_kernels_are_compiled_once_and_then_read_from_the_disk(monkeypatch, tmp_path):
+    """For each source, GPU and version of NVRTC. Nothing of what failed stays."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hopper, blackwell = (9, 0), (10, 0)
+
+    def compiles(version, source, capability, answer):
+        library = Nvrtc(version)
+        monkeypatch.setattr(torch.cuda._utils, "_get_gpu_rtc_library", lambda: library)
+        assert vecsim.nvrtc(source, capability) == answer
+        return len(library.sources)
+
+    assert compiles((13, 0), "two", hopper, b"cubin\x003 --gpu-architecture=sm_90") == 1
+    assert compiles((13, 0), "two", hopper, b"cubin\x003 --gpu-architecture=sm_90") == 0
+    assert compiles((13, 0), "four", hopper, b"cubin\x004 --gpu-architecture=sm_90") == 1
+    assert compiles((13, 0), "two", blackwell, b"cubin\x003 --gpu-architecture=sm_100") == 1
+    assert compiles((13, 1), "two", hopper, b"cubin\x003 --gpu-architecture=sm_90") == 1
+    files = list((tmp_path / "vecsim").iterdir())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="NVRTC failed: nothing to compile"):
+            compiles((13, 0), "", hopper, b"")
+    assert len(files) == 4 and set((tmp_path / "vecsim").iterdir()) == set(files)
+    for file in files:
+        file.write_bytes(b"")
+    assert compiles((13, 0), "two", hopper, b"cubin\x003 --gpu-architecture=sm_90") == 1
+
+
 def test_an_empty_name_of_the_compiler_means_gcc(own_cache, monkeypatch):
     monkeypatch.setenv("CXX", "")
     x = torch.ones(1, 8, dtype=torch.float64)
