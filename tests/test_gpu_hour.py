@@ -47,7 +47,7 @@ def test_a_block_takes_at_most_nine_minutes_and_its_program_accepts_its_command(
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["gpu", "card", "fly"], "unknown block 'fly'; choose from card, tests"),
+        (["gpu", "card", "fly"], "unknown block 'fly'; choose from card, physics-Ant-v5"),
         (["gpu", "--device", "cpu"], "rehearse with --device cpu --quick"),
     ],
 )
