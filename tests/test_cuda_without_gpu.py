@@ -35,8 +35,10 @@ import ppo_recurrent_gpu_torch as recurrent
 import sac_gpu_torch as sac
 import vecsim_torch as vecsim
 
+TESTED = "2.9", "2.11", "2.13", "2.15"
 needs_tested_torch = pytest.mark.skipif(
-    not torch.__version__.startswith("2.13."), reason="relies on private names of PyTorch 2.13"
+    not torch.__version__.startswith(tuple(f"{version}." for version in TESTED)),
+    reason=f"relies on private names of PyTorch {', '.join(TESTED)}",
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
