@@ -3459,6 +3459,7 @@ class Recorder(TorchDispatchMode):
         self.program = program
         self.arrays: dict[int, tuple[Tensor, np.ndarray]] = {}  # by id; the tensor keeps its id alive
         self.constants: dict[int, tuple[Tensor, np.ndarray]] = {}  # the same, of tensors that do not depend on an input
+        self.inputs: set[int] = set()  # ids
 
     def array(self, x: Tensor) -> np.ndarray:
         if id(x) in self.arrays:
@@ -3479,6 +3480,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, Value):
                 values[row] = self.program.append(kind, "load", number, row)
         self.keep(one, as_objects(values, one.shape))
+        self.inputs.add(id(one))
         return one
 
     def elementwise(self, name: str, *args: Any) -> np.ndarray:
@@ -3500,7 +3502,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in function.tags:
             raise NotImplementedError("random numbers would be drawn once for all steps: use the task's random_rows")
         is_known = any(id(x) in self.arrays for x in tree_leaves((args, kwargs)))
-        if is_known and name == "copy_":  # torch.func.functionalize writes back what changed
+        if name == "copy_" and id(args[0]) in self.inputs:  # torch.func.functionalize writes back what changed
             raise NotImplementedError("a task changed an argument of its method in place: clone it before")
         if is_known and (name not in RULES or kwargs.keys() - OF_MEMORY):
             with self:  # PyTorch may know simpler operators for it
@@ -3641,6 +3643,29 @@ def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool = False
     return tuple(np.expand_dims(y, axis) if keep else y for y in (best, index))
 
 
+def sort(
+    r: Recorder, result: Any, x: np.ndarray, axis: int = -1, descending: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows in order, NaN above all numbers, and their indices. Neighbours change places until nothing moves."""
+    rows = list(np.moveaxis(x, axis, 0))
+    rows = [(row, as_objects([k] * row.size, row.shape)) for k, row in enumerate(rows)]
+    for last in range(len(rows) - 1, 0, -1):
+        for k in range(last):
+            (low, _), (high, _) = pair = rows[k : k + 2]
+            if descending:
+                low, high = high, low
+            is_nan = r.elementwise("and", r.elementwise("ne", low, low), r.elementwise("eq", high, high))
+            swap = r.elementwise("or", r.elementwise("lt", high, low), is_nan)
+            for place, (first, second) in ((k, pair[::-1]), (k + 1, pair)):
+                rows[place] = tuple(r.elementwise("where", swap, a, b) for a, b in zip(first, second, strict=True))
+    return tuple(np.stack(columns, axis) for columns in zip(*rows, strict=True))
+
+
+def top(r: Recorder, result: Any, x: np.ndarray, k: int, axis: int = -1, largest: bool = True, *_) -> Any:
+    """torch.topk, which puts NaN above all numbers."""
+    return tuple(np.take(y, range(k), axis) for y in sort(r, result, x, axis, largest))
+
+
 def write(x: np.ndarray, axis: int, index: Any, source: np.ndarray) -> np.ndarray:
     """x after x[index] = source, where `index` is one of this axis."""
     copy = x.copy()
@@ -3693,6 +3718,8 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "all": lambda r, result, x, axes=(), keep=False: r.reduce("and", convert(r, result, x), axes, keep),
     "argmax": lambda r, _, *args: extreme(r, "gt", *args)[1],
     "argmin": lambda r, _, *args: extreme(r, "lt", *args)[1],
+    "sort": sort,
+    "topk": top,
     "mm": product,
     "bmm": product,
     "isnan": lambda r, _, x: r.elementwise("ne", x, x),

@@ -159,6 +159,10 @@ CASES = {
     "amax prod": lambda x, t, bad, **_: (
         *(x.amax(0), t.amax((0, 1)), x.prod(0), t.prod(1, keepdim=True), bad.amax(0), bad.amin(0)),
     ),
+    "sort topk": lambda x, t, i, bad, **_: (
+        *(*x.sort(0), *t.sort(1, descending=True), *bad.sort(0), *bad.sort(0, descending=True), i.sort(0)[0]),
+        *(*x.topk(2, 0), *t.topk(1, 1, largest=False), bad.topk(1, 0)[0], t.argsort(0), x[:1].sort(0)[0]),
+    ),
     "flip repeat": lambda x, t, **_: (x.flip(0), t.flip(0, 1) + 0, x.repeat(2, 1), x.repeat(2, 1, 1)),
     "full_like new_ones new_full": lambda x, **_: (
         *(torch.full_like(x, 2.5) * x, x.new_ones(3, 1) + x, x.new_full((3, 1), 0.5) * x),
@@ -1431,8 +1435,16 @@ REFUSED = {  # what a function does with x (2, 3, N) and i (2, N), and what the 
     "makes an array": (lambda x, i: x + float(x.numpy().mean()), "numpy: compiled code has no numbers of Python"),
     "computes in another precision": (lambda x, i: (x.half() + 1).double(), "computes in torch.float64, not in torch"),
     "has an operator without a rule": (
-        lambda x, i: x.sort(0).values,
-        "no rule for aten.sort.*(?s:.)*accepts all operators",
+        lambda x, i: x.cummax(0).values,
+        "no rule for aten.cummax.*(?s:.)*accepts all operators",
+    ),
+    "has an operator that PyTorch makes of changes in place": (
+        lambda x, i: torch.isclose(x, 2 * x),
+        "no rule for aten.copy_.*(?s:.)*accepts all operators",
+    ),
+    "fills its argument": (
+        lambda x, i: x.zero_(),
+        "a task changed an argument of its method in place: clone it before",
     ),
     "changes its argument": (
         lambda x, i: x.mul_(2),
