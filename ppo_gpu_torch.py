@@ -9,8 +9,8 @@
     python ppo_gpu_torch.py --play runs/NAME/checkpoint.pt --export policy.onnx
     torchrun --nproc-per-node=2 ppo_gpu_torch.py --env-id Ant-v5            # several GPUs share the environments
 
-Scores on one AMD EPYC core, medians of 3 seeds in Gymnasium's own environments: InvertedPendulum-v5 1,000 after 12 s,
-HalfCheetah-v5 8,506 after 6 minutes, Hopper-v5 3,478 after 8, Ant-v5 4,578 after 14. README.md has the other tasks.
+Scores on one AMD EPYC core, medians of 5 seeds in Gymnasium's own environments: InvertedPendulum-v5 1,000 after 9 s,
+HalfCheetah-v5 8,014 after 3 minutes, Hopper-v5 3,368 after 4, Ant-v5 4,293 after 6. README.md has the other tasks.
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 

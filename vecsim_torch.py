@@ -1842,8 +1842,8 @@ def choose_pairs(parameter: Tensor, index: Tensor) -> Tensor:
 def smallest(values: Tensor, count: int) -> Tensor:
     """Rows (count, N) of the smallest numbers in each column of values (P, N), the smallest first.
 
-    torch.topk does the same, but the compiler writes no code for it, and argmin is slow. So the last bits of each
-    number become its row. Numbers that differ only in these bits count as equal.
+    torch.topk does the same, but needs several times the operations in compiled code. So the last bits of each number
+    become its row. Numbers that differ only in these bits count as equal.
     """
     integers = torch.int32 if values.dtype == torch.float32 else torch.int64
     bits, largest = values.view(integers), torch.iinfo(integers).max
@@ -3644,26 +3644,28 @@ def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool = False
 
 
 def sort(
-    r: Recorder, result: Any, x: np.ndarray, axis: int = -1, descending: bool = False
+    r: Recorder, result: Any, x: np.ndarray, axis: int = -1, descending: bool = False, count: float = math.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows in order, NaN above all numbers, and their indices. Neighbours change places until nothing moves."""
-    rows = list(np.moveaxis(x, axis, 0))
+    """The rows, of which the first `count` are in order, NaN above all numbers; and their indices.
+
+    Neighbours in the wrong order change places, from the last to the first. Equal rows keep their order."""
+    rows = np.moveaxis(x, axis, 0)
     rows = [(row, as_objects([k] * row.size, row.shape)) for k, row in enumerate(rows)]
-    for last in range(len(rows) - 1, 0, -1):
-        for k in range(last):
+    for first in range(min(count, len(rows) - 1)):
+        for k in range(len(rows) - 2, first - 1, -1):
             (low, _), (high, _) = pair = rows[k : k + 2]
             if descending:
                 low, high = high, low
             is_nan = r.elementwise("and", r.elementwise("ne", low, low), r.elementwise("eq", high, high))
             swap = r.elementwise("or", r.elementwise("lt", high, low), is_nan)
-            for place, (first, second) in ((k, pair[::-1]), (k + 1, pair)):
-                rows[place] = tuple(r.elementwise("where", swap, a, b) for a, b in zip(first, second, strict=True))
-    return tuple(np.stack(columns, axis) for columns in zip(*rows, strict=True))
+            for place, (yes, no) in ((k, pair[::-1]), (k + 1, pair)):
+                rows[place] = tuple(r.elementwise("where", swap, a, b) for a, b in zip(yes, no, strict=True))
+    return tuple(np.stack(column, axis) for column in zip(*rows, strict=True)) if rows else (x, x)
 
 
 def top(r: Recorder, result: Any, x: np.ndarray, k: int, axis: int = -1, largest: bool = True, *_) -> Any:
-    """torch.topk, which puts NaN above all numbers."""
-    return tuple(np.take(y, range(k), axis) for y in sort(r, result, x, axis, largest))
+    """torch.topk, with NaN above all numbers. Of equal rows it takes the first, PyTorch any."""
+    return tuple(np.take(y, range(k), axis) for y in sort(r, result, x, axis, largest, k))
 
 
 def write(x: np.ndarray, axis: int, index: Any, source: np.ndarray) -> np.ndarray:
@@ -4060,17 +4062,24 @@ def instruction_set() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {platform.machine()} {(flags or lines)[0]}"
 
 
-def from_cache(key: str, suffix: str, build: Callable[[Path], None], again: bool = False) -> Path:
+DIGEST = hashlib.sha256().digest_size
+
+
+def from_cache(key: str, suffix: str, build: Callable[[Path], None]) -> Path:
     """The file with the compiled code of `key`, in the folder where PyTorch keeps its own.
 
-    build writes it to a path, if it is not there or must be built again."""
+    `build` writes the code to the path that it is given. It is called if the file is missing or damaged. The file ends
+    with a digest of the code, which the loader of a library ignores."""
     folder = Path(cache_dir()) / "vecsim"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}{suffix}"
-    if again or not path.exists() or not path.stat().st_size:  # a full disk may leave an empty file
+    data = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / "code"
             build(built)
+            data = built.read_bytes()
+            built.write_bytes(data + hashlib.sha256(data).digest())
             built.replace(path)  # whole or not at all: other processes look for it
     return path
 
@@ -4093,11 +4102,7 @@ def build_cpp(source: str) -> Callable[..., None]:
         if done.returncode:
             raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
 
-    file = functools.partial(from_cache, " ".join((instruction_set(), *words, source)), ".so", build)
-    try:
-        function = ctypes.CDLL(str(file())).run
-    except OSError:  # it is damaged
-        function = ctypes.CDLL(str(file(again=True))).run
+    function = ctypes.CDLL(str(from_cache(" ".join((instruction_set(), *words, source)), ".so", build))).run
     function.restype = None
     return function
 
@@ -4114,7 +4119,7 @@ def load_cuda(code: bytes) -> Callable[[Sequence[Tensor], int], None]:
 
 def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
     """The machine code (cubin) of CUDA C++ for a GPU of this capability."""
-    library = torch.cuda._utils._get_gpu_rtc_library()
+    library = torch.cuda._utils._get_nvrtc_library()
     version, update = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(version), ctypes.byref(update))
     flags = "--gpu-architecture=sm_{}{}".format(*capability), "--prec-div=false", "--prec-sqrt=false", "-w"
@@ -4134,7 +4139,7 @@ def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
         path.write_bytes(answer.raw)
 
     key = " ".join((f"NVRTC {version.value}.{update.value}", *flags, source))
-    return from_cache(key, ".cubin", build).read_bytes()
+    return from_cache(key, ".cubin", build).read_bytes()[:-DIGEST]
 
 
 BLOCK = 32  # threads of a block on a GPU: a warp, so that 4,096 robots are on 128 multiprocessors

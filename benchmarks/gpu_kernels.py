@@ -119,7 +119,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 def find_nvrtc() -> ctypes.CDLL:
     """PyTorch's own, or for a build of PyTorch for CPUs, which has none, that of the package nvidia-cuda-nvrtc-cu12."""
     if torch.version.cuda:
-        return torch.cuda._utils._get_gpu_rtc_library()
+        return torch.cuda._utils._get_nvrtc_library()
     [folder] = importlib.util.find_spec("nvidia.cuda_nvrtc").submodule_search_locations
     return ctypes.CDLL(str(Path(folder) / "lib/libnvrtc.so.12"))
 
@@ -186,7 +186,7 @@ def compiled_for_a_gpu():
         replace = lambda owner, **names: stack.enter_context(mock.patch.multiple(owner, **names))
         replace(vecsim, on_gpu=lambda device: True, Code=CountedCode)
         replace(torch.cuda, get_device_capability=lambda device=None: (9, 0))
-        replace(torch.cuda._utils, _get_gpu_rtc_library=lambda: library, _cuda_load_module=load_module)
+        replace(torch.cuda._utils, _get_nvrtc_library=lambda: library, _cuda_load_module=load_module)
         yield
 
 

@@ -226,6 +226,7 @@ def scores(name: str, runs: list[dict]) -> str:
             times = [of_each(members, key) for key in ("train_seconds", "compile_seconds")]
             row |= {"training, s": times[0], "compiled in, s": times[1]}
         form = ",.0f" if abs(scored[0]["mean"]) >= 100 else ".1f"
+        row["median score"] = f"{statistics.median(scores_of(members)):{form}}"
         texts = (f"{x['mean']:{form}} ± {x['std']:{form}}" for x in scored)
         row["score of each seed (20 episodes)"] = " / ".join(texts)
         simulated = (run.get("vecsim") or run.get("mjx") for run in members)

@@ -105,6 +105,12 @@ def test_a_block_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypat
     assert "--force runs it again" in capsys.readouterr().err
 
 
+def test_the_first_blocks_fit_a_short_loan():
+    """A loan may be of a quarter of an hour, of which the start takes two minutes; a command ends after ten."""
+    minutes = [block.minutes for block in gpu.BLOCKS[:5]]
+    assert sum(minutes[:3]) <= 9 and sum(minutes) <= 12
+
+
 def test_the_counts_of_pytest_are_read(tmp_path):
     (tmp_path / "log").write_text("slowest\n1 failed, 7 passed, 3 skipped, 900 deselected in 61.00s\n")
     assert gpu.tests(tmp_path) == {"passed": (7, None), "failed": (1, 0), "skipped": (3, 0)}
