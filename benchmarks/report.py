@@ -259,7 +259,7 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
         yield tables.first_hour(measured)
     yield SCORES
     yield from picture("curves.png", "score over training time")
-    for name in ("ppo", "sac", "dqn", "mjx", "tasks"):
+    for name in ("ppo", "bf16", "sac", "dqn", "mjx", "tasks"):
         if found := [run for run in load(f"{name}/*-seed*.json") if run.get("gymnasium")]:
             yield tables.scores(name, found)
             if name != "ppo":
