@@ -221,6 +221,15 @@ def claims():
     assert ant.seeds == cheetah.seeds
     yield f"HalfCheetah {cheetah.score} after {cheetah.seconds / 60:.0f} (medians of {cheetah.seeds} seeds"
     yield f"Humanoid {humanoid.score} after {humanoid.seconds / 60:.0f} ({humanoid.seeds} seeds)"
+    short = [median_run("bf16", f"{task}-v5") for task in ("Ant", "HalfCheetah")]
+    assert short[0].seeds == short[1].seeds == ant.seeds
+    yield "Ant scores {} after {:.0f} s and HalfCheetah {} after {:.0f} s".format(
+        *(x for run in short for x in (run.score, run.seconds))
+    )
+    yield f"(medians of {ant.seeds} seeds). The hyper"
+    assert all(0.4 < b.seconds / a.seconds < 0.55 for a, b in zip((ant, cheetah), short, strict=True))  # half
+    yield f"Ant scores {short[0].score} with it and {ant.score} without"
+    yield f"HalfCheetah {short[1].score} and {cheetah.score} (medians of {ant.seeds} seeds"
     peers = []
     for name in ("ours-ppo", "sb3-ppo"):
         curves = [result(f"peers/HalfCheetah-v5/{name}-seed{seed}.json")["curve"] for seed in (1, 2, 3)]
