@@ -38,4 +38,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   echo "error: $python lacks this project's packages; activate its environment, or set PYTHON" >&2
   exit 1
 }
-PYTHONPATH=$root exec "$python" -P -m benchmarks "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m benchmarks "$@"

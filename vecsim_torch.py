@@ -4102,7 +4102,8 @@ def build_cpp(source: str) -> Callable[..., None]:
         if done.returncode:
             raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
 
-    function = ctypes.CDLL(str(from_cache(" ".join((instruction_set(), *words, source)), ".so", build))).run
+    key = " ".join((instruction_set(), *platform.libc_ver(), *words, source))
+    function = ctypes.CDLL(str(from_cache(key, ".so", build))).run
     function.restype = None
     return function
 

@@ -8,7 +8,8 @@
 The first five blocks should take 12 minutes. They show what a step and a training of Ant cost, and where the time goes.
 A block is one command. It writes results/gpu/<block>.json and prints one line. It is ended after 9 minutes; what its
 files hold by then counts. A block that fails stops no other. Rates are predicted in results/gpu/predicted.json, which
-`python -m benchmarks gpu-kernels` writes. Scores to reach are those of runs.toml, and errors are those of a CPU.
+`python -m benchmarks gpu-kernels` writes. Scores to reach are those of runs.toml, and errors are those of a CPU. Where
+there is no git, $COMMIT is the commit that the files name.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_kernels, machine, runs
-from benchmarks.referee import save, say
+from benchmarks.referee import CACHES, save, say
 
 LIMIT = 540  # s until a block is ended
 TO_A_MINUTE = [0, 60]  # s from the start of a training to its first step: our goal
-COMPILATION = [3, 45]  # s; one core takes 4 (HalfCheetah) to 38 (the quadrupeds), and the cores share the kernels
+COMPILATION = [3, 45]  # s; one core took 4 (HalfCheetah) to 38 (the quadrupeds) for `gpu-kernels`; cores share it
 
 # What a block found, by name: the value and what was predicted, which is a number, [lowest, highest] or None.
 Figures = dict[str, tuple[Any, Any]]
@@ -228,8 +229,8 @@ def words_of(block: Block, options: Namespace, out: Path | str) -> list[str]:
 
 def execute(words: list[str], log: Path) -> str:
     """Run a command, for LIMIT seconds at most; return how it ended: "done" or what went wrong."""
-    environment = os.environ | dict(PYTHON=sys.executable, PYTHONPATH=str(machine.ROOT), PYTHONUNBUFFERED="1")
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(log.parent / "compiled")  # empty: every block compiles
+    environment = os.environ | dict(PYTHON=sys.executable, PYTHONPATH=machine.python_path(), PYTHONUNBUFFERED="1")
+    environment |= {name: str(log.parent / name) for name in CACHES}  # empty: every block compiles
     words = [sys.executable, *words[1:]] if words[0] == "python" else words
     with log.open("w") as out:
         options = dict(cwd=machine.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)

@@ -18,9 +18,14 @@ def output(*command: str) -> str:
         return ""
 
 
+def python_path() -> str:
+    """$PYTHONPATH for programs that need this repository and this interpreter's packages."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def commit() -> str:
-    """Commit of this repository, "with changes" where Python or shell files differ from it."""
-    name = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown"
+    """Commit of this repository, "with changes" where Python or shell files differ from it; without git $COMMIT."""
+    name = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown")
     changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py", "*.sh", "*.toml")
     return f"{name} with changes" if changed else name
 

@@ -90,6 +90,8 @@ class Process:
         self.log = environments.CACHE / f"{re.sub(r'[^a-z0-9]+', '-', contender.program)}-{contender.variant}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = environment_of(contender, settings, options)
+        if python == sys.executable:
+            environment["PYTHONPATH"] = machine.python_path()
         if caches:
             environment |= {name: str(caches / name) for name in CACHES}
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it keeps only what took a second

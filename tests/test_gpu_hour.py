@@ -105,6 +105,20 @@ def test_a_block_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypat
     assert "--force runs it again" in capsys.readouterr().err
 
 
+def test_blocks_find_the_packages_of_the_python_path(tmp_path, monkeypatch):
+    """A borrowed machine may have them in a folder of its own."""
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = ["python", "-c", "import benchmarks.gpu, only_here"]
+    assert gpu.execute(words, tmp_path / "log") == "done", (tmp_path / "log").read_text()
+    shell = tmp_path / "python"
+    shell.write_text('#!/bin/sh\necho "$PYTHONPATH"\n')
+    shell.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(shell)}
+    done = subprocess.run([ROOT / "benchmark.sh", "gpu"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == f"{ROOT}:{tmp_path}"
+
+
 def test_the_first_blocks_fit_a_short_loan():
     """A loan may be of a quarter of an hour, of which the start takes two minutes; a command ends after ten."""
     minutes = [block.minutes for block in gpu.BLOCKS[:5]]
