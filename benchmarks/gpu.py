@@ -34,7 +34,7 @@ from benchmarks.referee import CACHES, save, say
 
 LIMIT = 540  # s until a block is ended
 TO_A_MINUTE = [0, 60]  # s from the start of a training to its first step: our goal
-COMPILATION = [3, 45]  # s; one core took 4 (HalfCheetah) to 38 (the quadrupeds) for `gpu-kernels`; cores share it
+COMPILATION = [3, 45]  # s; in `gpu-kernels` one core took 4 (HalfCheetah) to 38 (Quadruped-Rough); more take less
 
 # What a block found, by name: the value and what was predicted, which is a number, [lowest, highest] or None.
 Figures = dict[str, tuple[Any, Any]]

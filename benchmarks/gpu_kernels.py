@@ -125,6 +125,7 @@ def find_nvrtc() -> ctypes.CDLL:
 
 
 def nvrtc_version() -> str:
+    """Of the library of `find_nvrtc`: "12.9"."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     find_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"

@@ -233,10 +233,10 @@ def plot_speed(results: Path) -> None:
         axis.barh(names, [row["median"] for row in rows], color=colours, height=0.68)
         for place, row in enumerate(rows):
             axis.plot([row["minimum"], row["maximum"]], [place, place], color=INK, lw=1.2, solid_capstyle="butt")
-            ratio = row["median"] / reference["median"] if reference else 1.0
-            times = (
-                "" if row is reference or not reference else f"  {ratio:.2f}×" if ratio >= 0.1 else f"  {ratio:.1g}×"
-            )
+            times = ""
+            if reference and row is not reference:
+                ratio = row["median"] / reference["median"]
+                times = f"  {ratio:.2f}×" if ratio >= 0.1 else f"  {ratio:.1g}×"
             end = row["maximum"], place
             axis.annotate(short(row["median"]) + times, end, (5, 0), textcoords="offset points", va="center", size=9)
         axis.invert_yaxis()

@@ -105,8 +105,8 @@ worse on new tasks.
 - Some cores were shared: those of HumanoidStandup with PPO, and some of SAC's. SAC's times are left out.
   SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries. Its scores swing between
   evaluations; the last one counts.
-- On one core PPO in JAX trains the pendulum in a fifth of the time of PyTorch without compilation, after 21 s of its
-  own compilation. It trains HalfCheetah in five times the time of compiled PyTorch (one seed). Eight agents in one
+- On one core PPO in JAX trains the pendulum in a fifth of the time of PyTorch without compilation, after it has
+  compiled for 21 s. It trains HalfCheetah in five times the time of compiled PyTorch (one seed). Eight agents in one
   program train longer than eight in turn on one core, but compile only once.
 """
 
@@ -125,7 +125,7 @@ settings on one environment. The clock excludes imports, evaluations and compila
 start. A score is that of the last evaluation within the minutes, or at most a fiftieth later, because a library
 finishes its rollout first. Our trainers evaluate at fixed numbers of steps, so their last evaluation may be more than
 half a minute old. Other work ran on the other core. Our SAC on HalfCheetah ended before its time: its 160 thousand
-steps were done. Our simulator was slower then: it had no compiler of its own. Three minutes after compilation,
+steps were done. Our simulator was slower then, because torch.compile compiled it. Three minutes after compilation,
 HalfCheetah scores 6,657 with our PPO and 3,168 with SB3's.
 """
 

@@ -106,7 +106,7 @@ def test_a_block_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypat
 
 
 def test_blocks_find_the_packages_of_the_python_path(tmp_path, monkeypatch):
-    """A borrowed machine may have them in a folder of its own."""
+    """A borrowed machine may have them in another folder."""
     (tmp_path / "only_here.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = ["python", "-c", "import benchmarks.gpu, only_here"]

@@ -177,13 +177,14 @@ def claims():
     lengths = [run[where]["mean_length"] for where in ("gymnasium", "vecsim") for run in (second, third)]
     yield "last {:.0f} and {:.0f} of 1,000 steps in Gymnasium, and {:.0f} and {:.0f} in the training".format(*lengths)
     assert third["gymnasium"]["mean"] < third["threshold"] < second["gymnasium"]["mean"]
-    below = {}
+    below, reached = {}, set()
     for task in SETS["ppo"]["runs"]:
         runs = [json.loads(path.read_text()) for path in (ROOT / "results/ppo").glob(f"{task}-seed*.json")]
-        missed = sum(run["gymnasium"]["mean"] < run["threshold"] for run in runs)
-        below.setdefault((missed, len(runs)), []).append(task)
+        missed = [run for run in runs if run["gymnasium"]["mean"] < run["threshold"]]
+        below.setdefault((len(missed), len(runs)), []).append(task)
+        reached |= {task for run in missed if run["seconds_to_threshold"]}
     assert below[3, 5] == ["Ant-v5", "Hopper-v5", "Walker2d-v5"] and below[1, 3] == ["Humanoid-v5"]
-    assert set(below) == {(0, 5), (3, 5), (1, 3)}
+    assert set(below) == {(0, 5), (3, 5), (1, 3)} and len(reached) >= 2  # some had reached it
     a_step = score["mean"] / score["mean_length"]
     yield f"earns {a_step:.1f} a step: 5 for not falling, and 1.25 times its speed"
     speed_at_least = math.floor(10 * (a_step - 5) / 1.25) / 10
@@ -201,7 +202,7 @@ def claims():
     compiled = statistics.median(
         result(f"mjx/InvertedPendulum-v5-seed{seed}.json")["compile_seconds"] for seed in (1, 2, 3)
     )
-    yield f"a fifth of the time of PyTorch without compilation, after {compiled:.0f} s of its own"
+    yield f"a fifth of the time of PyTorch without compilation, after it has compiled for {compiled:.0f} s"
     yield "HalfCheetah in five times the time of compiled PyTorch (one seed)"
     means = [
         statistics.median(result(file)["gymnasium"]["mean"] for file in files)
