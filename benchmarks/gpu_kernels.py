@@ -92,9 +92,10 @@ def rates(predicted: dict, env_id: str, num_envs: int) -> list[float] | None:
 
 
 def make_environment(env_id: str, num_envs: int, compiled: bool) -> vecsim.VecSim:
-    """An environment with the options of its trainer."""
+    """An environment with the options of its trainer, but one evaluation of the dynamics in a physics step."""
     args = (distill if "Quadruped" in env_id else ppo).task_defaults(env_id, "cpu")
-    options = dict(integrator=args.integrator, chunk=num_envs, compile=compiled) | args.env_kwargs
+    integrator = args.integrator.replace("rk4", "euler")
+    options = dict(integrator=integrator, chunk=num_envs, compile=compiled) | args.env_kwargs
     env = vecsim.make(env_id, num_envs, seed=5, **options)
     env.reset(seed=7)
     return env
