@@ -8,13 +8,9 @@
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 107 s
 on one AMD EPYC core."""
 
-import sys
-
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
-
-import vecsim_torch
 
 
 class Envs(VecEnv):
@@ -41,8 +37,7 @@ class Envs(VecEnv):
         return obs, reward, done, infos
 
 
-def train(iterations, num_steps=32):
-    env = vecsim_torch.make("InvertedPendulum-v5", num_envs=512, integrator="euler", random_initial_ages=True)
+def train(env, iterations, num_steps=32):
     sizes = dict(n_steps=num_steps, batch_size=env.num_envs * num_steps // 4, n_epochs=5)
     agent = PPO("MlpPolicy", Envs(env), learning_rate=1e-3, device=env.device, seed=1, **sizes)
     agent.learn(iterations * num_steps * env.num_envs)
@@ -50,7 +45,6 @@ def train(iterations, num_steps=32):
 
 
 if __name__ == "__main__":
-    torch.manual_seed(1)
-    act = train(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
-    score = vecsim_torch.evaluate(vecsim_torch.make("InvertedPendulum-v5", num_envs=100), act, seed=1)
-    print("score:", vecsim_torch.describe(score))
+    from benchmarks.adapters.example import run
+
+    run(train, iterations=40)

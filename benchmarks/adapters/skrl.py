@@ -8,13 +8,9 @@
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 97 s
 on one AMD EPYC core."""
 
-import sys
-
-import torch
 from skrl.envs.wrappers.torch import Wrapper
 from skrl.trainers.torch import SequentialTrainer
 
-import vecsim_torch
 from benchmarks.learner.skrl_agent import make_agent
 
 
@@ -33,8 +29,8 @@ class Envs(Wrapper):
         return obs, reward[:, None], terminated[:, None], truncated[:, None], info
 
 
-def train(iterations, num_steps=32):
-    env = Envs(vecsim_torch.make("InvertedPendulum-v5", num_envs=512, integrator="euler", random_initial_ages=True))
+def train(env, iterations, num_steps=32):
+    env = Envs(env)
     spaces = dict(observation_space=env.observation_space, action_space=env.action_space, device=env.device)
     agent = make_agent(spaces, env.num_envs, num_steps, epochs=5, minibatches=4, hidden=[64, 64])
     limits = {"timesteps": iterations * num_steps, "headless": True, "disable_progressbar": True}
@@ -44,7 +40,6 @@ def train(iterations, num_steps=32):
 
 
 if __name__ == "__main__":
-    torch.manual_seed(1)
-    act = train(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
-    score = vecsim_torch.evaluate(vecsim_torch.make("InvertedPendulum-v5", num_envs=100), act, seed=1)
-    print("score:", vecsim_torch.describe(score))
+    from benchmarks.adapters.example import run
+
+    run(train, iterations=40)

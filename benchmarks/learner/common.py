@@ -14,6 +14,8 @@ each of their steps, each on a batch of 4,096, with policy and twin critics of t
 inside, for both.
 """
 
+import gymnasium
+import numpy as np
 import torch
 
 from benchmarks.meter import device, settings, threads
@@ -25,3 +27,7 @@ if device == "cuda":
 num_envs, obs_size, action_size, hidden = (settings[x] for x in ("num_envs", "obs_size", "action_size", "hidden"))
 num_steps, epochs, minibatches = (settings.get(x, 1) for x in ("num_steps", "epochs", "minibatches"))  # of PPO
 samples = num_envs * num_steps
+spaces = dict(
+    observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32),
+    action_space=gymnasium.spaces.Box(-1.0, 1.0, (action_size,), np.float32),
+)

@@ -7,8 +7,7 @@ import importlib
 import torch
 
 import vecsim_torch as vecsim
-from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
-from benchmarks.learner.spaces import action_space
+from benchmarks.learner.common import epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples, spaces
 from benchmarks.meter import device, meter, settings, variant
 
 recurrent = "memory_width" in settings
@@ -20,6 +19,7 @@ args = ppo.Args(
     **memory_flags,
 )  # fmt: skip
 target = torch.device(device)
+action_space = spaces["action_space"]
 agent = ppo.Agent(obs_size, None, action_space, args).to(target)
 learning_rate = torch.tensor(args.learning_rate, device=target)
 optimizer = vecsim.make_optimizer(agent, learning_rate)
@@ -28,7 +28,7 @@ if recurrent:
     rollout = ppo.allocate_rollout(agent, sizes, num_steps)
 else:
     sizes = ppo.derive_sizes(args, world_size=1, device=target)
-    rollout = ppo.allocate_rollout(num_steps, num_envs, obs_size, None, action_size, target)
+    rollout = ppo.allocate_rollout(num_steps, num_envs, obs_size, None, action_space.shape[0], target)
 functions = ppo.build_functions(agent, optimizer, rollout, sizes, args)
 for tensor in (rollout.obs, rollout.final_critic_obs, rollout.reward):
     tensor.normal_()

@@ -4,29 +4,26 @@
 """rl_games' train_epoch, its rollout replaced by one that it collected before."""
 
 import torch
-from rl_games.common.ivecenv import IVecEnv
 
-from benchmarks.learner.common import epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
-from benchmarks.learner.rl_games_agent import describe_spaces, make_agent
-from benchmarks.learner.spaces import action_space, obs_space
+from benchmarks.adapters.rl_games import Envs, make_agent
+from benchmarks.learner.common import epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples, spaces
 from benchmarks.meter import device, meter, settings
 
 
-class RandomNumbers(IVecEnv):
-    def get_env_info(self):
-        return describe_spaces(obs_space, action_space)
+class RandomNumbers:
+    single_observation_space, single_action_space = spaces["observation_space"], spaces["action_space"]
 
-    def reset(self):
-        return torch.randn(num_envs, obs_size, device=device)
+    def reset(self, seed=None):
+        return torch.randn(num_envs, obs_size, device=device), {}
 
     def step(self, actions):
-        done = torch.rand(num_envs, device=device) < 0.01
-        return self.reset(), torch.randn(num_envs, device=device), done, {}
+        (obs, info), done = self.reset(), torch.rand(num_envs, device=device) < 0.01
+        return obs, torch.randn(num_envs, device=device), done, torch.zeros_like(done), info
 
 
 memory_width = settings.get("memory_width")
 sizes = num_envs, num_steps, samples // minibatches, epochs, hidden
-agent = make_agent(RandomNumbers(), *sizes, device, memory_width)
+agent = make_agent(Envs(RandomNumbers()), *sizes, device, memory_width)
 agent.init_tensors()
 agent.is_tensor_obses = True
 agent.obs = agent.env_reset()

@@ -9,8 +9,8 @@ import torch
 from rsl_rl.algorithms import PPO
 from tensordict import TensorDict
 
+from benchmarks.adapters.rsl_rl import configuration
 from benchmarks.learner.common import action_size, epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
-from benchmarks.learner.rsl_rl_config import configuration
 from benchmarks.meter import device, meter, variant
 
 

@@ -5,15 +5,14 @@ import tempfile
 import torch
 
 import sac_gpu_torch as sac
-from benchmarks.learner.common import hidden, num_envs, obs_size
-from benchmarks.learner.spaces import action_space, obs_space
+from benchmarks.learner.common import hidden, num_envs, obs_size, spaces
 from benchmarks.meter import device, meter, settings, variant
 
 
 class RandomNumbers:
     """It costs nothing, and calls the meter once the trainer has begun to learn."""
 
-    single_observation_space, single_action_space = obs_space, action_space
+    single_observation_space, single_action_space = spaces["observation_space"], spaces["action_space"]
     obs, reward = torch.randn(num_envs, obs_size, device=device), torch.randn(num_envs, device=device)
     never = torch.zeros(num_envs, dtype=torch.bool, device=device)
 

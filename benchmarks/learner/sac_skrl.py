@@ -10,15 +10,15 @@ from skrl.agents.torch.sac import SAC
 from skrl.memories.torch import RandomMemory
 from skrl.models.torch import DeterministicMixin, Model
 
-from benchmarks.learner.common import hidden, num_envs, obs_size
+from benchmarks.learner.common import hidden, num_envs, obs_size, spaces
 from benchmarks.learner.skrl_agent import Policy, mlp
-from benchmarks.learner.spaces import action_space, obs_space
 from benchmarks.meter import device, meter, settings
 
 
 class SquashedPolicy(Policy):
     def compute(self, inputs, role):
-        return torch.tanh(self.net(inputs["observations"])), {"log_std": self.log_std}
+        mean, outputs = super().compute(inputs, role)
+        return torch.tanh(mean), outputs
 
 
 class Critic(DeterministicMixin, Model):
@@ -31,7 +31,7 @@ class Critic(DeterministicMixin, Model):
         return self.net(torch.cat([inputs["observations"], inputs["taken_actions"]], dim=1)), {}
 
 
-spaces = dict(observation_space=obs_space, action_space=action_space, device=device)
+spaces |= dict(device=device)
 critics = ("critic_1", "critic_2", "target_critic_1", "target_critic_2")
 updates = settings["updates_per_step"]
 agent = SAC(

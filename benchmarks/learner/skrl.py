@@ -5,12 +5,11 @@
 
 import torch
 
-from benchmarks.learner.common import epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples
+from benchmarks.learner.common import epochs, hidden, minibatches, num_envs, num_steps, obs_size, samples, spaces
 from benchmarks.learner.skrl_agent import make_agent
-from benchmarks.learner.spaces import action_space, obs_space
 from benchmarks.meter import device, meter, settings
 
-spaces = dict(observation_space=obs_space, action_space=action_space, device=device)
+spaces |= dict(device=device)
 limits = dict(memory_width=settings.get("memory_width"), grad_norm_clip=1.0, value_clip=0.0)
 learner = make_agent(spaces, num_envs, num_steps, epochs, minibatches, hidden, **limits)
 learner.init()

@@ -12,47 +12,30 @@ from torch import nn
 
 
 def mlp(inputs, hidden, outputs):
-    sizes, layers = [inputs, *hidden], []
-    for i in range(len(hidden)):
-        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ELU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+    *layers, _ = [part for size in pairwise([inputs, *hidden, outputs]) for part in (nn.Linear(*size), nn.ELU())]
+    return nn.Sequential(*layers)
 
 
-class Policy(GaussianMixin, Model):
-    def __init__(self, spaces, hidden):
-        Model.__init__(self, **spaces)
-        GaussianMixin.__init__(self)
-        self.net = mlp(self.num_observations, hidden, self.num_actions)
-        self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+class Net(nn.Module):
+    """An MLP; with memory = (width, steps, environments) behind a GRU, whose output and input the MLP sees."""
 
-    def compute(self, inputs, role):
-        return self.net(inputs["observations"]), {"log_std": self.log_std}
-
-
-class Value(DeterministicMixin, Model):
-    def __init__(self, spaces, hidden):
-        Model.__init__(self, **spaces)
-        DeterministicMixin.__init__(self)
-        self.net = mlp(self.num_observations, hidden, 1)
-
-    def compute(self, inputs, role):
-        return self.net(inputs["observations"]), {}
-
-
-class RecurrentNet(nn.Module):
-    """A GRU, then an MLP that sees the GRU's output and its input."""
-
-    def __init__(self, inputs, hidden, outputs, width, length, num_envs):
+    def __init__(self, inputs, hidden, outputs, memory):
         super().__init__()
-        self.gru, self.mlp = nn.GRU(inputs, width, batch_first=True), mlp(inputs + width, hidden, outputs)
-        self.length, self.specification = length, {"sequence_length": length, "sizes": [(1, num_envs, width)]}
+        self.gru, self.specification = None, {}
+        if memory:
+            width, self.length, num_envs = memory
+            self.gru = nn.GRU(inputs, width, batch_first=True)
+            self.specification = {"rnn": {"sequence_length": self.length, "sizes": [(1, num_envs, width)]}}
+        self.mlp = mlp(inputs + (memory[0] if memory else 0), hidden, outputs)
 
     def forward(self, inputs):
         """In a rollout one step of each environment; in an update sequences, cut where an episode ends."""
-        obs, state = inputs["observations"], inputs["rnn"][0]
+        obs = inputs["observations"]
+        if not self.gru:
+            return self.mlp(obs), {}
         length = self.length if "terminated" in inputs else 1
         obs = obs.unflatten(0, (-1, length))
-        state, outputs, cuts = state.unflatten(1, (-1, length))[:, :, 0].contiguous(), [], [0, 1]
+        state, outputs, cuts = inputs["rnn"][0].unflatten(1, (-1, length))[:, :, 0].contiguous(), [], [0, 1]
         if length > 1:
             ended = (inputs["terminated"] | inputs["truncated"]).view(-1, length)
             cuts = [0, *(ended[:, :-1].any(0).nonzero().flatten() + 1).tolist(), length]
@@ -62,42 +45,37 @@ class RecurrentNet(nn.Module):
             if end < length:
                 state = state * ~ended[:, end - 1, None]
         seen = torch.cat([torch.cat(outputs, 1), obs], -1)
-        return self.mlp(seen.flatten(0, 1)), state
+        return self.mlp(seen.flatten(0, 1)), {"rnn": [state]}
 
 
-class RecurrentPolicy(Policy):
-    def __init__(self, spaces, hidden, *memory):
-        super().__init__(spaces, hidden)
-        self.net = RecurrentNet(self.num_observations, hidden, self.num_actions, *memory)
-
-    def get_specification(self):
-        return {"rnn": self.net.specification}
+class Policy(GaussianMixin, Model):
+    def __init__(self, spaces, hidden, memory=None):
+        Model.__init__(self, **spaces)
+        GaussianMixin.__init__(self)
+        self.net = Net(self.num_observations, hidden, self.num_actions, memory)
+        self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+        self.get_specification = lambda: self.net.specification
 
     def compute(self, inputs, role):
         mean, state = self.net(inputs)
-        return mean, {"log_std": self.log_std, "rnn": [state]}
+        return mean, {"log_std": self.log_std} | state
 
 
-class RecurrentValue(Value):
-    def __init__(self, spaces, hidden, *memory):
-        super().__init__(spaces, hidden)
-        self.net = RecurrentNet(self.num_observations, hidden, 1, *memory)
-
-    def get_specification(self):
-        return {"rnn": self.net.specification}
+class Value(DeterministicMixin, Model):
+    def __init__(self, spaces, hidden, memory=None):
+        Model.__init__(self, **spaces)
+        DeterministicMixin.__init__(self)
+        self.net = Net(self.num_observations, hidden, 1, memory)
+        self.get_specification = lambda: self.net.specification
 
     def compute(self, inputs, role):
-        value, state = self.net(inputs)
-        return value, {"rnn": [state]}
+        return self.net(inputs)
 
 
 def make_agent(spaces, num_envs, num_steps, epochs, minibatches, hidden, desired_kl=0.01, memory_width=None, **more):
     """skrl's PPO, or with memory_width its PPO_RNN; options as in its Gymnasium examples."""
-    kinds, memory = (Policy, Value), ()
-    if memory_width:
-        kinds, memory = (RecurrentPolicy, RecurrentValue), (memory_width, num_steps, num_envs)
-    device = spaces["device"]
-    policy, value = (kind(spaces, hidden, *memory).to(device) for kind in kinds)
+    memory, device = memory_width and (memory_width, num_steps, num_envs), spaces["device"]
+    policy, value = (kind(spaces, hidden, memory).to(device) for kind in (Policy, Value))
     return (PPO_RNN if memory_width else PPO)(
         models={"policy": policy, "value": value},
         memory=RandomMemory(memory_size=num_steps, num_envs=num_envs, device=device),

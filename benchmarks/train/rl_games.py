@@ -5,8 +5,7 @@
 
 On vecsim (variant vecsim) it has the sizes of ours."""
 
-from benchmarks.adapters.rl_games import Envs
-from benchmarks.learner.rl_games_agent import make_agent
+from benchmarks.adapters.rl_games import Envs, make_agent
 from benchmarks.meter import device
 from benchmarks.train.vecsim_envs import make_envs, num_envs, on_vecsim, ours_sizes
 

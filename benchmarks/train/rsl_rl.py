@@ -7,8 +7,7 @@ On vecsim (variant vecsim) it has the sizes of ours, and its networks are compil
 
 from rsl_rl.runners import OnPolicyRunner
 
-from benchmarks.adapters.rsl_rl import Envs
-from benchmarks.learner.rsl_rl_config import configuration
+from benchmarks.adapters.rsl_rl import Envs, configuration
 from benchmarks.meter import device
 from benchmarks.train.vecsim_envs import make_envs, on_vecsim, ours_sizes
 
