@@ -78,49 +78,36 @@ def sim(options: Namespace) -> Iterator[Comparison]:
 
 def learner(options: Namespace) -> Iterator[Comparison]:
     """PPO, without and with a GRU: samples/s of the update alone. SAC: updates/s of the trainer without a simulator."""
-    ppo = dict(num_envs=2048, num_steps=32, epochs=5, minibatches=4)
+    device, sizes, hidden = dict(device=options.device), dict(obs_size=27, action_size=8), dict(hidden=[256, 128, 64])
+    ppo = device | dict(num_envs=2048, num_steps=32, epochs=5, minibatches=4) | sizes | hidden
+    contenders = [
+        Contender("ours, compiled", "learner/ours.py", "compiled"),
+        Contender("ours, eager", "learner/ours.py", "eager"),
+        Contender("rsl_rl, compiled", "learner/rsl_rl.py", "compiled"),
+        Contender("rsl_rl, eager", "learner/rsl_rl.py", "eager"),
+        Contender("skrl", "learner/skrl.py"),
+        Contender("rl_games", "learner/rl_games.py"),
+        Contender("Brax", "learner/brax.py"),
+        Contender("ours, bf16", "learner/ours.py", "bf16"),
+        Contender("rsl_rl, bf16", "learner/rsl_rl.py", "bf16"),
+    ]
+    yield Comparison("learner", case(options, place(options)), "samples/s", ppo, contenders)
+    gru = ppo | dict(num_envs=1024, memory_width=128)
+    contenders = [
+        Contender("ours with a GRU, compiled", "learner/ours.py", "compiled"),
+        Contender("ours with a GRU, eager", "learner/ours.py", "eager"),
+        Contender("skrl with a GRU", "learner/skrl.py"),
+        Contender("rl_games with a GRU", "learner/rl_games.py"),
+    ]
+    yield Comparison("learner", case(options, "gru", place(options)), "samples/s", gru, contenders)
     sac = dict(num_envs=128, batch_size=4096, updates_per_step=8, first_steps=40, replay_steps=2000)
-    sizes, hidden = dict(obs_size=27, action_size=8), dict(hidden=[256, 128, 64])
-    yield Comparison(
-        mode="learner",
-        case=case(options, place(options)),
-        unit="samples/s",
-        settings=dict(device=options.device) | ppo | sizes | hidden,
-        contenders=[
-            Contender("ours, compiled", "learner/ours.py", "compiled"),
-            Contender("ours, eager", "learner/ours.py", "eager"),
-            Contender("rsl_rl, compiled", "learner/rsl_rl.py", "compiled"),
-            Contender("rsl_rl, eager", "learner/rsl_rl.py", "eager"),
-            Contender("skrl", "learner/skrl.py"),
-            Contender("rl_games", "learner/rl_games.py"),
-            Contender("Brax", "learner/brax.py"),
-            Contender("ours, bf16", "learner/ours.py", "bf16"),
-            Contender("rsl_rl, bf16", "learner/rsl_rl.py", "bf16"),
-        ],
-    )
-    yield Comparison(
-        mode="learner",
-        case=case(options, "gru", place(options)),
-        unit="samples/s",
-        settings=dict(device=options.device) | ppo | sizes | hidden | dict(num_envs=1024, memory_width=128),
-        contenders=[
-            Contender("ours with a GRU, compiled", "learner/ours.py", "compiled"),
-            Contender("ours with a GRU, eager", "learner/ours.py", "eager"),
-            Contender("skrl with a GRU", "learner/skrl.py"),
-            Contender("rl_games with a GRU", "learner/rl_games.py"),
-        ],
-    )
-    yield Comparison(
-        mode="learner",
-        case=case(options, "sac", place(options)),
-        unit="updates/s",
-        settings=dict(device=options.device) | sac | sizes | dict(hidden=[256, 256]),
-        contenders=[
-            Contender("ours, compiled", "learner/sac_ours.py", "compiled"),
-            Contender("ours, eager", "learner/sac_ours.py", "eager"),
-            Contender("skrl", "learner/sac_skrl.py"),
-        ],
-    )
+    sac = device | sac | sizes | dict(hidden=[256, 256])
+    contenders = [
+        Contender("ours, compiled", "learner/sac_ours.py", "compiled"),
+        Contender("ours, eager", "learner/sac_ours.py", "eager"),
+        Contender("skrl", "learner/sac_skrl.py"),
+    ]
+    yield Comparison("learner", case(options, "sac", place(options)), "updates/s", sac, contenders)
 
 
 def train_settings(env_id: str, integrator: str, device: str) -> dict:

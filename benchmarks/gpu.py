@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_kernels, machine, runs
-from benchmarks.referee import CACHES, save, say
+from benchmarks.referee import CACHES, end, save, say
 
 LIMIT = 540  # s until a block is ended
 TO_A_MINUTE = [0, 60]  # s from the start of a training to its first step: our goal
@@ -242,12 +241,7 @@ def execute(words: list[str], log: Path) -> str:
     except subprocess.TimeoutExpired:
         return f"ended after {LIMIT // 60} minutes"
     finally:
-        for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):  # a trainer then saves a checkpoint
-            try:
-                os.killpg(process.pid, number)
-                process.wait(patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                pass
+        end(process, 20)  # a trainer then saves a checkpoint
 
 
 def shown(value: Any) -> str:

@@ -80,6 +80,16 @@ def on_cores(options: Namespace) -> list[str]:
     return ["taskset", "-c", options.cores] if options.cores else []
 
 
+def end(process: subprocess.Popen, patience: float) -> None:
+    """End a process and those that it started, all of one session; they have `patience` seconds to do it themselves."""
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+
+
 class Process:
     """A contender that runs."""
 
@@ -131,13 +141,7 @@ class Process:
         return self.reply()
 
     def stop(self) -> None:
-        """End this contender and the processes that it started."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-                self.process.wait(5)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                pass
+        end(self.process, 5)
 
 
 def save(path: Path, record: dict) -> None:

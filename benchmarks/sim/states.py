@@ -7,12 +7,13 @@ steps into an episode, so that even a short window has the contacts of a whole e
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import gymnasium
 import mujoco
 import numpy as np
+
+from benchmarks.simulator import converged
 
 POOL, EPISODE, OF_EACH_EPISODE, TESTS = 512, 200, 8, 256
 ITERATIONS, LS_ITERATIONS = 4, 8
@@ -45,8 +46,7 @@ def start_states(model: mujoco.MjModel, frame_skip: int, rng: np.random.Generato
 
 def test_states(model: mujoco.MjModel, frame_skip: int, rng: np.random.Generator) -> dict[str, list]:
     """States with contacts, and the velocity and acceleration after one step with a solver that runs to convergence."""
-    exact_model = copy.copy(model)
-    exact_model.opt.iterations, exact_model.opt.ls_iterations, exact_model.opt.tolerance = 100, 50, 1e-15
+    exact_model = converged(model)
     data, (low, high) = mujoco.MjData(model), model.actuator_ctrlrange.T
     found = {name: [] for name in ("qpos", "qvel", "warmstart", "ctrl", "next_qvel", "qacc")}
     while len(found["qpos"]) < TESTS:
@@ -61,7 +61,7 @@ def test_states(model: mujoco.MjModel, frame_skip: int, rng: np.random.Generator
             exact = mujoco.MjData(exact_model)
             exact.qpos, exact.qvel, exact.ctrl = data.qpos, data.qvel, data.ctrl
             exact.qacc_warmstart = data.qacc_warmstart
-            before = exact.qpos.copy(), exact.qvel.copy(), exact.qacc_warmstart.copy(), exact.ctrl.copy()
+            before = [x.copy() for x in (exact.qpos, exact.qvel, exact.qacc_warmstart, exact.ctrl)]
             mujoco.mj_step(exact_model, exact)
             for name, row in zip(found, (*before, exact.qvel.copy(), exact.qacc.copy())):
                 found[name].append(row)
