@@ -107,36 +107,26 @@ PERTURBATIONS = {
 class Args:
     """The panel: seeds x perturbations x episodes, for each checkpoint."""
 
-    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """files that the trainers wrote, all of one task"""
-    seeds: tuple[int, ...] = (3, 7, 11, 19, 23)
-    """seeds of initial states and disturbances (>= 0, all different)"""
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()  # files that the trainers wrote, all of one task
+    seeds: tuple[int, ...] = (3, 7, 11, 19, 23)  # seeds of initial states and disturbances (>= 0, all different)
+    # names of PERTURBATIONS; `none` always runs, because the others are compared with it
     perturbations: tuple[str, ...] = tuple(PERTURBATIONS)
-    """names of PERTURBATIONS; `none` always runs, because the others are compared with it"""
-    episodes: int = 64
-    """episodes of a cell (>= 2)"""
+    episodes: int = 64  # episodes of a cell (>= 2)
+    # environments simulated side by side, at most (>= 1); another number gives other initial states
     num_envs: int = 1024
-    """environments simulated side by side, at most (>= 1); another number gives other initial states"""
+    # where the simulator runs: auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; policies use the CPU
     device: str = "auto"
-    """where the simulator runs: auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; policies use the CPU"""
+    # compile vecsim's physics, anew for every perturbation: worth it on a GPU and for many episodes
     compile: bool = False
-    """compile vecsim's physics, anew for every perturbation: worth it on a GPU and for many episodes"""
+    # integrator of every simulator; mjcf is the model's own, as in Gymnasium
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
-    """integrator of every simulator; mjcf is the model's own, as in Gymnasium"""
-    solver_iterations: int = 4
-    """Newton iterations of the contact solver in vecsim and MJX (>= 1)"""
-    agent: int = 0
-    """which agent of a checkpoint of ppo_mjx_jax.py that holds several (>= 0)"""
-    resamples: int = 2000
-    """draws of the bootstrap (>= 100)"""
-    worst: int = 4
-    """worst episodes of each checkpoint to trace (>= 1)"""
-    video: bool = True
-    """film the worst episode"""
-    quick: bool = False
-    """a first look: 8 episodes a cell and no film"""
-    out: str | None = None
-    """folder of the evidence (default: runs/panel__<env_id>__<time>)"""
+    solver_iterations: int = 4  # Newton iterations of the contact solver in vecsim and MJX (>= 1)
+    agent: int = 0  # which agent of a checkpoint of ppo_mjx_jax.py that holds several (>= 0)
+    resamples: int = 2000  # draws of the bootstrap (>= 100)
+    worst: int = 4  # worst episodes of each checkpoint to trace (>= 1)
+    video: bool = True  # film the worst episode
+    quick: bool = False  # a first look: 8 episodes a cell and no film
+    out: str | None = None  # folder of the evidence (default: runs/panel__<env_id>__<time>)
 
 
 def parse_args(argv: list[str]) -> Args:

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import comparisons, gpu, gpu_kernels, machine, referee, report, runs
+from benchmarks import comparisons, gpu, gpu_kernels, machine, mjcf, referee, report, runs
 
 OTHERS = "InvertedDoublePendulum-v5 Reacher-v5 Pusher-v5 Swimmer-v5 HumanoidStandup-v5 Quadruped-Flat Quadruped-Rough"
 TASKS = [*comparisons.GYMNASIUM_TASKS, *OTHERS.split()]
@@ -49,12 +49,18 @@ def folder(text: str) -> Path:
     return Path(text).absolute()
 
 
+def known(kind: str, name: str, names: list[str]) -> str:
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}; choose from {', '.join(names)}")
+    return name
+
+
 def tasks(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
-    return names
+    return [known("task", name, TASKS) for name in text.split(",")]
+
+
+def block(text: str) -> str:
+    return known("block", text, [block.name for block in gpu.BLOCKS])
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -85,7 +91,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     sets.add_argument("--total-timesteps", type=count, help="environment steps of each run")
     sets.add_argument("--shared", action="store_true", help="other work shares the cores, so times do not count")
     hour = modes.add_parser("gpu", parents=[running], help="the first hour on a GPU, in blocks of at most 9 minutes")
-    hour.add_argument("blocks", nargs="*", default=[], help="default: all; --dry-run lists them", metavar="BLOCK")
+    hour.add_argument("blocks", nargs="*", type=block, help="default: all; --dry-run lists them", metavar="BLOCK")
     hour.add_argument("--quick", action="store_true", help="a rehearsal: small sizes, files of their own")
     kernels = modes.add_parser("gpu-kernels", parents=[everywhere], help="predicts speed on a GPU")
     kernels.add_argument("--env-id", type=tasks, default=[], help="tasks, separated by commas")
@@ -106,7 +112,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if options.device == "cuda" and not machine.gpus():
         parser.error("--device cuda: nvidia-smi sees no GPU")
     if options.mode == "gpu":
-        check_blocks(options, parser)
+        if options.device == "cpu" and not (options.quick or options.dry_run):
+            parser.error("gpu: there is no GPU, and a CPU takes a day; rehearse with --device cpu --quick")
         return options
     quick = options.quick = getattr(options, "quick", False)
     options.repeats = options.repeats or (3 if quick else 5)
@@ -114,23 +121,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     options.patience = 300 if quick else 1500  # seconds until a contender must be ready
     if not machine.cpu_cores(options.cores):
         parser.error(f"--cores {options.cores}: taskset knows no such cores here")
-    known, words = comparisons.GYMNASIUM_TASKS, f"{options.mode} takes Gymnasium's tasks only"
+    allowed, words = comparisons.GYMNASIUM_TASKS, f"{options.mode} takes Gymnasium's tasks only"
     if options.mode == "runs":
-        known = runs.tasks_of(options.set) or TASKS
-        words = f"the tasks of the set {options.set} are {', '.join(known)}"
+        allowed = runs.tasks_of(options.set) or TASKS
+        words = f"the tasks of the set {options.set} are {', '.join(allowed)}"
     for name in options.env_id:
-        if name not in known:
+        if name not in allowed:
             parser.error(f"--env-id: {words}, not {name}")
     return options
-
-
-def check_blocks(options: argparse.Namespace, parser: Parser) -> None:
-    known = [block.name for block in gpu.BLOCKS]
-    for name in options.blocks:
-        if name not in known:
-            parser.error(f"unknown block {name!r}; choose from {', '.join(known)}")
-    if options.device == "cpu" and not (options.quick or options.dry_run):
-        parser.error("gpu: there is no GPU, and a CPU takes a day; rehearse with --device cpu --quick")
 
 
 def main(argv: list[str]) -> int:
@@ -138,8 +136,6 @@ def main(argv: list[str]) -> int:
     if options.mode == "report":
         report.write(options)
     elif options.mode == "mjcf":
-        from benchmarks import mjcf
-
         mjcf.measure(options)
     elif options.mode == "gpu-kernels":
         gpu_kernels.write(options)

@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import gpu_kernels, machine, runs
 from benchmarks.referee import CACHES, end, save, say
+from benchmarks.tables import shown
 
 LIMIT = 540  # s until a block is ended
 TO_A_MINUTE = [0, 60]  # s from the start of a training to its first step: our goal
@@ -242,14 +243,6 @@ def execute(words: list[str], log: Path) -> str:
         return f"ended after {LIMIT // 60} minutes"
     finally:
         end(process, 20)  # a trainer then saves a checkpoint
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(shown, value))
-    if isinstance(value, (int, float)):
-        return f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:.3g}"
-    return "nothing" if value is None else str(value)
 
 
 def summary(record: dict) -> str:

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,18 +22,11 @@ STAGE_COLOURS = {"policy": OURS, "teacher": "#2b8a3e", "student": "#1f6feb", "fi
 PEER_COLOURS = {name: COLOURS[name.removeprefix("ours-")] for name in tables.PEERS if name.startswith("ours")}
 PEER_COLOURS |= {"sb3-ppo": "#2b8a3e", "sb3-sac": "#7048e8", "cleanrl-ppo": "#8a9099"}
 STYLE = {
-    "font.size": 10,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-}
+    "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlesize": 11,
+}  # fmt: skip
 SCORE = "Deterministic score in gymnasium.make(task), one line for each seed"
 
 
@@ -92,8 +86,8 @@ def learning_curves(axis: Axes, runs: list[dict], over: int, scale: float = 1.0)
     for algorithm in sorted({run["algorithm"] for run in runs}, reverse=True):
         colour, seeds = COLOURS[algorithm], [run for run in runs if run["algorithm"] == algorithm]
         for run in seeds:
-            x, scores = [point[over] / scale for point in run["curve"]], [point[2] for point in run["curve"]]
-            axis.plot(x, scores, ".-", color=colour, lw=1.6, alpha=0.75, ms=3)
+            curve = np.array(run["curve"])
+            axis.plot(curve[:, over] / scale, curve[:, 2], ".-", color=colour, lw=1.6, alpha=0.75, ms=3)
         last = [run["curve"][-1][2] for run in seeds]
         label = f"{tables.ALGORITHMS[algorithm]}: {last[0]:,.0f}, one seed"
         if len(last) > 1:
@@ -104,9 +98,8 @@ def learning_curves(axis: Axes, runs: list[dict], over: int, scale: float = 1.0)
     threshold = next((run["threshold"] for run in runs if "threshold" in run), None)
     if threshold:
         axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
-        spot, offset = (0, threshold), (3, 3)
         words = dict(xycoords=("axes fraction", "data"), textcoords="offset points", color=FAINT, size=8)
-        axis.annotate(f"{threshold:,}", spot, offset, **words)
+        axis.annotate(f"{threshold:,}", (0, threshold), (3, 3), **words)
 
 
 def plot_curves(results: Path) -> None:
@@ -173,11 +166,10 @@ def plot_peers(results: Path) -> None:
             seeds = [run for run in members if run["contender"] == contender]
             seeds.sort(key=lambda run: run["curve"][-1][2])
             for rank, run in enumerate(seeds):
-                x = [0.0, *(seconds / 60 for _, seconds, _ in run["curve"])]
-                scores = [0.0, *(score for *_, score in run["curve"])]
+                curve = np.array([[0, 0.0, 0.0], *run["curve"]])
                 middle = dict(lw=2.2, label=tables.PEERS[contender])
                 style = middle if rank == len(seeds) // 2 else dict(lw=0.9, alpha=0.5)
-                axis.plot(x, scores, ".-", color=colour, ms=4, **style)
+                axis.plot(curve[:, 1] / 60, curve[:, 2], ".-", color=colour, ms=4, **style)
         label_axes(axis, env_id, "minutes of training, compilation apart")
         axis.set_xlim(0, max(run["minutes"] for run in members) * 1.05)
         if env_id == tasks[-1][0]:
@@ -190,9 +182,8 @@ def plot_memory(results: Path) -> None:
     for axis, (env_id, members) in panels(results / "memory/curves.png", by_task(runs), 3, (5.4, 3.6), SCORE, runs):
         for colour, seeds in enumerate(tables.grouped(members, "name")):
             for k, run in enumerate(seeds):
-                label = None if k else run["name"].replace("-", " ")
-                x, scores = [point[0] for point in run["curve"]], [point[2] for point in run["curve"]]
-                axis.plot(x, scores, ".-", color=f"C{colour}", lw=1.6, alpha=0.8, ms=4, label=label)
+                label, curve = None if k else run["name"].replace("-", " "), np.array(run["curve"])
+                axis.plot(curve[:, 0], curve[:, 2], ".-", color=f"C{colour}", lw=1.6, alpha=0.8, ms=4, label=label)
         label_axes(axis, env_id, "environment steps")
         axis.set_xlim(left=0)
         axis.legend(frameon=False, fontsize=8)
@@ -277,15 +268,6 @@ def plot_scaling(results: Path) -> None:
 def draw(results: Path) -> None:
     """Every picture that has files."""
     rcParams.update(STYLE)
-    for plot in (
-        plot_curves,
-        plot_twins,
-        plot_off_policy,
-        plot_q_learning,
-        plot_peers,
-        plot_memory,
-        plot_stages,
-        plot_speed,
-        plot_scaling,
-    ):
+    of_scores = plot_curves, plot_twins, plot_off_policy, plot_q_learning, plot_peers, plot_memory
+    for plot in (*of_scores, plot_stages, plot_speed, plot_scaling):
         plot(results)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 ALGORITHMS = {"ppo": "PPO", "ppo_mjx": "PPO, JAX", "sac": "SAC", "dqn": "DQN", "pqn": "PQN"}
 PEERS = {f"ours-{name}": f"ours, {ALGORITHMS[name]}" for name in ("ppo", "sac", "dqn", "pqn")}
@@ -488,10 +489,16 @@ def kernels(tasks: list[dict]) -> str:
     return table("functions", rows)
 
 
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(shown, value))
+    if isinstance(value, (int, float)):
+        return f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:.3g}"
+    return "nothing" if value is None else str(value)
+
+
 def first_hour(records: list[dict]) -> str:
     """What the blocks of `./benchmark.sh gpu` found beside what was predicted."""
-    from benchmarks.gpu import shown
-
     rows = []
     for record in records:
         for name, (found, expected) in record["figures"].items():
