@@ -1,18 +1,11 @@
 """One virtual environment for each peer, built when it is first needed.
 
-A contender that needs other packages than this project lists them at its top, on one line in the format of PEP 723:
-
-    # /// script
-    # dependencies = ["skrl==2.1.1", "torch==2.13.0"]
-    # ///
-
-The first package names the environment, so files with the same list share one. `jax` becomes `jax[cuda12]` on a GPU.
-A contender without such a list runs in this project's own environment.
+PACKAGES lists what a peer needs. The first package names the environment. `jax` becomes `jax[cuda12]` on a GPU. A
+contender that is not there runs in this project's own environment.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,12 +14,24 @@ import sys
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onefile-gpu-rl-bench"
+LEARNER = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
+PACKAGES = {  # by the names of files without their endings, whichever their folder
+    "brax": ["brax==0.14.2", "mujoco==4.0.0", "jax"],
+    "mjx": ["mujoco-mjx==3.17.0", "mujoco==4.0.0", "jax"],
+    "mujoco_torch": ["mujoco-torch==0.2.0", "torch==2.13.0", "mujoco==3.6.0"],
+    "mujoco_warp": ["mujoco-warp==4.0.0", "mujoco==4.0.0"],
+    "rl_games": ["rl-games==1.6.5", *LEARNER],
+    "rsl_rl": ["rsl-rl-lib==5.5.1", *LEARNER],
+    "sac_skrl": ["skrl==2.1.1", *LEARNER],
+    "sb3": ["stable-baselines3==2.9.2", *LEARNER],
+    "sb3_zoo": ["stable-baselines3==2.9.2", *LEARNER],
+    "skrl": ["skrl==2.1.1", *LEARNER],
+}
 
 
 def dependencies(source: Path, device: str) -> list[str]:
-    """The packages that a contender's file asks for; none: it needs this project's environment only."""
-    line = re.search(r"^# dependencies = (.*)$", source.read_text(), re.MULTILINE)
-    packages = json.loads(line[1]) if line else []
+    """The packages that a contender's file needs; none: this project's environment has them."""
+    packages = PACKAGES.get(source.stem, [])
     return ["jax[cuda12]" if name == "jax" and device == "cuda" else name for name in packages]
 
 

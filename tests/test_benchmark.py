@@ -288,11 +288,10 @@ def test_jax_on_a_gpu_is_the_build_for_it_and_computes_there():
 @pytest.mark.slow
 def test_a_failed_installation_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(environments, "CACHE", tmp_path)
-    file = tmp_path / "contender.py"
-    file.write_text('# /// script\n# dependencies = ["no-such-package==1"]\n# ///\n')
+    monkeypatch.setitem(environments.PACKAGES, "contender", ["no-such-package==1"])
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match="does not install: ERROR: No matching distribution") as error:
-        environments.interpreter(file, "cpu")
+        environments.interpreter(Path("contender.py"), "cpu")
     assert "\n" not in str(error.value)
     (tmp_path / "empty.log").write_text("")
     assert "GiB free on the disk" in environments.last_error(tmp_path / "empty.log")  # a full disk keeps no log either

@@ -1,9 +1,6 @@
-# /// script
-# dependencies = ["rl-games==1.6.5", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """rl_games on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.rl_games [iterations]
+    python -m benchmarks.adapters.rl_games [iterations]     # with the packages that environments.py lists
 
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 102 s
 on one AMD EPYC core."""

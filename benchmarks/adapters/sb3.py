@@ -1,9 +1,6 @@
-# /// script
-# dependencies = ["stable-baselines3==2.9.2", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """Stable-Baselines3 on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.sb3 [iterations]
+    python -m benchmarks.adapters.sb3 [iterations]     # with the packages that environments.py lists
 
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 107 s
 on one AMD EPYC core."""

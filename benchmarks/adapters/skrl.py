@@ -1,9 +1,6 @@
-# /// script
-# dependencies = ["skrl==2.1.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """skrl on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.skrl [iterations]
+    python -m benchmarks.adapters.skrl [iterations]     # with the packages that environments.py lists
 
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 97 s
 on one AMD EPYC core."""

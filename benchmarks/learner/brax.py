@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["brax==0.14.2", "mujoco==4.0.0", "jax"]
-# ///
 """Brax's PPO on an environment of random numbers.
 
 Its rollout, one more pass of the policy for each sample, is inside."""

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["rl-games==1.6.5", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """rl_games' train_epoch, its rollout replaced by one that it collected before."""
 
 import torch

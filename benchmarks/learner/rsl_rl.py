@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["rsl-rl-lib==5.5.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """rsl_rl's PPO.compute_returns and PPO.update on a storage filled through PPO.act; variants eager, compiled, bf16."""
 
 from types import SimpleNamespace

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["skrl==2.1.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """skrl's SAC: act, record_transition and post_interaction, as its trainer calls them.
 
 The models are those of its documentation."""

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["skrl==2.1.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """skrl's PPO.update, or PPO_RNN.update, on a memory filled through `act` and `record_transition`."""
 
 import torch

@@ -12,8 +12,10 @@ from torch import nn
 
 
 def mlp(inputs, hidden, outputs):
-    *layers, _ = [part for size in pairwise([inputs, *hidden, outputs]) for part in (nn.Linear(*size), nn.ELU())]
-    return nn.Sequential(*layers)
+    layers = []
+    for size, next_size in pairwise([inputs, *hidden]):
+        layers += [nn.Linear(size, next_size), nn.ELU()]
+    return nn.Sequential(*layers, nn.Linear(hidden[-1], outputs))
 
 
 class Net(nn.Module):
@@ -54,7 +56,9 @@ class Policy(GaussianMixin, Model):
         GaussianMixin.__init__(self)
         self.net = Net(self.num_observations, hidden, self.num_actions, memory)
         self.log_std = nn.Parameter(torch.zeros(self.num_actions))
-        self.get_specification = lambda: self.net.specification
+
+    def get_specification(self):
+        return self.net.specification
 
     def compute(self, inputs, role):
         mean, state = self.net(inputs)
@@ -66,7 +70,9 @@ class Value(DeterministicMixin, Model):
         Model.__init__(self, **spaces)
         DeterministicMixin.__init__(self)
         self.net = Net(self.num_observations, hidden, 1, memory)
-        self.get_specification = lambda: self.net.specification
+
+    def get_specification(self):
+        return self.net.specification
 
     def compute(self, inputs, role):
         return self.net(inputs)
@@ -74,7 +80,7 @@ class Value(DeterministicMixin, Model):
 
 def make_agent(spaces, num_envs, num_steps, epochs, minibatches, hidden, desired_kl=0.01, memory_width=None, **more):
     """skrl's PPO, or with memory_width its PPO_RNN; options as in its Gymnasium examples."""
-    memory, device = memory_width and (memory_width, num_steps, num_envs), spaces["device"]
+    memory, device = (memory_width, num_steps, num_envs) if memory_width else None, spaces["device"]
     policy, value = (kind(spaces, hidden, memory).to(device) for kind in (Policy, Value))
     return (PPO_RNN if memory_width else PPO)(
         models={"policy": policy, "value": value},

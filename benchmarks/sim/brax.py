@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["brax==0.14.2", "mujoco==4.0.0", "jax"]
-# ///
 """Brax's engine in generalized coordinates."""
 
 from brax.generalized import pipeline

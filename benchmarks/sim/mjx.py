@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["mujoco-mjx==3.17.0", "mujoco==4.0.0", "jax"]
-# ///
 """MJX, the JAX version of MuJoCo."""
 
 from mujoco import mjx

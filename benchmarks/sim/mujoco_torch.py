@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["mujoco-torch==0.2.0", "torch==2.13.0", "mujoco==3.6.0"]
-# ///
 """mujoco-torch: torch.vmap over its step; variants compiled and eager.
 
 The eager solver runs all its iterations: with PyTorch 2.13 the loop that stops early fails under vmap unless it is

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["mujoco-warp==4.0.0", "mujoco==4.0.0"]
-# ///
 """MuJoCo Warp; on a GPU as a CUDA graph, as its documentation advises."""
 
 import mujoco_warp

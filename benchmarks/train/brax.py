@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["brax==0.14.2", "mujoco==4.0.0", "jax"]
-# ///
 """Brax's PPO in its own environment of the task, whose model is Brax's own; options as in its notebook for Ant.
 
 The variant is the backend, Brax's word for a physics engine: generalized or spring, which is faster and less realistic.

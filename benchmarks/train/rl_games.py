@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["rl-games==1.6.5", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """rl_games' A2CAgent.train, horizon and minibatch as in its configuration for Ant on 64 environments.
 
 On vecsim (variant vecsim) it has the sizes of ours."""

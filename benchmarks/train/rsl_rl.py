@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["rsl-rl-lib==5.5.1", "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"]
-# ///
 """rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, rsl_rl's epochs and minibatches.
 
 On vecsim (variant vecsim) it has the sizes of ours, and its networks are compiled, as ours are."""
