@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from pathlib import Path
+
+import vecsim_torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,12 +38,6 @@ def cpu_cores(cores: str) -> int:
     return int(output("env", "-u", "OMP_NUM_THREADS", "taskset", "-c", cores, "nproc") or 0)  # nproc obeys it
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
-
-
 def gpus() -> list[str]:
     """Name and driver of each GPU."""
     return output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
@@ -50,5 +45,5 @@ def gpus() -> list[str]:
 
 def hardware(device: str) -> str:
     """Processor and, where it is used, GPU."""
-    name = f"{processor()}, {os.cpu_count()} cores"
+    name = vecsim_torch.cpu_name()
     return f"{gpus()[0]}; {name}" if device == "cuda" else name

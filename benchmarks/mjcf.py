@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import vecsim_torch as vecsim
-from benchmarks import machine, runs
+from benchmarks import machine
 from benchmarks.referee import save
 from benchmarks.simulator import converged
 
@@ -78,4 +78,4 @@ def measure(options: Namespace) -> None:
                 print(*rows[-1].values(), flush=True)
     print(len(rows), "files", Counter(row.get("refused", "accepted") for row in rows).most_common())
     about = dict(command=options.command, hardware=machine.hardware("cpu"), commit=machine.commit())
-    save(options.results / "mjcf.json", about | dict(versions=runs.versions(), rows=rows))
+    save(options.results / "mjcf.json", about | dict(versions=vecsim.versions(), rows=rows))

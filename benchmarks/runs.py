@@ -20,9 +20,9 @@ import tempfile
 import time
 import tomllib
 from argparse import Namespace
-from importlib import metadata
 from pathlib import Path
 
+import vecsim_torch as vecsim
 from benchmarks import environments, machine
 from benchmarks.comparisons import place, units
 from benchmarks.referee import Contender, environment_of, on_cores, save, say
@@ -38,7 +38,9 @@ CURVE_COLUMNS = "env_steps wall_seconds velocity_error episode_length terrain_le
 
 
 def command_of(run: dict, options: Namespace) -> str:
-    """What a user would type for this training."""
+    """What a user would type for this training; for another library its program and variant."""
+    if "program" in run:
+        return f"{run['program']}, {run['variant']}"
     total = options.total_timesteps or run.get("total_timesteps")
     words = ["python", run["script"], "--env-id", run["env_id"], *run["flags"].split(), *run.get("always", "").split()]
     words += ["--seed", str(run["seed"])] if run["seed"] else []
@@ -63,6 +65,7 @@ def trainings(name: str, options: Namespace) -> list[dict]:
         for env_id, seed in itertools.product(tasks, run.get("seeds", [None])):
             folder = f"{run['folder']}/{env_id}" if "env_id" in shared else run["folder"]
             one = run | dict(env_id=env_id, seed=seed, file=f"{folder}/{run_name}-seed{seed}")
+            one["contender"] = Path(run_name).name  # of `peers`
             if run["kind"] == "profile":
                 parts = Path(run["script"]).stem, env_id, place(options), run.get("stage")
                 one["file"] = f"{folder}/{'-'.join(filter(None, parts))}"
@@ -76,25 +79,8 @@ def tasks_of(name: str) -> list[str]:
     """The tasks of a set; none: it takes any task."""
     if "env_id" in SETS[name]:
         return []
-    runs = SETS[name].get("runs", {})
-    named = [own.get("env_id") or TASK.match(run_name)[0] for run_name, own in runs.items()]
-    return list(dict.fromkeys([*named, *SETS[name].get("tasks", [])]))
-
-
-def contests(name: str, options: Namespace) -> list[dict]:
-    """The runs of `peers`: each task, seed by seed, by each contender."""
-    found, contest = [], SETS[name]
-    for env_id, seed in itertools.product(options.env_id or contest["tasks"], contest["seeds"]):
-        task = contest["tasks"][env_id]
-        for contender, how in contest["contenders"].items():
-            run = how | dict(kind=contest["kind"], contender=contender, env_id=env_id, seed=seed)
-            run |= dict(minutes=task["minutes"], file=f"peers/{env_id}/{contender}-seed{seed}")
-            run["command"] = f"{how.get('program')}, {how.get('variant')}"
-            if "script" in how:
-                flags = f"--eval-episodes 10 {task['flags']}"
-                run["command"] = command_of(run | dict(flags=flags, every=task["every"][contender]), options)
-            found.append(run)
-    return found
+    runs = SETS[name]["runs"]
+    return list(dict.fromkeys(own.get("env_id") or TASK.match(run_name)[0] for run_name, own in runs.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,10 +94,6 @@ def call(command: str, *more: str | Path, options: Namespace, quiet: bool = Fals
     status = subprocess.run(words, cwd=machine.ROOT, stdout=subprocess.DEVNULL if quiet else None).returncode
     if status:
         raise RuntimeError(f"stopped with status {status}; the same command continues it")
-
-
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium")}
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -150,7 +132,7 @@ def score(run: dict, options: Namespace) -> dict:
     steps, seconds = next(((x, t) for x, t, reached in curve if reached >= run["threshold"]), (None, None))
     record |= dict(threshold=run["threshold"], steps_to_threshold=steps, cores_shared=options.shared, curve=curve)
     record |= dict(seconds_to_threshold=None if options.shared else seconds)
-    return dict(versions=versions()) | record
+    return dict(versions=vecsim.versions()) | record
 
 
 def agents(run: dict, options: Namespace) -> dict:
@@ -199,7 +181,7 @@ def profile(run: dict, options: Namespace) -> dict:
         call(run["command"], "--run-dir", folder, options=options, quiet=True)
         stages = stage_times(folder / run.get("stage", "") / "trace.json.gz")
         first, second, *_ = lines_of(folder / run.get("stage", "") / "metrics.jsonl")  # --log-every 1
-    about = dict(script=run["script"], env_id=run["env_id"], stage=run.get("stage", ""), versions=versions())
+    about = dict(script=run["script"], env_id=run["env_id"], stage=run.get("stage", ""), versions=vecsim.versions())
     return about | dict(steps=second["env_steps"] - first["env_steps"], stages=stages)
 
 
@@ -217,7 +199,7 @@ def panel(run: dict, options: Namespace) -> dict:
         name, log = stage or "policy", lines_of(folder / stage / "metrics.jsonl")
         policies[name] = dict(env_steps=log[-1]["env_steps"], train_seconds=log[-1]["wall_seconds"])
         curves[name] = [[line.get(column) for column in CURVE_COLUMNS] for line in log]
-    about = dict(env_id=run["env_id"], versions=versions(), policies=policies)
+    about = dict(env_id=run["env_id"], versions=vecsim.versions(), policies=policies)
     return about | dict(curve_columns=CURVE_COLUMNS, curves=curves)
 
 
@@ -242,7 +224,7 @@ def peer_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
     status = subprocess.run(words, env=environment, cwd=scratch).returncode
     if status:
         raise RuntimeError(f"stopped with status {status}")
-    packages = " ".join(environments.dependencies(contender.file, "cpu")) or versions()
+    packages = " ".join(environments.dependencies(contender.file, "cpu")) or vecsim.versions()
     return dict(versions=packages, compile_seconds=0.0, curve=json.loads(curve.read_text()))
 
 
@@ -267,7 +249,7 @@ def our_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
     if not curve:
         raise RuntimeError(f"no evaluation; the trainer's output:\n{output.read_text()[-2000:]}")
     seconds = began[metrics] - began[output] - lines_of(metrics)[0]["wall_seconds"]
-    return dict(versions=versions(), compile_seconds=round(max(0.0, seconds), 1), curve=curve)
+    return dict(versions=vecsim.versions(), compile_seconds=round(max(0.0, seconds), 1), curve=curve)
 
 
 KINDS = dict(score=score, agents=agents, profile=profile, panel=panel, minutes=minutes)
@@ -277,9 +259,10 @@ def run_set(name: str, options: Namespace) -> bool:
     """All runs of a set; False if one of them failed."""
     hardware = machine.hardware(options.device)
     if options.device == "cpu":
-        hardware = f"{machine.processor()}, {units(options)} of {os.cpu_count()} cores"
+        name_of_cpu, cores = hardware.rsplit(", ", 1)
+        hardware = f"{name_of_cpu}, {units(options)} of {cores}"
     failures = 0
-    for run in (contests if name == "peers" else trainings)(name, options):
+    for run in trainings(name, options):
         path = options.results / f"{run['file']}.json"
         if options.dry_run:
             print(f"{run['file']}: {run['command']}")

@@ -704,7 +704,7 @@ def test_profile_has_a_file_for_each_trainer_and_stage(measure):
 @pytest.mark.slow
 @pytest.mark.parametrize("contender", ["cleanrl-ppo", "ours-ppo"])
 def test_peers_scores_a_policy_when_its_minutes_are_over(contender, tmp_path):
-    contests = runs.contests("peers", options(tmp_path, "peers", "--env-id", "InvertedPendulum-v5", mode=("runs",)))
+    contests = runs.trainings("peers", options(tmp_path, "peers", "--env-id", "InvertedPendulum-v5", mode=("runs",)))
     run = next(run for run in contests if (run["seed"], run["contender"]) == (1, contender))
     record = runs.minutes(run | dict(minutes=0.001), options(tmp_path))
     steps, seconds, score = record["curve"][-1]
@@ -723,8 +723,7 @@ def accept(words):
 
 
 def planned(name, tmp_path):
-    of_set = runs.contests if name == "peers" else runs.trainings
-    commands = [run["command"] for run in of_set(name, options(tmp_path, name, mode=("runs",)))]
+    commands = [run["command"] for run in runs.trainings(name, options(tmp_path, name, mode=("runs",)))]
     return [shlex.split(command) for command in commands if command.startswith("python ")]
 
 
