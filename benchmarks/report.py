@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks import tables
@@ -229,9 +230,14 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     def load(pattern: str) -> list[dict]:
         return tables.load(results, pattern)
 
-    def picture(name: str, words: str) -> Iterator[str]:
-        if (results / name).exists():
-            yield f"![{words}]({name})\n"
+    def picture(name: str, words: str) -> list[str]:
+        return [f"![{words}]({name})\n"] if (results / name).exists() else []
+
+    def part(pattern: str, make: Callable[[list[dict]], str], *before: str, by: str = "") -> Iterator[str]:
+        """What stands before, then one table of all files that match, or one for each value of a key."""
+        if found := load(pattern):
+            yield from before
+            yield from map(make, tables.grouped(found, by) if by else [found])
 
     records = load("benchmark/*.json")
     of_mode = {mode: [record for record in records if record["mode"] == mode] for mode in ("sim", "learner", "train")}
@@ -240,11 +246,8 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield from picture("speed.png", "simulators, learners and whole trainings side by side")
     yield SIMULATOR
     yield from map(tables.parity, load("parity.json"))
-    if found := [*load("mjcf-before.json"), *load("mjcf.json")]:
-        yield MJCF
-        yield tables.mjcf(found)
-    if found := load("vecsim/*.json"):
-        yield tables.physics(found)
+    yield from part("mjcf*.json", tables.mjcf, MJCF)
+    yield from part("vecsim/*.json", tables.physics)
     yield from map(tables.comparison, of_mode["sim"])
     scaling = [record for record in records if record["mode"] == "scaling"]
     yield from picture("scaling.png", "steps per second over the number of environments")
@@ -255,11 +258,8 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield TRAIN
     for record in of_mode["train"]:
         yield tables.comparison(record, dollars_per_hour)
-    if found := load("profile/*.json"):
-        yield tables.profile(found)
-    for predictions in load("gpu/predicted.json"):
-        yield GPU
-        yield tables.predicted(predictions)
+    yield from part("profile/*.json", tables.profile)
+    yield from part("gpu/predicted.json", lambda found: tables.predicted(found[0]), GPU)
     measured = [record for record in load("gpu/*.json") if "block" in record and not record["name"].endswith("-quick")]
     if measured:
         yield MEASURED
@@ -274,29 +274,21 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield from map(tables.agents, load("mjx/seeds.json"))
     if load("export/*.json"):
         yield EXPORT
-    if found := load("peers/*/*-seed*.json"):
-        yield PEERS
-        yield from picture("peers.png", "score over minutes of training, beside other libraries")
-        yield from map(tables.peers, tables.grouped(found, "env_id"))
+    curves = picture("peers.png", "score over minutes of training, beside other libraries")
+    yield from part("peers/*/*-seed*.json", tables.peers, PEERS, *curves, by="env_id")
     if found := load("dqn/*-seed*.json"):
         yield Q_LEARNING
         for members in tables.grouped(found, "env_id"):
             yield tables.at_equal_time(members, load(f"peers/{members[0]['env_id']}/ours-*-seed*.json"))
-        for members in tables.grouped(load("dqn/ablation/*/*-seed*.json"), "folder"):
-            yield Q_ABLATION
-            yield tables.candidates(members, "DQN with one thing changed")
+    q_ablation = partial(tables.candidates, words="DQN with one thing changed")
+    yield from part("dqn/ablation/*/*-seed*.json", q_ablation, Q_ABLATION, by="folder")
     yield SETTINGS
-    if found := load("sac/candidates/*-seed*.json"):
-        yield tables.candidates(found, "candidates for SAC's default")
-    yield from map(tables.ablation, tables.grouped(load("sac/ablation/*/*-seed*.json"), "folder"))
-    yield from map(tables.sizes, tables.grouped(load("ppo/sizes/*/*-seed*.json"), "folder"))
-    if found := load("memory/*/*-seed*.json"):
-        yield MEMORY
-        yield from picture("memory/curves.png", "score over environment steps, with and without memory")
-        yield from map(tables.memories, tables.grouped(found, "folder"))
-    if found := load("walk-memory/*/*/training.json"):
-        yield WALK_MEMORY
-        yield tables.walkers(found)
+    yield from part("sac/candidates/*-seed*.json", partial(tables.candidates, words="candidates for SAC's default"))
+    yield from part("sac/ablation/*/*-seed*.json", tables.ablation, by="folder")
+    yield from part("ppo/sizes/*/*-seed*.json", tables.sizes, by="folder")
+    curves = picture("memory/curves.png", "score over environment steps, with and without memory")
+    yield from part("memory/*/*-seed*.json", tables.memories, MEMORY, *curves, by="folder")
+    yield from part("walk-memory/*/*/training.json", tables.walkers, WALK_MEMORY)
     yield QUADRUPED
     yield from map(tables.walk, load("quadruped/*.json"))
     for record in load("distill/*/evidence.json"):

@@ -124,10 +124,9 @@ def comparison(record: dict, dollars_per_hour: float | None = None) -> str:
         cells = {"": row["contender"], record["unit"]: speed(row)}
         cells[f"{record['reference']} / this row"] = ratio(reference(record), row)
         if record["mode"] == "sim":
-            errors = [small(row, f"step_error_{quantile}") for quantile in ("p50", "p99")]
-            cells |= {"error of one step, median": errors[0], "p99": errors[1]}
-        starts = [f"{row[key]:.0f} s" for key in ("first_start_seconds", "warmup_seconds")]
-        cells |= {"first start": starts[0], "second start": starts[1], "memory": memory(row)}
+            cells |= {"error of one step, median": small(row, "step_error_p50"), "p99": small(row, "step_error_p99")}
+        cells["first start"] = f"{row['first_start_seconds']:.0f} s"
+        cells |= {"second start": f"{row['warmup_seconds']:.0f} s", "memory": memory(row)}
         if dollars_per_hour:
             steps = row["median"] * 3600 / dollars_per_hour
             cells[f"steps per dollar, at {dollars_per_hour:g} an hour"] = f"{steps / 1e6:,.1f} M"
@@ -419,10 +418,9 @@ def distill(record: dict) -> str:
 def judged(record: dict, summary: Path) -> str:
     """The panel that `runs walk` and `runs distill` leave beside the record of their training: return (success)."""
     rows = {}
-    with summary.open() as file:
-        for found in csv.DictReader(file):
-            row = rows.setdefault(found["perturbation"], {"": found["perturbation"].replace("_", " ")})
-            row[found["checkpoint"]] = f"{float(found['return']):,.1f} ({float(found['success']):.0%})"
+    for found in csv.DictReader(summary.read_text().splitlines()):
+        row = rows.setdefault(found["perturbation"], {"": found["perturbation"].replace("_", " ")})
+        row[found["checkpoint"]] = f"{float(found['return']):,.1f} ({float(found['success']):.0%})"
     return table(f"{record['env_id']}: return, interquartile mean, and share of successes", list(rows.values()))
 
 
@@ -432,10 +430,8 @@ def walkers(records: list[dict]) -> str:
     The steps of a student include those of its teacher. Times are left out: other work shared the cores."""
     rows = []
     for record in records:
-        run = record["folder"].replace("-", " ")
-        with (record["path"].parent / "panel/summary.csv").open() as file:
-            judged = list(csv.DictReader(file))
-        spent = 0
+        run, spent = record["folder"].replace("-", " "), 0
+        judged = list(csv.DictReader((record["path"].parent / "panel/summary.csv").read_text().splitlines()))
         for policy, of_policy in record["policies"].items():
             spent += of_policy["env_steps"]
             row = {"": run if policy == "policy" else policy, "environment steps": f"{spent:,}"}
