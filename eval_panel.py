@@ -406,8 +406,7 @@ class MujocoC(Vecsim):
     """Gymnasium's own environments, from vecsim's initial states (to float32) and under its first commands."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
-        name = vecsim.gymnasium_id(subject.env_id)
-        if not name:
+        if not vecsim.gymnasium_id(subject.env_id):
             raise ValueError(f"Gymnasium has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
         make = vecsim.gymnasium_maker(subject.env_id, subject.options, disable_env_checker=True)

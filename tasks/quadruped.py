@@ -293,18 +293,17 @@ class Flat(Task):
 
     def begin(self, model, qpos, noise, ended, limit):
         """Start at the origin, facing any direction, with the joints near the home pose."""
-        zero = torch.zeros_like(noise[:1])
-        return self.start_at(zero, zero, model, qpos, noise)
+        return self.start_at(torch.zeros_like(noise[:2]), model, qpos, noise)
 
-    def start_at(self, x: Tensor, y: Tensor, model: Model, qpos: Tensor, noise: Tensor):
-        """qpos and memory of robots that start at (x, y), (1, N) m each, a little above the ground."""
-        ground = torch.zeros_like(x) if model.terrain is None else sample_terrain(model.terrain, x, y)[0]
+    def start_at(self, place: Tensor, model: Model, qpos: Tensor, noise: Tensor):
+        """qpos and memory of robots that start at a place (2, N) m, a little above the ground."""
         half_yaw = math.pi * noise[6:7]
         zero = torch.zeros_like(half_yaw)
+        ground = zero if model.terrain is None else sample_terrain(model.terrain, place[:1], place[1:])[0]
         yaw = torch.cat((torch.cos(half_yaw), zero, zero, torch.sin(half_yaw)))
         tilt = qpos[3:7] * torch.rsqrt(vecsim_torch.dot(qpos[3:7], qpos[3:7]))
         quat = vecsim_torch.quat_multiply(yaw, tilt)
-        qpos = torch.cat((x, y, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
+        qpos = torch.cat((place, ground + model.qpos0[2:3] + 0.02, quat, qpos[7:]))
         command, heading = self.draw_command(noise)
         return qpos, {
             "command": self.steer(command, heading, quat),
@@ -510,7 +509,7 @@ class Rough(Flat):
             level = torch.full_like(level, self.terrain_level)
         origin = terrain.origins[(level * columns + column).long()].T
         start = origin[:2] + 2 * noise[4:6] - 1
-        qpos, memory = self.start_at(start[:1], start[1:], model, qpos, noise)
+        qpos, memory = self.start_at(start, model, qpos, noise)
         return qpos, memory | {"level": level.unsqueeze(0), "column": column.unsqueeze(0), "start": start}
 
     def observe(self, model, p, sensed):
@@ -562,10 +561,10 @@ class InMujoco(gymnasium.Env):
         self.model = vecsim_torch.compile_mjcf(self.task.source())
         self.data = mujoco.MjData(self.model)
         self.robot = self.task.furnish(vecsim_torch.load_model(self.model, dtype=torch.float64), self.model)
-        self.memory: dict[str, Tensor] = {}
         low, high = (bound.float().numpy() for bound in self.task.action_range(self.robot))
         self.action_space = gymnasium.spaces.Box(low, high)
-        measured = self._measured()._replace(memory=self._begin())
+        self.memory = self._begin()
+        measured = self._measured()
         groups = self.task.observe(self.robot, measured, self._sense(measured))
         self.observation_space = vecsim_torch.spaces_of(groups)[1]
 
