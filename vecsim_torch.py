@@ -780,50 +780,50 @@ def soften(
 
 
 class Tree(NamedTuple):
-    """The joints of an mjModel as links: link l is what joint l moves. A pose is (position, rotation matrix)."""
+    """The joints of an mjModel as links: link l is what joint l moves."""
 
-    parent: list[int]  # (nl) parent link, -1 for the world
-    offset: list[tuple[np.ndarray, np.ndarray]]  # (nl) pose in the parent link's frame before the joint moves
+    parent: np.ndarray  # (nl) parent link, -1 for the world
+    offset: np.ndarray  # (nl, 3) m, position in the parent link's frame before the joint moves
+    offset_turn: np.ndarray  # (nl, 3, 3) rotation of the same pose
     body_link: np.ndarray  # (nbody) nl for the world and the bodies welded to it
-    body_frame: list[tuple[np.ndarray, np.ndarray]]  # (nbody) pose in the frame of its link
+    body_place: np.ndarray  # (nbody, 3) m, position in the frame of the body's link
+    body_turn: np.ndarray  # (nbody, 3, 3) rotation of the same pose
     moves: np.ndarray  # (nl + 1, nv) bool: dof d moves link l; the last row is the world
+
+    def on_links(self, bodies: Any, position: np.ndarray, quat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (n, 3) and rotations (n, 3, 3) in the links' frames, of poses in the frames of n bodies."""
+        turn = self.body_turn[bodies]
+        rotation = np.array([rotation_matrix(q) for q in quat]).reshape(-1, 3, 3)
+        return self.body_place[bodies] + (turn @ position[..., None])[..., 0], turn @ rotation
 
 
 def build_tree(m: mujoco.MjModel) -> Tree:
     """Links of one joint each. A body with several joints becomes a chain of links; its frame is the last link's."""
     if not m.njnt:
         raise InputError("unsupported model: it has no joints")
-    parent: list[int] = []
-    offset: list[tuple[np.ndarray, np.ndarray]] = []
-    body_link, body_frame = [-1], [(np.zeros(3), np.eye(3))]
+    place, turn, body_link = np.zeros((m.nbody, 3)), np.tile(np.eye(3), (m.nbody, 1, 1)), np.full(m.nbody, -1)
+    offset, offset_turn, parent = np.zeros((m.njnt, 3)), np.tile(np.eye(3), (m.njnt, 1, 1)), np.arange(m.njnt) - 1
     for b in range(1, m.nbody):
-        base, turn = body_frame[m.body_parentid[b]]
-        frame = (base + turn @ m.body_pos[b], turn @ rotation_matrix(m.body_quat[b]))
-        link = body_link[m.body_parentid[b]]
-        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
-            parent.append(link)
-            offset.append(frame)
-            link, frame = j, (np.zeros(3), np.eye(3))
-        body_link.append(link)
-        body_frame.append(frame)
-    carried_by = np.eye(m.njnt + 1, dtype=bool)  # [l, k]: link k is l or carries it; the last is the world
+        up, joint = m.body_parentid[b], m.body_jntadr[b]
+        position, rotation = place[up] + turn[up] @ m.body_pos[b], turn[up] @ rotation_matrix(m.body_quat[b])
+        if joint < 0:
+            body_link[b], place[b], turn[b] = body_link[up], position, rotation
+        else:
+            body_link[b] = joint + m.body_jntnum[b] - 1
+            parent[joint], offset[joint], offset_turn[joint] = body_link[up], position, rotation
+    moves = np.arange(m.njnt + 1)[:, None] == m.dof_jntid
     for link, up in enumerate(parent):
-        if up >= 0:
-            carried_by[link] |= carried_by[up]
-    links = np.array([m.njnt if link < 0 else link for link in body_link])
-    return Tree(parent, offset, links, body_frame, carried_by[:, m.dof_jntid])
+        moves[link] |= moves[up]  # -1 is the world's row
+    return Tree(parent, offset, offset_turn, np.where(body_link < 0, m.njnt, body_link), place, turn, moves)
 
 
 def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: the order of links and dofs, and which entries of a matrix over dofs can be non-zero."""
-    depth: list[int] = []
-    for up in tree.parent:
-        depth.append(0 if up < 0 else depth[up] + 1)
-    by_depth = [np.flatnonzero(np.equal(depth, d)) for d in range(max(depth) + 1)]
+    depth = tree.moves[:-1, m.jnt_dofadr].sum(1) - 1
+    by_depth = [np.flatnonzero(depth == d) for d in range(max(depth) + 1)]
     kind = -np.minimum(m.jnt_type, SLIDE)  # sorts joints into hinges and slides, balls, frees
     order = np.argsort(np.argsort(kind, kind="stable"))
-    above = [by_depth[0][:0], *by_depth]
-    parents = [np.searchsorted(up, np.array(tree.parent)[level]) for up, level in zip(above, by_depth, strict=False)]
+    parents = [np.searchsorted(by_depth[d - 1], tree.parent[level]) for d, level in enumerate(by_depth)]
     address = np.arange(m.nv) - m.jnt_dofadr[m.dof_jntid]  # of each dof within its joint
     translates = (m.jnt_type[m.dof_jntid] == FREE) & (address < 3)
     integrates = np.flatnonzero(translates | (m.jnt_type[m.dof_jntid] >= SLIDE))
@@ -834,7 +834,7 @@ def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     unpack = np.full((m.nv, m.nv), len(entries))
     unpack[row, column] = unpack[column, row] = range(len(entries))
     return dict(
-        parent=tuple(tree.parent),
+        parent=tuple(tree.parent.tolist()),
         dofs=tuple(tuple(np.flatnonzero(m.dof_jntid == link).tolist()) for link in range(m.njnt)),
         link_levels=tuple((order[level], up) for level, up in zip(by_depth, parents, strict=True)),
         link_order_index=np.argsort(np.concatenate(by_depth)),
@@ -859,24 +859,21 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """
     scalars, balls = np.flatnonzero(m.jnt_type >= SLIDE), np.flatnonzero(m.jnt_type == BALL)
     rotation, position = np.zeros((3, len(scalars), 3, 3)), np.zeros((4, len(scalars), 3))
+    rotation[0], position[0] = tree.offset_turn[scalars], tree.offset[scalars]
     for k, j in enumerate(scalars):
-        position[0, k], rotation[0, k] = tree.offset[j]
         axis, anchor, turn = m.jnt_axis[j], m.jnt_pos[j], rotation[0, k]
         if m.jnt_type[j] == HINGE:
             rotation[1, k], rotation[2, k] = turn @ skew(axis), turn @ skew(axis) @ skew(axis)
             position[1, k], position[2, k] = -rotation[1, k] @ anchor, -rotation[2, k] @ anchor
         else:
             position[3, k] = turn @ axis
-    ball_rotation, ball_position = np.zeros((len(balls), 3, 3)), np.zeros((len(balls), 3))
-    for k, j in enumerate(balls):
-        base, ball_rotation[k] = tree.offset[j]
-        ball_position[k] = base + ball_rotation[k] @ m.jnt_pos[j]
+    ball_rotation = tree.offset_turn[balls]
     push_motion = np.zeros((m.nv, 2))
     for j, dof in enumerate(m.jnt_dofadr):
         if m.jnt_type[j] == FREE:
             push_motion[dof : dof + 2] = np.eye(2)
         elif m.jnt_type[j] == SLIDE and tree.parent[j] < 0:
-            push_motion[dof] = (tree.offset[j][1] @ m.jnt_axis[j])[:2]
+            push_motion[dof] = (tree.offset_turn[j] @ m.jnt_axis[j])[:2]
     addresses = list(zip(range(m.njnt), m.jnt_qposadr.tolist(), m.jnt_dofadr.tolist(), strict=True))
     in_balls, in_frees = (tuple(addresses[j] for j in np.flatnonzero(m.jnt_type == kind)) for kind in (BALL, FREE))
     quaternions = [(qpos, dof) for _, qpos, dof in in_balls] + [(qpos + 3, dof + 3) for _, qpos, dof in in_frees]
@@ -893,7 +890,7 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         frees=in_frees,
         quaternions=tuple(quaternions),
         ball_rotation=ball_rotation,
-        ball_position=ball_position,
+        ball_position=tree.offset[balls] + (ball_rotation @ m.jnt_pos[balls][..., None])[..., 0],
         ball_anchor=m.jnt_pos[balls],
         push_motion=push_motion,
     )
@@ -901,13 +898,10 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
 
 def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: inertia of the bodies and of the links that they form, springs, dampers and dry friction."""
-    body_com, body_axes, body_inertia = np.zeros((m.nbody, 3)), np.zeros((m.nbody, 3, 3)), np.zeros((m.nbody, 3, 3))
+    body_com, body_axes = tree.on_links(range(m.nbody), m.body_ipos, m.body_iquat)
+    body_inertia = body_axes @ (m.body_inertia[..., None] * np.eye(3)) @ body_axes.swapaxes(1, 2)
     mass, moment, about_frame = np.zeros(m.njnt + 1), np.zeros((m.njnt + 1, 3)), np.zeros((m.njnt + 1, 3, 3))
     for b, link in enumerate(tree.body_link):
-        base, turn = tree.body_frame[b]
-        body_com[b] = base + turn @ m.body_ipos[b]
-        body_axes[b] = turn @ rotation_matrix(m.body_iquat[b])
-        body_inertia[b] = body_axes[b] @ np.diag(m.body_inertia[b]) @ body_axes[b].T
         mass[link] += m.body_mass[b]
         moment[link] += m.body_mass[b] * body_com[b]
         about_frame[link] += body_inertia[b] - m.body_mass[b] * skew(body_com[b]) @ skew(body_com[b])
@@ -1105,10 +1099,7 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
 def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[str, Any]:
     """Fields of `Model`: contacts with what is fixed, ordered by the link that moves, and pairs of moving geoms."""
     link = tree.body_link[m.geom_bodyid]
-    centre, axes = np.zeros((m.ngeom, 3)), np.zeros((m.ngeom, 3, 3))  # pose of each geom in the frame of its link
-    for g, b in enumerate(m.geom_bodyid):
-        base, turn = tree.body_frame[b]
-        centre[g], axes[g] = base + turn @ m.geom_pos[g], turn @ rotation_matrix(m.geom_quat[g])
+    centre, axes = tree.on_links(m.geom_bodyid, m.geom_pos, m.geom_quat)
     half = axes[:, :, 2] * m.geom_size[:, 1:2] * np.isin(m.geom_type, (CAPSULE, CYLINDER))[:, None]
 
     def segments(geoms: np.ndarray) -> Segments:
@@ -1196,27 +1187,21 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
 
 def name_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: the named joints, bodies, sites and geoms, and the pose of each in the frame of its link."""
-    ends = [*zip(m.jnt_qposadr, m.jnt_dofadr), (m.nq, m.nv)]
-    rows = [(int(q), int(end_q), int(v), int(end_v)) for (q, v), (end_q, end_v) in itertools.pairwise(ends)]
-    frames, position, rotation = {"body": {}, "site": {}, "geom": {}}, [], []
-    for kind, bodies, at, quat in (
-        ("body", range(m.nbody), np.zeros((m.nbody, 3)), np.tile([1.0, 0, 0, 0], (m.nbody, 1))),
-        ("site", m.site_bodyid, m.site_pos, m.site_quat),
-        ("geom", m.geom_bodyid, m.geom_pos, m.geom_quat),
-    ):
-        for k, b in enumerate(bodies):
-            if not (name := getattr(m, kind)(k).name):
-                continue
-            base, turn = tree.body_frame[b]
-            geoms = {"body": map(int, np.flatnonzero(m.geom_bodyid == k)), "site": (), "geom": (k,)}[kind]
-            frames[kind][name] = len(position), int(tree.body_link[b]), tuple(geoms)
-            position.append(base + turn @ at[k])
-            rotation.append(turn @ rotation_matrix(quat[k]))
+    qpos, dof = np.append(m.jnt_qposadr, m.nq).tolist(), np.append(m.jnt_dofadr, m.nv).tolist()
+    joints = {m.joint(j).name: (*qpos[j : j + 2], *dof[j : j + 2]) for j in range(m.njnt)}
+    link = tree.body_link.tolist()
+    bodies = {m.body(b).name: (b, link[b], tuple(np.flatnonzero(m.geom_bodyid == b).tolist())) for b in range(m.nbody)}
+    sites = {m.site(s).name: (m.nbody + s, link[b], ()) for s, b in enumerate(m.site_bodyid)}
+    geoms = {m.geom(g).name: (m.nbody + m.nsite + g, link[b], (g,)) for g, b in enumerate(m.geom_bodyid)}
+    for named in (joints, bodies, sites, geoms):
+        named.pop("", None)
+    on_sites = tree.on_links(m.site_bodyid, m.site_pos, m.site_quat)
+    on_geoms = tree.on_links(m.geom_bodyid, m.geom_pos, m.geom_quat)
     return dict(
-        joint_rows={m.joint(j).name: rows[j] for j in range(m.njnt) if m.joint(j).name},
-        frames=frames,
-        frame_position=np.array(position),
-        frame_rotation=np.array(rotation),
+        joint_rows=joints,
+        frames={"body": bodies, "site": sites, "geom": geoms},
+        frame_position=np.concatenate((tree.body_place, on_sites[0], on_geoms[0])),
+        frame_rotation=np.concatenate((tree.body_turn, on_sites[1], on_geoms[1])),
     )
 
 
