@@ -1205,19 +1205,6 @@ def name_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     )
 
 
-def to_torch(value: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
-    """Convert `value`, a numpy array or a tuple of them, to tensors. Integers are row numbers and become int64. Other
-    arrays are parameters: they become `dtype` and get an environment axis of size 1 at the end."""
-    if isinstance(value, np.ndarray):
-        if np.issubdtype(value.dtype, np.integer):
-            return torch.tensor(value, dtype=torch.int64, device=device)
-        return torch.tensor(value, dtype=dtype, device=device)[..., None]
-    if isinstance(value, tuple):
-        items = [to_torch(item, dtype, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
 def load_model(
     source: str | Path | mujoco.MjModel,
     *,
@@ -1253,7 +1240,14 @@ def load_model(
         gravity=m.opt.gravity,
         pair_slots=min(pair_slots, len(tables["pair_geoms"])),
     )
-    return Model(**{name: to_torch(table, dtype, device) for name, table in tables.items()})
+
+    def to_torch(table: np.ndarray) -> Tensor:
+        """Whole numbers are row numbers. All others are parameters, which get an environment axis of size 1 at the end."""
+        if np.issubdtype(table.dtype, np.integer):
+            return torch.tensor(table, dtype=torch.int64, device=device)
+        return torch.tensor(table, dtype=dtype, device=device)[..., None]
+
+    return Model(**tree_map_only(np.ndarray, to_torch, tables))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
