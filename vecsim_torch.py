@@ -676,8 +676,9 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
         "actuators with more than one input or output": np.any(m.actuator_ctrlnum != 1)
         or np.any(m.actuator_outnum != 1),
         "actuator transmissions other than joint and tendon": not np.isin(m.actuator_trntype, transmission).all(),
-        "actuators on free and ball joints": m.nu > 0
-        and not simple_joints[m.actuator_trnid[np.isin(m.actuator_trntype, joint_transmission), 0]].all(),
+        "actuators on free and ball joints": not simple_joints[
+            m.actuator_trnid[np.isin(m.actuator_trntype, joint_transmission), 0]
+        ].all(),
         "actuator gain types other than fixed": np.any(m.actuator_gaintype != mujoco.mjtGain.mjGAIN_FIXED),
         "actuator bias types other than none and affine": not np.isin(
             m.actuator_biastype, (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE)
@@ -691,11 +692,10 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
 def tendons_that_act(m: mujoco.MjModel) -> np.ndarray:
     """The tendons that exert forces or that others depend on."""
     acts = (m.tendon_stiffness > 0) | (m.tendon_damping > 0) | (m.tendon_limited > 0)
-    acts[m.actuator_trnid[m.actuator_trntype == mujoco.mjtTrn.mjTRN_TENDON, 0]] = True
+    pulled = m.actuator_trnid[m.actuator_trntype == mujoco.mjtTrn.mjTRN_TENDON, 0]
     equal = (m.eq_type == mujoco.mjtEq.mjEQ_TENDON) & (m.eq_active0 > 0)
-    coupled = np.concatenate((m.eq_obj1id[equal], m.eq_obj2id[equal]))
-    acts[coupled[coupled >= 0]] = True
-    return np.flatnonzero(acts)
+    used = np.concatenate((pulled, m.eq_obj1id[equal], m.eq_obj2id[equal]))
+    return np.flatnonzero(acts | np.isin(range(m.ntendon), used))
 
 
 def without_disabled(m: mujoco.MjModel) -> mujoco.MjModel:
@@ -714,16 +714,14 @@ def without_disabled(m: mujoco.MjModel) -> mujoco.MjModel:
         "CONSTRAINT": "jnt_limited tendon_limited dof_frictionloss tendon_frictionloss eq_active0",
         "SPRING": "jnt_stiffness jnt_stiffnesspoly tendon_stiffness",
         "DAMPER": "dof_damping dof_dampingpoly tendon_damping",
-        "GRAVITY": "body_gravcomp",
+        "GRAVITY": "opt.gravity body_gravcomp",
         "CLAMPCTRL": "actuator_ctrllimited",
         "ACTUATION": "actuator_gainprm actuator_biasprm",
     }
     for name, zero in fields.items():
         if is_disabled(m, name):
             for field in zero.split():
-                getattr(m, field)[:] = 0
-    if is_disabled(m, "GRAVITY"):
-        m.opt.gravity[:] = 0
+                operator.attrgetter(field)(m)[:] = 0
     if is_disabled(m, "SPRING") and is_disabled(m, "DAMPER"):
         m.opt.density = m.opt.viscosity = 0
         m.body_gravcomp[:] = 0
