@@ -389,7 +389,6 @@ class Model:
     nu: int
     nl: int
     timestep: float  # s
-    stage_times: tuple[float, ...]  # s, of the second to fourth Runge-Kutta stage
     integrator: str  # the MJCF's own: euler, implicitfast or rk4
     # tree
     parent: tuple[int, ...]  # (nl) parent link, -1 for the world
@@ -434,8 +433,8 @@ class Model:
     dof_stiffness: Tensor  # (nv, 1) N m/rad or N/m, of springs
     dof_spring: Tensor  # (nv, 1) rad or m, where the spring exerts no force
     dof_damping: Tensor  # (nv, 1) N m s/rad or N s/m
-    damped: bool  # True if any joint has damping
-    euler_damps: bool  # False if the MJCF's flag eulerdamp is off; else Euler needs a second solve for a damped model
+    euler_damps: bool  # True if Euler is implicit in the damping of a joint, which needs a second solve, see `step`
+    implicitfast_damps: bool  # the same of implicitfast, for the damping of a joint or of an actuator
     has_frictionloss: bool
     frictionloss: Tensor  # (nv, 1) N m or N, the largest force of dry friction in each dof
     frictionloss_weight: Tensor  # (nv, 1) D of the same dofs, see `dry_friction`
@@ -469,7 +468,6 @@ class Model:
     actuator_gear: Tensor  # (nu, 1)
     actuator_gain: Tensor  # (nu, 1)
     actuator_bias: Tensor  # (3, nu, 1)
-    actuator_velocity_bias: bool  # True if any bias[2] is not zero; then implicitfast damps actuators too
     ctrl_low: Tensor  # (nu, 1)
     ctrl_high: Tensor  # (nu, 1)
     force_low: Tensor  # (nu, 1)
@@ -918,8 +916,7 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         inertia=inertia,
         dof_stiffness=m.jnt_stiffness[m.dof_jntid],
         dof_spring=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
-        damped=bool(m.dof_damping.any()),
-        euler_damps=not is_disabled(m, "EULERDAMP"),
+        euler_damps=bool(m.dof_damping.any()) and not is_disabled(m, "EULERDAMP"),
         has_frictionloss=len(rubbing) > 0,
         frictionloss=m.dof_frictionloss,
         frictionloss_weight=weight,
@@ -974,7 +971,7 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
         actuator_gear=m.actuator_gear[:, 0],
         actuator_gain=m.actuator_gainprm[:, 0],
         actuator_bias=bias,
-        actuator_velocity_bias=bool(bias[2].any()),
+        implicitfast_damps=bool(m.dof_damping.any() or bias[2].any()),
         ctrl_low=ctrl_low,
         ctrl_high=ctrl_high,
         force_low=force_low,
@@ -1233,7 +1230,6 @@ def load_model(
     tables |= dict(
         nl=m.njnt,
         timestep=float(m.opt.timestep),
-        stage_times=tuple(scale * float(m.opt.timestep) for scale in (0.5, 0.5, 1.0)),
         integrator=integrator_of(m),
         gravity=m.opt.gravity,
         pair_slots=min(pair_slots, len(tables["pair_geoms"])),
@@ -2230,8 +2226,7 @@ def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool) 
     """The state after a timestep of mj_Euler or mj_implicit, see `step`."""
     qacc = dynamics.solution.qacc
     slowing = torch.zeros_like(qacc)
-    damped = model.damped or model.actuator_velocity_bias if implicitfast else model.damped and model.euler_damps
-    if damped:
+    if model.implicitfast_damps if implicitfast else model.euler_damps:
         slowing = solve_packed(model, *implicit_system(model, dynamics.smooth, qacc, implicitfast))
     return semi_implicit(model, state, qacc, slowing)
 
@@ -2243,7 +2238,8 @@ def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: 
     """
     dynamics = forward(model, state, ctrl, iterations, run)
     rates, qaccs = [state.qvel], [dynamics.solution.qacc]
-    for scale in model.stage_times:
+    for part in (0.5, 0.5, 1.0):
+        scale = part * model.timestep
         qpos, qvel = run.stage(model, state, scale, rates[-1], qaccs[-1])
         dynamics = forward(model, State(qpos, qvel, qaccs[-1]), ctrl, iterations, run)
         rates.append(run.chart_rate(model, qvel, scale, rates[-1]))
