@@ -642,8 +642,8 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     harmless = sum(getattr(mujoco.mjtEnableBit, f"mjENBL_{name}") for name in harmless)
     is_fluid = m.opt.density > 0 or m.opt.viscosity > 0
     simple_joints = m.jnt_type >= SLIDE
-    joint_transmission = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
-    transmission = (*joint_transmission, mujoco.mjtTrn.mjTRN_TENDON)
+    on_joint = np.isin(m.actuator_trntype, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT))
+    on_tendon = m.actuator_trntype == mujoco.mjtTrn.mjTRN_TENDON
     rules = {
         f'integrator {integrator_of(m)}; set <option integrator="implicitfast"/>': integrator_of(m) not in INTEGRATORS,
         "equality constraints other than joint and tendon": m.eq_active0[~couples].any(),
@@ -673,10 +673,8 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
         or m.actuator_armature.any(),
         "actuators with more than one input or output": np.any(m.actuator_ctrlnum != 1)
         or np.any(m.actuator_outnum != 1),
-        "actuator transmissions other than joint and tendon": not np.isin(m.actuator_trntype, transmission).all(),
-        "actuators on free and ball joints": not simple_joints[
-            m.actuator_trnid[np.isin(m.actuator_trntype, joint_transmission), 0]
-        ].all(),
+        "actuator transmissions other than joint and tendon": not np.all(on_joint | on_tendon),
+        "actuators on free and ball joints": not simple_joints[m.actuator_trnid[on_joint, 0]].all(),
         "actuator gain types other than fixed": np.any(m.actuator_gaintype != mujoco.mjtGain.mjGAIN_FIXED),
         "actuator bias types other than none and affine": not np.isin(
             m.actuator_biastype, (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE)
@@ -1236,7 +1234,7 @@ def load_model(
     )
 
     def to_torch(table: np.ndarray) -> Tensor:
-        """Whole numbers are row numbers. All others are parameters, which get an environment axis of size 1 at the end."""
+        """Integers are row numbers. All others are parameters, which get an environment axis of size 1 at the end."""
         if np.issubdtype(table.dtype, np.integer):
             return torch.tensor(table, dtype=torch.int64, device=device)
         return torch.tensor(table, dtype=dtype, device=device)[..., None]
@@ -2226,7 +2224,8 @@ def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool) 
     """The state after a timestep of mj_Euler or mj_implicit, see `step`."""
     qacc = dynamics.solution.qacc
     slowing = torch.zeros_like(qacc)
-    if model.implicitfast_damps if implicitfast else model.euler_damps:
+    damps = model.implicitfast_damps if implicitfast else model.euler_damps
+    if damps:
         slowing = solve_packed(model, *implicit_system(model, dynamics.smooth, qacc, implicitfast))
     return semi_implicit(model, state, qacc, slowing)
 
