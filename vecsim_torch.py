@@ -307,13 +307,6 @@ def force_at(point: Tensor, force: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Groups(NamedTuple):
-    """Lists of row numbers, padded to a rectangle. `add_up` sums the rows of each list."""
-
-    index: Tensor  # (groups, m)
-    member: Tensor  # (groups, m, 1) 0 where padded
-
-
 class Softness(NamedTuple):
     """How constraint rows yield: MuJoCo's solref, solimp and margin in the form that the solver needs, each (rows, 1).
 
@@ -474,14 +467,12 @@ class Model:
     force_high: Tensor  # (nu, 1)
     dof_force_low: Tensor  # (nv, 1) limits of the summed actuator force on a joint
     dof_force_high: Tensor  # (nv, 1)
-    dof_actuators: Groups  # (nv) actuators that drive each dof
     # joint limits of hinges and slides, lower rows then upper rows
     limit_qpos_index: Tensor  # (2 nlim)
     limit_dof_index: Tensor  # (2 nlim)
     limit_sign: Tensor  # (2 nlim, 1) +1 lower, -1 upper
     limit_bound: Tensor  # (2 nlim, 1) rad or m
     limit_softness: Softness
-    dof_limits: Groups  # (nv) limit rows of each dof
     # contacts with geoms fixed to the world, ordered by the link that moves. With a plane, a sphere, an ellipsoid, each
     # end of a capsule and each corner of a box make one contact, and a cylinder makes four. Fixed spheres, capsules and
     # cylinders are called obstacles; `nearest_points` says what can touch them
@@ -741,13 +732,6 @@ def skew(v: np.ndarray) -> np.ndarray:
     return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
 
 
-def group_rows(group_of_row: Any, count: int) -> Groups:
-    """The rows that belong to each of `count` groups."""
-    rows = [np.flatnonzero(np.equal(group_of_row, g)) for g in range(count)]
-    padded = np.array([*zip(*itertools.zip_longest(*rows, fillvalue=-1))], dtype=int).reshape(count, -1)
-    return Groups(np.maximum(padded, 0), padded >= 0)
-
-
 def soften(
     m: mujoco.MjModel, solref: np.ndarray, solimp: np.ndarray, margin: np.ndarray, invweight: np.ndarray
 ) -> Softness:
@@ -976,7 +960,6 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
         force_high=force_high,
         dof_force_low=joint_low[m.dof_jntid],
         dof_force_high=joint_high[m.dof_jntid],
-        dof_actuators=group_rows(m.jnt_dofadr[joints], m.nv),
         actuator_moment=m.actuator_gear[:, :1] * moment if on_tendon.any() else np.zeros((0, m.nv)),
     )
 
@@ -1033,7 +1016,6 @@ def limit_tables(m: mujoco.MjModel) -> dict[str, Any]:
         limit_sign=np.repeat([1.0, -1.0], len(joints)),
         limit_bound=m.jnt_range[joints].T.flatten(),
         limit_softness=soften(m, m.jnt_solref[rows], m.jnt_solimp[rows], m.jnt_margin[rows], m.dof_invweight0[dofs]),
-        dof_limits=group_rows(dofs, m.nv),
     )
 
 
@@ -1373,9 +1355,9 @@ def generalized_force(model: Model, cdof: Tensor, wrench: Tensor, contacts: Tens
     return dot(cdof, subtree_sum(model, wrench, contacts)[model.dof_link_index])
 
 
-def add_up(groups: Groups, values: Tensor) -> Tensor:
-    """(groups, N): for each group, the sum of its rows of `values` (k, N)."""
-    return (values[groups.index] * groups.member).sum(1)
+def add_up(model: Model, dofs: Tensor, values: Tensor) -> Tensor:
+    """(nv, N): for each degree of freedom, the sum of its rows of `values` (k, N). dofs: (k) to which each belongs."""
+    return values.new_zeros((model.nv, values.shape[-1])).index_add(0, dofs, values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1482,9 +1464,9 @@ def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tu
     clipped = torch.clamp(ctrl, model.ctrl_low, model.ctrl_high)
     unclamped = model.actuator_gain * clipped + bias[0] + bias[1] * length + bias[2] * velocity
     force = torch.clamp(unclamped, model.force_low, model.force_high)
-    total = (moment * force.unsqueeze(1)).sum(0) if pulls else add_up(model.dof_actuators, gear * force)
+    total = (moment * force.unsqueeze(1)).sum(0) if pulls else add_up(model, model.actuator_dof_index, gear * force)
     saturated = (force <= model.force_low) | (force >= model.force_high)
-    damping = add_up(model.dof_actuators, torch.where(saturated, 0.0, -gear * gear * bias[2]))
+    damping = add_up(model, model.actuator_dof_index, torch.where(saturated, 0.0, -gear * gear * bias[2]))
     limited = (total <= model.dof_force_low) | (total >= model.dof_force_high)
     return torch.clamp(total, model.dof_force_low, model.dof_force_high), torch.where(limited, 0.0, damping)
 
@@ -2056,7 +2038,7 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     c = smooth.constraints
     weight = active_weights(c, it)
     minus_force = contact_force(c.contacts, weight.contact * it.contact)
-    diagonal = model.dof_armature + add_up(model.dof_limits, weight.limit)
+    diagonal = model.dof_armature + add_up(model, model.limit_dof_index, weight.limit)
     if model.has_frictionloss:
         friction, sticking = dry_friction(model, c, it.qacc)
         diagonal = diagonal + sticking
@@ -2064,7 +2046,7 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     wrench = apply_symmetric(smooth.inertia, it.motion)
     gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.contacts.point, minus_force))
     gradient = gradient + model.dof_armature * it.qacc - smooth.qfrc_smooth
-    gradient = gradient + add_up(model.dof_limits, model.limit_sign * weight.limit * it.limit)
+    gradient = gradient + add_up(model, model.limit_dof_index, model.limit_sign * weight.limit * it.limit)
     gradient = gradient + (c.pair_jacobian * (weight.pair * it.pair).unsqueeze(1)).sum(0)
     if model.has_frictionloss:
         gradient = gradient - friction
@@ -2290,7 +2272,7 @@ def constraint_force(model: Model, dynamics: Dynamics) -> Tensor:
     weight = active_weights(c, it)
     minus_force = force_at(c.contacts.point, contact_force(c.contacts, weight.contact * it.contact))
     total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), minus_force)
-    total = total + add_up(model.dof_limits, model.limit_sign * weight.limit * it.limit)
+    total = total + add_up(model, model.limit_dof_index, model.limit_sign * weight.limit * it.limit)
     total = total + (c.pair_jacobian * (weight.pair * it.pair).unsqueeze(1)).sum(0)
     return dry_friction(model, c, it.qacc)[0] - total if model.has_frictionloss else -total
 
