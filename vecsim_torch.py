@@ -741,9 +741,8 @@ def soften(
     if mixed.any():
         wrong = tuple(solref[mixed][0].tolist())
         raise InputError(f"unsupported model feature: solref {wrong} mixes standard and direct format")
-    dmin, dmax, width, midpoint, power = solimp.T
-    dmin, dmax, midpoint = (np.clip(x, MINIMP, MAXIMP) for x in (dmin, dmax, midpoint))
-    width, power = np.maximum(width, 0), np.maximum(power, 1)
+    least, most = (MINIMP, MINIMP, 0, MINIMP, 1), (MAXIMP, MAXIMP, np.inf, MAXIMP, np.inf)
+    dmin, dmax, width, midpoint, power = np.clip(solimp, least, most).T
     shortest = 0 if is_disabled(m, "REFSAFE") else 2 * m.opt.timestep
     time_constant, ratio = np.maximum(solref[:, 0], shortest), solref[:, 1]
     own_stiffness = 1 / np.maximum(MINVAL, (dmax * time_constant * ratio) ** 2)
@@ -753,8 +752,7 @@ def soften(
     constant = width <= MINVAL
     dmin, dmax = (np.where(constant, 0.5 * (dmin + dmax), x) for x in (dmin, dmax))
     width = np.where(constant, 1.0, width)
-    quadratic = bool(np.all(power == 2))
-    return Softness(stiffness, damping, dmin, dmax, width, midpoint, power, margin, invweight, quadratic)
+    return Softness(stiffness, damping, dmin, dmax, width, midpoint, power, margin, invweight, bool(np.all(power == 2)))
 
 
 class Tree(NamedTuple):
@@ -920,15 +918,13 @@ def fluid_tables(m: mujoco.MjModel, tree: Tree, body_com: np.ndarray, body_axes:
     others = m.body_inertia[bodies].sum(1, keepdims=True) - 2 * m.body_inertia[bodies]
     box = np.sqrt(np.maximum(MINVAL, others) / m.body_mass[bodies, None] * 6)  # m, sides
     diameter = box.mean(1, keepdims=True)
-    viscous = m.opt.viscosity * math.pi * np.concatenate((diameter**3, 3 * diameter), 1).repeat(3, 1)
     y, z = np.roll(box, -1, 1), np.roll(box, -2, 1)
-    drag = m.opt.density * np.concatenate((box * (y**4 + z**4) / 64, y * z / 2), 1)
     return dict(
         fluid_link_index=tree.body_link[bodies],
         fluid_point=body_com[bodies],
         fluid_axes=body_axes[bodies],
-        fluid_viscous=viscous,
-        fluid_drag=drag,
+        fluid_viscous=m.opt.viscosity * math.pi * np.concatenate((diameter**3, 3 * diameter), 1).repeat(3, 1),
+        fluid_drag=m.opt.density * np.concatenate((box * (y**4 + z**4) / 64, y * z / 2), 1),
         wind=m.opt.wind,
     )
 
@@ -1119,7 +1115,10 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     on_body = np.zeros((m.nbody, len(rows), 1))
     on_body[m.geom_bodyid[moving], range(len(rows))] = 1
     on_body[m.geom_bodyid[fixed], range(len(rows))] = -1
-    tables = dict(
+    pairs = np.flatnonzero(first_moves & second_moves & self_collision)
+    both = geoms[pairs]
+    bodies, moves = np.eye(m.nbody)[m.geom_bodyid[both]], 1.0 * tree.moves[link[both]]  # (P, 2, nbody), (P, 2, nv)
+    return dict(
         contact_link_index=link[moving],
         contact_ranges=tuple(itertools.pairwise(starts)),
         contact_geom=tuple(moving.tolist()),
@@ -1144,14 +1143,8 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
         obstacle_row_index=np.flatnonzero(obstacle),
         obstacle_segments=segments(geoms[rows[obstacle]]),
         obstacle_sign=np.where(first_moves[rows[obstacle], None], -1.0, 1.0),
-    )
-
-    pairs = np.flatnonzero(first_moves & second_moves & self_collision)
-    geoms, bodies = geoms[pairs], np.eye(m.nbody)[m.geom_bodyid[geoms[pairs]]]
-    moves = 1.0 * tree.moves[link[geoms]]  # (P, 2, nv)
-    return tables | dict(
-        pair_geoms=tuple(map(tuple, geoms.tolist())),
-        pair_segments=segments(geoms),
+        pair_geoms=tuple(map(tuple, both.tolist())),
+        pair_segments=segments(both),
         pair_sign=moves[:, 1] - moves[:, 0],
         pair_body_sign=bodies[:, 1] - bodies[:, 0],
         pair_edges=4 if friction[pairs].any() else 1,
