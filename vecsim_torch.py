@@ -1091,8 +1091,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
 
     geoms, friction, softness = collision_candidates(m)
     first_moves, second_moves = (link[geoms] < m.njnt).T
-    moving = np.where(first_moves, geoms[:, 0], geoms[:, 1])
-    fixed = np.where(first_moves, geoms[:, 1], geoms[:, 0])
+    fixed, moving = np.where(first_moves, geoms.T[::-1], geoms.T)
     on_plane = m.geom_type[fixed] == PLANE
 
     # Obstacle rows get a plane as well, so that all rows have one form; `fixed_contacts` overwrites its result.
@@ -1109,18 +1108,14 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     rounded = np.flatnonzero(is_round & ~obstacle)
     place, offset[rounded] = offset[rounded], 0
     normal = axes[fixed, :, 2]
-    starts = np.searchsorted(link[moving], range(m.njnt + 1)).tolist()
     planes = np.unique(fixed[~obstacle])
     level = len(planes) <= 1 and np.all(np.abs(axes[planes, 2, 2]) > 1 - 1e-9)
-    on_body = np.zeros((m.nbody, len(rows), 1))
-    on_body[m.geom_bodyid[moving], range(len(rows))] = 1
-    on_body[m.geom_bodyid[fixed], range(len(rows))] = -1
     pairs = np.flatnonzero(first_moves & second_moves & self_collision)
-    both = geoms[pairs]
-    bodies, moves = np.eye(m.nbody)[m.geom_bodyid[both]], 1.0 * tree.moves[link[both]]  # (P, 2, nbody), (P, 2, nv)
+    first, second = geoms[pairs].T
+    body, moves = np.eye(m.nbody)[m.geom_bodyid], 1.0 * tree.moves[link]  # (ngeom, nbody), (ngeom, nv)
     return dict(
         contact_link_index=link[moving],
-        contact_ranges=tuple(itertools.pairwise(starts)),
+        contact_ranges=tuple(itertools.pairwise(np.searchsorted(link[moving], range(m.njnt + 1)).tolist())),
         contact_geom=tuple(moving.tolist()),
         contact_names=tuple(m.geom(g).name for g in moving),
         contact_point=centre[moving] + offset,
@@ -1130,7 +1125,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
         contact_softness=softness.choose(rows),
         friction=friction[rows],
         impratio=float(m.opt.impratio),
-        body_contacts=on_body[1:],
+        body_contacts=(body[moving] - body[fixed]).T[1:, :, None],
         boxes=bool(is_box.any()),
         round_row_index=rounded,
         round_axes=axes[moving[rounded]],
@@ -1143,10 +1138,10 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
         obstacle_row_index=np.flatnonzero(obstacle),
         obstacle_segments=segments(geoms[rows[obstacle]]),
         obstacle_sign=np.where(first_moves[rows[obstacle], None], -1.0, 1.0),
-        pair_geoms=tuple(map(tuple, both.tolist())),
-        pair_segments=segments(both),
-        pair_sign=moves[:, 1] - moves[:, 0],
-        pair_body_sign=bodies[:, 1] - bodies[:, 0],
+        pair_geoms=tuple(map(tuple, geoms[pairs].tolist())),
+        pair_segments=segments(geoms[pairs]),
+        pair_sign=moves[second] - moves[first],
+        pair_body_sign=body[second] - body[first],
         pair_edges=4 if friction[pairs].any() else 1,
         pair_friction=friction[pairs],
         pair_softness=softness.choose(pairs),
