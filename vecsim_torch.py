@@ -795,7 +795,7 @@ def build_tree(m: mujoco.MjModel) -> Tree:
 
 def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     """Fields of `Model`: the order of links and dofs, and which entries of a matrix over dofs can be non-zero."""
-    depth = tree.moves[:-1, m.jnt_dofadr].sum(1) - 1
+    depth = tree.moves[:-1, m.jnt_dofadr].sum(1) - 1  # how many joints move the parent
     by_depth = [np.flatnonzero(depth == d) for d in range(max(depth) + 1)]
     kind = -np.minimum(m.jnt_type, SLIDE)  # sorts joints into hinges and slides, balls, frees
     order = np.argsort(np.argsort(kind, kind="stable"))
@@ -805,10 +805,9 @@ def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     integrates = np.flatnonzero(translates | (m.jnt_type[m.dof_jntid] >= SLIDE))
     qpos_dof = np.zeros(m.nq, dtype=int)
     qpos_dof[(m.jnt_qposadr[m.dof_jntid] + address)[integrates]] = integrates
-    entries = [(i, j) for i in range(m.nv) for j in range(i + 1) if tree.moves[m.dof_jntid[i], j]]
-    row, column = np.array(entries).T
-    unpack = np.full((m.nv, m.nv), len(entries))
-    unpack[row, column] = unpack[column, row] = range(len(entries))
+    row, column = np.nonzero(np.tril(tree.moves[m.dof_jntid]))
+    unpack = np.full((m.nv, m.nv), len(row))
+    unpack[row, column] = unpack[column, row] = range(len(row))
     return dict(
         parent=tuple(tree.parent.tolist()),
         dofs=tuple(tuple(np.flatnonzero(m.dof_jntid == link).tolist()) for link in range(m.njnt)),
@@ -819,7 +818,7 @@ def tree_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         turns=~translates[:, None],
         qpos_dof_index=qpos_dof,
         dof_qpos_index=m.jnt_qposadr[m.dof_jntid],
-        entries=tuple(entries),
+        entries=tuple(zip(row.tolist(), column.tolist())),
         entry_row_index=row,
         entry_column_index=column,
         entry_diagonal=row == column,
