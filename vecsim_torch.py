@@ -91,7 +91,7 @@ Glossary
     contact normal  points from what is fixed, or from the first geom, into the geom that moves, or into the second.
                     Distance is negative in penetration
 
-Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.1 or newer. To compile
+Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.4 or newer. To compile
 on a CPU it needs g++, or the compiler that $CXX names.
 """
 
@@ -412,8 +412,8 @@ class Model:
     scalar_anchor: Tensor  # (ns, 3, 1) m, in the link's frame
     scalar_hinge: Tensor  # (ns, 1, 1) 1 for a hinge, 0 for a slide
     # ball and free joints
-    balls: tuple[tuple[int, int, int], ...]  # (link, qpos address, dof address)
-    frees: tuple[tuple[int, int, int], ...]
+    balls: tuple[tuple[int, int], ...]  # (link, qpos address)
+    frees: tuple[tuple[int, int], ...]
     quaternions: tuple[tuple[int, int], ...]  # (qpos address, dof address) of each quaternion
     ball_rotation: Tensor  # (nb, 3, 3, 1) fixed offset in the parent link's frame
     ball_position: Tensor  # (nb, 3, 1) m, the joint's centre in the parent link's frame
@@ -832,7 +832,8 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     A hinge turns its link by Rodrigues' formula about an axis through the anchor. The anchor does not move in the
     parent's frame; this determines the position.
     """
-    scalars, balls = np.flatnonzero(m.jnt_type >= SLIDE), np.flatnonzero(m.jnt_type == BALL)
+    scalars = np.flatnonzero(m.jnt_type >= SLIDE)
+    balls, frees = (np.flatnonzero(m.jnt_type == kind).tolist() for kind in (BALL, FREE))
     rotation, position = np.zeros((3, len(scalars), 3, 3)), np.zeros((4, len(scalars), 3))
     rotation[0], position[0] = tree.offset_turn[scalars], tree.offset[scalars]
     for k, j in enumerate(scalars):
@@ -849,9 +850,8 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
             push_motion[dof : dof + 2] = np.eye(2)
         elif m.jnt_type[j] == SLIDE and tree.parent[j] < 0:
             push_motion[dof] = (tree.offset_turn[j] @ m.jnt_axis[j])[:2]
-    addresses = list(zip(range(m.njnt), m.jnt_qposadr.tolist(), m.jnt_dofadr.tolist(), strict=True))
-    in_balls, in_frees = (tuple(addresses[j] for j in np.flatnonzero(m.jnt_type == kind)) for kind in (BALL, FREE))
-    quaternions = [(qpos, dof) for _, qpos, dof in in_balls] + [(qpos + 3, dof + 3) for _, qpos, dof in in_frees]
+    qpos, dof = m.jnt_qposadr.tolist(), m.jnt_dofadr.tolist()
+    quaternions = [(qpos[j], dof[j]) for j in balls] + [(qpos[j] + 3, dof[j] + 3) for j in frees]
     return dict(
         scalar_qpos_index=m.jnt_qposadr[scalars],
         scalar_link_index=scalars,
@@ -861,8 +861,8 @@ def joint_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         scalar_axis=m.jnt_axis[scalars],
         scalar_anchor=m.jnt_pos[scalars],
         scalar_hinge=m.jnt_type[scalars, None] == HINGE,
-        balls=in_balls,
-        frees=in_frees,
+        balls=tuple((j, qpos[j]) for j in balls),
+        frees=tuple((j, qpos[j]) for j in frees),
         quaternions=tuple(quaternions),
         ball_rotation=ball_rotation,
         ball_position=tree.offset[balls] + (ball_rotation @ m.jnt_pos[balls][..., None])[..., 0],
@@ -1362,12 +1362,12 @@ def kinematics(model: Model, qpos: Tensor) -> tuple[Tensor, Tensor]:
     sine, versine = sine.unsqueeze(1), versine.unsqueeze(1)
     local_rotation = [rotation[0] + sine * rotation[1] + versine * rotation[2]]
     if model.balls:
-        turn = quat_to_matrix(torch.stack([qpos[adr : adr + 4] for _, adr, _ in model.balls]))
+        turn = quat_to_matrix(torch.stack([qpos[adr : adr + 4] for _, adr in model.balls]))
         local_rotation.append(compose(model.ball_rotation, turn))
         local_position.append(model.ball_position - apply(local_rotation[-1], model.ball_anchor))
     if model.frees:
-        local_rotation.append(quat_to_matrix(torch.stack([qpos[adr + 3 : adr + 7] for _, adr, _ in model.frees])))
-        local_position.append(torch.stack([qpos[adr : adr + 3] for _, adr, _ in model.frees]))
+        local_rotation.append(quat_to_matrix(torch.stack([qpos[adr + 3 : adr + 7] for _, adr in model.frees])))
+        local_position.append(torch.stack([qpos[adr : adr + 3] for _, adr in model.frees]))
     turn, place = torch.cat(local_rotation), torch.cat(local_position)
     xpos, xmat = [], []
     for links, parents in model.link_levels:
@@ -1389,11 +1389,11 @@ def motion_subspace(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) ->
     linear = torch.where(model.scalar_hinge > 0, cross(arm, axis), axis)
     rows = [torch.cat((angular, linear), 1)]
     translations = torch.eye(6, dtype=xpos.dtype, device=xpos.device)[3:, :, None]
-    for k, (link, _, _) in enumerate(model.balls):
+    for k, (link, _) in enumerate(model.balls):
         axes = xmat[link].transpose(0, 1)
         arm = xpos[link] + apply(xmat[link], model.ball_anchor[k]) - origin
         rows.append(torch.cat((axes, cross(arm.expand_as(axes), axes)), 1))
-    for link, _, _ in model.frees:
+    for link, _ in model.frees:
         axes = xmat[link].transpose(0, 1)
         rows.append(translations.expand(-1, -1, axes.shape[-1]))
         rows.append(torch.cat((axes, cross((xpos[link] - origin).expand_as(axes), axes)), 1))

@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
     """Bad input is one line and exit status 2."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see ./benchmark.sh {' '.join(self.prog.split()[1:])} --help\n")
+        words = " ".join(["./benchmark.sh", *self.prog.split()[1:], "--help"])
+        self.exit(2, f"error: {message}; see {words}\n")
 
 
 def count(text: str) -> int:

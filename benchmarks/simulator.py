@@ -203,9 +203,10 @@ def check(args: BenchmarkArgs) -> int:
     print(f"{path.name}: {m.nbody - 1} bodies, {m.njnt} joints ({joints}), {m.nu} actuators, {m.ngeom} geoms")
     print(f"nq {m.nq}, nv {m.nv}; a physics step is {1000 * m.opt.timestep:g} ms, {vecsim.integrator_of(m)}")
     problems: dict[str, None] = {}
+    enabled = vecsim.without_disabled(m)
     for load in (vecsim.refuse_unsupported, vecsim.build_tree, vecsim.collision_candidates, vecsim.load_model):
         try:
-            model = load(m)
+            model = load(enabled)
         except vecsim.InputError as error:
             problems |= dict.fromkeys(getattr(error, "features", [str(error)]))
     for feature in problems:

@@ -281,6 +281,15 @@ def test_check_names_all_that_is_not_supported(tmp_path, capsys):
     assert "collision of geom 'a' (box) with 'b' (box); give one" in text and "'c' (sphere) with 'a' (box)" in text
 
 
+def test_check_accepts_what_a_flag_disables(tmp_path, capsys):
+    mjcf = """<mujoco><option><flag gravity="disable"/></option><worldbody>
+      <body gravcomp="1"><joint name="j"/><geom size=".1"/></body></worldbody>
+      <actuator><motor joint="j" ctrlrange="-1 1"/></actuator></mujoco>"""
+    assert checked(tmp_path, mjcf, capsys)[0] == 0
+    status, text = checked(tmp_path, mjcf.replace("disable", "enable"), capsys)
+    assert status == 1 and "NOT SUPPORTED: gravity compensation" in text
+
+
 def test_check_says_what_a_training_needs(tmp_path, capsys):
     status, text = checked(tmp_path, ARM.replace(' ctrlrange="-1 1"', ' name="push"'), capsys)
     assert status == 0 and "To train it: give these actuators a ctrlrange: push" in text

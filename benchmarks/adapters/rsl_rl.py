@@ -16,7 +16,8 @@ class Envs(VecEnv):
 
     def __init__(self, env):
         self.env, self.device, self.cfg = env, env.device, {}
-        self.num_envs, self.num_actions, self.max_episode_length = env.num_envs, env.single_action_space.shape[0], 1000
+        self.num_envs, self.num_actions = env.num_envs, env.single_action_space.shape[0]
+        self.max_episode_length = env.settings.max_episode_steps
         self.episode_length_buf = torch.zeros(env.num_envs, dtype=torch.long, device=env.device)
         space = env.single_action_space
         self.low, self.high = (torch.as_tensor(x, device=env.device) for x in (space.low, space.high))
