@@ -181,11 +181,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-2)
 
 
-def inner3(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner product of two vectors, each given as its three components of one shape."""
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
 def compose(a: Tensor, b: Tensor) -> Tensor:
     """(..., 3, 3, N) times (..., 3, 3, N)."""
     return (a.unsqueeze(-2) * b.unsqueeze(-4)).sum(-3)
@@ -455,10 +450,8 @@ class Model:
     equality_polynomial: Tensor  # (5, ne, 1) coefficients from the constant to the fourth power
     equality_softness: Softness
     # actuators: force = gain * ctrl + bias[0] + bias[1] * length + bias[2] * velocity
-    actuator_moment: Tensor  # (nu, nv, 1) gear times moment, where an actuator pulls on a tendon; else no rows
-    actuator_dof_index: Tensor  # (nu)
-    actuator_qpos_index: Tensor  # (nu)
-    actuator_gear: Tensor  # (nu, 1)
+    actuator_moment: Tensor  # (nu, nv, 1) gear times how the length of the joint or tendon changes with each coordinate
+    actuated_tendons: bool  # True if any actuator pulls on a tendon
     actuator_gain: Tensor  # (nu, 1)
     actuator_bias: Tensor  # (3, nu, 1)
     ctrl_low: Tensor  # (nu, 1)
@@ -943,9 +936,8 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
     force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
     joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
     return dict(
-        actuator_dof_index=m.jnt_dofadr[joints],
-        actuator_qpos_index=m.jnt_qposadr[joints],
-        actuator_gear=m.actuator_gear[:, 0],
+        actuator_moment=m.actuator_gear[:, :1] * moment,
+        actuated_tendons=bool(on_tendon.any()),
         actuator_gain=m.actuator_gainprm[:, 0],
         actuator_bias=bias,
         implicitfast_damps=bool(m.dof_damping.any() or bias[2].any()),
@@ -955,7 +947,6 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
         force_high=force_high,
         dof_force_low=joint_low[m.dof_jntid],
         dof_force_high=joint_high[m.dof_jntid],
-        actuator_moment=m.actuator_gear[:, :1] * moment if on_tendon.any() else np.zeros((0, m.nv)),
     )
 
 
@@ -1241,6 +1232,21 @@ class Pyramids(NamedTuple):
     side: Tensor  # (2, n, 3, N) unit tangents times the friction coefficient
 
 
+class Rows(NamedTuple):
+    """A number for each row of the constraint problem."""
+
+    contact: Tensor  # (nc, 4, N) contacts with what is fixed to the world
+    limit: Tensor  # (2 nlim, N) limits of joints
+    pair: Tensor  # (nr, N) pairs of moving geoms, 4 S rows or S if no pair has friction, then couplings
+
+    def times(self, other: Rows) -> Rows:
+        return Rows(*(x * y for x, y in zip(self, other, strict=True)))
+
+    def dot(self, other: Rows) -> list[Tensor]:
+        """Inner products (N) of the rows of contacts, of those of limits and of those of pairs."""
+        return [x.sum(tuple(range(x.dim() - 1))) for x in self.times(other)]
+
+
 class Constraints(NamedTuple):
     """Soft constraints J x >= aref on the acceleration x (nv, N). J is the Jacobian, aref the reference acceleration.
 
@@ -1253,15 +1259,10 @@ class Constraints(NamedTuple):
     """
 
     contacts: Pyramids  # nc, with what is fixed to the world
-    contact_weight: Tensor  # (nc, N) D, the same for the four rows
-    contact_reference: Tensor  # (nc, 4, N) aref, m/s^2
-    limit_weight: Tensor  # (2 nlim, N)
-    limit_reference: Tensor  # (2 nlim, N)
-    # J of pairs of moving geoms, then of couplings: nr is 4 S, or S if no pair has friction, plus the couplings
+    weight: Rows  # D; the four rows of a contact share theirs, (nc, 1, N)
+    reference: Rows  # aref, m/s^2
     pair_jacobian: Tensor  # (nr, nv, N)
-    pair_weight: Tensor  # (nr, N)
-    pair_reference: Tensor  # (nr, N)
-    pairs: Pyramids | None  # S slots; None for a robot that cannot touch itself
+    pairs: Pyramids  # S slots
     pair_index: Tensor  # (S, N) which pair is in each slot
     dropped: Tensor  # (N) how many touching pairs of moving geoms found no slot
     frictionloss_reference: Tensor  # (nv, N) aref of dry friction; no rows for a model without it
@@ -1292,12 +1293,7 @@ class Iterate(NamedTuple):
 
     qacc: Tensor  # (nv, N) x
     motion: Tensor  # (nl, 6, N) the part of the links' accelerations that x causes
-    contact: Tensor  # (nc, 4, N) residual J x - aref
-    limit: Tensor  # (2 nlim, N) residual
-    pair: Tensor  # (nr, N) residual
-
-    def plus(self, scale: Tensor, other: Iterate) -> Iterate:
-        return Iterate(*(mine + scale * theirs for mine, theirs in zip(self, other, strict=True)))
+    residual: Rows  # J x - aref
 
 
 class Dynamics(NamedTuple):
@@ -1342,9 +1338,9 @@ def generalized_force(model: Model, cdof: Tensor, wrench: Tensor, contacts: Tens
     return dot(cdof, subtree_sum(model, wrench, contacts)[model.dof_link_index])
 
 
-def add_up(model: Model, dofs: Tensor, values: Tensor) -> Tensor:
-    """(nv, N): for each degree of freedom, the sum of its rows of `values` (k, N). dofs: (k) to which each belongs."""
-    return values.new_zeros((model.nv, values.shape[-1])).index_add(0, dofs, values)
+def add_limits(model: Model, values: Tensor) -> Tensor:
+    """(nv, N): for each dof, the sum of the rows of its limits in `values` (2 nlim, N)."""
+    return values.new_zeros(model.nv, values.shape[-1]).index_add(0, model.limit_dof_index, values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1442,18 +1438,14 @@ def bias_force(model: Model, cdof: Tensor, cvel: Tensor, inertia: Tensor, qvel: 
 
 def actuator_force(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
     """qfrc_actuator (nv, N) of ctrl (nu, N), and the damping -d(force)/d(qvel) (nv, N) that implicitfast needs."""
-    gear = model.actuator_gear
-    length, velocity = gear * qpos[model.actuator_qpos_index], gear * qvel[model.actuator_dof_index]
-    moment, pulls = model.actuator_moment, len(model.actuator_moment) > 0
-    if pulls:
-        length, velocity = (moment * qpos[model.dof_qpos_index]).sum(1), (moment * qvel).sum(1)
-    bias = model.actuator_bias
+    moment, bias = model.actuator_moment, model.actuator_bias
+    length, velocity = (moment * qpos[model.dof_qpos_index]).sum(1), (moment * qvel).sum(1)
     clipped = torch.clamp(ctrl, model.ctrl_low, model.ctrl_high)
     unclamped = model.actuator_gain * clipped + bias[0] + bias[1] * length + bias[2] * velocity
     force = torch.clamp(unclamped, model.force_low, model.force_high)
-    total = (moment * force.unsqueeze(1)).sum(0) if pulls else add_up(model, model.actuator_dof_index, gear * force)
+    total = (moment * force.unsqueeze(1)).sum(0)
     saturated = (force <= model.force_low) | (force >= model.force_high)
-    damping = add_up(model, model.actuator_dof_index, torch.where(saturated, 0.0, -gear * gear * bias[2]))
+    damping = torch.where(saturated.unsqueeze(1), 0.0, -moment * moment * bias[2].unsqueeze(1)).sum(0)
     limited = (total <= model.dof_force_low) | (total >= model.dof_force_high)
     return torch.clamp(total, model.dof_force_low, model.dof_force_high), torch.where(limited, 0.0, damping)
 
@@ -1487,13 +1479,13 @@ class Factor(NamedTuple):
     """A sparse matrix L with H = L^T L: below its diagonal, one over its diagonal, and the columns of each row."""
 
     entry: dict[tuple[int, int], Tensor]
-    inverse: list[Tensor]
+    inverse: dict[int, Tensor]
     before: list[list[int]]
 
 
 def factorize(entry: dict[tuple[int, int], Tensor], n: int) -> Factor:
     """Factor of a positive-definite matrix of n rows. entry: {(i, j): value} of the lower triangle without zeros."""
-    entry, inverse = dict(entry), [entry[0, 0]] * n  # all of `inverse` is overwritten
+    entry, inverse = dict(entry), {}
     before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
     for k in reversed(range(n)):
         inverse[k] = torch.rsqrt(entry[k, k])
@@ -1506,7 +1498,7 @@ def factorize(entry: dict[tuple[int, int], Tensor], n: int) -> Factor:
     return Factor(entry, inverse, before)
 
 
-def solve_upper(factor: Factor, x: list[Tensor]) -> list[Tensor]:
+def solve_upper(factor: Factor, x: Sequence[Tensor]) -> list[Tensor]:
     """L^-T x, with one tensor per row."""
     x = list(x)
     for k in reversed(range(len(x))):
@@ -1516,7 +1508,7 @@ def solve_upper(factor: Factor, x: list[Tensor]) -> list[Tensor]:
     return x
 
 
-def solve_lower(factor: Factor, x: list[Tensor]) -> list[Tensor]:
+def solve_lower(factor: Factor, x: Sequence[Tensor]) -> list[Tensor]:
     """L^-1 x, with one tensor per row."""
     x = list(x)
     for k in range(len(x)):
@@ -1542,16 +1534,15 @@ def solve_packed(model: Model, packed: Tensor, right: Tensor) -> Tensor:
         factor = torch.where((failed > 0)[:, None, None], math.nan, factor)
         return torch.cholesky_solve(gradient, factor).permute(1, 2, 0)[:, 0]
     factor = factorize(dict(zip(model.entries, packed.unbind(0), strict=True)), model.nv)
-    if right.shape[1] == 1:
-        return torch.stack(solve_lower(factor, solve_upper(factor, list(right[:, 0].unbind(0)))))
-    rows = torch.stack(solve_upper(factor, list(right.unbind(0))))
+    rows = torch.stack(solve_upper(factor, right.unbind(0)))
     z, low_rank = rows[:, 0], rows[:, 1:]
-    gram = (low_rank.unsqueeze(2) * low_rank.unsqueeze(1)).sum(0)  # (R, R, N)
-    small = {(i, j): gram[i, j] + (i == j) for i in range(len(gram)) for j in range(i + 1)}
-    factor_of_small = factorize(small, len(gram))
-    along = (low_rank * z.unsqueeze(1)).sum(0)
-    along = torch.stack(solve_lower(factor_of_small, solve_upper(factor_of_small, list(along.unbind(0)))))
-    return torch.stack(solve_lower(factor, list((z - (low_rank * along).sum(1)).unbind(0))))
+    if low_rank.shape[1]:
+        gram = (low_rank.unsqueeze(2) * low_rank.unsqueeze(1)).sum(0)  # (R, R, N)
+        small = {(i, j): gram[i, j] + (i == j) for i in range(len(gram)) for j in range(i + 1)}
+        factor_of_small = factorize(small, len(gram))
+        along = solve_upper(factor_of_small, (low_rank * z.unsqueeze(1)).sum(0).unbind(0))
+        z = z - (low_rank * torch.stack(solve_lower(factor_of_small, along))).sum(1)
+    return torch.stack(solve_lower(factor, z.unbind(0)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1720,15 +1711,13 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     eye = torch.eye(3, dtype=xpos.dtype, device=xpos.device)[..., None].expand(1, 3, 3, xpos.shape[-1])
     xpos, xmat = torch.cat((xpos, torch.zeros_like(xpos[:1]))), torch.cat((xmat, eye))  # the last is the world
     turn = xmat[segments.link_index]
-    centre = (xpos[segments.link_index] + apply(turn, segments.centre) - origin).unbind(1)
-    axis = apply(turn, segments.axis).unbind(1)
-    # Vectors are lists of three (P, N) from here on
+    centre, axis = xpos[segments.link_index] + apply(turn, segments.centre) - origin, apply(turn, segments.axis)
     i, j = segments.first_index, segments.second_index
-    centre1, centre2, axis1, axis2 = ([x[rows] for x in vector] for vector in (centre, axis) for rows in (i, j))
+    centre1, centre2, axis1, axis2 = centre[i], centre[j], axis[i], axis[j]
     radius1, radius2 = segments.radius[i], segments.radius[j]
-    between = [a - b for a, b in zip(centre1, centre2, strict=True)]
-    aa, ab, bb = inner3(axis1, axis1), -inner3(axis1, axis2), inner3(axis2, axis2)
-    u, v = -inner3(axis1, between), inner3(axis2, between)
+    between = centre1 - centre2
+    aa, ab, bb = dot(axis1, axis1), -dot(axis1, axis2), dot(axis2, axis2)
+    u, v = -dot(axis1, between), dot(axis2, between)
     determinant = aa * bb - ab * ab
     parallel = determinant <= 8 * torch.finfo(xpos.dtype).eps * aa * bb
     safe_aa, safe_bb = torch.where(aa > 0, aa, 1.0), torch.where(bb > 0, bb, 1.0)
@@ -1739,21 +1728,19 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     x1 = torch.where(beyond | parallel, ((u - ab * x2) / safe_aa).clamp(-1, 1), x1)
     rows = segments.cylinder_index
     if len(rows):
-        cylinder = (torch.stack([x[rows] for x in vector], 1) for vector in (between, axis1, axis2))
-        x, outward, depth = nearest_to_cylinder(*cylinder, radius2[rows])
+        x, outward, depth = nearest_to_cylinder(between[rows], axis1[rows], axis2[rows], radius2[rows])
         x1 = x1.index_copy(0, rows, x)
-    first = [c + x1 * a for c, a in zip(centre1, axis1, strict=True)]
-    gap = [c + x2 * a - f for c, a, f in zip(centre2, axis2, first, strict=True)]
-    square = inner3(gap, gap)
+    first = centre1 + x1.unsqueeze(1) * axis1
+    gap = centre2 + x2.unsqueeze(1) * axis2 - first
+    square = dot(gap, gap)
     length = torch.sqrt(torch.where(square > 0, square, 1.0))
     distance = torch.where(square > 0, length, 0.0) - radius1 - radius2
-    ahead = 1.0, 0.0, 0.0  # the normal of coinciding centres, as in mju_normalize3
-    normal = [torch.where(square > 0, x / length, a) for x, a in zip(gap, ahead, strict=True)]
+    ahead = eye[:, 0]  # the normal of coinciding centres, as in mju_normalize3
+    normal = torch.where(square.unsqueeze(1) > 0, gap / length.unsqueeze(1), ahead)
     if len(rows):
-        normal = [x.index_copy(0, rows, -y) for x, y in zip(normal, outward.unbind(1), strict=True)]
+        normal = normal.index_copy(0, rows, -outward)
         distance = distance.index_copy(0, rows, depth - radius1[rows])
-    point = [f + (radius1 + 0.5 * distance) * x for f, x in zip(first, normal, strict=True)]
-    return torch.stack(point, 1), torch.stack(normal, 1), distance
+    return first + (radius1 + 0.5 * distance).unsqueeze(1) * normal, normal, distance
 
 
 def fixed_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> Contacts:
@@ -1808,13 +1795,8 @@ def pair_contacts(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor) -> t
         point, normal = torch.gather(point, 0, along), torch.gather(normal, 0, along)
     else:
         index = torch.arange(model.pair_slots, device=xpos.device)[:, None].expand(-1, xpos.shape[-1])
-        dropped = torch.zeros_like(index[0])
+        dropped = index.new_zeros(xpos.shape[-1])
     return index, Contacts(point, normal, distance, tangents_of(normal)), dropped
-
-
-def pyramids(c: Contacts, friction: Tensor) -> Pyramids:
-    """Friction pyramids of contacts with these coefficients (n, 1) or (n, N)."""
-    return Pyramids(c.point, c.normal, c.tangent * friction.unsqueeze(1))
 
 
 def pair_rows(
@@ -1902,14 +1884,13 @@ def contact_hessian(c: Pyramids, weight: Tensor) -> Tensor:
 
 def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -> Constraints:
     """All rows of the constraint problem at this state. aref = -b J qvel - k d (distance - margin), see `Softness`."""
-    n = qpos.shape[-1]
     place = smooth.xpos, smooth.xmat, smooth.origin
-    contacts = fixed_contacts(model, *place)
-    contact_pyramids = pyramids(contacts, model.friction)
+    point, normal, distance, tangent = fixed_contacts(model, *place)
+    contacts = Pyramids(point, normal, tangent * model.friction.unsqueeze(1))
     softness = model.contact_softness
     invweight = pyramid_invweight(model, model.friction, softness.invweight)
-    contact_weight, position = row_terms(softness, invweight, contacts.distance)
-    velocity = contact_velocity(model, contact_pyramids, smooth.cvel)
+    contact_weight, position = row_terms(softness, invweight, distance)
+    velocity = contact_velocity(model, contacts, smooth.cvel)
     contact_reference = position.unsqueeze(1) - softness.damping.unsqueeze(1) * velocity
 
     softness = model.limit_softness
@@ -1917,22 +1898,16 @@ def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -
     limit_weight, position = row_terms(softness, softness.invweight, distance_to_limit)
     limit_reference = position - softness.damping * model.limit_sign * qvel[model.limit_dof_index]
 
-    pairs, index = None, torch.zeros((0, n), dtype=torch.long, device=qpos.device)
-    dropped = torch.zeros(n, dtype=torch.long, device=qpos.device)
-    jacobian, pair_weight = qpos.new_zeros((0, model.nv, n)), qpos.new_zeros((0, n))
-    pair_reference = pair_weight
-    if model.pair_slots:
-        index, touching, dropped = pair_contacts(model, *place)
-        pairs = pyramids(touching, choose_pairs(model.pair_friction, index))
-        jacobian, pair_weight, pair_reference = pair_rows(model, qvel, smooth.cdof, index, touching.distance, pairs)
+    index, (point, normal, distance, tangent), dropped = pair_contacts(model, *place)
+    pairs = Pyramids(point, normal, tangent * choose_pairs(model.pair_friction, index).unsqueeze(1))
+    rows = pair_rows(model, qvel, smooth.cdof, index, distance, pairs)
     if model.couplings:
-        rows = zip((jacobian, pair_weight, pair_reference), coupling_rows(model, qpos, qvel), strict=True)
-        jacobian, pair_weight, pair_reference = map(torch.cat, rows)
-    return Constraints(
-        contact_pyramids, contact_weight, contact_reference, limit_weight, limit_reference,
-        jacobian, pair_weight, pair_reference, pairs, index, dropped,
-        -model.frictionloss_damping * qvel if model.has_frictionloss else qvel[:0],
-    )  # fmt: skip
+        rows = map(torch.cat, zip(rows, coupling_rows(model, qpos, qvel), strict=True))
+    jacobian, pair_weight, pair_reference = rows
+    weight = Rows(contact_weight.unsqueeze(1), limit_weight, pair_weight)
+    reference = Rows(contact_reference, limit_reference, pair_reference)
+    friction = -model.frictionloss_damping * qvel if model.has_frictionloss else qvel[:0]
+    return Constraints(contacts, weight, reference, jacobian, pairs, index, dropped, friction)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1945,37 +1920,19 @@ def make_constraints(model: Model, qpos: Tensor, qvel: Tensor, smooth: Smooth) -
 def linear_terms(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
     """x (nv, N), its link accelerations and J x of every row, without aref: the `Iterate` of a direction x."""
     c, motion = smooth.constraints, link_motion(model, smooth.cdof, x)
-    return Iterate(
-        x,
-        motion,
-        contact_velocity(model, c.contacts, motion),
-        model.limit_sign * x[model.limit_dof_index],
-        (c.pair_jacobian * x).sum(1),
-    )
+    contact = contact_velocity(model, c.contacts, motion)
+    return Iterate(x, motion, Rows(contact, model.limit_sign * x[model.limit_dof_index], (c.pair_jacobian * x).sum(1)))
 
 
 def candidate(model: Model, smooth: Smooth, x: Tensor) -> Iterate:
     """The `Iterate` at acceleration x (nv, N)."""
-    c, it = smooth.constraints, linear_terms(model, smooth, x)
-    return it._replace(
-        contact=it.contact - c.contact_reference, limit=it.limit - c.limit_reference, pair=it.pair - c.pair_reference
-    )
+    it = linear_terms(model, smooth, x)
+    return it._replace(residual=map_tensors(torch.sub, it.residual, smooth.constraints.reference))
 
 
-class Weights(NamedTuple):
+def active_weights(c: Constraints, it: Iterate) -> Rows:
     """D of the rows that push (J x < aref), 0 for others. D times the residual J x - aref is minus a row's force."""
-
-    contact: Tensor  # (nc, 4, N)
-    limit: Tensor  # (2 nlim, N)
-    pair: Tensor  # (nr, N)
-
-
-def active_weights(c: Constraints, it: Iterate) -> Weights:
-    return Weights(
-        torch.where(it.contact < 0, c.contact_weight.unsqueeze(1), 0.0),
-        torch.where(it.limit < 0, c.limit_weight, 0.0),
-        torch.where(it.pair < 0, c.pair_weight, 0.0),
-    )
+    return map_tensors(lambda residual, weight: torch.where(residual < 0, weight, 0.0), it.residual, c.weight)
 
 
 SEARCH_STEPS = 8  # of the line search with dry friction
@@ -1998,22 +1955,14 @@ def inner(model: Model, inertia: Tensor, a: Iterate, b: Iterate) -> Tensor:
 
 def cost(model: Model, smooth: Smooth, it: Iterate) -> Tensor:
     """The objective (N), up to the constant 1/2 a0^T M a0."""
-    total = 0.5 * inner(model, smooth.inertia, it, it) - (it.qacc * smooth.qfrc_smooth).sum(0)
-    weight = active_weights(smooth.constraints, it)
-    total = total + 0.5 * (weight.contact * it.contact * it.contact).sum((0, 1))
+    c = smooth.constraints
+    contact, limit, pair = active_weights(c, it).times(it.residual).dot(it.residual)
+    total = 0.5 * inner(model, smooth.inertia, it, it) - (it.qacc * smooth.qfrc_smooth).sum(0) + 0.5 * contact
     if model.has_frictionloss:
-        c = smooth.constraints
         force = dry_friction(model, c, it.qacc)[0].abs()
         slack = force / model.frictionloss_weight.clamp(min=MINVAL)
         total = total + (force * ((it.qacc - c.frictionloss_reference).abs() - 0.5 * slack)).sum(0)
-    return total + 0.5 * ((weight.limit * it.limit * it.limit).sum(0) + (weight.pair * it.pair * it.pair).sum(0))
-
-
-def solver_start(model: Model, smooth: Smooth, warmstart: Tensor, unconstrained: Tensor) -> Iterate:
-    """The better of the warm start and the unconstrained acceleration (nv, N), as in MuJoCo."""
-    free, warm = (candidate(model, smooth, x) for x in (unconstrained, warmstart))
-    better = cost(model, smooth, warm) < cost(model, smooth, free)
-    return Iterate(*(torch.where(better, w, f) for w, f in zip(warm, free, strict=True)))
+    return total + 0.5 * (limit + pair)
 
 
 def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Tensor]:
@@ -2024,17 +1973,18 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
     """
     c = smooth.constraints
     weight = active_weights(c, it)
-    minus_force = contact_force(c.contacts, weight.contact * it.contact)
-    diagonal = model.dof_armature + add_up(model, model.limit_dof_index, weight.limit)
+    minus_force = weight.times(it.residual)
+    diagonal = model.dof_armature + add_limits(model, weight.limit)
     if model.has_frictionloss:
         friction, sticking = dry_friction(model, c, it.qacc)
         diagonal = diagonal + sticking
     hessian = composite(model, smooth.cdof, smooth.inertia, diagonal, contact_hessian(c.contacts, weight.contact))
     wrench = apply_symmetric(smooth.inertia, it.motion)
-    gradient = generalized_force(model, smooth.cdof, wrench, force_at(c.contacts.point, minus_force))
+    at_contacts = force_at(c.contacts.point, contact_force(c.contacts, minus_force.contact))
+    gradient = generalized_force(model, smooth.cdof, wrench, at_contacts)
     gradient = gradient + model.dof_armature * it.qacc - smooth.qfrc_smooth
-    gradient = gradient + add_up(model, model.limit_dof_index, model.limit_sign * weight.limit * it.limit)
-    gradient = gradient + (c.pair_jacobian * (weight.pair * it.pair).unsqueeze(1)).sum(0)
+    gradient = gradient + add_limits(model, model.limit_sign * minus_force.limit)
+    gradient = gradient + (c.pair_jacobian * minus_force.pair.unsqueeze(1)).sum(0)
     if model.has_frictionloss:
         gradient = gradient - friction
     scaled = (c.pair_jacobian * torch.sqrt(weight.pair).unsqueeze(1)).transpose(0, 1)
@@ -2043,15 +1993,11 @@ def newton_system(model: Model, smooth: Smooth, it: Iterate) -> tuple[Tensor, Te
 
 def derivatives(model: Model, smooth: Smooth, full: Iterate, direction: Iterate) -> tuple[Tensor, Tensor]:
     """Slope and curvature (N) of the cost at `full` along `direction`."""
-    c = smooth.constraints
+    c, change = smooth.constraints, direction.residual
     weight = active_weights(c, full)
     slope = inner(model, smooth.inertia, direction, full) - (direction.qacc * smooth.qfrc_smooth).sum(0)
-    slope = slope + (weight.contact * full.contact * direction.contact).sum((0, 1))
-    slope = slope + (weight.limit * full.limit * direction.limit).sum(0)
-    slope = slope + (weight.pair * full.pair * direction.pair).sum(0)
-    curvature = inner(model, smooth.inertia, direction, direction)
-    curvature = curvature + (weight.contact * direction.contact**2).sum((0, 1))
-    curvature = curvature + (weight.limit * direction.limit**2).sum(0) + (weight.pair * direction.pair**2).sum(0)
+    slope = sum(weight.times(full.residual).dot(change), slope)
+    curvature = sum(weight.dot(change.times(change)), inner(model, smooth.inertia, direction, direction))
     if model.has_frictionloss:
         friction, sticking = dry_friction(model, c, full.qacc)
         slope = slope - (friction * direction.qacc).sum(0)
@@ -2066,9 +2012,10 @@ def line_search(model: Model, smooth: Smooth, it: Iterate, direction: Tensor) ->
     correction may overshoot. Then Newton's method between bounds minimises the cost along the direction.
     """
     direction = linear_terms(model, smooth, direction)
+    moved = lambda length: map_tensors(lambda start, change: start + length * change, it, direction)
     length, low, high = 1.0, 0.0, math.inf
     for _ in range(SEARCH_STEPS if model.has_frictionloss else 1):
-        slope, curvature = derivatives(model, smooth, it.plus(length, direction), direction)
+        slope, curvature = derivatives(model, smooth, moved(length), direction)
         correction = slope / curvature.clamp(min=torch.finfo(slope.dtype).tiny)
         if model.has_frictionloss:
             low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
@@ -2078,7 +2025,7 @@ def line_search(model: Model, smooth: Smooth, it: Iterate, direction: Tensor) ->
                 bounded, correction, length - torch.where(high < math.inf, 0.5 * (low + high), 2 * length)
             )
         length = length - correction
-    return it.plus(length, direction)
+    return moved(length)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2107,33 +2054,11 @@ def smooth_dynamics(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> S
 
 def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
     """qpos moved by `move` (nv, N), a velocity times a duration; quaternions turn in body axes (mj_integratePos)."""
-    moved = qpos + move[model.qpos_dof_index]
-    if not model.quaternions:
-        return moved
-    rows = list(moved.unbind(0))
+    rows = list((qpos + move[model.qpos_dof_index]).unbind(0))
     for adr, dof in model.quaternions:
         quat = quat_multiply(qpos[adr : adr + 4], quat_exponential(move[dof : dof + 3]))
         rows[adr : adr + 4] = (quat * torch.rsqrt(dot(quat, quat))).unbind(0)
     return torch.stack(rows)
-
-
-def implicit_system(model: Model, smooth: Smooth, qacc: Tensor, implicitfast: bool) -> tuple[Tensor, Tensor]:
-    """Packed M + h B and right-hand side h B qacc, with timestep h and damping B; see `step`."""
-    damping = model.timestep * (model.dof_damping + (smooth.actuator_damping if implicitfast else 0.0))
-    damping = damping.expand_as(qacc)
-    matrix = smooth.mass_matrix + damping[model.entry_row_index] * model.entry_diagonal
-    return matrix, (damping * qacc).unsqueeze(1)
-
-
-def semi_implicit(model: Model, state: State, qacc: Tensor, slowing: Tensor) -> State:
-    """Semi-implicit Euler step with acceleration qacc - slowing, see `step`."""
-    qvel = state.qvel + model.timestep * (qacc - slowing)
-    return State(integrate_position(model, state.qpos, model.timestep * qvel), qvel, qacc.clone())
-
-
-def stage(model: Model, state: State, scale: float, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor]:
-    """qpos, qvel of a Runge-Kutta stage: `state` after `scale` s at velocity `rate` and acceleration `qacc`."""
-    return integrate_position(model, state.qpos, scale * rate), state.qvel + scale * qacc
 
 
 def chart_rate(model: Model, qvel: Tensor, scale: float, rate: Tensor) -> Tensor:
@@ -2155,6 +2080,12 @@ def chart_rate(model: Model, qvel: Tensor, scale: float, rate: Tensor) -> Tensor
     return torch.stack(rows)
 
 
+def stage(model: Model, state: State, scale: float, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qpos, qvel and `chart_rate` of a Runge-Kutta stage: `state` after `scale` s at velocity `rate` and `qacc`."""
+    qvel = state.qvel + scale * qacc
+    return integrate_position(model, state.qpos, scale * rate), qvel, chart_rate(model, qvel, scale, rate)
+
+
 def combine_stages(model: Model, state: State, rates: list[Tensor], qaccs: list[Tensor]) -> State:
     """The classical weights 1/6, 1/3, 1/3, 1/6 over four stages."""
     rate, qacc = ((k[0] + 2 * k[1] + 2 * k[2] + k[3]) / 6 for k in (rates, qaccs))
@@ -2169,10 +2100,15 @@ EAGER = Regions()
 
 
 def begin_dynamics(model: Model, state: State, ctrl: Tensor) -> Dynamics:
-    """What `forward` computes before the first Newton iteration."""
+    """What `forward` computes before the first Newton iteration.
+
+    As in MuJoCo, it starts from the better of the warm start and the acceleration without constraints.
+    """
     smooth = smooth_dynamics(model, state.qpos, state.qvel, ctrl)
     unconstrained = solve_packed(model, smooth.mass_matrix, smooth.qfrc_smooth.unsqueeze(1))
-    return Dynamics(smooth, solver_start(model, smooth, state.warmstart, unconstrained))
+    free, warm = (candidate(model, smooth, x) for x in (unconstrained, state.warmstart))
+    better = cost(model, smooth, warm) < cost(model, smooth, free)
+    return Dynamics(smooth, map_tensors(lambda w, f: torch.where(better, w, f), warm, free))
 
 
 def newton_iteration(model: Model, smooth: Smooth, it: Iterate) -> Iterate:
@@ -2190,13 +2126,17 @@ def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regi
 
 
 def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool) -> State:
-    """The state after a timestep of mj_Euler or mj_implicit, see `step`."""
-    qacc = dynamics.solution.qacc
+    """The state after a timestep of mj_Euler or mj_implicit: semi-implicit Euler, see `step` for `slowing`."""
+    smooth, qacc = dynamics.smooth, dynamics.solution.qacc
     slowing = torch.zeros_like(qacc)
     damps = model.implicitfast_damps if implicitfast else model.euler_damps
     if damps:
-        slowing = solve_packed(model, *implicit_system(model, dynamics.smooth, qacc, implicitfast))
-    return semi_implicit(model, state, qacc, slowing)
+        damping = model.timestep * (model.dof_damping + (smooth.actuator_damping if implicitfast else 0.0))
+        damping = damping.expand_as(qacc)
+        matrix = smooth.mass_matrix + damping[model.entry_row_index] * model.entry_diagonal
+        slowing = solve_packed(model, matrix, (damping * qacc).unsqueeze(1))
+    qvel = state.qvel + model.timestep * (qacc - slowing)
+    return State(integrate_position(model, state.qpos, model.timestep * qvel), qvel, qacc.clone())
 
 
 def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regions) -> tuple[State, Dynamics]:
@@ -2208,9 +2148,9 @@ def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: 
     rates, qaccs = [state.qvel], [dynamics.solution.qacc]
     for part in (0.5, 0.5, 1.0):
         scale = part * model.timestep
-        qpos, qvel = run.stage(model, state, scale, rates[-1], qaccs[-1])
+        qpos, qvel, rate = run.stage(model, state, scale, rates[-1], qaccs[-1])
         dynamics = forward(model, State(qpos, qvel, qaccs[-1]), ctrl, iterations, run)
-        rates.append(run.chart_rate(model, qvel, scale, rates[-1]))
+        rates.append(rate)
         qaccs.append(dynamics.solution.qacc)
     return run.combine_stages(model, state, rates, qaccs), dynamics
 
@@ -2235,7 +2175,7 @@ def step(
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     implicitfast = integrator == "implicitfast"
-    if implicitfast and (len(model.fluid_link_index) or len(model.tendon_moment) or len(model.actuator_moment)):
+    if implicitfast and (len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons):
         raise InputError("unsupported model feature: fluid or tendon forces with implicitfast; use euler or rk4")
     dynamics = forward(model, state, ctrl, iterations, run)
     return run.advance(model, state, dynamics, implicitfast), dynamics
@@ -2249,18 +2189,18 @@ def step(
 def normal_forces(dynamics: Dynamics) -> Tensor:
     """Normal force (nc, N) in newtons of each contact with a fixed geom."""
     c, it = dynamics.smooth.constraints, dynamics.solution
-    return -(active_weights(c, it).contact * it.contact).sum(1)
+    return -active_weights(c, it).times(it.residual).contact.sum(1)
 
 
 def constraint_force(model: Model, dynamics: Dynamics) -> Tensor:
     """qfrc_constraint (nv, N) = J^T f of all constraints, with f = -D min(J x - aref, 0)."""
     smooth, it = dynamics
     c = smooth.constraints
-    weight = active_weights(c, it)
-    minus_force = force_at(c.contacts.point, contact_force(c.contacts, weight.contact * it.contact))
-    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), minus_force)
-    total = total + add_up(model, model.limit_dof_index, model.limit_sign * weight.limit * it.limit)
-    total = total + (c.pair_jacobian * (weight.pair * it.pair).unsqueeze(1)).sum(0)
+    minus_force = active_weights(c, it).times(it.residual)
+    at_contacts = force_at(c.contacts.point, contact_force(c.contacts, minus_force.contact))
+    total = generalized_force(model, smooth.cdof, torch.zeros_like(smooth.cvel), at_contacts)
+    total = total + add_limits(model, model.limit_sign * minus_force.limit)
+    total = total + (c.pair_jacobian * minus_force.pair.unsqueeze(1)).sum(0)
     return dry_friction(model, c, it.qacc)[0] - total if model.has_frictionloss else -total
 
 
@@ -2288,14 +2228,13 @@ def body_velocities(model: Model, cvel: Tensor, com_from_origin: Tensor) -> Tens
     return torch.cat((moving[:, :3], moving[:, 3:] + cross(moving[:, :3], arm)), 1)
 
 
-def contact_forces(model: Model, dynamics: Dynamics) -> tuple[Tensor, Tensor | None]:
+def contact_forces(model: Model, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """Contact forces in world axes: (nc, 3, N) of fixed geoms on the geoms that move, (S, 3, N) on each second geom."""
     c, it = dynamics.smooth.constraints, dynamics.solution
-    weight = active_weights(c, it)
-    force = -contact_force(c.contacts, weight.contact * it.contact)
-    if c.pairs is None:
-        return force, None
-    edge_force = -(weight.pair * it.pair)[: model.pair_slots * model.pair_edges].unflatten(0, (model.pair_slots, -1))
+    minus_force = active_weights(c, it).times(it.residual)
+    force = -contact_force(c.contacts, minus_force.contact)
+    slots = model.pair_slots, model.pair_edges
+    edge_force = -minus_force.pair[: math.prod(slots)].unflatten(0, slots)
     return force, contact_force(c.pairs, edge_force) if model.pair_edges == 4 else c.pairs.normal * edge_force
 
 
@@ -2304,11 +2243,9 @@ def contact_wrenches(model: Model, dynamics: Dynamics, com: Tensor) -> Tensor:
     c, (force, pair_force) = dynamics.smooth.constraints, contact_forces(model, dynamics)
     arm = dynamics.smooth.origin - com
     total = (model.body_contacts * force_at(c.contacts.point + arm, force)).sum(1)
-    if c.pairs is not None:
-        wrench = force_at(c.pairs.point + arm, pair_force)
-        sign = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (S, nbody, N)
-        total = total + (sign[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
-    return total
+    wrench = force_at(c.pairs.point + arm, pair_force)
+    sign = model.pair_body_sign.squeeze(-1)[c.pair_index].transpose(1, 2)  # (S, nbody, N)
+    return total + (sign[:, 1:].unsqueeze(2) * wrench.unsqueeze(1)).sum(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2778,18 +2715,15 @@ def as_range(name: str, value: Any) -> Range:
 
 def randomized_fields(model: Model, values: Tensors) -> dict[str, Tensor]:
     """The fields of `Model` that differ between robots, (..., N), from the `values` (rows, N) of the parameters."""
-    fields: dict[str, Tensor] = {}
-    for name, field in (("damping", "dof_damping"), ("armature", "dof_armature"), ("gravity", "gravity")):
-        if name in values:
-            fields[field] = getattr(model, field) * values[name]
-    if "friction" in values:
-        fields["friction"] = model.friction * values["friction"]
-        fields["pair_friction"] = model.pair_friction * values["friction"]
+    factors = (
+        ("mass", "mass"), ("friction", "friction"), ("friction", "pair_friction"), ("damping", "dof_damping"),
+        ("armature", "dof_armature"), ("motor_strength", "force_low"), ("motor_strength", "force_high"),
+        ("gravity", "gravity"),
+    )  # fmt: skip
+    fields = {field: getattr(model, field) * values[name] for name, field in factors if name in values}
     if "mass" in values:
         factor = values["mass"]
-        world = torch.ones_like(factor[:1])
-        of_body = torch.cat((factor, world))[model.body_link_index]
-        fields["mass"] = model.mass * factor
+        of_body = torch.cat((factor, torch.ones_like(factor[:1])))[model.body_link_index]  # the last is the world
         fields["inertia"] = model.inertia * factor[:, None, None]
         fields["body_mass"] = model.body_mass * of_body
         fields["body_inertia"] = model.body_inertia * of_body[:, None, None]
@@ -2798,22 +2732,13 @@ def randomized_fields(model: Model, values: Tensors) -> dict[str, Tensor]:
         is_trunk = torch.arange(model.nl, device=shift.device)[:, None, None] == model.trunk
         fields["com"] = model.com + is_trunk * shift
         fields["body_com"] = model.body_com + (model.body_link_index == model.trunk)[:, None, None] * shift
-    gains = {"position_gain", "velocity_gain", "motor_strength"} & values.keys()
-    if not gains:
-        return fields
-    gain, (offset, position, velocity) = model.actuator_gain, model.actuator_bias.unbind(0)
-    if "position_gain" in values:
-        gain = torch.where(position != 0, gain * values["position_gain"], gain)
-        position = position * values["position_gain"]
-    if "velocity_gain" in values:
-        velocity = velocity * values["velocity_gain"]
-    if "motor_strength" in values:
-        strength = values["motor_strength"]
-        gain, offset, position, velocity = (x * strength for x in (gain, offset, position, velocity))
-        fields["force_low"] = model.force_low * strength
-        fields["force_high"] = model.force_high * strength
-    fields["actuator_gain"] = gain
-    fields["actuator_bias"] = torch.stack(torch.broadcast_tensors(offset, position, velocity))
+    names = "position_gain", "velocity_gain", "motor_strength"
+    if values.keys() & names:
+        of_position, of_velocity, strength = (values.get(name, 1.0) for name in names)
+        gain, (offset, position, velocity) = model.actuator_gain, model.actuator_bias.unbind(0)
+        biases = offset * strength, position * of_position * strength, velocity * of_velocity * strength
+        fields["actuator_gain"] = torch.where(position != 0, gain * of_position, gain) * strength
+        fields["actuator_bias"] = torch.stack(torch.broadcast_tensors(*biases))
     return fields
 
 
@@ -3180,7 +3105,7 @@ def environment_step(
     return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
 
 
-PHYSICS = begin_dynamics, newton_iteration, advance, stage, chart_rate, combine_stages
+PHYSICS = begin_dynamics, newton_iteration, advance, stage, combine_stages
 COMPILED = *PHYSICS, randomized_fields, begin_step, end_step
 vars(EAGER).update((function.__name__, function) for function in COMPILED)
 

@@ -710,7 +710,7 @@ def energy(model, m, state):
     xpos, xmat = vecsim.kinematics(model, state.qpos)
     smooth = vecsim.smooth_dynamics(model, state.qpos, state.qvel, state.qpos.new_zeros(m.nu, state.qpos.shape[1]))
     kinetic = 0.5 * vecsim.inner(
-        model, smooth.inertia, *[vecsim.Iterate(state.qvel, smooth.cvel, *(torch.zeros(1),) * 3)] * 2
+        model, smooth.inertia, *[vecsim.Iterate(state.qvel, smooth.cvel, vecsim.Rows(*(torch.zeros(1),) * 3))] * 2
     )
     com = xpos + vecsim.apply(xmat, model.com)
     return kinetic - (model.mass * (com * model.gravity).sum(1)).sum(0)
