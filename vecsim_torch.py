@@ -2690,7 +2690,11 @@ def choose_ranges(
         randomize = {name: value for name, value in task.randomization.items() if name in known}
     if not isinstance(randomize or {}, dict):
         raise InputError(f"randomize must be True or a dict of ranges, not {randomize!r}")
-    given = {"push_interval": (5.0, 10.0), "push_direction": (0.0, 2 * math.pi)} | (randomize or {}) | single
+    of_pushes = {"push_interval": (5.0, 10.0), "push_direction": (0.0, 2 * math.pi)}
+    given = (randomize or {}) | single
+    if "push" not in given and (useless := of_pushes.keys() & given):
+        raise InputError(f"randomize.{min(useless)} has no effect without randomize.push")
+    given = of_pushes | given
     if given.get("push") is None:
         del given["push_interval"], given["push_direction"]
     for name in given:

@@ -49,8 +49,8 @@ def quadruped_mjcf() -> str:
     """MJCF of a Go1 with the maker's masses, inertias, link lengths, joint ranges and torque limits.
 
     Sources: github.com/unitreerobotics/unitree_ros, robots/go1_description; mujoco_menagerie/unitree_go1. The servos
-    have gains of 35 N m/rad and 0.5 N m s/rad. Menagerie's gear friction of 0.2 N m is replaced by joint damping,
-    because vecsim does not compute dry friction. The robot touches the ground, but not itself.
+    have gains of 35 N m/rad and 0.5 N m s/rad. Joint damping replaces Menagerie's gear friction of 0.2 N m. The robot
+    touches the ground, but not itself.
     """
     legs, actuators = "", ""
     for leg, front, left in (("FR", 1, -1), ("FL", 1, 1), ("RR", -1, -1), ("RL", -1, 1)):

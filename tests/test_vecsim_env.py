@@ -948,6 +948,7 @@ ROUGH = {"env_id": "Quadruped-Rough"}
         ({"randomize": {"push": -1}}, "randomize.push = .* low at least 0"),
         ({"randomize": 3}, "randomize must be True or a dict of ranges, not 3"),
         ({"randomize.position_gain": 0.1}, "this robot has no position_gain to vary; it has mass"),
+        ({"randomize.push_interval": 1.0}, "randomize.push_interval has no effect without randomize.push"),
         ({"randomise.mass": 0.1}, "unknown option 'randomise.mass'"),
         ({"perturb": {"push": 1.0}}, "unknown option 'perturb'"),
         ({"hidden_observations": "velocity"}, "hidden_observations must leave some of qpos, qvel and hide nothing"),
