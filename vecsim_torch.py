@@ -3160,16 +3160,15 @@ FOLD = {
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": lambda a: not a,
     "where": lambda condition, a, b: a if condition else b, "to_number": float, "to_integer": int,
-    "floor_div": operator.floordiv, "mod": operator.mod,  # of integers
+    "floor_div": lambda a, b: np.floor_divide(a, b).item(), "mod": lambda a, b: np.remainder(a, b).item(),
 }  # fmt: skip
 OF_ONE_NUMBER = "exp exp2 expm1 log log1p log2 log10 tanh sinh cosh asin acos atan erf floor ceil trunc rint".split()
 OF_TWO_NUMBERS = "pow hypot atan2 fmod".split()
-NUMPY_NAMES = {"pow": "power", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "atan2": "arctan2"}
 
 
 def fold(name: str, *args: float) -> float:
     """A function of the C library, of constants."""
-    return math.erf(*args) if name == "erf" else float(getattr(np, NUMPY_NAMES.get(name, name))(*args))
+    return float(getattr(np, name, math.erf)(*args))  # numpy has all but erf
 
 
 FOLD |= {name: functools.partial(fold, name) for name in (*OF_ONE_NUMBER, *OF_TWO_NUMBERS)}
@@ -3375,16 +3374,22 @@ class Recorder(TorchDispatchMode):
         if name == "copy_" and id(args[0]) in self.inputs:  # torch.func.functionalize writes back what changed
             raise NotImplementedError("a task changed an argument of its method in place: clone it before")
         if is_known and (name not in RULES or kwargs.keys() - OF_MEMORY):
-            with self:  # PyTorch may know simpler operators for it
-                result = decomposition_table.get(function, function.decompose)(*args, **kwargs)
+            simpler = SIMPLER[name] if name in SIMPLER else decomposition_table.get(function, function.decompose)
+            with self:
+                result = simpler(*args, **kwargs)
             if result is NotImplemented:
                 raise NotImplementedError(f"the compiler has no rule for {function}; see RULES in vecsim_torch.py")
             return result
         result = function(*args, **kwargs)
         if is_known:
-            found = RULES[name](self, result, *tree_map_only(Tensor, self.array, args))
-            single = isinstance(result, Tensor)
-            for x, array in zip([result] if single else result, [found] if single else found, strict=True):
+            rule, arrays = RULES[name], tree_map_only(Tensor, self.array, args)
+            if rule is move:
+                found = move(function, arrays)
+            elif isinstance(rule, str):
+                found = self.elementwise(rule, *arrays)
+            else:
+                found = rule(self, result, *arrays)
+            for x, array in zip(tree_leaves(result), tree_leaves(found), strict=True):
                 self.keep(x, convert(self, x, np.asarray(array, dtype=object)))
         return result
 
@@ -3395,6 +3400,18 @@ def as_objects(values: Iterable[Any], shape: Sequence[int]) -> np.ndarray:
     array = np.empty(len(flat), dtype=object)
     array[:] = flat
     return array.reshape(shape)
+
+
+def move(function: Callable, arrays: Sequence[Any]) -> Any:
+    """What an operator returns that only moves elements: PyTorch moves their numbers instead."""
+    elements: list[Any] = []
+
+    def numbered(array: np.ndarray) -> Tensor:
+        elements.extend(array.flat)
+        return torch.arange(len(elements) - array.size, len(elements)).view(array.shape)
+
+    moved = function(*tree_map_only(np.ndarray, numbered, arrays))
+    return tree_map_only(Tensor, lambda x: as_objects([elements[k] for k in x.flatten().tolist()], x.shape), moved)
 
 
 def fixed(index: np.ndarray) -> np.ndarray:
@@ -3444,48 +3461,12 @@ def power(r: Recorder, result: Tensor, x: np.ndarray, exponent: Any) -> np.ndarr
     return r.elementwise("mul", x, x) if is_square else r.elementwise("pow", x, exponent)
 
 
-def product(r: Recorder, result: Tensor, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The product of matrices."""
-    return r.reduce("add", r.elementwise("mul", a[..., None], b[..., None, :, :]), [-2], False)
-
-
-def sign(r: Recorder, result: Tensor, x: np.ndarray) -> np.ndarray:
-    """-1, 0 or 1."""
-    is_positive, is_negative = (r.elementwise(name, x, 0) for name in ("gt", "lt"))
-    return r.elementwise("where", is_positive, 1, r.elementwise("where", is_negative, -1, 0))
-
-
-def remainder(r: Recorder, result: Tensor, x: Any, y: Any) -> np.ndarray:
-    """x modulo y, with the sign of y."""
-    if kind_of(result) == "integer":
-        return r.elementwise("mod", x, y)
-    rest = r.elementwise("fmod", x, y)
-    signs = (r.elementwise("lt", z, 0) for z in (rest, y))
-    differ = r.elementwise("and", r.elementwise("ne", rest, 0), r.elementwise("xor", *signs))
-    return r.elementwise("where", differ, r.elementwise("add", rest, y), rest)
-
-
-def floor_divide(r: Recorder, result: Tensor, x: Any, y: Any) -> np.ndarray:
-    """x / y, rounded down."""
-    if kind_of(result) == "integer":
-        return r.elementwise("floor_div", x, y)
-    rest, ratio = remainder(r, result, x, y), r.elementwise("div", x, y)
-    whole = r.elementwise("rint", r.elementwise("div", r.elementwise("sub", x, rest), y))
-    return r.elementwise("where", r.elementwise("ne", rest, rest), r.elementwise("floor", ratio), whole)  # y = 0
-
-
-def truths(r: Recorder, *arrays: Any) -> list[np.ndarray]:
-    """Whether the elements differ from 0."""
-    return [r.elementwise("ne", x, 0) for x in arrays]
-
-
-def variance(r: Recorder, result: Tensor, x: np.ndarray, axes: Sequence[int], correction: float) -> np.ndarray:
+def variance(x: Tensor, axes: Sequence[int] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
     """The sum of squares about the mean, divided by the count without `correction`."""
-    axes = axes or range(x.ndim)
+    axes = axes or range(x.dim())
     count = math.prod(x.shape[axis] for axis in axes)
-    mean = r.elementwise("div", r.reduce("add", x, axes, True), count)
-    off = r.elementwise("sub", x, mean)
-    return r.elementwise("div", r.reduce("add", r.elementwise("mul", off, off), axes, False), count - correction)
+    off = x - x.sum(axes, keepdim=True) / count
+    return (off * off).sum(axes, keepdim) / (count - correction)
 
 
 def put(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any], value: np.ndarray, add: bool = False) -> Any:
@@ -3496,54 +3477,46 @@ def put(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any], value:
     is_mask = mask is not None and {r.program.kind(i) for i in mask.flat} == {"truth"}
     if is_mask and len(index) == 1 and value.size == 1 and any(isinstance(i, Value) for i in mask.flat):
         mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-        return r.elementwise("where", *truths(r, mask), value.reshape(()), x)
+        return r.elementwise("where", mask, value.reshape(()), x)
     copy = x.copy()
     copy[tuple(slice(None) if i is None else fixed(i) for i in index)] = value
     return copy
 
 
-def extreme(r: Recorder, name: str, x: np.ndarray, axis: int, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The first of the largest or smallest rows, and its index: `name` compares a later row with it."""
-    first, *others = np.moveaxis(x, axis, 0)
-    best, index = first, as_objects([0] * first.size, first.shape)
+def extreme(is_better: Callable, x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The first of the largest or smallest rows, and its index. `is_better` compares a later row with it."""
+    best, *others = x.unbind(dim)
+    index = torch.zeros_like(best, dtype=torch.long)
     for k, row in enumerate(others, 1):
-        is_first_nan = r.elementwise("and", r.elementwise("ne", row, row), r.elementwise("eq", best, best))
-        better = r.elementwise("or", r.elementwise(name, row, best), is_first_nan)
-        best, index = r.elementwise("where", better, row, best), r.elementwise("where", better, k, index)
-    return tuple(np.expand_dims(y, axis) if keep else y for y in (best, index))
+        is_first_nan = (row != row) & (best == best)
+        better = is_better(row, best) | is_first_nan
+        best, index = torch.where(better, row, best), torch.where(better, k, index)
+    return (best.unsqueeze(dim), index.unsqueeze(dim)) if keepdim else (best, index)
 
 
 def sort(
-    r: Recorder, result: Any, x: np.ndarray, axis: int = -1, descending: bool = False, count: float = math.inf
-) -> tuple[np.ndarray, np.ndarray]:
+    x: Tensor, dim: int = -1, descending: bool = False, stable: bool = True, count: float = math.inf
+) -> tuple[Tensor, Tensor]:
     """The rows, of which the first `count` are in order, NaN above all numbers; and their indices.
 
     Each pass goes from the last row to the first, and neighbours in the wrong order change places. Equal rows keep
     their order."""
-    rows = np.moveaxis(x, axis, 0)
-    rows = [(row, as_objects([k] * row.size, row.shape)) for k, row in enumerate(rows)]
+    rows = [(row, torch.full_like(row, k, dtype=torch.long)) for k, row in enumerate(x.unbind(dim))]
     for first in range(min(count, len(rows) - 1)):
         for k in range(len(rows) - 2, first - 1, -1):
-            (low, _), (high, _) = pair = rows[k : k + 2]
-            if descending:
-                low, high = high, low
-            is_nan = r.elementwise("and", r.elementwise("ne", low, low), r.elementwise("eq", high, high))
-            swap = r.elementwise("or", r.elementwise("lt", high, low), is_nan)
+            pair = rows[k : k + 2]
+            (low, _), (high, _) = reversed(pair) if descending else pair
+            swap = (high < low) | (low != low) & (high == high)
             for place, (yes, no) in ((k, pair[::-1]), (k + 1, pair)):
-                rows[place] = tuple(r.elementwise("where", swap, a, b) for a, b in zip(yes, no, strict=True))
-    return tuple(np.stack(column, axis) for column in zip(*rows, strict=True)) if rows else (x, x)
+                rows[place] = tuple(torch.where(swap, a, b) for a, b in zip(yes, no, strict=True))
+    if not rows:
+        return x.clone(), torch.zeros_like(x, dtype=torch.long)
+    return tuple(torch.stack(column, dim) for column in zip(*rows, strict=True))
 
 
-def top(r: Recorder, result: Any, x: np.ndarray, k: int, axis: int = -1, largest: bool = True, *_) -> Any:
+def top(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
     """torch.topk, with NaN above all numbers. Of equal rows it takes the first, PyTorch any."""
-    return tuple(np.take(y, range(k), axis) for y in sort(r, result, x, axis, largest, k))
-
-
-def write(x: np.ndarray, axis: int, index: Any, source: np.ndarray) -> np.ndarray:
-    """x after x[index] = source, where `index` is one of this axis."""
-    copy = x.copy()
-    np.moveaxis(copy, axis, 0)[index] = source if isinstance(index, int) else np.moveaxis(source, axis, 0)
-    return copy
+    return tuple(y.narrow(dim, 0, k) for y in sort(x, dim, largest, count=k))
 
 
 def convert(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
@@ -3559,12 +3532,6 @@ def cast(r: Recorder, result: Tensor, x: np.ndarray, *_) -> np.ndarray:
     return convert(r, result, x)
 
 
-def broadcast(r: Recorder, result: Tensor, x: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> np.ndarray:
-    """x with its axes at these places of `shape`."""
-    sizes = dict(zip(axes, x.shape, strict=True))
-    return np.broadcast_to(x.reshape([sizes.get(axis, 1) for axis in range(len(shape))]), shape)
-
-
 def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
     if isinstance(shape, torch.dtype):  # the bits of numbers
         if not all(isinstance(value, Value) and r.program.kind(value) == "number" for value in x.flat):
@@ -3575,12 +3542,19 @@ def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
 
 SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot atan2 fmod lt le gt ge eq ne where".split()
 SAME_NAME += [name for name in OF_ONE_NUMBER if name != "rint"]
-OTHER_NAME = {"maximum": "max", "minimum": "min"} | {f"bitwise_{name}": name for name in ("and", "or", "xor", "not")}
+MOVES = "_unsafe_view cat clone copy detach expand flip permute repeat select select_scatter slice".split()
+MOVES += "slice_scatter split_with_sizes squeeze stack transpose unbind unsqueeze view_of".split()
+NEW = "zeros_like ones_like full_like new_zeros new_ones new_full".split()  # they do not depend on an input
 OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
-RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the recorder, the result, and the arguments
-    "rsub": lambda r, _, a, b: r.elementwise("sub", b, a),
+RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a function of recorder, result, arguments
+    **{name: name for name in SAME_NAME},
+    **{f"bitwise_{name}": name for name in ("and", "or", "xor", "not")},
+    **{"maximum": "max", "minimum": "min", "round": "rint", "remainder": "mod", "floor_divide": "floor_div"},
+    **dict.fromkeys(MOVES, move),
+    **dict.fromkeys(NEW, lambda r, result, *_: r.array(result)),
     "reciprocal": lambda r, _, x: r.elementwise("div", 1.0, x),
     "rsqrt": lambda r, _, x: r.elementwise("div", 1.0, r.elementwise("sqrt", x)),
+    "signbit": lambda r, _, x: r.elementwise("lt", x, 0),
     "pow": power,
     "clamp": clamp,
     "sum": lambda r, result, x, axes=(), keep=False: r.reduce("add", convert(r, result, x), axes, keep),
@@ -3589,59 +3563,24 @@ RULES: dict[str, Callable] = {  # of PyTorch's operators: a function of the reco
     "amax": lambda r, _, x, axes=(), keep=False: r.reduce("max", x, axes, keep),
     "any": lambda r, result, x, axes=(), keep=False: r.reduce("or", convert(r, result, x), axes, keep),
     "all": lambda r, result, x, axes=(), keep=False: r.reduce("and", convert(r, result, x), axes, keep),
-    "argmax": lambda r, _, *args: extreme(r, "gt", *args)[1],
-    "argmin": lambda r, _, *args: extreme(r, "lt", *args)[1],
+    "_to_copy": cast,
+    "view": view,
+    "index": take,
+    "index_put": put,
+    "index_add": add_rows,
+    "gather": gather,
+}
+SIMPLER: dict[str, Callable] = {  # operators in terms of simpler ones. PyTorch knows some more, which become these
+    "mm": lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2),
+    "bmm": lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2),
+    "sign": lambda x: torch.where(x > 0, 1, torch.where(x < 0, -1, 0)).to(x.dtype),
+    "var": variance,
+    "max": lambda x, *how: extreme(torch.gt, x, *how) if how else x.amax(),
+    "min": lambda x, *how: extreme(torch.lt, x, *how) if how else x.amin(),
+    "argmax": lambda x, *how: extreme(torch.gt, x, *how)[1],
+    "argmin": lambda x, *how: extreme(torch.lt, x, *how)[1],
     "sort": sort,
     "topk": top,
-    "mm": product,
-    "bmm": product,
-    "isnan": lambda r, _, x: r.elementwise("ne", x, x),
-    "round": lambda r, _, x: r.elementwise("rint", x),
-    "sign": sign,
-    "remainder": remainder,
-    "floor_divide": floor_divide,
-    "max": lambda r, result, x, *how: extreme(r, "gt", x, *how) if how else r.reduce("max", x, (), False),
-    "min": lambda r, result, x, *how: extreme(r, "lt", x, *how) if how else r.reduce("min", x, (), False),
-    "_to_copy": cast,
-    "logical_and": lambda r, _, x, y: r.elementwise("and", *truths(r, x, y)),
-    "logical_or": lambda r, _, x, y: r.elementwise("or", *truths(r, x, y)),
-    "logical_not": lambda r, _, x: r.elementwise("eq", x, 0),
-    "signbit": lambda r, _, x: r.elementwise("lt", x, 0),
-    "var": variance,
-    "view_of": lambda r, _, x: x,
-    "broadcast_in_dim": broadcast,
-    "index_put": put,
-    "view": view,
-    "_unsafe_view": view,
-    "index": take,
-    "gather": gather,
-    "index_copy": lambda r, _, x, axis, index, source: write(x, axis, fixed(index), source),
-    "index_add": add_rows,
-    "slice_scatter": lambda r, _, x, source, axis=0, *ends: write(x, axis, slice(*ends), source),
-    "select_scatter": lambda r, _, x, source, axis, index: write(x, axis, index, source),
-    "copy": lambda r, _, x, source: np.broadcast_to(source, x.shape),
-    "fill": lambda r, _, x, value: np.broadcast_to(np.asarray(value, object), x.shape),
-    "clone": lambda r, _, x: x,
-    "detach": lambda r, _, x: x,
-    "expand": lambda r, result, x, *_: np.broadcast_to(x, result.shape),
-    "squeeze": lambda r, result, x, *_: x.reshape(result.shape),
-    "unsqueeze": lambda r, result, x, *_: x.reshape(result.shape),
-    "transpose": lambda r, _, x, a, b: np.swapaxes(x, a, b),
-    "permute": lambda r, _, x, axes: np.transpose(x, axes),
-    "select": lambda r, _, x, axis, i: np.take(x, i, axis),
-    "slice": lambda r, _, x, axis=0, *ends: np.moveaxis(np.moveaxis(x, axis, 0)[slice(*ends)], 0, axis),
-    "unbind": lambda r, _, x, axis=0: list(np.moveaxis(x, axis, 0)),
-    "split_with_sizes": lambda r, _, x, sizes, axis=0: np.split(x, np.cumsum(sizes)[:-1], axis),
-    "stack": lambda r, _, arrays, axis=0: np.stack(arrays, axis),
-    "cat": lambda r, _, arrays, axis=0: np.concatenate(arrays, axis),
-    "flip": lambda r, _, x, axes: np.flip(x, axes),
-    "repeat": lambda r, _, x, counts: np.tile(x, counts),
-}
-NEW = "zeros_like ones_like full_like new_zeros new_ones new_full".split()  # they do not depend on an input
-RULES |= {name: lambda r, result, *_: r.array(result) for name in NEW}
-RULES |= {
-    name: lambda r, _, *args, ours=ours: r.elementwise(ours, *args)
-    for name, ours in (dict(zip(SAME_NAME, SAME_NAME, strict=True)) | OTHER_NAME).items()
 }
 
 
@@ -3724,7 +3663,9 @@ FUNCTION F f_sin(F x) {{ return sin(x); }}
 FUNCTION F f_cos(F x) {{ return cos(x); }}
 FUNCTION F f_tan(F x) {{ return tan(x); }}
 """
-SHARED_PRELUDE = """
+SHARED_PRELUDE = "\n".join(f"OF_ONE({name})" for name in ("sqrt", *OF_ONE_NUMBER))
+SHARED_PRELUDE += "\n" + "\n".join(f"OF_TWO({name})" for name in OF_TWO_NUMBERS)
+SHARED_PRELUDE += """
 FUNCTION F f_neg(F x) { return -x; }
 FUNCTION I f_neg(I x) { return -x; }
 FUNCTION F f_abs(F x) { return x < 0 ? -x : x; }
@@ -3737,13 +3678,19 @@ FUNCTION I f_floor_div(I a, I b) {
     return q - f_where((r != 0) & ((r < 0) ^ (b < 0)), whole(1), whole(0));
 }
 FUNCTION I f_mod(I a, I b) { return a - f_floor_div(a, b) * b; }
+FUNCTION F f_mod(F a, F b) {
+    F r = f_fmod(a, b);
+    return f_where((r != 0) & ((r < 0) ^ (b < 0)), r + b, r);
+}
+FUNCTION F f_floor_div(F a, F b) {
+    F r = f_mod(a, b);
+    return f_where(r != r, f_floor(a / b), f_rint((a - r) / b));  // it is not a number if b is 0
+}
 FUNCTION F f_max(F a, F b) { return (a < b) | (b != b) ? b : a; }
 FUNCTION I f_max(I a, I b) { return a < b ? b : a; }
 FUNCTION F f_min(F a, F b) { return (b < a) | (b != b) ? b : a; }
 FUNCTION I f_min(I a, I b) { return b < a ? b : a; }
 """
-SHARED_PRELUDE += "\n".join(f"OF_ONE({name})" for name in ("sqrt", *OF_ONE_NUMBER))
-SHARED_PRELUDE += "\n" + "\n".join(f"OF_TWO({name})" for name in OF_TWO_NUMBERS)
 C_KINDS = {"number": "F", "integer": "I", "truth": "I"}
 C_TYPES = {torch.float32: ("float", "int"), torch.float64: ("double", "long long")}
 BIG = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # adding it rounds to an integer

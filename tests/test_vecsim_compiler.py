@@ -95,7 +95,7 @@ def constant(x):
 # Rules, and a function that uses them. A rule is named as PyTorch's operator is.
 CASES = {
     "add": lambda x, y, **_: (x + y, x + 1.5, 2 + x, x + constant(x)[:, :1], x + 0),
-    "sub rsub": lambda x, y, **_: (x - y, x - 1.5, 2 - x, constant(x)[:, :1] - x, 0 - x, torch.rsub(x, y)),
+    "sub": lambda x, y, **_: (x - y, x - 1.5, 2 - x, constant(x)[:, :1] - x, 0 - x, torch.rsub(x, y)),
     "mul": lambda x, y, i, **_: (x * y, 0 * x, 1 * x, -1 * x, x * constant(x)[:, :1], x[:2] * i, 3 * i),
     "div reciprocal": lambda x, y, **_: (x / y, x / 3, 2 / y, 0 / y, 1 / y, y.reciprocal(), x / 0.0),
     "neg abs": lambda x, y, bad, **_: (-x, -(x - y), x.neg().neg(), x.abs(), bad.abs()),
@@ -119,7 +119,7 @@ CASES = {
         *(f(z) for f in (torch.floor, torch.ceil, torch.trunc, torch.round) for z in (3 * x, bad)),
         (2 * x).floor() / 2 + (0.5 * torch.ones_like(x)).round(),
     ),
-    "sign signbit isnan fmod": lambda x, y, i, bad, **_: (
+    "sign signbit fmod": lambda x, y, i, bad, **_: (
         *(
             torch.signbit(x),
             torch.copysign(y, x),
@@ -171,9 +171,9 @@ CASES = {
     "full_like new_ones new_full": lambda x, **_: (
         *(torch.full_like(x, 2.5) * x, x.new_ones(3, 1) + x, x.new_full((3, 1), 0.5) * x),
     ),
-    "slice_scatter select_scatter fill copy": lambda x, y, **_: written(x, y),
+    "slice_scatter select_scatter copy": lambda x, y, **_: written(x, y),
     "index_put": lambda x, y, t, **_: put(x, y, t),
-    "var view_of broadcast_in_dim": lambda x, t, **_: (
+    "var view_of": lambda x, t, **_: (
         t.var(1),
         t.std((0, 1)),
         x.var(0, correction=0, keepdim=True),
@@ -207,7 +207,7 @@ CASES = {
             *((x > 0) & True, (x > 0) & False, (x > 0) | True, (x > 0) | False),
         )
     ),
-    "logical_and logical_or logical_not": lambda x, y, i, bad, **_: tuple(
+    "ne bitwise_and bitwise_or": lambda x, y, i, bad, **_: tuple(
         truth.to(x.dtype)
         for truth in (
             torch.logical_and(x > 0, y > 0),
@@ -254,7 +254,7 @@ CASES = {
         t.gather(1, i[:, None].expand(-1, 2, -1)),
         *((x > 0).gather(0, i), torch.stack((i[0], i[1], i[0])).gather(0, i)),
     ),
-    "index_copy index_add": lambda x, y, t, **_: (
+    "index_put index_add": lambda x, y, t, **_: (
         *(x.index_copy(0, ROWS, y[:2]), x.index_add(0, ROWS, y[:2]), t.index_copy(1, ROWS, t[:, 1:] + 1)),
         t.index_add(-2, ROWS, t[:, :2]),
         x.index_add(0, torch.tensor([1, 1, 2]), y),
@@ -356,11 +356,13 @@ def test_every_rule_has_a_case(monkeypatch):
     inputs, used = inputs_of(3, torch.float64), set()
     for names, case in CASES.items():
         with monkeypatch.context() as patch:
-            patch.setattr(vecsim, "RULES", Used(vecsim.RULES))
+            tables = [Used(table) for table in (vecsim.RULES, vecsim.SIMPLER)]
+            patch.setattr(vecsim, "RULES", tables[0])
+            patch.setattr(vecsim, "SIMPLER", tables[1])
             record(lambda *args, case=case: case(**dict(zip(INPUTS, args, strict=True))), *inputs)
-            assert vecsim.RULES.names.issuperset(names.split()), names
+            assert (tables[0].names | tables[1].names).issuperset(names.split()), names
         used.update(names.split())
-    assert used == set(vecsim.RULES)
+    assert used == vecsim.RULES.keys() | vecsim.SIMPLER.keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
