@@ -3926,16 +3926,6 @@ def build_cpp(source: str) -> Callable[..., None]:
     return function
 
 
-def load_cuda(code: bytes) -> Callable[[Sequence[Tensor], int], None]:
-    """Load a kernel that NVRTC compiled. Returns a function of the tensors and the number of robots."""
-    kernel = torch.cuda._utils._cuda_load_module(code, ["run"])["run"]
-
-    def launch(tensors: Sequence[Tensor], n: int) -> None:
-        kernel(((n + BLOCK - 1) // BLOCK, 1, 1), (BLOCK, 1, 1), [*tensors])
-
-    return launch
-
-
 def nvrtc(source: str, capability: tuple[int, int]) -> bytes:
     """The machine code (cubin) of CUDA C++ for a GPU of this capability. RuntimeError if NVRTC fails."""
     library = torch.cuda._utils._get_nvrtc_library()
@@ -4003,22 +3993,19 @@ class Recording:
         self.program, self.inputs = Program(base.gravity.dtype, exact), named_tensors(args, "args")
         recorder, numbers, known = Recorder(self.program), itertools.count(), iter(known)
         args = tree_map_only(Tensor, lambda x: recorder.input(next(numbers), x, next(known, None)), args)
-        args = models_of(base, args)
+        model = lambda changed: dataclasses.replace(base, **changed.fields)
+        args = tree_map_only(Changed, model, args, is_leaf=lambda x: isinstance(x, Changed))
         try:
             with torch.no_grad(), recorder, HostReads():
                 self.result = torch.func.functionalize(function)(*args)
         except NotImplementedError as error:
-            lines = [x for x in traceback.extract_tb(error.__traceback__) if is_of_a_task(x.filename)]
+            not_a_task = __file__, str(Path(torch.__file__).parent)
+            lines = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith(not_a_task)]
             where = f"{lines[-1].filename}:{lines[-1].lineno}, {lines[-1].line}" if lines else function.__name__
             error.add_note(f"This was compiled: {where}\ncompile=False (--no-compile) accepts all operators.")
             raise
         self.outputs = [x for _, x in named_tensors(self.result, "")]
         self.values = [recorder.array(x) for x in self.outputs]
-
-
-def is_of_a_task(filename: str) -> bool:
-    """Whether a file is neither this one nor one of PyTorch's."""
-    return filename != __file__ and not filename.startswith(str(Path(torch.__file__).parent))
 
 
 class HostReads(TorchFunctionMode):
@@ -4029,12 +4016,6 @@ class HostReads(TorchFunctionMode):
         if name in ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"):
             raise NotImplementedError(f"{name}: compiled code has no numbers of Python; use tensors, and torch.where")
         return function(*args, **(kwargs or {}))
-
-
-def models_of(base: Model, tree: Any) -> Any:
-    """`tree` with models in place of every `Changed`."""
-    is_changed = lambda x: isinstance(x, Changed)
-    return tree_map_only(Changed, lambda x: dataclasses.replace(base, **x.fields), tree, is_leaf=is_changed)
 
 
 def known_values(base: Model, changed: Changed) -> list[np.ndarray | None]:
@@ -4051,23 +4032,10 @@ def known_values(base: Model, changed: Changed) -> list[np.ndarray | None]:
     return begun.values if kept else begun.values[:-count] + [None] * count
 
 
-def expression(tree: Any, sizes: dict[str, list[int]], names: dict[str, Any]) -> str:
-    """Python that makes `tree` from lists y, z and w of (rows, n). `sizes` gets their rows, and `names` the types."""
-    inner = lambda item: expression(item, sizes, names)
-    if isinstance(tree, Tensor):
-        rows, tensor = sizes[kind_of(tree)], OUTPUTS[kind_of(tree)]
-        rows.append(tree.numel())
-        piece = f"{tensor}[{len(rows) - 1}]"
-        return piece if tree.dim() == 2 else f"{piece}.view({''.join(f'{size}, ' for size in tree.shape[:-1])}n)"
-    if isinstance(tree, dict):
-        return f"{{{''.join(f'{key!r}: {inner(item)}, ' for key, item in tree.items())}}}"
-    if isinstance(tree, (tuple, list)):
-        items = "".join(f"{inner(item)}, " for item in tree)
-        if not hasattr(tree, "_fields"):
-            return f"[{items}]" if isinstance(tree, list) else f"({items})"
-        names[type(tree).__name__] = type(tree)
-        return f"{type(tree).__name__}({items})"
-    return repr(tree)
+class Expression(str):
+    """Python. `repr` of a tree of these is Python that makes the tree."""
+
+    __repr__ = str.__str__
 
 
 class Interface:
@@ -4077,7 +4045,7 @@ class Interface:
     robot. TypeError if a result has a dtype that compiled code lacks."""
 
     def __init__(self, given: Sequence[tuple[str, Tensor]], result: Any, dtype: torch.dtype, device: torch.device):
-        self.device, names = device, {}
+        self.device = device
         self.dtypes = {"number": dtype, "integer": torch.int64, "truth": torch.bool}
         for where, x in named_tensors(result, "result"):
             if x.dtype != self.dtypes[kind_of(x)]:
@@ -4086,8 +4054,17 @@ class Interface:
         self.inputs = eval(f"lambda args: ({''.join(f'{where}, ' for where, _ in given)})")
         self.wanted = [(x.shape[:-1], self.dtypes[kind_of(x)]) for _, x in given]
         self.sizes: dict[str, list[int]] = {kind: [] for kind in OUTPUTS}
-        text = expression(result, self.sizes, names)
-        self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {text}", names)
+        types: dict[str, type] = {}  # in the tree
+
+        def piece(x: Tensor) -> Expression:
+            """What makes the result x from lists y, z and w of (rows, n). `sizes` gets its rows."""
+            rows, tensor = self.sizes[kind_of(x)], OUTPUTS[kind_of(x)]
+            rows.append(x.numel())
+            text = f"{tensor}[{len(rows) - 1}]"
+            return Expression(text if x.dim() == 2 else f"{text}.view(*{tuple(x.shape[:-1])}, n)")
+
+        tree = tree_map_only(Tensor, piece, result, is_leaf=lambda x: types.update({type(x).__name__: type(x)}))
+        self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {tree!r}", types)
         self.rows = [sum(rows) for rows in self.sizes.values()]
 
     def read(self, args: tuple, n: int) -> list[Tensor]:
@@ -4143,7 +4120,8 @@ class Code:
             sources = [cuda_source(kernel, dtype, robots) for kernel in self.kernels]
             with ThreadPoolExecutor() as pool:
                 codes = list(pool.map(lambda source: nvrtc(source, capability), sources))
-            self.launches = [load_cuda(code) for code in codes]  # in this thread, which has the device's context
+            load = torch.cuda._utils._cuda_load_module  # in this thread, which has the device's context
+            self.launches = [load(code, ["run"])["run"] for code in codes]
 
     def __call__(self, args: tuple, n: int) -> Any:
         """The result of the function for n robots."""
@@ -4151,8 +4129,9 @@ class Code:
             return self.loop(args, n)
         inputs, outputs = self.interface.read(args, n), self.interface.new(self.interface.rows, n)
         tensors = [*inputs, *self.tables, *outputs, *self.interface.new(self.scratch.values(), n)]
+        grid, block = (math.ceil(n / BLOCK), 1, 1), (BLOCK, 1, 1)
         for launch, places in zip(self.launches, self.places, strict=True):
-            launch([tensors[k] for k in places], n)
+            launch(grid, block, [tensors[k] for k in places])
         return self.interface.results(outputs, n)
 
 
@@ -4346,13 +4325,12 @@ class CompiledFunction:
     def compile(self, args: tuple, robots: int) -> Code:
         """The code for these arguments, of `without_models`, and for so many robots."""
         key, like = f"{robots} {signature(args)}", self.base.gravity
-        if key not in self.codes:
-            with self.one_at_a_time:
-                if key not in self.codes:
-                    exact = self.function not in PHYSICS
-                    recording = Recording(self.function, self.base, args, self.known(args), exact)
-                    self.codes[key] = Code(recording, like.dtype, like.device, robots)
-        return self.codes[key]
+        with self.one_at_a_time:
+            if key not in self.codes:
+                exact = self.function not in PHYSICS
+                recording = Recording(self.function, self.base, args, self.known(args), exact)
+                self.codes[key] = Code(recording, like.dtype, like.device, robots)
+            return self.codes[key]
 
     def __call__(self, *args: Any) -> Any:
         args = self.without_models(args)
@@ -4402,10 +4380,9 @@ class CompiledCalls:
         while not isinstance(tree, Tensor):
             tree = tree[0]
         n, robots = tree.shape[-1], first.robots(tree.shape[-1])
-        if robots not in self.loops:
-            with self.one_at_a_time:
-                if robots not in self.loops:
-                    self.loops[robots] = self.loop(args, robots)
+        with self.one_at_a_time:
+            if robots not in self.loops:
+                self.loops[robots] = self.loop(args, robots)
         return self.loops[robots](args, n, self.threads)
 
 

@@ -138,7 +138,7 @@ FAULTS_OF_KERNELS = {  # the owner of a function, its name, a piece of its sourc
     "two values share a row of scratch": (
         vecsim, "write_kernels", "(tensor, scratch[tensor])", "(tensor, scratch[tensor] // 2)"),
     "inputs are read as if they were contiguous": (vecsim.Interface, "read", " or not x.is_contiguous()", ""),
-    "the last block is not launched": (vecsim, "load_cuda", "(n + BLOCK - 1) // BLOCK", "n // BLOCK"),
+    "the last block is not launched": (vecsim.Code, "__call__", "math.ceil(n / BLOCK)", "n // BLOCK"),
     "a thread computes the robot of another": (vecsim, "cuda_source", "+ threadIdx.x", "+ threadIdx.x / 2"),
     "a block computes the robots of another": (vecsim, "cuda_source", "blockIdx.x * blockDim.x + ", ""),
 }  # fmt: skip
