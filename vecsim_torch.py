@@ -3011,16 +3011,10 @@ def check_independence(many: Answers, one: Answers) -> None:
             raise InputError(f"{name} of a robot depends on the other robots, but a task computes each of them alone")
 
 
-class Robots(NamedTuple):
-    """Models with the randomised parameters of each robot."""
-
-    now: Model  # of the episodes that run in this step
-    following: Model  # of an episode that begins if this step ends one
-
-
 def end_step(
     settings: Settings,
-    robots: Robots,
+    model: Model,
+    following: Model,
     carry: Carry,
     dynamics: Dynamics,
     dropped: Sequence[Tensor],
@@ -3029,11 +3023,12 @@ def end_step(
 ) -> tuple[Carry, Transition]:
     """Reward, termination and auto-reset after the physics of a control step.
 
+    following: the robots of the episodes that begin if this step ends one; `model` has those of the episodes that run.
     carry: qpos, qvel and warmstart are already those of the new state. dropped: (N,) contacts that found no pair slot,
     in each physics step. action: (nu, N). A robot whose simulation diverged (not finite, or beyond RUNAWAY) is reset
     alone. It is reported as invalid and truncated, with reward 0 and with its fresh observation as `final_obs`.
     """
-    task, model = settings.task, robots.now
+    task = settings.task
     moving = torch.cat((carry.qpos, carry.qvel))
     invalid = ~(moving.abs() < RUNAWAY).all(0) | ~torch.isfinite(carry.warmstart).all(0)
     after = Measured(carry.qpos, carry.qvel, dynamics, carry.memory, carry.push)
@@ -3052,10 +3047,10 @@ def end_step(
 
     limit = settings.max_episode_steps - (carry.age - carry.episode_length)
     fresh, fresh_measured, fresh_sensed = begin_episode(
-        settings, robots.following, noise, after._replace(invalid=invalid), limit
+        settings, following, noise, after._replace(invalid=invalid), limit
     )
     after = after._replace(memory=task.remember(model, after, sensed, action, noise.task))
-    fresh_obs, fresh_critic_obs = observations(settings, robots.following, fresh_measured, fresh_sensed, noise)
+    fresh_obs, fresh_critic_obs = observations(settings, following, fresh_measured, fresh_sensed, noise)
     final_obs, final_critic_obs = observations(settings, model, after, sensed, noise)
     fresh_obs, fresh_seen = show(settings, fresh_obs, None)
     final_obs, seen = show(settings, final_obs, carry.seen)
@@ -3094,19 +3089,19 @@ def environment_step(
     A delay of d physics steps: physics step j of this control step sees the action given ceil((d - j) / frame_skip)
     control steps ago, or this step's action if d <= j. Before the first action of an episode the robot gets zeros.
     """
-    robots, skip = Robots(model, model), settings.task.frame_skip
+    now, following, skip = model, model, settings.task.frame_skip
     if carry.parameters:
         drawn = {name: noise.parameters[name] for name in carry.parameters}
         values = carry.parameters, drawn
-        robots = Robots(*(dataclasses.replace(model, **run.randomized_fields(model, x)) for x in values))
-    carry, ctrl = run.begin_step(settings, robots.now, carry, action, noise)
+        now, following = (dataclasses.replace(model, **run.randomized_fields(model, x)) for x in values)
+    carry, ctrl = run.begin_step(settings, now, carry, action, noise)
     state, dropped = State(carry.qpos, carry.qvel, carry.warmstart), []
     for j in range(skip):
         steps_ago = max(0, math.ceil((settings.delay - j) / skip))
-        state, dynamics = step(robots.now, state, ctrl[steps_ago], settings.integrator, settings.iterations, run)
+        state, dynamics = step(now, state, ctrl[steps_ago], settings.integrator, settings.iterations, run)
         dropped.append(dynamics.smooth.constraints.dropped)
     carry = carry._replace(qpos=state.qpos, qvel=state.qvel, warmstart=state.warmstart)
-    return run.end_step(settings, robots, carry, dynamics, dropped, action, noise)
+    return run.end_step(settings, now, following, carry, dynamics, dropped, action, noise)
 
 
 PHYSICS = begin_dynamics, newton_iteration, advance, stage, combine_stages
