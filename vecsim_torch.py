@@ -3695,16 +3695,6 @@ HALF_PI = {  # as a sum whose first two parts have so few bits that their produc
 }
 
 
-class Kernel(NamedTuple):
-    """A piece of a program. Its lines read and write rows of tensors. These are the inputs x0, x1, ... (numbers), k0,
-    k1, ... (integers) and q0, q1, ... (truths), constant tables t0, u1, ..., and the outputs y (numbers), z (integers)
-    and w (truths). In s (numbers) and j (others), values go from one kernel to another."""
-
-    lines: list[str]
-    tensors: list[str]
-    rows: int  # read and written
-
-
 TABLES = {"number": "t", "integer": "u"}
 INPUTS = {"number": "x", "integer": "k", "truth": "q"}
 OUTPUTS = {"number": "y", "integer": "z", "truth": "w"}
@@ -3736,12 +3726,12 @@ def write_kernels(program: Program, outputs: dict[str, Sequence], size: float) -
                 tensor = "s" if program.kind(x) == "number" else "j"
                 places[x] = [(tensor, scratch[tensor])]
                 scratch[tensor] += 1
-    kernels = [KernelWriter(program, places) for _ in ends]
+    kernels = [Kernel(program, places) for _ in ends]
     for v in computed:
         kernels[home[v]].compute(v)
     for tensor, row, x in others:
         kernels[-1].store(tensor, row, x)
-    return [Kernel(k.lines, sorted(k.tensors), k.rows) for k in kernels], scratch
+    return kernels, scratch
 
 
 def kernel_ends(program: Program, computed: list[Value], outputs: Sequence, size: float) -> list[int]:
@@ -3773,19 +3763,23 @@ def kernel_ends(program: Program, computed: list[Value], outputs: Sequence, size
     return ends
 
 
-class KernelWriter:
-    """Writes the lines of one kernel."""
+class Kernel:
+    """A piece of a program. Its lines read and write rows of tensors. These are the inputs x0, x1, ... (numbers), k0,
+    k1, ... (integers) and q0, q1, ... (truths), constant tables t0, u1, ..., and the outputs y (numbers), z (integers)
+    and w (truths). In s (numbers) and j (others), values go from one kernel to another.
+
+    places: the tensors and rows where a value is stored."""
 
     def __init__(self, program: Program, places: dict[Any, list[tuple[str, int]]]):
         self.program, self.places = program, places
         self.lines: list[str] = []
-        self.tensors: set[str] = set()
-        self.rows = 0
-        self.known: set[Value] = set()
-        self.arrays: dict[str, str] = {}
+        self.tensors: dict[str, None] = {}  # by their names, in the order in which the lines use them
+        self.rows = 0  # read and written
+        self.known: set[Value] = set()  # values that have a variable
+        self.arrays: dict[str, str] = {}  # names of arrays, by their elements
 
     def row(self, tensor: str, row: int) -> str:
-        self.tensors.add(tensor)
+        self.tensors[tensor] = None
         self.rows += 1
         return f"{tensor} + {row} * n + i"
 
