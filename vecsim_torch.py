@@ -3809,7 +3809,7 @@ class Kernel:
     def compute(self, v: Value) -> None:
         kind, name, args = self.program.operations[v]
         if name == "table":
-            self.tensors.add(args[0])
+            self.tensors[args[0]] = None
             self.define(v, f"table({args[0]}, {self.operand(args[1], 'integer')})")
         elif name == "pick":
             index, elements = self.operand(args[0], "integer"), ", ".join(self.operand(x, kind) for x in args[1:])
@@ -3830,16 +3830,9 @@ def cpp_source(kernel: Kernel, dtype: torch.dtype, robots: int) -> str:
     """A function of the addresses of the kernel's tensors, which are (rows, robots): a vector for each row."""
     real, integer = C_TYPES[dtype]
     prelude = CPU_PRELUDE.format(real=real, integer=integer, robots=robots, big=BIG[dtype], half_pi=HALF_PI[dtype])
-    return "\n".join(
-        (
-            prelude + SHARED_PRELUDE,
-            'extern "C" void run(void* const* tensors) {',
-            "enum { n = ROBOTS, i = 0 };",
-            *(f"auto {name} = ({POINTERS[name[0]]})tensors[{k}];" for k, name in enumerate(kernel.tensors)),
-            *kernel.lines,
-            "}",
-        )
-    )
+    start = [prelude + SHARED_PRELUDE, 'extern "C" void run(void* const* tensors) {', "enum { n = ROBOTS, i = 0 };"]
+    pointers = [f"auto {name} = ({POINTERS[name[0]]})tensors[{k}];" for k, name in enumerate(kernel.tensors)]
+    return "\n".join([*start, *pointers, *kernel.lines, "}"])
 
 
 def cuda_source(kernel: Kernel, dtype: torch.dtype, n: int) -> str:
@@ -3848,17 +3841,9 @@ def cuda_source(kernel: Kernel, dtype: torch.dtype, n: int) -> str:
     As n is a constant, so are the distances between rows. Half of the instructions would compute them otherwise."""
     real, integer = C_TYPES[dtype]
     arguments = ", ".join(f"{POINTERS[name[0]]} __restrict__ {name}" for name in kernel.tensors)
-    return "\n".join(
-        (
-            CUDA_PRELUDE.format(real=real, integer=integer) + SHARED_PRELUDE,
-            f'extern "C" __global__ void run({arguments}) {{',
-            f"const long long n = {n};",
-            "const int i = blockIdx.x * blockDim.x + threadIdx.x;",
-            "if (i >= n) return;",
-            *kernel.lines,
-            "}",
-        )
-    )
+    prelude = CUDA_PRELUDE.format(real=real, integer=integer) + SHARED_PRELUDE
+    robot = [f"const long long n = {n};", "const int i = blockIdx.x * blockDim.x + threadIdx.x;", "if (i >= n) return;"]
+    return "\n".join([prelude, f'extern "C" __global__ void run({arguments}) {{', *robot, *kernel.lines, "}"])
 
 
 def instruction_set() -> str:
