@@ -4035,7 +4035,8 @@ class Interface:
             rows, tensor = self.sizes[kind_of(x)], OUTPUTS[kind_of(x)]
             rows.append(x.numel())
             text = f"{tensor}[{len(rows) - 1}]"
-            return Expression(text if x.dim() == 2 else f"{text}.view(*{tuple(x.shape[:-1])}, n)")
+            shape = ", ".join([*map(str, x.shape[:-1]), "n"])
+            return Expression(text if x.dim() == 2 else f"{text}.view({shape})")
 
         tree = tree_map_only(Tensor, piece, result, is_leaf=lambda x: types.update({type(x).__name__: type(x)}))
         self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {tree!r}", types)
