@@ -4144,13 +4144,6 @@ CACHE_LINE = 64  # bytes
 SHARE = 1_000_000  # operations on blocks that are worth a thread: about 0.2 ms
 
 
-class Threads:
-    """Threads of a CPU, this one included."""
-
-    def __init__(self, count: int):
-        self.count, self.pool = count, ThreadPoolExecutor(count - 1)
-
-
 class Loop:
     """C++ for a CPU that makes calls of compiled functions for one block of robots after the other.
 
@@ -4215,12 +4208,13 @@ class Loop:
             rows = self.stores[self.kinds == kind, 2]
             self.first_rows[self.kinds == kind] = np.cumsum(rows) - rows
         self.run = build_cpp(CPU_LOOP.format(robots=robots))
+        self.pool = ThreadPoolExecutor(os.cpu_count())  # its threads start when there is work for them
 
-    def __call__(self, args: tuple, n: int, threads: Threads | None = None) -> Any:
-        """The results for n robots. `threads` share the blocks if that is worth the time to wake them."""
+    def __call__(self, args: tuple, n: int, threads: int = 1) -> Any:
+        """The results for n robots. So many threads share the blocks if that is worth the time to wake them."""
         inputs, outputs = self.interface.read(args, n), self.interface.new(self.interface.rows, n)
         blocks = math.ceil(n / self.robots)
-        shares = max(1, min(threads.count, self.operations * blocks // SHARE)) if threads else 1
+        shares = max(1, min(threads, self.operations * blocks // SHARE))
         ends = [blocks * k // shares for k in range(shares + 1)]
         memory = torch.empty(shares, self.bytes, dtype=torch.uint8)
         loads, stores = self.loads.copy(), self.stores.copy()
@@ -4240,7 +4234,7 @@ class Loop:
                 words += [len(arrays[0]), *(x.ctypes.data for x in arrays)]
             self.run(*map(ctypes.c_int64, words))
 
-        jobs = [threads.pool.submit(compute, k) for k in range(1, shares)]
+        jobs = [self.pool.submit(compute, k) for k in range(1, shares)]
         compute(0)
         for job in jobs:
             job.result()
@@ -4318,14 +4312,14 @@ class CompiledCalls:
 
     In each call, args must be trees of the same structure, of tensors only. The first tensor has N columns."""
 
-    def __init__(self, function: Callable, run: Regions, threads: Threads | None = None):
+    def __init__(self, function: Callable, run: Regions, threads: int = 1):
         self.function, self.run, self.threads = function, run, threads
         self.loops: dict[int, Loop] = {}
         self.one_at_a_time = threading.Lock()
 
     def loop(self, args: tuple, robots: int) -> Loop:
         """Call the function eagerly with one robot, note what it calls, and compile that for blocks of `robots`."""
-        pool = ThreadPoolExecutor(self.threads.count if self.threads else 1)
+        pool = ThreadPoolExecutor(self.threads)
         jobs: dict[tuple, Any] = {}  # what the pool compiles
         calls: list[tuple] = []
 
@@ -4635,7 +4629,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         step = functools.partial(environment_step, self.settings, self.model)
         self._environment_step = functools.partial(step, run=self._run)  # of a chunk's carry, actions and noise
         if isinstance(self._run.begin_step, CompiledFunction) and not on_gpu(self.device):
-            self._environment_step = CompiledCalls(step, self._run, Threads(cores) if cores > 1 else None)
+            self._environment_step = CompiledCalls(step, self._run, cores)
 
     def _part(self, tensors: Any, part: slice | Tensor) -> Any:
         """`tensors` (..., N) of one chunk. The last chunk may end with copies."""

@@ -1191,7 +1191,7 @@ def test_threads_that_share_the_blocks(monkeypatch):
         state, ctrls = start_of("balls", n, 2)
         alone = tensors_of(physics_of(model, run, state, ctrls, "euler", 2))
         calls, _ = calls_of(model, run, state, ctrls, "euler", 2)
-        monkeypatch.setattr(calls, "threads", vecsim.Threads(3))
+        monkeypatch.setattr(calls, "threads", 3)
         for share, most in ((10**9, 1), (1, 3)):
             monkeypatch.setattr(vecsim, "SHARE", share)
             for loop in calls.loops.values():
@@ -1201,7 +1201,7 @@ def test_threads_that_share_the_blocks(monkeypatch):
             shared = tensors_of(physics_of(model, run, state, ctrls, "euler", 2))
             assert len(runs) == most
             assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-        monkeypatch.setattr(calls, "threads", None)
+        monkeypatch.setattr(calls, "threads", 1)
 
 
 def test_threads_that_call_the_loop_at_once():
