@@ -3566,8 +3566,7 @@ RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a 
     "gather": gather,
 }
 SIMPLER: dict[str, Callable] = {  # operators in terms of simpler ones. PyTorch knows some more, which become these
-    "mm": lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2),
-    "bmm": lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2),
+    **dict.fromkeys(("mm", "bmm"), lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2)),
     "sign": lambda x: torch.where(x > 0, 1, torch.where(x < 0, -1, 0)).to(x.dtype),
     "var": variance,
     "max": lambda x, *how: extreme(torch.gt, x, *how) if how else x.amax(),
@@ -4249,8 +4248,7 @@ class CompiledFunction:
 
     def __init__(self, function: Callable, base: Model, known: Callable = lambda args: ()):
         self.function, self.base, self.known = function, base, known
-        self.fields = [field.name for field in dataclasses.fields(base)]
-        tensors = tree_leaves([getattr(base, name) for name in self.fields])
+        tensors = tree_leaves([*vars(base).values()])
         self.tensors = [x for x in tensors if isinstance(x, Tensor) and not x.is_inference()]  # those count changes
         self.changes = self.count_changes()
         self.codes: dict[str, Code] = {}
@@ -4267,8 +4265,7 @@ class CompiledFunction:
 
     def difference(self, model: Model) -> Changed:
         """The fields that have been replaced. Their tensors are inputs: numbers (..., N), or it is a ValueError."""
-        fields = () if model is self.base else self.fields
-        fields = {x: getattr(model, x) for x in fields if getattr(model, x) is not getattr(self.base, x)}
+        fields = {name: field for name, field in vars(model).items() if field is not getattr(self.base, name)}
         for name, field in fields.items():  # the tensors of a terrain have no axis of robots
             if isinstance(field, Terrain) or any(kind_of(x) != "number" for _, x in named_tensors(field, name)):
                 raise ValueError(f"compiled for another model, which differs in {name}")
