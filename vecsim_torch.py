@@ -4027,7 +4027,7 @@ class Interface:
         self.inputs = eval(f"lambda args: ({''.join(f'{where}, ' for where, _ in given)})")
         self.wanted = [(x.shape[:-1], self.dtypes[kind_of(x)]) for _, x in given]
         self.sizes: dict[str, list[int]] = {kind: [] for kind in OUTPUTS}
-        types: dict[str, type] = {}  # in the tree
+        types: dict[str, type] = {}
 
         def piece(x: Tensor) -> Expression:
             """What makes the result x from lists y, z and w of (rows, n). `sizes` gets its rows."""
@@ -4037,7 +4037,12 @@ class Interface:
             shape = ", ".join([*map(str, x.shape[:-1]), "n"])
             return Expression(text if x.dim() == 2 else f"{text}.view({shape})")
 
-        tree = tree_map_only(Tensor, piece, result, is_leaf=lambda x: types.update({type(x).__name__: type(x)}))
+        def note_type(node: Any) -> bool:
+            """PyTorch asks of each node of the tree whether it is a leaf. Its class makes it again."""
+            types[type(node).__name__] = type(node)
+            return False
+
+        tree = tree_map_only(Tensor, piece, result, is_leaf=note_type)
         self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {tree!r}", types)
         self.rows = [sum(rows) for rows in self.sizes.values()]
 
