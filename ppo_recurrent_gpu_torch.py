@@ -119,8 +119,8 @@ class Args(vecsim.RunFlags):
 
 
 # Flags of a task that differ from the defaults. The quadruped acts 50 times a second; reward_scale 50 turns its rewards
-# into rewards per second. Its returns are then large compared with the output of an untrained value function. Ant and
-# Humanoid integrate as in Gymnasium: a gait that was learned under Euler loses a tenth of its score there, or falls.
+# into rewards per second. Its returns are then large compared with the output of an untrained value function. Walkers
+# integrate as in Gymnasium: a gait that Ant learned under Euler loses a tenth of its score there, and Humanoid falls.
 TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
@@ -129,8 +129,10 @@ TASKS = {
     "Reacher-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Pusher-v5": dict(total_timesteps=4_000_000, actor_hidden=(128, 128), critic_hidden=(128, 128)),
-    "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
-    "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
+    "Hopper-v5": dict(
+        total_timesteps=6_000_000, integrator="rk4", gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
+    "Walker2d-v5": dict(
+        total_timesteps=6_000_000, integrator="rk4", gamma=0.995, num_steps=32, num_minibatches=16),
     "HalfCheetah-v5": dict(total_timesteps=5_000_000),
     "Swimmer-v5": dict(total_timesteps=6_000_000, gamma=0.9999, gae_lambda=0.98),
     "Ant-v5": dict(
