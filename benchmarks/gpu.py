@@ -44,10 +44,12 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def simulation(env_id: str, num_envs: int) -> list[float] | None:
+def simulation(settings: dict) -> list[float] | None:
     """The predicted environment steps/s of the simulator alone: [lowest, highest]."""
     path = machine.ROOT / "results/gpu/predicted.json"
-    return gpu_kernels.rates(read_json(path), env_id, num_envs) if path.exists() else None
+    rates = gpu_kernels.rates(read_json(path), settings["env_id"], settings["num_envs"]) if path.exists() else None
+    evaluations = 4 if settings["integrator"] == "rk4" else 1  # of the dynamics in a physics step; 1 is predicted
+    return rates and [rate / evaluations for rate in rates]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,9 +79,8 @@ def tests(out: Path) -> Figures:
 
 def physics(out: Path) -> Figures:
     found = read_json(out / "physics.json")
-    env_id, num_envs = found["env_id"], found["num_envs"]
-    figures = {"environment steps/s": (found["env_steps_per_second"], simulation(env_id, num_envs))}
-    on_cpu = machine.ROOT / f"results/vecsim/{env_id}-cpu-1core.json"
+    figures = {"environment steps/s": (found["env_steps_per_second"], simulation(found))}
+    on_cpu = machine.ROOT / f"results/vecsim/{found['env_id']}-cpu-1core.json"
     if "qacc_error_p99_by_iterations" in found:
         expected = read_json(on_cpu)["qacc_error_p99_by_iterations"]["4"] if on_cpu.exists() else None
         figures["error of qacc, 99th percentile"] = found["qacc_error_p99_by_iterations"]["4"], expected
@@ -90,9 +91,9 @@ def scaling(out: Path) -> Figures:
     figures = {}
     for path in sorted((out / "benchmark").glob("scaling-*.json"), key=lambda path: path.stat().st_mtime):
         record = read_json(path)
-        shared, num_envs = record["settings"], record["settings"]["num_envs"]
+        shared = record["settings"]
         rate = record["rows"][0]["median"] / shared["frame_skip"]
-        figures[f"environment steps/s at {num_envs:,}"] = rate, simulation(shared["env_id"], num_envs)
+        figures[f"environment steps/s at {shared['num_envs']:,}"] = rate, simulation(shared)
     return figures
 
 
@@ -115,7 +116,7 @@ def training(out: Path) -> Figures:
     trainer, env_id = "sac" if "replay_capacity" in config else "ppo", config["env_id"]
     goal = runs.SETS[trainer]["runs"].get(env_id, {}).get("threshold")
     curve = runs.curve_of(out / "run/metrics.jsonl")
-    limit = simulation(env_id, config["num_envs"])
+    limit = simulation(config)
     middle = log[len(log) // 2]
     figures = {"environment steps/s": (middle["steps_per_second"], limit and [0, limit[1]])}
     if (out / "run/eval.json").exists():
@@ -131,7 +132,7 @@ def training(out: Path) -> Figures:
 
 def profile(out: Path) -> Figures:
     config = read_json(out / "run/config.json")
-    limit = simulation(config["env_id"], config["num_envs"])
+    limit = simulation(config)
     steps = config["num_envs"] * config.get("num_steps", 1)
     figures = {}
     for name, stage in runs.stage_times(out / "run/trace.json.gz").items():
@@ -145,7 +146,7 @@ def stages(out: Path) -> Figures:
     figures = {}
     for folder in sorted((out / "run").iterdir(), key=lambda folder: folder.stat().st_mtime):
         log, config = runs.lines_of(folder / "metrics.jsonl"), read_json(folder / "config.json")
-        limit = simulation(config["env_id"], config["num_envs"])
+        limit = simulation(config)
         speed = log[len(log) // 2]["steps_per_second"]
         figures[f"{folder.name}, environment steps/s"] = speed, limit and [0, limit[1]]
         figures[f"{folder.name}, episode length"] = log[-1]["episode_length"], None

@@ -133,6 +133,11 @@ def test_the_counts_of_pytest_are_read(tmp_path):
         gpu.tests(tmp_path)
 
 
+def test_four_evaluations_of_the_dynamics_take_four_times_as_long():
+    euler, rk4 = (gpu.simulation(dict(env_id="Ant-v5", num_envs=4096, integrator=name)) for name in ("euler", "rk4"))
+    assert euler[0] < euler[1] and [4 * rate for rate in rk4] == euler
+
+
 def test_a_rate_is_predicted_by_hand():
     """Three launches: two of a region, one outside. At 1,000 environments all take the time of a launch."""
     regions = [dict(region="a", calls=2, bytes=[30_000.0])]
