@@ -4738,15 +4738,11 @@ class VecSim(gymnasium.vector.VectorEnv):
     def _replay(self, action: Tensor) -> Transition:
         """`_step_chunks` as one CUDA graph: captured in the first call, then one launch with fresh random numbers."""
         if self._captured is None:
-            carry, statistics = self._get_carry(), self._statistics.clone()
-            generator_states = [generator.get_state() for generator in self._generators]
+            state = self.state_dict()
             try:
                 self._captured = capture(self._step_chunks, (action,), self._generators)
             finally:  # the warm-up leaves no trace
-                self._set_carry(carry)
-                self._statistics.copy_(statistics)
-                for generator, state in zip(self._generators, generator_states, strict=True):
-                    generator.set_state(state)
+                self.load_state_dict(state)
         return self._captured(action)
 
     # -- statistics and state ------------------------------------------------------------------------------------------
