@@ -5508,11 +5508,9 @@ def gather_from_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all processes in the order of their ranks, with tensors on the CPU."""
     if not distributed.is_initialized():
         return [state]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    states = [b""] * distributed.get_world_size()
-    distributed.all_gather_object(states, buffer.getvalue())
-    return [torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in states]
+    states = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(states, tree_map_only(Tensor, lambda x: x.cpu(), state))
+    return states
 
 
 def stream_seed(seed: int, rank: int, stream: int) -> int:
