@@ -4761,13 +4761,10 @@ class VecSim(gymnasium.vector.VectorEnv):
         names = (*STATISTICS, *self.task.averaged)
         sums = dict(zip(names, self._statistics.tolist(), strict=True))  # host sync
         self._statistics.zero_()
-        steps, episodes = sums.pop("steps"), sums["episodes"]
-        for name in MEANS_OVER_EPISODES:
-            sums[name] = sums[name] / episodes if episodes else math.nan
         sums["dropped_contacts"] /= self.task.frame_skip
-        for name in ("dropped_contacts", *self.task.averaged):
-            sums[name] = sums[name] / steps if steps else math.nan
-        return sums
+        counts = dict.fromkeys(MEANS_OVER_EPISODES, sums["episodes"])
+        counts |= dict.fromkeys(("dropped_contacts", *self.task.averaged), sums.pop("steps"))
+        return sums | {name: sums[name] / count if count else math.nan for name, count in counts.items()}
 
     def parameters(self) -> Tensors:
         """The randomised parameters of the robots as they are now, (rows, N) each; see `parameter_rows`."""
