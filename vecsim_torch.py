@@ -5787,19 +5787,18 @@ class Run:
             return self.record
         args = self.args
         plot_curve(self.run_dir, f"{args.env_id}, {title}, seed {args.seed}")
-        evaluation = dict(env_id=args.env_id, algorithm=self.name, **facts, seed=args.seed, env_steps=self.env_steps)
-        evaluation |= dict(train_seconds=self.train_seconds, compile_seconds=self.compile_seconds)
-        evaluation |= dict(vecsim=None, gymnasium=None)
+        scores = dict(vecsim=None, gymnasium=None)
         if args.eval_episodes:
             print("scoring the policy without exploration noise", flush=True)
             self.env.random_initial_ages = False  # whole episodes
-            evaluation["vecsim"] = evaluate(self.env, policy_of(agent), args.seed, self.observes)
-            done = self.evaluate_now
-            evaluation["gymnasium"] = self.score if done else score_in_gymnasium(agent, args, self.observes)
+            scores["vecsim"] = evaluate(self.env, policy_of(agent), args.seed, self.observes)
+            scores["gymnasium"] = self.score if self.evaluate_now else score_in_gymnasium(agent, args, self.observes)
+        evaluation = dict(env_id=args.env_id, algorithm=self.name, **facts, seed=args.seed, env_steps=self.env_steps)
+        evaluation |= dict(train_seconds=self.train_seconds, compile_seconds=self.compile_seconds) | scores
         write_file(self.run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
         reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
-        for name in ("vecsim", "gymnasium"):
-            print(f"{title}, {name}: {describe(evaluation[name]) if evaluation[name] else reason}")
+        for name, score in scores.items():
+            print(f"{title}, {name}: {describe(score) if score else reason}")
         return self.record | evaluation
 
 
