@@ -4660,9 +4660,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         return dataclasses.replace(self.model, **randomized_fields(self.model, parameters))
 
     @normal_tensors
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Tensor | np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode in every environment. Without a seed the random generators continue.
 
         One seed serves all environments; a list of seeds is an InputError. There are no options.
@@ -5138,9 +5136,8 @@ def merge_episode_statistics(statistics: dict[str, float], device: torch.device)
 def cpu_name() -> str:
     """The processor and its cores, as the operating system names it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
 class CompletedEnv:
