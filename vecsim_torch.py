@@ -4695,9 +4695,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         if given != shape:
             raise ValueError(f"actions must be a tensor or a numpy array of shape {shape}, not {given}")
         if isinstance(actions, np.ndarray):
-            *answer, info = self.step(torch.tensor(actions, dtype=self.dtype, device=self.device))
-            info = to_numpy(info)
-            return *map(to_numpy, answer), with_masks(info, info["_final_obs"])
+            *answer, info = map(to_numpy, self.step(torch.tensor(actions, dtype=self.dtype, device=self.device)))
+            return *answer, with_masks(info, info["_final_obs"])
         with one_thread() if self.compiled and self._cores > 1 else contextlib.nullcontext():
             return self._step(actions.to(self.device, self.dtype))
 
@@ -4712,11 +4711,10 @@ class VecSim(gymnasium.vector.VectorEnv):
             t = self._step_chunks(transposed(actions))
         copy = torch.clone  # the next replay overwrites the results; on a CPU they are views of one large tensor
         terms, ended = map_tensors(copy, {"invalid": t.invalid, **t.terms}), copy(t.ended)
-        info = {"final_obs": transposed(t.final_obs), "_final_obs": ended} | terms
-        info |= {"final_info": terms, "_final_info": ended}
+        info = {"final_obs": transposed(t.final_obs), "_final_obs": ended, "final_info": terms, "_final_info": ended}
+        info |= terms
         if self.single_critic_space:
-            critic_obs = {"critic_obs": t.critic_obs, "final_critic_obs": t.final_critic_obs}
-            info |= map_tensors(transposed, critic_obs)
+            info |= {"critic_obs": transposed(t.critic_obs), "final_critic_obs": transposed(t.final_critic_obs)}
         return transposed(t.obs), copy(t.reward), copy(t.terminated), copy(t.truncated), info
 
     def _step_chunks(self, action: Tensor) -> Transition:
@@ -4847,9 +4845,9 @@ def with_masks(info: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
 
 def spaces_of(groups: Tensors) -> tuple[dict[str, slice], gymnasium.spaces.Box | None]:
     """The rows of each group in an observation, and the space of one observation; None without groups."""
-    bounds = np.cumsum([0, *(rows.shape[0] for rows in groups.values())])
-    slices = {name: slice(int(a), int(b)) for name, a, b in zip(groups, bounds, bounds[1:], strict=False)}
-    return slices, gymnasium.spaces.Box(-np.inf, np.inf, (int(bounds[-1]),), np.float32) if groups else None
+    bounds = [0, *itertools.accumulate(map(len, groups.values()))]
+    slices = {name: slice(a, b) for name, (a, b) in zip(groups, itertools.pairwise(bounds), strict=True)}
+    return slices, gymnasium.spaces.Box(-np.inf, np.inf, (bounds[-1],), np.float32) if groups else None
 
 
 def coordinate_names(m: mujoco.MjModel) -> tuple[list[str], list[str]]:
@@ -5336,14 +5334,13 @@ def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str
     """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words).
 
     The rules for `RunFlags` come first, then those of the trainer."""
-    unscored = f"omitted: Gymnasium has no {args.env_id}"
     shared = (
         ("num_envs total_timesteps solver_iterations", lambda x: x >= 1, ">= 1"),
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
         ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),
-        ("eval_every", lambda x: not x or gymnasium_id(args.env_id), unscored),
+        ("eval_every", lambda x: not x or gymnasium_id(args.env_id), f"omitted: Gymnasium has no {args.env_id}"),
         ("reward_scale", lambda x: 0 < x < math.inf, "> 0 and finite"),
     )
     for names, legal, rule in (*shared, *rules):
