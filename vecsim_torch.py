@@ -4818,8 +4818,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             theirs = state["configuration"].get(name)
             if theirs != value:
                 raise InputError(f"this state is of {name} {theirs}, not {value}")
-        carry = Carry(**state["carry"])
-        self._set_carry(map_tensors(lambda x: x.to(self.device), carry))
+        self._set_carry(map_tensors(lambda x: x.to(self.device), Carry(**state["carry"])))
         if state["device"] == self.device.type:
             for generator, theirs in zip(self._generators, state["generators"], strict=True):
                 generator.set_state(theirs)
@@ -5331,9 +5330,7 @@ def sizes_for_device(args: Any, scaled_flags: str, factor: int, most: int) -> An
 
 
 def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
-    """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words).
-
-    The rules for `RunFlags` come first, then those of the trainer."""
+    """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words)."""
     shared = (
         ("num_envs total_timesteps solver_iterations", lambda x: x >= 1, ">= 1"),
         ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),

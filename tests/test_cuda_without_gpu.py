@@ -244,8 +244,7 @@ REFUSALS = {  # the same, and what the capture says
         "ppo", vecsim, "capture", "graph.register_generator_state(generator)", "pass"),
 }  # fmt: skip
 OF_A_STEP = {  # a method of VecSim, a piece of its source, and a fault
-    "the warm-up leaves its state": (
-        "load_state_dict", "self._set_carry(map_tensors(lambda x: x.to(self.device), carry))", "pass"),
+    "the warm-up leaves its state": ("load_state_dict", "self._set_carry(", "id("),  # does nothing
     "the warm-up leaves its statistics": ("load_state_dict", 'self._statistics.copy_(state["statistics"])', "pass"),
     "the warm-up leaves its random generators": ("load_state_dict", "generator.set_state(theirs)", "pass"),
     "the next step overwrites results": ("_step", "copy = torch.clone", "copy = lambda x: x"),
