@@ -5630,6 +5630,7 @@ def make_environment(args: Any, make_env: Callable | None, num_envs: int, device
     if make_env is not None:
         return CompletedEnv(make_env(args.env_id, **options))
     options |= dict(compile=args.compile, integrator=args.integrator, iterations=args.solver_iterations)
+    options |= dict(device=device)  # its name, "cuda:1", would be refused where several processes run
     return make(args.env_id, random_initial_ages=True, **options)
 
 

@@ -898,6 +898,10 @@ def test_each_process_needs_its_own_gpu(monkeypatch):
     assert vecsim.pick_device("cuda") == vecsim.pick_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
     with pytest.raises(vecsim.InputError, match="several processes cannot share one GPU; use --device cuda"):
         vecsim.pick_device("cuda:0")
+    made = []
+    monkeypatch.setattr(vecsim, "make", lambda env_id, device, **options: made.append(vecsim.pick_device(device)))
+    vecsim.make_environment(vecsim.RunFlags("Ant-v5"), None, 8, vecsim.pick_device("cuda"), seed=1)
+    assert made == [torch.device("cuda", 1)]
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(vecsim.InputError, match="there is no GPU 3; .* sees 2 GPUs here"):
         vecsim.pick_device("auto")
