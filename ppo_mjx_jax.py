@@ -97,7 +97,7 @@ TASKS = {  # flags of a task that differ from the defaults
         total_timesteps=9_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
         log_std_init=-0.7, log_std_min=-1.7, desired_kl=(0.015, 0.009)),
     "Humanoid-v5": dict(
-        total_timesteps=20_000_000, gamma=0.97, log_std_min=-1.7, desired_kl=(0.015, 0.009),
+        total_timesteps=15_000_000, gamma=0.97, log_std_min=-1.7, desired_kl=(0.015, 0.009),
         env_kwargs=dict.fromkeys((*UNSUPPORTED, "include_cfrc_ext_in_observation"), False)),
 }  # fmt: skip
 # The flags that enter the program as data, one value per agent. --sweep maps over one of them.

@@ -91,8 +91,8 @@ Glossary
     contact normal  points from what is fixed, or from the first geom, into the geom that moves, or into the second.
                     Distance is negative in penetration
 
-Needs torch 2.9 or newer, mujoco 4.0 (version 3 lacks fields that are read here) and gymnasium 1.4 or newer. To compile
-on a CPU it needs g++, or the compiler that $CXX names.
+Needs torch 2.9, numpy 2.1 and gymnasium 1.4, or newer, and mujoco 4.0 (version 3 lacks fields that are read here). To
+compile on a CPU it needs g++, or the compiler that $CXX names.
 """
 
 from __future__ import annotations
@@ -1235,7 +1235,7 @@ class Pyramids(NamedTuple):
 class Rows(NamedTuple):
     """A number for each row of the constraint problem."""
 
-    contact: Tensor  # (nc, 4, N) contacts with what is fixed to the world
+    contact: Tensor  # (nc, 4, N), or (nc, 1, N) of the four rows of a contact together; contacts with what is fixed to the world
     limit: Tensor  # (2 nlim, N) limits of joints
     pair: Tensor  # (nr, N) pairs of moving geoms, 4 S rows or S if no pair has friction, then couplings
 
@@ -2061,16 +2061,16 @@ def integrate_position(model: Model, qpos: Tensor, move: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def chart_rate(model: Model, qvel: Tensor, scale: float, rate: Tensor) -> Tensor:
+def chart_rate(model: Model, qvel: Tensor, duration: float, rate: Tensor) -> Tensor:
     """How fast each coordinate of a stage's displacement changes (nv, N), if the stage has velocity `qvel`.
 
     For hinges, slides and translations this is qvel. For a quaternion, the displacement is the rotation vector u =
-    scale * rate. If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u| and
+    duration * rate. If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u| and
     c = (1 - (t/2) cot(t/2)) / t^2. MuJoCo uses this form too (Iserles et al. 2000, Lie-group methods, section B.3).
     """
     rows = list(qvel.unbind(0))
     for _, dof in model.quaternions:
-        w, u = qvel[dof : dof + 3], scale * rate[dof : dof + 3]
+        w, u = qvel[dof : dof + 3], duration * rate[dof : dof + 3]
         square = dot(u, u)
         small = square < 1e-8
         half = 0.5 * torch.sqrt(torch.where(small, 1.0, square))
@@ -2080,10 +2080,10 @@ def chart_rate(model: Model, qvel: Tensor, scale: float, rate: Tensor) -> Tensor
     return torch.stack(rows)
 
 
-def stage(model: Model, state: State, scale: float, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """qpos, qvel and `chart_rate` of a Runge-Kutta stage: `state` after `scale` s at velocity `rate` and `qacc`."""
-    qvel = state.qvel + scale * qacc
-    return integrate_position(model, state.qpos, scale * rate), qvel, chart_rate(model, qvel, scale, rate)
+def stage(model: Model, state: State, duration: float, rate: Tensor, qacc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qpos, qvel and `chart_rate` of a Runge-Kutta stage: `state` after `duration` s at velocity `rate` and `qacc`."""
+    qvel = state.qvel + duration * qacc
+    return integrate_position(model, state.qpos, duration * rate), qvel, chart_rate(model, qvel, duration, rate)
 
 
 def combine_stages(model: Model, state: State, rates: list[Tensor], qaccs: list[Tensor]) -> State:
@@ -2126,7 +2126,7 @@ def forward(model: Model, state: State, ctrl: Tensor, iterations: int, run: Regi
 
 
 def advance(model: Model, state: State, dynamics: Dynamics, implicitfast: bool) -> State:
-    """The state after a timestep of mj_Euler or mj_implicit: semi-implicit Euler, see `step` for `slowing`."""
+    """The state after a timestep of mj_Euler or mj_implicit: semi-implicit Euler. Damping slows qacc."""
     smooth, qacc = dynamics.smooth, dynamics.solution.qacc
     slowing = torch.zeros_like(qacc)
     damps = model.implicitfast_damps if implicitfast else model.euler_damps
@@ -2147,8 +2147,8 @@ def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: 
     dynamics = forward(model, state, ctrl, iterations, run)
     rates, qaccs = [state.qvel], [dynamics.solution.qacc]
     for part in (0.5, 0.5, 1.0):
-        scale = part * model.timestep
-        qpos, qvel, rate = run.stage(model, state, scale, rates[-1], qaccs[-1])
+        duration = part * model.timestep
+        qpos, qvel, rate = run.stage(model, state, duration, rates[-1], qaccs[-1])
         dynamics = forward(model, State(qpos, qvel, qaccs[-1]), ctrl, iterations, run)
         rates.append(rate)
         qaccs.append(dynamics.solution.qacc)
@@ -3163,7 +3163,7 @@ OF_TWO_NUMBERS = "pow hypot atan2 fmod".split()
 
 def fold(name: str, *args: float) -> float:
     """A function of the C library, of constants."""
-    return float(getattr(np, name, math.erf)(*args))  # numpy has all but erf
+    return math.erf(*args) if name == "erf" else float(getattr(np, name)(*args))
 
 
 FOLD |= {name: functools.partial(fold, name) for name in (*OF_ONE_NUMBER, *OF_TWO_NUMBERS)}
@@ -3458,7 +3458,7 @@ def power(r: Recorder, result: Tensor, x: np.ndarray, exponent: Any) -> np.ndarr
 
 def variance(x: Tensor, axes: Sequence[int] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
     """The sum of squares about the mean, divided by the count without `correction`."""
-    axes = axes or range(x.dim())
+    axes = axes or tuple(range(x.dim()))
     count = math.prod(x.shape[axis] for axis in axes)
     off = x - x.sum(axes, keepdim=True) / count
     return (off * off).sum(axes, keepdim) / (count - correction)
@@ -3537,8 +3537,8 @@ def view(r: Recorder, result: Tensor, x: np.ndarray, shape: Any) -> np.ndarray:
 
 SAME_NAME = "add sub mul div neg abs sqrt sin cos tan hypot atan2 fmod lt le gt ge eq ne where".split()
 SAME_NAME += [name for name in OF_ONE_NUMBER if name != "rint"]
-MOVES = "_unsafe_view cat clone copy detach expand flip permute repeat select select_scatter slice".split()
-MOVES += "slice_scatter split_with_sizes squeeze stack transpose unbind unsqueeze view_of".split()
+MOVES = "_unsafe_view broadcast_in_dim cat clone copy detach expand flip permute repeat select select_scatter".split()
+MOVES += "slice slice_scatter split_with_sizes squeeze stack transpose unbind unsqueeze view_of".split()
 NEW = "zeros_like ones_like full_like new_zeros new_ones new_full".split()  # they do not depend on an input
 OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
 RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a function of recorder, result, arguments
@@ -3565,7 +3565,7 @@ RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a 
     "index_add": add_rows,
     "gather": gather,
 }
-SIMPLER: dict[str, Callable] = {  # operators in terms of simpler ones. PyTorch knows some more, which become these
+SIMPLER: dict[str, Callable] = {  # operators in terms of simpler ones; PyTorch has such forms of many others
     **dict.fromkeys(("mm", "bmm"), lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2)),
     "sign": lambda x: torch.where(x > 0, 1, torch.where(x < 0, -1, 0)).to(x.dtype),
     "var": variance,
@@ -4038,7 +4038,7 @@ class Interface:
             return Expression(text if x.dim() == 2 else f"{text}.view({shape})")
 
         def note_type(node: Any) -> bool:
-            """PyTorch asks of each node of the tree whether it is a leaf. Its class makes it again."""
+            """Note the class of each node: the expression of the result names it."""
             types[type(node).__name__] = type(node)
             return False
 

@@ -47,9 +47,8 @@ def read_json(path: Path) -> dict:
 def simulation(settings: dict) -> list[float] | None:
     """The predicted environment steps/s of the simulator alone: [lowest, highest]."""
     path = machine.ROOT / "results/gpu/predicted.json"
-    rates = gpu_kernels.rates(read_json(path), settings["env_id"], settings["num_envs"]) if path.exists() else None
-    evaluations = 4 if settings["integrator"] == "rk4" else 1  # of the dynamics in a physics step; 1 is predicted
-    return rates and [rate / evaluations for rate in rates]
+    names = "env_id", "num_envs", "integrator"
+    return gpu_kernels.rates(read_json(path), *map(settings.get, names)) if path.exists() else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,7 +202,7 @@ BLOCKS = [
     Block("physics-Humanoid-v5", 3, f"{PHYSICS} Humanoid-v5", physics, SMALL_PHYSICS),
     Block("physics-Quadruped-Flat", 3, f"{PHYSICS} Quadruped-Flat --integrator implicitfast", physics, SMALL_PHYSICS),
     Block("ppo-HalfCheetah-v5", 4, f"{PPO} HalfCheetah-v5 --eval-every 2500000", training, SCORED_PPO),
-    Block("ppo-Humanoid-v5", 9, f"{PPO} Humanoid-v5 --eval-every 4000000", training, SCORED_PPO),
+    Block("ppo-Humanoid-v5", 9, f"{PPO} Humanoid-v5 --eval-every 3000000", training, SCORED_PPO),
     Block("walk", 9, f"{PPO} Quadruped-Flat", training, SMALL_WALK),
     Block("sac-HalfCheetah-v5", 6, f"{SAC} HalfCheetah-v5 --eval-every 320000", training, SCORED_SAC),
     Block("profile-sac", 3, f"{SAC} Ant-v5 --total-timesteps 200000 {PROFILED}", profile, f"{SMALL_SAC} {PROFILED}"),

@@ -133,9 +133,10 @@ def test_the_counts_of_pytest_are_read(tmp_path):
         gpu.tests(tmp_path)
 
 
-def test_four_evaluations_of_the_dynamics_take_four_times_as_long():
-    euler, rk4 = (gpu.simulation(dict(env_id="Ant-v5", num_envs=4096, integrator=name)) for name in ("euler", "rk4"))
-    assert euler[0] < euler[1] and [4 * rate for rate in rk4] == euler
+def test_runge_kutta_evaluates_the_dynamics_four_times():
+    found = [gpu.simulation(dict(env_id="Ant-v5", num_envs=4096, integrator=name)) for name in ("euler", "rk4")]
+    for euler, rk4 in zip(*found, strict=True):
+        assert 3.5 * rk4 < euler < 4 * rk4  # rewards and resets are computed once
 
 
 def test_a_rate_is_predicted_by_hand():

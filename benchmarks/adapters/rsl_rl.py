@@ -14,10 +14,10 @@ from tensordict import TensorDict
 class Envs(VecEnv):
     """A `VecSim` for rsl_rl. Actions of -1 and 1 are the ends of the action range."""
 
-    def __init__(self, env):
+    def __init__(self, env, max_episode_length=1000):
         self.env, self.device, self.cfg = env, env.device, {}
         self.num_envs, self.num_actions = env.num_envs, env.single_action_space.shape[0]
-        self.max_episode_length = env.settings.max_episode_steps
+        self.max_episode_length = max_episode_length
         self.episode_length_buf = torch.zeros(env.num_envs, dtype=torch.long, device=env.device)
         space = env.single_action_space
         self.low, self.high = (torch.as_tensor(x, device=env.device) for x in (space.low, space.high))

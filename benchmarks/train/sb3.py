@@ -11,19 +11,15 @@ from benchmarks.train.gymnasium_envs import make_one, num_envs
 
 
 class Ticks(BaseCallback):
-    def __init__(self, steps):
-        """steps: of each environment, between two calls of the meter."""
-        super().__init__()
-        self.steps = steps
-
     def _on_step(self):
-        if self.n_calls % self.steps == 0:
-            meter.tick(self.steps * self.training_env.num_envs)
         return True
 
+    def _on_rollout_start(self):
+        if self.num_timesteps:
+            meter.tick(self.model.n_steps * self.training_env.num_envs)
 
-if __name__ == "__main__":  # sb3_zoo.py imports this file, and so may the processes of SubprocVecEnv
+
+if __name__ == "__main__":  # the processes of SubprocVecEnv may import this file
     torch.set_num_threads(threads)
     env = make_vec_env(make_one, num_envs, vec_env_cls={"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[variant])
-    model = PPO("MlpPolicy", env, device=device, seed=1)
-    model.learn(10**12, callback=Ticks(model.n_steps))
+    PPO("MlpPolicy", env, device=device, seed=1).learn(10**12, callback=Ticks())

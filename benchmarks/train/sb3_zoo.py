@@ -5,11 +5,11 @@ which trains with SB3's defaults."""
 
 import torch
 from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.meter import device, meter, settings, threads, variant
-from benchmarks.train.sb3 import Ticks
 
 wide = dict(log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=dict(pi=[256, 256], vf=[256, 256]))
 ZOO = {
@@ -23,6 +23,15 @@ ZOO = {
         batch_size=32, n_steps=512, gamma=0.999, learning_rate=9.80828e-05, ent_coef=0.00229519, clip_range=0.2,
         n_epochs=5, gae_lambda=0.99, max_grad_norm=0.7, vf_coef=0.835671, policy_kwargs=wide),
 }  # fmt: skip
+of_each = 200  # environment steps between looks at the clock
+
+
+class Ticks(BaseCallback):
+    def _on_step(self):
+        if self.n_calls % of_each == 0:
+            meter.tick(of_each)
+        return True
+
 
 torch.set_num_threads(threads)
 env_id, seed = settings["env_id"], settings["seed"]
@@ -35,4 +44,4 @@ else:
     learning_starts = dict(learning_starts=10_000) if env_id != "InvertedPendulum-v5" else {}
     model = SAC("MlpPolicy", env, device=device, seed=seed, **learning_starts)
     meter.ready(lambda obs: model.predict(obs, deterministic=True)[0])
-model.learn(1_000_000, callback=Ticks(200))
+model.learn(1_000_000, callback=Ticks())
