@@ -1235,7 +1235,7 @@ class Pyramids(NamedTuple):
 class Rows(NamedTuple):
     """A number for each row of the constraint problem."""
 
-    contact: Tensor  # (nc, 4, N), or (nc, 1, N) of the four rows of a contact together; contacts with what is fixed to the world
+    contact: Tensor  # (nc, 4, N) contacts with what is fixed to the world; (nc, 1, N) if its four rows have one number
     limit: Tensor  # (2 nlim, N) limits of joints
     pair: Tensor  # (nr, N) pairs of moving geoms, 4 S rows or S if no pair has friction, then couplings
 
@@ -2065,8 +2065,8 @@ def chart_rate(model: Model, qvel: Tensor, duration: float, rate: Tensor) -> Ten
     """How fast each coordinate of a stage's displacement changes (nv, N), if the stage has velocity `qvel`.
 
     For hinges, slides and translations this is qvel. For a quaternion, the displacement is the rotation vector u =
-    duration * rate. If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u| and
-    c = (1 - (t/2) cot(t/2)) / t^2. MuJoCo uses this form too (Iserles et al. 2000, Lie-group methods, section B.3).
+    duration * rate. If the body turns at w in its own axes, u changes at w + u x w / 2 + c u x (u x w), where t = |u|
+    and c = (1 - (t/2) cot(t/2)) / t^2. MuJoCo uses this form too (Iserles et al. 2000, Lie-group methods, B.3).
     """
     rows = list(qvel.unbind(0))
     for _, dof in model.quaternions:

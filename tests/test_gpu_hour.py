@@ -156,9 +156,9 @@ def test_a_rate_is_predicted_by_hand():
     task = gpu_kernels.predict(counted, chunk=16_384)
     assert task["launches"] == 2 and task["bytes"] == 60_000
     record = json.loads(json.dumps(dict(tasks=[task])))
-    low, high = gpu_kernels.rates(record, "Ant-v5", 5000)
+    low, high = gpu_kernels.rates(record, "Ant-v5", 5000, "euler")
     assert low == pytest.approx(4096 / gpu_kernels.step_seconds(counted, 4096, 2.5e-6, 16_384)) and low <= high
-    assert gpu_kernels.rates(record, "Hopper-v5", 5000) is None
+    assert gpu_kernels.rates(record, "Hopper-v5", 5000, "euler") is None
 
 
 @pytest.mark.slow
