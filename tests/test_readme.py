@@ -170,26 +170,22 @@ def claims():
     least, *_, most = sorted(gain, key=gain.get)
     assert (least, most) == ("InvertedPendulum-v5", "Ant-v5") and gain[least] < 1
     yield f"Ant makes {gain[most]:.2f} times the steps of one core"
-    run = result("ppo/Humanoid-v5-seed1.json")
-    score = run["gymnasium"]
-    assert score["mean_length"] == run["vecsim"]["mean_length"] == 1000
-    second, third = (result(f"ppo/Humanoid-v5-seed{seed}.json") for seed in (2, 3))
-    lengths = [run[where]["mean_length"] for where in ("gymnasium", "vecsim") for run in (second, third)]
-    yield "last {:.0f} and {:.0f} of 1,000 steps in Gymnasium, and {:.0f} and {:.0f} in the training".format(*lengths)
-    assert third["gymnasium"]["mean"] < third["threshold"] < second["gymnasium"]["mean"]
+    humanoids = [result(f"ppo/Humanoid-v5-seed{seed}.json") for seed in (1, 2, 3)]
+    a_step = [run["gymnasium"]["mean"] / run["gymnasium"]["mean_length"] for run in humanoids]
+    yield f"it earns {min(a_step):.1f} to {max(a_step):.1f} a step: 5 for not falling, and 1.25 times its speed"
+    speed_at_least = math.floor(10 * (min(a_step) - 5) / 1.25) / 10
+    yield f"Humanoid runs at more than {speed_at_least} m/s with each seed"
+    yield f"So it runs at more than {speed_at_least} m/s"
+    under_euler = result("euler/Humanoid-v5-seed3.json")
+    lengths = [under_euler[where]["mean_length"] for where in ("vecsim", "gymnasium")]
+    yield "last {:.0f} of 1,000 steps there, and {:.0f} in Gymnasium".format(*lengths)
     below, reached = {}, set()
     for task in SETS["ppo"]["runs"]:
         runs = [json.loads(path.read_text()) for path in (ROOT / "results/ppo").glob(f"{task}-seed*.json")]
         missed = [run for run in runs if run["gymnasium"]["mean"] < run["threshold"]]
-        below.setdefault((len(missed), len(runs)), []).append(task)
+        below[task] = len(missed)
         reached |= {task for run in missed if run["seconds_to_threshold"]}
-    assert below[3, 5] == ["Ant-v5", "Hopper-v5", "Walker2d-v5"] and below[1, 3] == ["Humanoid-v5"]
-    assert set(below) == {(0, 5), (3, 5), (1, 3)} and len(reached) >= 2  # some had reached it
-    a_step = score["mean"] / score["mean_length"]
-    yield f"earns {a_step:.1f} a step: 5 for not falling, and 1.25 times its speed"
-    speed_at_least = math.floor(10 * (a_step - 5) / 1.25) / 10
-    yield f"Humanoid's first seed runs at more than {speed_at_least} m/s"
-    yield f"So it runs at more than {speed_at_least} m/s"
+    assert below == {} and reached == {}  # EDIT
     jax, twin = (
         {
             task: statistics.median(result(f"mjx/{task}-v5{twin}-seed{seed}.json")["train_seconds"] for seed in seeds)
@@ -233,8 +229,11 @@ def claims():
     yield f"Ant scores {ant.score} after {ant.seconds / 60:.0f} minutes on one core"
     assert ant.seeds == cheetah.seeds
     yield f"HalfCheetah {cheetah.score} after {cheetah.seconds / 60:.0f} (medians of {cheetah.seeds} seeds"
-    worst = f"of which one falls and scores {third['gymnasium']['mean']:,.0f}"
-    yield f"Humanoid {humanoid.score} after {humanoid.seconds / 60:.0f} ({humanoid.seeds} seeds, {worst})"
+    yield f"Humanoid {humanoid.score} after {humanoid.seconds / 60:.0f} ({humanoid.seeds} seeds)"
+    tasks = "Ant", "Hopper", "Walker2d", "Humanoid"
+    old, new = ([median_run(name, f"{task}-v5") for task in tasks] for name in ("euler", "ppo"))
+    pairs = [f"{task} {x.score} and {y.score}" for task, x, y in zip(tasks, old, new, strict=True)]
+    yield ", ".join(pairs)
     short = [median_run("bf16", f"{task}-v5") for task in ("Ant", "HalfCheetah")]
     assert short[0].seeds == short[1].seeds == ant.seeds
     yield "Ant scores {} after {:.0f} s and HalfCheetah {} after {:.0f} s".format(
@@ -326,7 +325,7 @@ def claims():
     [ant] = [task for task in result("gpu/predicted.json")["tasks"] if task["env_id"] == "Ant-v5"]
     launches = ant["launches"] + ant["outside"]
     assert launches <= 300 and ant["bytes"] <= 300e3
-    yield f"is 300 launches and 300 KB: it makes {launches} launches and moves {ant['bytes'] / 1e3:.0f} KB"
+    yield f"with Euler is 300 launches and 300 KB: it makes {launches} launches and moves {ant['bytes'] / 1e3:.0f} KB"
     yield f"take {words[round(min(times))]} to {words[round(max(times))]} times as long to train on a CPU"
 
 
