@@ -206,7 +206,8 @@ def test_every_flag_of_the_environment_reaches_it(own, tmp_path, monkeypatch):
     monkeypatch.setattr(vecsim, "make", recording)
     flags = dict(integrator="rk4", solver_iterations=7, env_kwargs={"option": 3}, seed=5)
     ppo.train(short_args(tmp_path, eval_episodes=1, **flags), recording if own else None)
-    options = dict(option=3, num_envs=64, device="cpu", seed=vecsim.stream_seed(5, rank=0, stream=1))
+    device = "cpu" if own else torch.device("cpu")
+    options = dict(option=3, num_envs=64, device=device, seed=vecsim.stream_seed(5, rank=0, stream=1))
     of_vecsim = (None, None, None, None) if own else (True, False, "rk4", 7)
     assert given == [("action", *of_vecsim, options)]  # once: the final evaluation compiles no second simulator
 
