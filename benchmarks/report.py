@@ -130,17 +130,17 @@ settings on one environment. The clock excludes imports, evaluations and compila
 start. A score is that of the last evaluation within the minutes, or at most a fiftieth later, because a library
 finishes its rollout first. Our trainers evaluate at fixed numbers of steps, so their last evaluation may be more than
 half a minute old. Other work ran on the other core. Our SAC on HalfCheetah ended before its time: its 160 thousand
-steps were done. Our simulator was slower then, because torch.compile compiled it. Three minutes after compilation,
-HalfCheetah scores 6,657 with our PPO and 3,168 with SB3's.
+steps were done. Our simulator was slower then, because torch.compile compiled it, and PPO trained Hopper with Euler.
+Three minutes after compilation, HalfCheetah scores 6,657 with our PPO and 3,168 with SB3's.
 """
 
 Q_LEARNING = """## Q-learning, beside PPO and SAC within the same minutes
 
 Both algorithms of `dqn_gpu_torch.py` with bang-bang actions: each actuator is at one end of its range or at the other.
-PPO and SAC act continuously, on the same core. They are those of the tables above, cut off in the middle of longer
-schedules; on Walker2d they were trained for this comparison, with schedules that end with it. The last score within the
-minutes of the longest run of Q-learning counts, and some runs end earlier. Full effort has its price: Gymnasium's
-reward on all but the pendulum has a control cost.
+PPO and SAC act continuously, on the same core. All train with Euler. The runs of PPO and SAC are those of the tables
+above, cut off in the middle of longer schedules; on Walker2d they were trained for this comparison, with schedules that
+end with it. The last score within the minutes of the longest run of Q-learning counts, and some runs end earlier. Full
+effort has its price: Gymnasium's reward on all but the pendulum has a control cost.
 
 Medians of three seeds. On HalfCheetah DQN scores 4,670 and PQN 2,600, PPO 5,344 and SAC 4,339. On Hopper DQN scores
 1,708 and PQN 2,107, PPO 2,468 and SAC 3,128. On Walker2d DQN scores 659 and PQN 2,885, PPO 613 and SAC 413. So DQN
