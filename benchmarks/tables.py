@@ -380,7 +380,9 @@ def profile(records: list[dict]) -> str:
             stage = run["stages"].get(name)
             row[name] = f"{stage['seconds'] * 1e3:,.1f} ms ({stage['share']:.0%})" if stage else "-"
         rows.append(row)
-    note = f"{records[0]['hardware']}. {made_in_turn(records, './benchmark.sh runs profile')} (all but the JAX script). "
+    note = (
+        f"{records[0]['hardware']}. {made_in_turn(records, './benchmark.sh runs profile')} (all but the JAX script). "
+    )
     note += "Ant integrates with RK4, HalfCheetah with Euler and the quadruped with implicitfast."
     return table("where an iteration's time goes", rows, note)
 

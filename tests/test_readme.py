@@ -179,13 +179,10 @@ def claims():
     under_euler = result("euler/Humanoid-v5-seed3.json")
     lengths = [under_euler[where]["mean_length"] for where in ("vecsim", "gymnasium")]
     yield "last {:.0f} of 1,000 steps there, and {:.0f} in Gymnasium".format(*lengths)
-    below, reached = {}, set()
-    for task in SETS["ppo"]["runs"]:
-        runs = [json.loads(path.read_text()) for path in (ROOT / "results/ppo").glob(f"{task}-seed*.json")]
-        missed = [run for run in runs if run["gymnasium"]["mean"] < run["threshold"]]
-        below[task] = len(missed)
-        reached |= {task for run in missed if run["seconds_to_threshold"]}
-    assert below == {} and reached == {}  # EDIT
+    runs = [json.loads(path.read_text()) for path in (ROOT / "results/ppo").glob("*-seed*.json")]
+    assert len(runs) == 28
+    [missed] = [run for run in runs if run["gymnasium"]["mean"] < run["threshold"]]
+    assert missed["env_id"] == "Walker2d-v5"
     jax, twin = (
         {
             task: statistics.median(result(f"mjx/{task}-v5{twin}-seed{seed}.json")["train_seconds"] for seed in seeds)
