@@ -83,18 +83,21 @@ def predict(counted: dict, chunk: int) -> dict:
     return counted | dict(launches=launches, bytes=moved, rates=found)
 
 
-def rates(predicted: dict, env_id: str, num_envs: int, integrator: str) -> list[float] | None:
-    """Environment steps/s, [lowest, highest], at the counted size that is nearest to num_envs.
+def with_runge_kutta(task: dict) -> dict:
+    """The prediction of a task whose physics step evaluates the dynamics four times, where one was counted."""
+    of_dynamics = "begin_dynamics", "newton_iteration"
+    calls = [region["calls"] * (4 if region["region"] in of_dynamics else 1) for region in task["regions"]]
+    regions = [region | dict(calls=n) for region, n in zip(task["regions"], calls, strict=True)]
+    return predict(task | dict(regions=regions), vecsim.CHUNK)
 
-    One evaluation of the dynamics in a physics step is counted. Runge-Kutta makes four."""
+
+def rates(predicted: dict, env_id: str, num_envs: int, integrator: str) -> list[float] | None:
+    """Environment steps/s, [lowest, highest], at the counted size that is nearest to num_envs."""
     task = next((task for task in predicted["tasks"] if task["env_id"] == env_id), None)
     if task is None:
         return None
     if integrator == "rk4":
-        of_dynamics = "begin_dynamics", "newton_iteration"
-        calls = [region["calls"] * (4 if region["region"] in of_dynamics else 1) for region in task["regions"]]
-        regions = [region | dict(calls=n) for region, n in zip(task["regions"], calls, strict=True)]
-        task = predict(task | dict(regions=regions), vecsim.CHUNK)
+        task = with_runge_kutta(task)
     return task["rates"][min(task["rates"], key=lambda size: abs(math.log(int(size) / num_envs)))]
 
 

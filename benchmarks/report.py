@@ -71,7 +71,7 @@ The quadrupeds are counted with implicitfast, all others with Euler. Runge-Kutta
 PPO trains Ant, Hopper, Humanoid and Walker2d with it.
 
 Our aim for Ant with Euler is 300 launches and 300 KB: it makes 124 launches and moves 276 KB. At 4,096 environments
-launches and arithmetic limit it about equally.
+launches and arithmetic limit it about equally. With RK4, as PPO trains Ant, it is 439 launches and 1,078 KB.
 """
 
 MEASURED = """## GPU, measured
@@ -84,27 +84,31 @@ SCORES = """## Time to a score
 The score is the mean return of deterministic episodes in `gymnasium.make(task)`, ± the standard deviation over
 episodes; a cell lists the seeds in order. Beside it is the same policy in the training simulator, over a thousand
 episodes, which shows rare falls that 20 episodes miss. Training time is without compilation and evaluations. We
-evaluate once per million steps, Humanoid once per three million, the pendulum and SAC more often, so "reached after" is
-an upper bound. We chose the thresholds. Hyperparameters were tuned on these tasks and partly on these seeds; expect
-worse on new tasks.
+evaluate once per million steps, Humanoid once per three million (four with Euler), and the pendulum, SAC, Q-learning
+and JAX more often, so "reached after" is an upper bound. We chose the thresholds. Hyperparameters were tuned on these
+tasks and partly on these seeds; expect worse on new tasks.
 
-- Each PPO run had one core, while the other core trained or tested something else. Ant's first seed shared its core
-  with tests for some minutes. The seeds that compiled longest had an empty cache, the others found most of the code.
-- With PPO one seed of Walker2d ends below its threshold; every other seed in the first table reaches it.
-- PPO trains Ant, Hopper, Walker2d and Humanoid with RK4, as Gymnasium simulates them. `euler` is PPO with Euler. Median
-  scores with Euler and with RK4 are: Ant 4,293 and 6,639, Hopper 3,368 and 3,560, Walker2d 4,690 and 5,387, Humanoid
-  10,609 and 11,054. Humanoid had 20 million steps with Euler, and 15 with RK4. A policy relies on the physics in which
-  it has learned: under Euler, episodes of Humanoid's third seed last 974 of 1,000 steps there, and 642 in Gymnasium.
-- All other trainings integrate with Euler. Gymnasium scores them with RK4, except HalfCheetah and Pusher.
+- Each PPO run had one core, while the other core trained or tested something else. Other work slowed the first three
+  seeds of Ant, whose undisturbed seeds take 430 s. The seeds that compiled longest had an empty cache, the others found
+  most of the code.
+- With PPO one seed of Walker2d ends below its threshold; every other seed in the first table ends above its own.
+- In `ppo` and `bf16` Ant, Hopper, Walker2d and Humanoid train with RK4, as Gymnasium simulates them. `euler` is PPO
+  with Euler. Median scores with Euler and with RK4 are: Ant 4,293 and 6,639, Hopper 3,368 and 3,560, Walker2d 4,690 and
+  5,387, Humanoid 10,609 and 11,054. Humanoid had 20 million steps with Euler, and 15 million with RK4. A policy relies
+  on the physics in which it has learned: trained with Euler, the worst of three Humanoids lasts 974 of 1,000 steps in
+  the training simulator, and 642 in Gymnasium.
+- All other trainings of this section integrate with Euler, Walker2d with PPO in `dqn` too. Gymnasium simulates all
+  tasks but HalfCheetah and Pusher with RK4.
 - The thresholds of InvertedDoublePendulum, Reacher, Pusher, Swimmer and HumanoidStandup are about the best scores of
   PPO, SAC and CrossQ in [SLM-Lab's table](https://github.com/kengz/SLM-Lab/blob/main/docs/BENCHMARKS.md), after one to
   ten million steps.
 - Ant sees 27 numbers (`include_cfrc_ext_in_observation=False`). Humanoid sees its positions and velocities alone.
   In Gymnasium it earns 10.8 to 11.1 a step: 5 for not falling, and 1.25 times its speed without what its motors cost.
   So it runs at more than 4.6 m/s.
-- `bf16` has the networks in bfloat16, which halves the time of a training on this CPU with AVX512_BF16. Ant scores
-  6,673 with it and 6,639 without, HalfCheetah 9,330 and 8,014 (medians of 5 seeds, of Ant with it of 3). The seeds
-  differ by more than that, so no difference is shown. The runs with it were made later than those without.
+- `bf16` has the networks in bfloat16. On this CPU with AVX512_BF16 a training of HalfCheetah takes 49% of the time, and
+  one of Ant 61% of that of its undisturbed seeds. Ant scores 6,673 with it and 6,639 without, HalfCheetah 9,330 and
+  8,014 (medians of 5 seeds, of Ant with it of 3). The seeds differ by more than that, so no difference is shown. The
+  runs with it were made later than those without.
 - Swimmer stays in a slower stroke with some seeds of PPO, and SAC does not learn it in 200 thousand steps. The reward
   of HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
 - Some cores were shared: those of HumanoidStandup with PPO, and some of SAC's. SAC's times are left out.
@@ -124,7 +128,7 @@ before they are clipped.
 
 PEERS = """## Minutes to a score, beside other libraries
 
-Each run trains for the same minutes on the same core. Our trainers have the defaults of the task, SB3 has the tuned
+Each run trains for the same minutes on the same core. Our trainers had the defaults of that day, SB3 has the tuned
 settings of RL Baselines3 Zoo (for SAC on the pendulum SB3's defaults), and CleanRL-style PPO has CleanRL's published
 settings on one environment. The clock excludes imports, evaluations and compilation: add the last column for a first
 start. A score is that of the last evaluation within the minutes, or at most a fiftieth later, because a library
@@ -181,7 +185,8 @@ medians. On a CPU training with a memory takes one and a half times to almost th
 
 On Ant the same budget shows no gain from memory, with two seeds: without memory the policy scores 2,060, with the stack
 1,933, with a GRU 1,851, with a minGRU 1,612, with an LSTM 1,484. With velocities it scores 1,677: it is ahead at half
-the budget and behind at its end. Ant needs nine times as many steps for its score in the first table.
+the budget and behind at its end. All train with Euler. Ant needs nine times as many steps for its score in the first
+table, with RK4.
 """
 
 WALK_MEMORY = """`walk-memory` trains a quadruped without its base velocity, each robot with other masses, gains and

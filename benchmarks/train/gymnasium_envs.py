@@ -10,7 +10,7 @@ num_envs = settings["num_envs"]
 
 def make_one(*wrappers):
     env = gymnasium.make(settings["env_id"], **settings["env_kwargs"])
-    if "integrator" in settings:  # else that of the task's MJCF: RK4 for all tasks but HalfCheetah
+    if "integrator" in settings:  # else that of the task's MJCF: RK4 for all tasks but HalfCheetah and Pusher
         env.unwrapped.model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{settings['integrator'].upper()}")
     for wrapper in wrappers:
         env = wrapper(env)
