@@ -119,7 +119,7 @@ class Args(vecsim.RunFlags):
 
 # Flags of a task that differ from the defaults. The quadruped acts 50 times a second; reward_scale 50 turns its rewards
 # into rewards per second. Its returns are then large compared with the output of an untrained value function. Walkers
-# integrate as in Gymnasium: gaits that Ant learned under Euler lose 6 to 10% of their score there, and Humanoids fall.
+# integrate as in Gymnasium: Ant's gaits from Euler lose 6 to 10% of their score there, and some Humanoids fall.
 TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),

@@ -1,6 +1,7 @@
 """rl_games on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.rl_games [iterations]     # with the packages that environments.py lists
+    pip install rl-games     # environments.py has the version that is tested
+    python -m benchmarks.adapters.rl_games [iterations]
 
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 102 s
 on one AMD EPYC core."""

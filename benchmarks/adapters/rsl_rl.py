@@ -1,6 +1,7 @@
 """rsl_rl on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.rsl_rl [iterations]     # with the packages that environments.py lists
+    pip install rsl-rl-lib     # environments.py has the version that is tested
+    python -m benchmarks.adapters.rsl_rl [iterations]
 
 By default it makes 737,280 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 116 s
 on one AMD EPYC core."""

@@ -1,6 +1,7 @@
 """Stable-Baselines3 on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.sb3 [iterations]     # with the packages that environments.py lists
+    pip install stable-baselines3     # environments.py has the version that is tested
+    python -m benchmarks.adapters.sb3 [iterations]
 
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 107 s
 on one AMD EPYC core."""

@@ -1,6 +1,7 @@
 """skrl on vecsim: the adapter `Envs`, and a training of InvertedPendulum-v5 with it.
 
-    python -m benchmarks.adapters.skrl [iterations]     # with the packages that environments.py lists
+    pip install skrl     # environments.py has the version that is tested
+    python -m benchmarks.adapters.skrl [iterations]
 
 By default it makes 655,360 environment steps. The policy then scores 1,000 in all of 100 episodes; all this took 97 s
 on one AMD EPYC core."""
