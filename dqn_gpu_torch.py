@@ -1,6 +1,6 @@
 """Q-learning for thousands of robots on one device: DQN with its replay on the device, or PQN, which needs none.
 
-    python dqn_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is fast enough
+    python dqn_gpu_torch.py --env-id InvertedPendulum-v5                    # half a minute
     python dqn_gpu_torch.py --env-id HalfCheetah-v5                         # on a GPU if there is one, else on the CPU
     python dqn_gpu_torch.py --env-id HalfCheetah-v5 --algorithm pqn
     python dqn_gpu_torch.py --env-id HalfCheetah-v5 --algorithm pqn --num-envs 4096 --bf16

@@ -118,7 +118,7 @@ class Args:
     device: str = "auto"
     # compile vecsim's physics, anew for every perturbation: worth it on a GPU and for many episodes
     compile: bool = False
-    # integrator of every simulator; mjcf is the model's own, as in Gymnasium
+    # integrator of every simulator; mjcf: the one that the MJCF names, as in Gymnasium
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
     solver_iterations: int = 4  # Newton iterations of the contact solver in vecsim and MJX (>= 1)
     agent: int = 0  # which agent of a checkpoint of ppo_mjx_jax.py that holds several (>= 0)
@@ -358,9 +358,8 @@ class Vecsim:
         changes = dict(perturbation.options)
         if noise is not None and "observation_noise" in changes:
             changes["observation_noise"] = noise
-        integrator = None if args.integrator == "mjcf" else args.integrator
-        options = dict(device=args.device, compile=args.compile, integrator=integrator)
-        options |= dict(iterations=args.solver_iterations)
+        options = dict(device=args.device, compile=args.compile)
+        options |= dict(integrator=args.integrator, iterations=args.solver_iterations)
         self.env = vecsim.make(subject.env_id, num_envs, **options | subject.options | changes)
         self.observes = subject.observes
         self.seconds = self.env.control_step

@@ -168,11 +168,11 @@ class Args(vecsim.RunFlags):
 # into rewards per second. Its returns are then large compared with the output of an untrained value function.
 TASKS = {
     "Quadruped-Flat": dict(
-        total_timesteps=75_000_000, integrator="implicitfast", env_kwargs={"randomize": True}, reward_scale=50.0,
-        num_minibatches=4, entropy_coef=0.005, desired_kl=0.02),
+        total_timesteps=75_000_000, env_kwargs={"randomize": True}, reward_scale=50.0, num_minibatches=4,
+        entropy_coef=0.005, desired_kl=0.02),
     "Quadruped-Rough": dict(
-        total_timesteps=300_000_000, num_envs=4096, integrator="implicitfast", env_kwargs={"randomize": True},
-        reward_scale=50.0, num_minibatches=4, entropy_coef=0.005, desired_kl=0.02, actor_hidden=(512, 256, 128),
+        total_timesteps=300_000_000, num_envs=4096, env_kwargs={"randomize": True}, reward_scale=50.0,
+        num_minibatches=4, entropy_coef=0.005, desired_kl=0.02, actor_hidden=(512, 256, 128),
         critic_hidden=(512, 256, 128), student_hidden=(512, 256, 128)),
 }  # fmt: skip
 

@@ -119,8 +119,7 @@ class Args(vecsim.RunFlags):
 
 
 # Flags of a task that differ from the defaults. The quadruped acts 50 times a second; reward_scale 50 turns its rewards
-# into rewards per second. Its returns are then large compared with the output of an untrained value function. Walkers
-# integrate as in Gymnasium: Ant's gaits from Euler lose 6 to 10% of their score there, and some Humanoids fall.
+# into rewards per second. Its returns are then large compared with the output of an untrained value function.
 TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
@@ -129,31 +128,27 @@ TASKS = {
     "Reacher-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Pusher-v5": dict(total_timesteps=4_000_000, actor_hidden=(128, 128), critic_hidden=(128, 128)),
-    "Hopper-v5": dict(
-        total_timesteps=6_000_000, integrator="rk4", gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
-    "Walker2d-v5": dict(
-        total_timesteps=6_000_000, integrator="rk4", gamma=0.995, num_steps=32, num_minibatches=16),
+    "Hopper-v5": dict(total_timesteps=6_000_000, gamma=0.995, bounds_coef=0.01, learning_rate_max=1e-3),
+    "Walker2d-v5": dict(total_timesteps=6_000_000, gamma=0.995, num_steps=32, num_minibatches=16),
     "HalfCheetah-v5": dict(total_timesteps=5_000_000),
     "Swimmer-v5": dict(total_timesteps=6_000_000, gamma=0.9999, gae_lambda=0.98),
     "Ant-v5": dict(
-        total_timesteps=9_000_000, integrator="rk4", env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98,
-        gae_lambda=0.9, log_std_init=-0.7, log_std_min=-1.7, desired_kl=(0.015, 0.009)),
+        total_timesteps=9_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}, gamma=0.98, gae_lambda=0.9,
+        log_std_init=-0.7, log_std_min=-1.7, desired_kl=(0.015, 0.009)),
     "Humanoid-v5": dict(
-        total_timesteps=15_000_000, integrator="rk4", gamma=0.97, log_std_min=-1.7, desired_kl=(0.015, 0.009),
-        env_kwargs={
+        total_timesteps=15_000_000, gamma=0.97, log_std_min=-1.7, desired_kl=(0.015, 0.009), env_kwargs={
             "include_cinert_in_observation": False, "include_cvel_in_observation": False,
             "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "HumanoidStandup-v5": dict(total_timesteps=2_500_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "Quadruped-Flat": dict(
-        total_timesteps=50_000_000, integrator="implicitfast", env_kwargs={"velocity_in_observation": True},
-        reward_scale=50.0, num_steps=24, num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005,
-        desired_kl=(0.02, 0.02)),
+        total_timesteps=50_000_000, env_kwargs={"velocity_in_observation": True}, reward_scale=50.0, num_steps=24,
+        num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005, desired_kl=(0.02, 0.02)),
     "Quadruped-Rough": dict(
-        total_timesteps=200_000_000, num_envs=4096, integrator="implicitfast", reward_scale=50.0, num_steps=24,
-        num_minibatches=4, log_std_init=-1.0, entropy_coef=0.005, desired_kl=(0.02, 0.02),
-        actor_hidden=(512, 256, 128), critic_hidden=(512, 256, 128)),
+        total_timesteps=200_000_000, num_envs=4096, reward_scale=50.0, num_steps=24, num_minibatches=4,
+        log_std_init=-1.0, entropy_coef=0.005, desired_kl=(0.02, 0.02), actor_hidden=(512, 256, 128),
+        critic_hidden=(512, 256, 128)),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Soft actor-critic (SAC) for thousands of robots on one device: simulator, replay, critics and policy never leave it.
 
-    python sac_gpu_torch.py --env-id InvertedPendulum-v5 --no-compile       # small networks: eager is fast enough
+    python sac_gpu_torch.py --env-id InvertedPendulum-v5                    # half a minute
     python sac_gpu_torch.py --env-id HalfCheetah-v5                         # on a GPU if there is one, else on the CPU
     python sac_gpu_torch.py --env-id HalfCheetah-v5 --preset vanilla        # textbook SAC in the same setting
     python sac_gpu_torch.py --env-id Ant-v5 --bf16                          # on a GPU with 1,024 environments

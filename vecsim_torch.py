@@ -115,6 +115,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -2156,22 +2157,22 @@ def runge_kutta(model: Model, state: State, ctrl: Tensor, iterations: int, run: 
 
 
 def step(
-    model: Model, state: State, ctrl: Tensor, integrator: str | None = None, iterations: int = 4, run: Regions = EAGER
+    model: Model, state: State, ctrl: Tensor, integrator: str = "mjcf", iterations: int = 4, run: Regions = EAGER
 ) -> tuple[State, Dynamics]:
     """Advance every robot by one timestep under ctrl (nu, N). Returns the next state and the last dynamics computed.
 
     integrator: euler (mj_Euler: implicit in the joints' damping), implicitfast (mj_implicit: also in the actuators'
-    damping) or rk4; default the MJCF's own. iterations: of Newton's method, at least 1. run: the compiled or eager
-    functions.
+    damping), rk4, or mjcf for the one that the MJCF names. iterations: of Newton's method, at least 1. run: the
+    compiled or eager functions.
 
     For euler and implicitfast, MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint with timestep h and damping B.
     Once Newton's method has converged, the right side is M qacc, and so a = qacc - (M + h B)^-1 h B qacc. This file
     uses the second form. It contains no constraint force, so a force that has not converged cannot disturb it.
     """
     check_at_least(1, iterations=iterations)
-    integrator = integrator or model.integrator
+    integrator = model.integrator if integrator == "mjcf" else integrator
     if integrator not in INTEGRATORS:
-        raise InputError(f"unknown integrator {integrator!r}; choose one of {', '.join(INTEGRATORS)}")
+        raise InputError(f"unknown integrator {integrator!r}; choose one of mjcf, {', '.join(INTEGRATORS)}")
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     implicitfast = integrator == "implicitfast"
@@ -3875,21 +3876,26 @@ def from_cache(key: str, suffix: str, build: Callable[[Path], None]) -> Path:
     return path
 
 
+def cpp_compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX or g++. InputError if it cannot be executed."""
+    words = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(words[0]) is None:
+        advice = "install it, name a C++ compiler in $CXX, or run many times slower with --no-compile (compile=False)"
+        raise InputError(f"{words[0]} cannot be executed; {advice}")
+    return words
+
+
 def build_cpp(source: str) -> Callable[..., None]:
     """Compile with $CXX or g++. Returns the C function `run`. Python's lock is free while it runs.
 
-    RuntimeError if there is no compiler or it fails."""
+    InputError if there is no compiler, RuntimeError if it fails."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
-    words = [*shlex.split(os.environ.get("CXX") or "g++"), *flags]
+    words = [*cpp_compiler(), *flags]
 
     def build(path: Path) -> None:
         code = path.with_suffix(".cpp")
         code.write_text(source)
-        try:
-            done = subprocess.run([*words, code, "-o", path], capture_output=True, text=True)
-        except OSError as error:
-            advice = "name a C++ compiler in $CXX, or do not compile"
-            raise RuntimeError(f"{words[0]}: {error.strerror}; {advice}") from None
+        done = subprocess.run([*words, code, "-o", path], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{words[0]} failed: {done.stderr[-2000:]}")
 
@@ -4434,7 +4440,7 @@ class Options:
     device: str | torch.device = "cpu"  # auto, cpu, cuda, cuda:N or a torch.device
     seed: int = 0  # of every random number that the environment draws
     dtype: torch.dtype = torch.float32  # or torch.float64
-    integrator: str | None = None  # euler, implicitfast or rk4; default the MJCF's own
+    integrator: str = "mjcf"  # mjcf (the one that the MJCF names), euler, implicitfast or rk4
     iterations: int = 4  # Newton iterations per evaluation of the dynamics
     # How many contacts between moving geoms are solved at once, see `load_model`; `pop_statistics` counts the others.
     pair_slots: int | None = None
@@ -4504,11 +4510,13 @@ class VecSim(gymnasium.vector.VectorEnv):
                 f"take too long to compile, at most {COMPILED_ROWS}; use fewer pair_slots, condim 1, "
                 "self_collision=False or compile=False"
             )
+        if self.compiled and self.device.type == "cpu":
+            cpp_compiler()  # an error here is early
         if has_cuda_graphs(self.device) and not self.compiled:
             print("compile=False on a GPU launches tens of thousands of kernels a step: very slow", file=sys.stderr)
         self.settings = Settings(
             task=self.task,
-            integrator=given.integrator or self.model.integrator,
+            integrator=self.model.integrator if given.integrator == "mjcf" else given.integrator,
             iterations=given.iterations,
             max_episode_steps=given.max_episode_steps or self.task.max_episode_steps,
             ranges=choose_ranges(given.randomize, single, self.task, self.model),
@@ -5266,8 +5274,8 @@ class RunFlags:
     """profile iterations 4 to 6 of learning, or the last: print a table of the stages and write trace.json.gz"""
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.2"""
-    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"
-    """integrator of the training physics; Gymnasium's environments keep their own"""
+    integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
+    """integrator of the training physics; mjcf: the one that the MJCF names, as in Gymnasium's environments"""
     solver_iterations: int = 4
     """Newton iterations of the contact solver (>= 1)"""
     reward_scale: float = 1.0

@@ -96,7 +96,8 @@ def rates(predicted: dict, env_id: str, num_envs: int, integrator: str) -> list[
     task = next((task for task in predicted["tasks"] if task["env_id"] == env_id), None)
     if task is None:
         return None
-    if integrator == "rk4":
+    model = vecsim.compile_mjcf(vecsim.build_task(env_id, {}).source())
+    if integrator == "rk4" or (integrator, vecsim.integrator_of(model)) == ("mjcf", "rk4"):
         task = with_runge_kutta(task)
     return task["rates"][min(task["rates"], key=lambda size: abs(math.log(int(size) / num_envs)))]
 
@@ -104,7 +105,7 @@ def rates(predicted: dict, env_id: str, num_envs: int, integrator: str) -> list[
 def make_environment(env_id: str, num_envs: int, compiled: bool) -> vecsim.VecSim:
     """An environment with the options of its trainer, but one evaluation of the dynamics in a physics step."""
     args = (distill if "Quadruped" in env_id else ppo).task_defaults(env_id, "cpu")
-    integrator = args.integrator.replace("rk4", "euler")
+    integrator = "mjcf" if "Quadruped" in env_id else "euler"
     options = dict(integrator=integrator, chunk=num_envs, compile=compiled) | args.env_kwargs
     env = vecsim.make(env_id, num_envs, seed=5, **options)
     env.reset(seed=7)

@@ -1,6 +1,6 @@
 """Swing up a pole on a cart and balance it: a small task for vecsim_torch.py. Copy me.
 
-    python ppo_gpu_torch.py --env-id tasks/cartpole_swingup.py:SwingUp --no-compile --num-envs 512 --gamma 0.98 \
+    python ppo_gpu_torch.py --env-id tasks/cartpole_swingup.py:SwingUp --num-envs 512 --gamma 0.98 \
         --num-minibatches 8 --actor-hidden 64 64 --critic-hidden 64 64 --solver-iterations 2 \
         --total-timesteps 1100000 --env-kwargs max_episode_steps 250
 

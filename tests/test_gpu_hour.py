@@ -134,9 +134,11 @@ def test_the_counts_of_pytest_are_read(tmp_path):
 
 
 def test_runge_kutta_evaluates_the_dynamics_four_times():
-    found = [gpu.simulation(dict(env_id="Ant-v5", num_envs=4096, integrator=name)) for name in ("euler", "rk4")]
+    names = "euler", "rk4", "mjcf"
+    *found, mjcf = [gpu.simulation(dict(env_id="Ant-v5", num_envs=4096, integrator=name)) for name in names]
     for euler, rk4 in zip(*found, strict=True):
         assert 3.5 * rk4 < euler < 4 * rk4  # rewards and resets are computed once
+    assert mjcf == found[1]
 
 
 def test_a_rate_is_predicted_by_hand():

@@ -344,7 +344,7 @@ def test_final_evaluation_in_the_training_environment_equals_one_in_a_fresh_one(
     limit = {"max_episode_steps": 20}
     small = dict(env_id="InvertedPendulum-v5", num_envs=16, num_steps=8, num_minibatches=2, env_kwargs=limit)
     result = ppo.train(probe_args(tmp_path, **small, total_timesteps=2 * 128))
-    fresh = vecsim.make("InvertedPendulum-v5", num_envs=16, integrator="euler", iterations=4, **limit)
+    fresh = vecsim.make("InvertedPendulum-v5", num_envs=16, iterations=4, **limit)
     assert result["vecsim"] == vecsim.evaluate(fresh, trained_agent(tmp_path).act, seed=1)
     assert result["vecsim"]["mean_length"] == result["gymnasium"]["mean_length"] == 20.0
 

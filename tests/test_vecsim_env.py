@@ -594,7 +594,7 @@ def put_in_contact(env):
     env.set_state(qpos, qvel)
 
 
-EULER = {"integrator": "euler"}  # as trained; fewer functions to compile than Runge-Kutta's
+EULER = {"integrator": "euler"}  # fewer functions to compile than Runge-Kutta's
 LIMBS = {"integrator": "implicitfast", "pair_slots": 1, "healthy_z_range": (0.1, 2.0)}
 LIMBS |= {"include_cinert_in_observation": False, "include_cvel_in_observation": False}
 
