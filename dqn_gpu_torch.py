@@ -138,12 +138,12 @@ TASKS = {
     ("pqn", "InvertedPendulum-v5"): dict(
         num_envs=128, total_timesteps=250_000, batch_size=512, update_epochs=2, critic_hidden=(64, 64),
         learning_rate_final=3e-4),
-    ("dqn", "HalfCheetah-v5"): dict(total_timesteps=320_000, gamma=0.98),
-    ("pqn", "HalfCheetah-v5"): dict(total_timesteps=1_300_000, gamma=0.98),
-    ("dqn", "Hopper-v5"): dict(total_timesteps=320_000),
-    ("pqn", "Hopper-v5"): dict(total_timesteps=1_300_000),
-    ("dqn", "Walker2d-v5"): dict(total_timesteps=320_000),
-    ("pqn", "Walker2d-v5"): dict(total_timesteps=1_300_000),
+    ("dqn", "HalfCheetah-v5"): dict(total_timesteps=600_000, gamma=0.98),
+    ("pqn", "HalfCheetah-v5"): dict(total_timesteps=3_000_000, gamma=0.98),
+    ("dqn", "Hopper-v5"): dict(total_timesteps=600_000),
+    ("pqn", "Hopper-v5"): dict(total_timesteps=3_000_000),
+    ("dqn", "Walker2d-v5"): dict(total_timesteps=600_000),
+    ("pqn", "Walker2d-v5"): dict(total_timesteps=3_000_000),
 }  # fmt: skip
 
 
@@ -555,23 +555,13 @@ def build_functions(
     def step() -> None:
         apply_gradients(agent, optimizer, args.max_grad_norm, args.tau)
 
-    functions = Functions(policy, value, gradients, step)
     uniform = torch.zeros_like(replay.action[0], dtype=torch.float32)
     acting = torch.zeros_like(replay.obs[0]), uniform[:, :1].clone(), uniform, uniform.long()
     row = uniform.new_zeros(sizes.batch)
     obs, action = (row[:, None].repeat(1, x.shape[-1]) for x in (replay.obs, replay.action))
-    example = obs, action.long(), row, row
-    state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
-    before = [x.clone() for x in state]
-    if args.cuda_graphs and vecsim.has_cuda_graphs(row.device):
-        inputs = acting, (obs,), example, ()
-        functions = Functions(*(vecsim.capture(f, x) for f, x in zip(functions, inputs, strict=True)))
-    else:  # compile now, before the clock of the training starts
-        functions.policy(*acting)
-        functions.value(obs)
-        functions.gradients(*example)
-    for x, saved in zip(state, before, strict=True):
-        x.copy_(saved)
+    examples = acting, (obs,), (obs, action.long(), row, row), ()
+    prepared = vecsim.prepare((policy, value, gradients, step), examples, agent, [optimizer], args.cuda_graphs)
+    functions = Functions(*prepared)
 
     def all_values(normalized_obs: Tensor) -> Tensor:
         return torch.cat([functions.value(rows).clone() for rows in normalized_obs.split(sizes.batch)])

@@ -705,26 +705,6 @@ def compiled(function: Callable, args: Args) -> Callable:
     return torch.compile(function, dynamic=False) if args.compile else function
 
 
-def prepare(
-    functions: list[Callable],
-    examples: list[tuple],
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
-    args: Args,
-) -> list[Callable]:
-    """Capture the functions on a GPU. Elsewhere run each once, which compiles it before the training's clock starts.
-
-    examples: the inputs of each function. Agent and optimizer have the same values afterwards."""
-    state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
-    before, graphs = [x.clone() for x in state], args.cuda_graphs and vecsim.has_cuda_graphs(agent.log_std.device)
-    for k, example in enumerate(examples):
-        functions[k] = vecsim.capture(functions[k], example) if graphs else functions[k]
-        functions[k](*example)  # a capture only records; this makes the gradients that take_step reads
-    for x, saved in zip(state, before, strict=True):
-        x.copy_(saved)
-    return functions
-
-
 def build_ppo(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, sizes: Sizes, args: Args) -> Functions:
     """Make the five functions, eager or compiled, and captured on a GPU."""
     step_function, loss_function = compiled(policy_step, args), compiled(ppo_loss, args)
@@ -749,9 +729,9 @@ def build_ppo(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, 
     acting = rollout.obs[0], rollout.memory, rollout.started[0], rollout.action[0]
     features = rollout.obs, rollout.started, rollout.memory[None], rollout.critic_obs, rollout.action, rollout.mean
     example = [x[:, : sizes.minibatch] for x in (*features, *[rollout.reward] * 4)]
-    examples = [acting, (), (agent.log_std.detach(), *example), (), ()]
-    functions = [policy, estimate, accumulate, take_step, take_frozen_step]
-    return Functions(*prepare(functions, examples, agent, optimizer, args))
+    examples = acting, (), (agent.log_std.detach(), *example), (), ()
+    functions = policy, estimate, accumulate, take_step, take_frozen_step
+    return Functions(*vecsim.prepare(functions, examples, agent, [optimizer], args.cuda_graphs))
 
 
 def build_imitation(
@@ -778,8 +758,9 @@ def build_imitation(
     envs = torch.arange(sizes.distill_minibatch, device=rollout.obs.device)
     sequences = rollout.obs, rollout.started, rollout.action, rollout.reward
     obs, started, action, weight = (x[: args.gradient_length, envs] for x in sequences)
-    examples = [acting, (), (obs, started, rollout.memory[envs], action, weight), ()]
-    return ImitationFunctions(*prepare([policy, label, gradients, take_step], examples, agent, optimizer, args))
+    functions = policy, label, gradients, take_step
+    examples = acting, (), (obs, started, rollout.memory[envs], action, weight), ()
+    return ImitationFunctions(*vecsim.prepare(functions, examples, agent, [optimizer], args.cuda_graphs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

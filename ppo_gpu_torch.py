@@ -123,7 +123,7 @@ TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "InvertedDoublePendulum-v5": dict(
-        num_envs=512, num_minibatches=4, total_timesteps=1_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+        num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Reacher-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Pusher-v5": dict(total_timesteps=4_000_000, actor_hidden=(128, 128), critic_hidden=(128, 128)),
@@ -539,19 +539,9 @@ def build_functions(
     obs, action, scalars = rollout.obs[0], rollout.action[0], torch.zeros(sizes.minibatch, device=rollout.obs.device)
     features = [scalars.new_zeros(sizes.minibatch, x.shape[-1]) for x in (obs, rollout.critic_obs, action, action)]
     example = (torch.zeros_like(agent.log_std), *features, *[scalars] * 4)
-    if args.cuda_graphs and vecsim.has_cuda_graphs(obs.device):
-        state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
-        before = [x.clone() for x in state]
-        policy, estimate = vecsim.capture(policy, (obs, torch.zeros_like(action))), vecsim.capture(estimate, ())
-        accumulate = vecsim.capture(accumulate, example)
-        accumulate(*example)  # a capture only records; this makes the gradients that take_step reads
-        take_step = vecsim.capture(take_step, ())
-        for x, saved in zip(state, before, strict=True):
-            x.copy_(saved)
-    else:  # compile now, before the clock of the training starts
-        policy(obs, torch.zeros_like(action))
-        accumulate(*example)
-    return Functions(policy, estimate, accumulate, take_step)
+    functions = policy, estimate, accumulate, take_step
+    examples = (obs, torch.zeros_like(action)), (), example, ()
+    return Functions(*vecsim.prepare(functions, examples, agent, [optimizer], args.cuda_graphs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

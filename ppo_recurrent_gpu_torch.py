@@ -124,7 +124,7 @@ TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "InvertedDoublePendulum-v5": dict(
-        num_envs=512, num_minibatches=4, total_timesteps=1_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+        num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Reacher-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Pusher-v5": dict(total_timesteps=4_000_000, actor_hidden=(128, 128), critic_hidden=(128, 128)),
@@ -670,19 +670,8 @@ def build_functions(
     shapes = [(x, 1) for x in memories] + [(x, sizes.sequence) for x in steps]
     some = torch.arange(sizes.minibatch, device=noise.device)
     example = (torch.zeros_like(agent.log_std), *(to_sequences(x, some, length) for x, length in shapes))
-    if args.cuda_graphs and vecsim.has_cuda_graphs(rollout.obs.device):
-        state = [*agent.state_dict().values(), *(x for moments in optimizer.state.values() for x in moments.values())]
-        before = [x.clone() for x in state]
-        policy, estimate = vecsim.capture(policy, step_example), vecsim.capture(estimate, ())
-        differentiate = vecsim.capture(differentiate, example)
-        differentiate(*example)  # a capture only records; this makes the gradients that take_step reads
-        take_step = vecsim.capture(take_step, ())
-        for x, saved in zip(state, before, strict=True):
-            x.copy_(saved)
-    else:  # compile now, before the clock of the training starts
-        policy(*step_example)
-        differentiate(*example)
-    return Functions(policy, estimate, differentiate, take_step)
+    functions, examples = (policy, estimate, differentiate, take_step), (step_example, (), example, ())
+    return Functions(*vecsim.prepare(functions, examples, agent, [optimizer], args.cuda_graphs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

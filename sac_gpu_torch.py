@@ -824,7 +824,6 @@ def build_functions(
     def sample(slot: Tensor, env: Tensor) -> Batch:
         return gather_batch(agent, replay, slot, env, args)
 
-    functions = Functions(policy, critic_gradients, step_critics, policy_gradients, step_actor, sample)
     drawn = torch.zeros(2, args.updates_per_step * sizes.batch, dtype=torch.long, device=replay.reward.device)
     acting = torch.zeros_like(replay.obs[0], dtype=torch.float32), torch.zeros_like(replay.action[0])
     critic_ring = replay.obs if replay.critic_obs is None else replay.critic_obs
@@ -832,19 +831,9 @@ def build_functions(
     obs, critic_obs, action = (row[:, None].repeat(1, x.shape[-1]) for x in (replay.obs, critic_ring, replay.action))
     batch = Batch(obs, critic_obs, action, row, row, obs, critic_obs, row)
     example = tuple(x.clone() for x in (action, *batch))
-    state = [*agent.state_dict().values()]
-    state += [x for optimizer in optimizers.values() for moments in optimizer.state.values() for x in moments.values()]
-    before = [x.clone() for x in state]
-    if args.cuda_graphs and vecsim.has_cuda_graphs(row.device):
-        inputs = acting, example, (), example, (), tuple(drawn)
-        functions = Functions(*(vecsim.capture(f, x) for f, x in zip(functions, inputs, strict=True)))
-    else:  # compile now, before the clock of the training starts
-        functions.policy(*acting)
-        functions.critic_gradients(*example)
-        functions.policy_gradients(*example)
-    for x, saved in zip(state, before, strict=True):
-        x.copy_(saved)
-    return functions
+    functions = policy, critic_gradients, step_critics, policy_gradients, step_actor, sample
+    examples = acting, example, (), example, (), tuple(drawn)
+    return Functions(*vecsim.prepare(functions, examples, agent, optimizers.values(), args.cuda_graphs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

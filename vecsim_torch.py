@@ -5896,6 +5896,29 @@ def make_optimizer(module: torch.nn.Module, learning_rate: Tensor) -> torch.opti
     return optimizer
 
 
+def prepare(
+    functions: Sequence[Callable],
+    examples: Sequence[tuple[Tensor, ...]],
+    agent: torch.nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    cuda_graphs: bool,
+) -> list[Callable]:
+    """Make the functions of a trainer ready before the clock of the training starts.
+
+    Each runs once on its example, which compiles it. On a GPU with cuda_graphs it is captured first. They run in their
+    order, so a function may read what an earlier one leaves. Agent and optimizers have the same values afterwards.
+    """
+    moments = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
+    state, prepared = [*agent.state_dict().values(), *moments], []
+    before, captures = [x.clone() for x in state], cuda_graphs and has_cuda_graphs(state[0].device)
+    for function, example in zip(functions, examples, strict=True):
+        prepared.append(capture(function, example) if captures else function)
+        prepared[-1](*example)  # a capture only records; this makes the gradients that the next function reads
+    for x, saved in zip(state, before, strict=True):
+        x.copy_(saved)
+    return prepared
+
+
 def capture(function: Callable, inputs: tuple[Tensor, ...], generators: Sequence[torch.Generator] = ()) -> Callable:
     """Capture `function` in a CUDA graph; call the result like the function. Its outputs live until the next call.
 

@@ -226,10 +226,10 @@ def test_a_captured_run_is_the_plain_run_bit_for_bit(name, plain_runs, monkeypat
 
 WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its name, a piece of its source, a fault
     "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
-    "PPO's state is not restored": ("ppo", ppo, "build_functions", "x.copy_(saved)", "pass"),
-    "SAC's state is not restored": ("sac", sac, "build_functions", "x.copy_(saved)", "pass"),
-    "DQN's state is not restored": ("dqn", dqn, "build_functions", "x.copy_(saved)", "pass"),
-    "the distillation's state is not restored": ("distill", distill, "prepare", "x.copy_(saved)", "pass"),
+    "PPO's state is not restored": ("ppo", vecsim, "prepare", "x.copy_(saved)", "pass"),
+    "SAC's state is not restored": ("sac", vecsim, "prepare", "x.copy_(saved)", "pass"),
+    "DQN's state is not restored": ("dqn", vecsim, "prepare", "x.copy_(saved)", "pass"),
+    "the distillation's state is not restored": ("distill", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "observation statistics move to another address": (
         "ppo", ppo.RunningStatistics, "update", "self.mean += shift", "self.mean = self.mean + shift"),
     "the simulator's state moves to another address": (
@@ -353,10 +353,7 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
 @pytest.mark.parametrize("name", ["ppo", "distill"])
 def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(name, replayed, monkeypatch, tmp_path):
     """A capture computes nothing: without a replay the warm-up of the step would see arbitrary memory."""
-    module, builder, call = dict(
-        ppo=(ppo, "build_functions", "accumulate(*example)  #"),
-        distill=(distill, "prepare", "functions[k](*example)  #"),
-    )[name]
+    module = dict(ppo=ppo, distill=distill)[name]
     seen, apply_gradients = [], module.apply_gradients
 
     def watching(agent, *others):
@@ -365,7 +362,7 @@ def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(name, re
 
     monkeypatch.setattr(module, "apply_gradients", watching)
     if not replayed:
-        monkeypatch.setattr(module, builder, broken(module, builder, call, "pass  #"))
+        monkeypatch.setattr(vecsim, "prepare", broken(vecsim, "prepare", "prepared[-1](*example)", "pass"))
     with captured(monkeypatch):
         train(name, tmp_path)
     assert all(seen) == replayed
