@@ -9,9 +9,8 @@ A cell is one checkpoint under one perturbation and one seed. The policy acts de
 counts with its first episode. Episode k of a seed begins in the same state in every cell, a quadruped's with the same
 command and heading, so that every difference is taken episode by episode. (Later commands of a quadruped may differ
 under `timestep` and in `mujoco_c`.) The simulator is vecsim with the integrator of the MJCF, without the checkpoint's
-own randomisation. `mujoco_c` is Gymnasium's environment; `mjx` is the task of ppo_mjx_jax.py, which has no RK4 and
-takes Euler instead. A task of your own (my_task.py:Class) is judged in vecsim: an episode that lasts to the time limit
-is a success.
+own randomisation. `mujoco_c` is Gymnasium's environment; `mjx` is the task of ppo_mjx_jax.py. A task of your own
+(my_task.py:Class) is judged in vecsim: an episode that lasts to the time limit is a success.
 
 The folder can be read without running anything:
 
@@ -456,11 +455,6 @@ class MujocoC(Vecsim):
         return Step(seen, reward, terminated, truncated, torch.zeros_like(terminated), speed, tracking)
 
 
-def integrator_of(simulator: str, env: vecsim.VecSim) -> str:
-    """The integrator beside that of vecsim's environment: ppo_mjx_jax.py has no RK4, and Euler takes its place."""
-    return "euler" if (simulator, env.settings.integrator) == ("mjx", "rk4") else env.settings.integrator
-
-
 class Mjx(Vecsim):
     """MuJoCo MJX, from vecsim's initial states."""
 
@@ -476,8 +470,7 @@ class Mjx(Vecsim):
         self.columns = view.columns
         settings = trainer.Args(
             env_id=subject.env_id, env_kwargs=options, self_collision=True, ls_iterations=8,
-            integrator=integrator_of("mjx", self.env),
-            solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
+            integrator=args.integrator, solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
         )  # fmt: skip
         trainer.configure(settings)
         task = trainer.make_task(settings)
@@ -934,7 +927,7 @@ def write_page(path: Path, record: dict, summary: pd.DataFrame, episodes: pd.Dat
         "- Intervals are 95%, over initial states and disturbances. Another training run gives another policy.\n"
         "- If no episode of n failed, or all did, the interval has no width, but the true rate may be 3/n off.\n"
         "- Of many intervals, one in twenty excludes 0 by chance.\n"
-        f"- Integrators: {', '.join(f'{name} {integrator}' for name, integrator in record['integrators'].items())}.",
+        f"- Integrator: {record['integrator']}.",
         "\n".join(left_out),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -943,7 +936,6 @@ def write_page(path: Path, record: dict, summary: pd.DataFrame, episodes: pd.Dat
 def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], cells: Cells) -> dict:
     """record.json, except the film and the time taken."""
     first, contract = subjects[0], contract_of(subjects[0].env_id)
-    simulators = dict.fromkeys(PERTURBATIONS[name].simulator for _, name, _ in cells)
     env = open_simulator(first, "none", args).env
     limit, jax = env.settings.max_episode_steps, {}
     for name in ("jax", "jaxlib", "mujoco-mjx"):  # from the packages' metadata: importing jax would take GPU memory
@@ -962,7 +954,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         configuration=dataclasses.asdict(args),
         perturbations={name: PERTURBATIONS[name]._asdict() for name in args.perturbations},
-        integrators={simulator: integrator_of(simulator, env) for simulator in simulators},
+        integrator=env.settings.integrator,
         left_out=left_out,
         checkpoints=[{name: x for name, x in subject._asdict().items() if name != "act"} for subject in subjects],
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},

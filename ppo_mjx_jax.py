@@ -16,10 +16,9 @@ log. `train` runs as many iterations as possible before the host must log, evalu
 of its hyperparameters and its seed, so `vmap` trains many agents at once.
 
 The tasks are Gymnasium's: model and options come from gymnasium.make; observation, reward and termination follow its
-source. With a converged solver in float64, one step equals MuJoCo C's to 1e-9. Training uses cheaper physics: Euler
-where the MJCF asks for RK4, 4 Newton iterations, 2 line-search steps, no collisions between the robot's own limbs,
-float32. A policy that exploits the difference is exposed by its score in Gymnasium, which runs MuJoCo C with the
-MJCF's own settings.
+source. With a converged solver in float64, one step equals MuJoCo C's to 1e-9. Training uses cheaper physics: 4 Newton
+iterations, 2 line-search steps, no collisions between the robot's own limbs, float32. A policy that exploits the
+difference is exposed by its score in Gymnasium, which runs MuJoCo C with the MJCF's own settings.
 
 Sources: Schulman et al. 2016 (GAE, eq. 16) and 2017 (PPO, eq. 7); Pardo et al. 2018 (time limits); Rudin et al. 2022
 (the adaptive learning rate of rsl_rl); Lu et al. 2022 (PureJaxRL: training as one function). ppo_gpu_torch.py is the
@@ -134,7 +133,8 @@ class Args:
     # the environment
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """options of the task, on top of those in TASKS, for example --env-kwargs ctrl_cost_weight 0.1"""
-    integrator: Literal["euler", "implicitfast"] = "euler"  # of the training physics; Gymnasium keeps its own
+    integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
+    """integrator of the training physics; mjcf: the one that the MJCF names, as in Gymnasium's environments"""
     solver_iterations: int = 4  # Newton iterations of the contact solver (>= 1)
     ls_iterations: int = 2  # line-search steps of each Newton iteration, at most (>= 1)
     self_collision: bool = False  # let the robot's limbs collide with each other (matters for Hopper and Humanoid)
@@ -272,7 +272,10 @@ def make_task(args: Args) -> Task:
     for name in UNSUPPORTED:
         require(not options.get(name), f"env_kwargs: this script has no {name}; use --env-kwargs {name} False")
     model = env.unwrapped.model
-    model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
+    if args.integrator != "mjcf":
+        model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
+    if model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4:  # without implicit damping, see `runge_kutta`
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP
     model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid's MJCF asks for PGS, which MJX does not have
     model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
     model.opt.iterations, model.opt.ls_iterations = args.solver_iterations, args.ls_iterations
@@ -318,11 +321,56 @@ def forward(task: Task, data: mjx.Data) -> mjx.Data:
     return data
 
 
+def keep_types(new: mjx.Data, old: mjx.Data) -> mjx.Data:
+    """`new` in the number formats of `old`: in float64, MJX widens some integers."""
+    return jax.tree.map(lambda x, of_old: x.astype(of_old.dtype), new, old)
+
+
+def chart_rate(task: Task, qvel: Array, displacement: Array) -> Array:
+    """(nv,): how fast the displacement of a Runge-Kutta stage changes at velocity `qvel`.
+
+    This is qvel, except for the rotation vector u of a free root. If the root turns at w in its own axes, u changes at
+    w + u x w / 2 + c u x (u x w), where c = (1 - (t/2) cot(t/2)) / t^2 with t = |u|, here as a series. MuJoCo 4 uses
+    this form too (Iserles et al. 2000, Lie-group methods, B.3)."""
+    if task.mj_model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE:
+        return qvel
+    w, u = qvel[3:6], displacement[3:6]
+    square, bracket = u @ u, jnp.cross(u, w)
+    c = 1 / 12 + square / 720 + square**2 / 30_240 + square**3 / 1_209_600  # to 1e-10 below half a radian
+    return qvel.at[3:6].set(w + bracket / 2 + c * jnp.cross(u, bracket))
+
+
+def runge_kutta(task: Task, start: mjx.Data) -> mjx.Data:
+    """One timestep: mj_RungeKutta. qpos and qvel are new afterwards; all else is of the fourth evaluation."""
+    model, timestep = task.model, task.mj_model.opt.timestep
+
+    def moved(data: mjx.Data, seconds: Array, rate: Array, qacc: Array) -> mjx.Data:
+        """`data` with the coordinates of `start` after so many seconds."""
+        still = start.replace(qvel=rate, qacc=jnp.zeros_like(qacc))  # mjx.euler then changes qpos alone
+        qpos = mjx.euler(model.tree_replace({"opt.timestep": seconds}), still).qpos
+        return data.replace(qpos=qpos, qvel=start.qvel + seconds * qacc)
+
+    def evaluate(carry: tuple, stage: Array) -> tuple[tuple, None]:
+        data, rate, mean_rate, mean_qacc = carry
+        seconds, weight = stage
+        data = keep_types(forward(task, moved(data, seconds, rate, data.qacc)), data)
+        rate = chart_rate(task, data.qvel, seconds * rate)
+        data = data.replace(qacc_warmstart=data.qacc)
+        return (data, rate, mean_rate + weight * rate, mean_qacc + weight * data.qacc), None
+
+    none, stages = jnp.zeros_like(start.qvel), [(0, 1 / 6), (1 / 2, 1 / 3), (1 / 2, 1 / 3), (1, 1 / 6)]
+    stages = jnp.array(stages, none.dtype) * jnp.array([timestep, 1], none.dtype)
+    (data, _, mean_rate, mean_qacc), _ = jax.lax.scan(evaluate, (start, none, none, none), stages)
+    return moved(data, timestep, mean_rate, mean_qacc)
+
+
 def physics_step(task: Task, data: mjx.Data) -> mjx.Data:
     """One timestep: mj_step. Only qpos and qvel are new afterwards; all else in `data` is of the state before."""
-    integrate = mjx.euler if task.mj_model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER else mjx.implicit
-    later = integrate(task.model, forward(task, data))
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), later, data)  # in float64, MJX widens some integers
+    integrators = mujoco.mjtIntegrator
+    if task.mj_model.opt.integrator == integrators.mjINT_RK4:
+        return runge_kutta(task, data)
+    integrate = mjx.euler if task.mj_model.opt.integrator == integrators.mjINT_EULER else mjx.implicit
+    return keep_types(integrate(task.model, forward(task, data)), data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -299,14 +299,13 @@ OF_MJX = (({}, 4), ({"hidden_observations": "qpos"}, 2))
     [("mujoco_c", {}, 4), ("mujoco_c", PAST, 4), *(pytest.param("mjx", *x, marks=pytest.mark.slow) for x in OF_MJX)],
 )
 def test_simulators_agree_step_by_step(tmp_path, name, hidden, size):
-    """The pendulum under a policy that tilts it: what is left is float32. MJX has Euler alone."""
+    """The pendulum under a policy that tilts it: what is left is float32."""
     if name == "mjx":
         pytest.importorskip("ppo_mjx_jax").jax.config.update("jax_default_matmul_precision", None)
     options = {"max_episode_steps": STEPS} | hidden
     save(tmp_path / "checkpoint.pt", ppo, "ppo", actor_hidden=(4,), env_kwargs=options)
     subject = load(tmp_path / "checkpoint.pt")
-    integrator = "euler" if name == "mjx" else "mjcf"
-    args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu", integrator=integrator))
+    args = panel.check_args(panel.Args(("x",), episodes=2, device="cpu"))
     results = []
     for condition in ("none", name):
         simulator = panel.open_simulator(subject, condition, args)
@@ -444,13 +443,6 @@ def test_contracts_are_of_every_task_and_success_is_what_they_say(monkeypatch):
         np.testing.assert_array_equal(cell["seconds"], [2, 1, 2])
 
 
-@pytest.mark.parametrize("integrator, expected", [("mjcf", "euler"), ("implicitfast", "implicitfast")])
-def test_mjx_takes_euler_in_place_of_rk4_and_the_record_says_so(integrator, expected):
-    env = vecsim_torch.make("Hopper-v5", 1, integrator=integrator)
-    assert panel.integrator_of("mjx", env) == expected
-    assert panel.integrator_of("mujoco_c", env) == env.settings.integrator == integrator.replace("mjcf", "rk4")
-
-
 def test_a_task_of_a_users_own_file_is_judged_in_vecsim(tmp_path):
     readme = Path(vecsim_torch.__file__).with_name("README.md").read_text()
     (tmp_path / "swing.py").write_text(re.search(r"```python\n(.*?class SwingUp.*?)```", readme, re.DOTALL)[1])
@@ -462,7 +454,7 @@ def test_a_task_of_a_users_own_file_is_judged_in_vecsim(tmp_path):
     assert set(table["perturbation"]) == {"none", "mass"} and (table["success"] == 1).all() and len(table) == 2 * 6
     assert table["return"].abs().min() > 0.1 and table["unsafe"].isna().all() and "unsafe steps |" not in page
     record = json.loads((out / "record.json").read_text())
-    assert record["integrators"] == {"vecsim": "euler"} and "Integrators: vecsim euler." in page
+    assert record["integrator"] == "euler" and "Integrator: euler." in page
     assert {f"{name}, ppo" for name in ("friction", "mujoco_c", "mjx")} <= record["left_out"].keys()
     assert record["task"]["safety_constraint"] == "none"
 
