@@ -122,8 +122,7 @@ class Args(vecsim.RunFlags):
 TASKS = {
     "InvertedPendulum-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=250_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
-    "InvertedDoublePendulum-v5": dict(
-        num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
+    "InvertedDoublePendulum-v5": dict(num_envs=512, num_minibatches=4, total_timesteps=1_000_000),
     "Reacher-v5": dict(
         num_envs=512, num_minibatches=4, total_timesteps=2_000_000, actor_hidden=(64, 64), critic_hidden=(64, 64)),
     "Pusher-v5": dict(total_timesteps=4_000_000, actor_hidden=(128, 128), critic_hidden=(128, 128)),
