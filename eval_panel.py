@@ -117,7 +117,7 @@ class Args:
     device: str = "auto"
     # compile vecsim's physics, anew for every perturbation: worth it on a GPU and for many episodes
     compile: bool = False
-    # integrator of every simulator; mjcf: the one that the MJCF names, as in Gymnasium
+    # integrator of every simulator; mjcf: that of the MJCF, as in Gymnasium
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
     solver_iterations: int = 4  # Newton iterations of the contact solver in vecsim and MJX (>= 1)
     agent: int = 0  # which agent of a checkpoint of ppo_mjx_jax.py that holds several (>= 0)
@@ -591,7 +591,8 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     with tqdm(total=total, unit=" cells", disable=not sys.stderr.isatty()) as bar:
         for name in args.perturbations:
             for subject in subjects:
-                facts = [subject.sha256, simulator_hash(), torch.__version__, *PERTURBATIONS[name], *flags]
+                facts = [subject.sha256, simulator_hash(PERTURBATIONS[name].simulator), torch.__version__]
+                facts += [*PERTURBATIONS[name], *flags]
                 code = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
                 paths = {seed: folder / f"{subject.label}--{name}--{seed}--{code}.npz" for seed in args.seeds}
                 missing = [seed for seed, path in paths.items() if not path.exists()]
@@ -615,8 +616,11 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     return cells, left_out
 
 
-def simulator_hash() -> str:
-    return hashlib.sha256(Path(vecsim.__file__).read_bytes()).hexdigest()
+def simulator_hash(simulator: str = "vecsim") -> str:
+    """Of the files that simulate."""
+    file = Path(vecsim.__file__)
+    files = [file, file.with_name("ppo_mjx_jax.py")] if simulator == "mjx" else [file]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
 def check_same_starts(cells: Cells) -> None:

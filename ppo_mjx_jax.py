@@ -134,7 +134,7 @@ class Args:
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """options of the task, on top of those in TASKS, for example --env-kwargs ctrl_cost_weight 0.1"""
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
-    """integrator of the training physics; mjcf: the one that the MJCF names, as in Gymnasium's environments"""
+    """integrator of the training physics; mjcf: that of the MJCF, as in Gymnasium"""
     solver_iterations: int = 4  # Newton iterations of the contact solver (>= 1)
     ls_iterations: int = 2  # line-search steps of each Newton iteration, at most (>= 1)
     self_collision: bool = False  # let the robot's limbs collide with each other (matters for Hopper and Humanoid)
@@ -274,7 +274,7 @@ def make_task(args: Args) -> Task:
     model = env.unwrapped.model
     if args.integrator != "mjcf":
         model.opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{args.integrator.upper()}")
-    if model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4:  # without implicit damping, see `runge_kutta`
+    if model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4:  # see `runge_kutta`
         model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP
     model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid's MJCF asks for PGS, which MJX does not have
     model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
@@ -346,7 +346,8 @@ def runge_kutta(task: Task, start: mjx.Data) -> mjx.Data:
 
     def moved(data: mjx.Data, seconds: Array, rate: Array, qacc: Array) -> mjx.Data:
         """`data` with the coordinates of `start` after so many seconds."""
-        still = start.replace(qvel=rate, qacc=jnp.zeros_like(qacc))  # mjx.euler then changes qpos alone
+        # mjx.euler changes qpos alone, because qacc is 0 and the implicit damping, which would replace it, is disabled.
+        still = start.replace(qvel=rate, qacc=jnp.zeros_like(qacc))
         qpos = mjx.euler(model.tree_replace({"opt.timestep": seconds}), still).qpos
         return data.replace(qpos=qpos, qvel=start.qvel + seconds * qacc)
 
@@ -365,7 +366,8 @@ def runge_kutta(task: Task, start: mjx.Data) -> mjx.Data:
 
 
 def physics_step(task: Task, data: mjx.Data) -> mjx.Data:
-    """One timestep: mj_step. Only qpos and qvel are new afterwards; all else in `data` is of the state before."""
+    """One timestep: mj_step. Only qpos and qvel are new afterwards. All else in `data` is of the last evaluation of the
+    dynamics: at the state before, or of Runge-Kutta's fourth stage."""
     integrators = mujoco.mjtIntegrator
     if task.mj_model.opt.integrator == integrators.mjINT_RK4:
         return runge_kutta(task, data)
@@ -388,8 +390,8 @@ class RobotState(NamedTuple):
 
 
 def x_position(task: Task, data: mjx.Data) -> Array:
-    """(): forward coordinate, m. Ant's and Humanoid's are Cartesian positions, which mj_step does not refresh: they lag
-    one physics step behind qpos."""
+    """(): forward coordinate, m. Ant's and Humanoid's are Cartesian positions, which mj_step does not refresh: they are
+    of its last evaluation of the dynamics."""
     if task.env_id == "Ant-v5":
         return data.xpos[task.options["main_body"], 0]
     if task.env_id == "Humanoid-v5":

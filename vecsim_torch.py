@@ -2162,8 +2162,8 @@ def step(
     """Advance every robot by one timestep under ctrl (nu, N). Returns the next state and the last dynamics computed.
 
     integrator: euler (mj_Euler: implicit in the joints' damping), implicitfast (mj_implicit: also in the actuators'
-    damping), rk4, or mjcf for the one that the MJCF names. iterations: of Newton's method, at least 1. run: the
-    compiled or eager functions.
+    damping), rk4, or mjcf for that of the MJCF. iterations: of Newton's method, at least 1. run: the compiled or eager
+    functions.
 
     For euler and implicitfast, MuJoCo solves (M + h B) a = qfrc_smooth + qfrc_constraint with timestep h and damping B.
     Once Newton's method has converged, the right side is M qacc, and so a = qacc - (M + h B)^-1 h B qacc. This file
@@ -2177,7 +2177,7 @@ def step(
         return runge_kutta(model, state, ctrl, iterations, run)
     implicitfast = integrator == "implicitfast"
     if implicitfast and (len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons):
-        raise InputError("unsupported model feature: fluid or tendon forces with implicitfast; use euler or rk4")
+        raise InputError("unsupported: fluid or tendon forces with implicitfast; use --integrator euler or rk4")
     dynamics = forward(model, state, ctrl, iterations, run)
     return run.advance(model, state, dynamics, implicitfast), dynamics
 
@@ -3878,7 +3878,7 @@ def from_cache(key: str, suffix: str, build: Callable[[Path], None]) -> Path:
 
 def cpp_compiler() -> list[str]:
     """The command of the C++ compiler: $CXX or g++. InputError if it cannot be executed."""
-    words = shlex.split(os.environ.get("CXX") or "g++")
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(words[0]) is None:
         advice = "install it, name a C++ compiler in $CXX, or run many times slower with --no-compile (compile=False)"
         raise InputError(f"{words[0]} cannot be executed; {advice}")
@@ -3888,7 +3888,7 @@ def cpp_compiler() -> list[str]:
 def build_cpp(source: str) -> Callable[..., None]:
     """Compile with $CXX or g++. Returns the C function `run`. Python's lock is free while it runs.
 
-    InputError if there is no compiler, RuntimeError if it fails."""
+    InputError if there is no compiler; OSError if it cannot start; RuntimeError if it fails."""
     flags = "-O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -Wno-psabi".split()
     words = [*cpp_compiler(), *flags]
 
@@ -4440,7 +4440,7 @@ class Options:
     device: str | torch.device = "cpu"  # auto, cpu, cuda, cuda:N or a torch.device
     seed: int = 0  # of every random number that the environment draws
     dtype: torch.dtype = torch.float32  # or torch.float64
-    integrator: str = "mjcf"  # mjcf (the one that the MJCF names), euler, implicitfast or rk4
+    integrator: str = "mjcf"  # mjcf (that of the MJCF), euler, implicitfast or rk4
     iterations: int = 4  # Newton iterations per evaluation of the dynamics
     # How many contacts between moving geoms are solved at once, see `load_model`; `pop_statistics` counts the others.
     pair_slots: int | None = None
@@ -4511,7 +4511,7 @@ class VecSim(gymnasium.vector.VectorEnv):
                 "self_collision=False or compile=False"
             )
         if self.compiled and self.device.type == "cpu":
-            cpp_compiler()  # an error here is early
+            cpp_compiler()  # without one, say so before the networks are compiled
         if has_cuda_graphs(self.device) and not self.compiled:
             print("compile=False on a GPU launches tens of thousands of kernels a step: very slow", file=sys.stderr)
         self.settings = Settings(
@@ -5275,7 +5275,7 @@ class RunFlags:
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.2"""
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
-    """integrator of the training physics; mjcf: the one that the MJCF names, as in Gymnasium's environments"""
+    """integrator of the training physics; mjcf: that of the MJCF, where MuJoCo's default is euler"""
     solver_iterations: int = 4
     """Newton iterations of the contact solver (>= 1)"""
     reward_scale: float = 1.0
@@ -5905,8 +5905,9 @@ def prepare(
 ) -> list[Callable]:
     """Make the functions of a trainer ready before the clock of the training starts.
 
-    Each runs once on its example, which compiles it. On a GPU with cuda_graphs it is captured first. They run in their
-    order, so a function may read what an earlier one leaves. Agent and optimizers have the same values afterwards.
+    Each runs on its example, which compiles it. On a GPU with cuda_graphs it is captured first. They run in their
+    order, so a function may read what an earlier one leaves. They may change agent and optimizers, which are restored
+    afterwards, and gradients, which are not.
     """
     moments = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     state, prepared = [*agent.state_dict().values(), *moments], []

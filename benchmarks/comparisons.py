@@ -127,7 +127,7 @@ def train_settings(env_id: str, integrator: str, device: str) -> dict:
 def train(options: Namespace) -> Iterator[Comparison]:
     """Environment steps/s of whole trainings, under each integrator.
 
-    HalfCheetah's MJCF says Euler, those of all other tasks RK4."""
+    HalfCheetah's MJCF says Euler, Ant's says RK4."""
     count = units(options)
     words = f", {count} processes" if count > 1 else ""
     processes = [Contender(f"ours{words}", "train/ours.py", str(count))] if count > 1 else []

@@ -43,7 +43,7 @@ class BenchmarkArgs:
     env_id: str = "Ant-v5"  # task
     num_envs: int = 4096  # environments (>= 1)
     device: str = "auto"  # auto (CUDA where there is a GPU), cpu, cuda or cuda:N
-    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"  # of vecsim and of MuJoCo C
+    integrator: Literal["euler", "implicitfast", "rk4"] = "euler"  # of vecsim and of MuJoCo C, whatever the MJCF says
     iterations: int = 4  # Newton iterations of vecsim (>= 1)
     compile: bool = True  # compile the step; on CUDA also capture it as one graph
     threads: int = os.cpu_count() or 1  # CPU threads of vecsim and of MuJoCo C (>= 1)

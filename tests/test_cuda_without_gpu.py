@@ -227,6 +227,7 @@ def test_a_captured_run_is_the_plain_run_bit_for_bit(name, plain_runs, monkeypat
 WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its name, a piece of its source, a fault
     "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
     "PPO's state is not restored": ("ppo", vecsim, "prepare", "x.copy_(saved)", "pass"),
+    "the recurrent state is not restored": ("ppo-gru", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "SAC's state is not restored": ("sac", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "DQN's state is not restored": ("dqn", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "the distillation's state is not restored": ("distill", vecsim, "prepare", "x.copy_(saved)", "pass"),
@@ -350,14 +351,15 @@ def test_a_step_after_a_failed_capture_captures_again(right_steps, monkeypatch):
 @pytest.mark.slow
 @needs_tested_torch
 @pytest.mark.parametrize("replayed", [True, False])
-@pytest.mark.parametrize("name", ["ppo", "distill"])
+@pytest.mark.parametrize("name", ["ppo", "ppo-gru", "dqn", "distill"])
 def test_the_gradients_exist_before_the_step_that_uses_them_is_captured(name, replayed, monkeypatch, tmp_path):
     """A capture computes nothing: without a replay the warm-up of the step would see arbitrary memory."""
-    module = dict(ppo=ppo, distill=distill)[name]
+    module = RUNS[name][0]
     seen, apply_gradients = [], module.apply_gradients
 
     def watching(agent, *others):
-        seen.append(torch.stack([x.grad.isfinite().all() for x in agent.parameters()]).all())
+        gradients = [x.grad for x in agent.parameters() if x.grad is not None]  # a target network has none
+        seen.append(torch.stack([x.isfinite().all() for x in gradients]).all())
         apply_gradients(agent, *others)
 
     monkeypatch.setattr(module, "apply_gradients", watching)

@@ -5,6 +5,7 @@ One state sequence per task drives everything: random actions in Gymnasium's own
 
 import copy
 import functools
+import types
 
 import gymnasium
 import jax
@@ -74,6 +75,7 @@ def errors(mine, reference):
     pytest.param("Humanoid-v5", "euler", marks=pytest.mark.slow),
     pytest.param("Hopper-v5", "mjcf", marks=pytest.mark.slow),
     pytest.param("Ant-v5", "mjcf", marks=pytest.mark.slow),
+    pytest.param("Humanoid-v5", "mjcf", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_task_step_is_gymnasiums(env_id, integrator):
     """From the same states, with Gymnasium's own options: coordinates to 1e-9, and observation, reward, termination.
@@ -112,6 +114,22 @@ def test_a_task_step_is_gymnasiums(env_id, integrator):
         assert errors(after[None], np.concatenate([env.data.qpos, env.data.qvel])[None]) < 1e-9
         np.testing.assert_allclose(obs, their_obs, rtol=1e-5, atol=1e-5)
         assert abs(reward - their_reward) < 1e-5 and terminated == their_terminated
+
+
+def test_chart_rate_is_how_fast_the_rotation_vector_of_a_turning_root_changes():
+    """Against the difference of log(exp(u) exp(w dt)) in MuJoCo's quaternions."""
+    u, w, dt = np.array([0.3, -0.2, 0.1]), np.array([3.0, -5.0, 4.0]), 1e-6
+    vectors = []
+    for turn in (-w * dt, w * dt):
+        quaternion, vector = np.array([1.0, 0.0, 0.0, 0.0]), np.zeros(3)
+        for part in (u, turn):
+            mujoco.mju_quatIntegrate(quaternion, part, 1.0)
+        mujoco.mju_quat2Vel(vector, quaternion, 1.0)
+        vectors.append(vector)
+    robot = types.SimpleNamespace(mj_model=types.SimpleNamespace(jnt_type=[mujoco.mjtJoint.mjJNT_FREE]))
+    others = np.arange(1.0, 4.0)
+    found = ppo.chart_rate(robot, jnp.array([*others, *w, 7.0]), jnp.array([*others, *u, 9.0]))
+    np.testing.assert_allclose(found, [*others, *(vectors[1] - vectors[0]) / (2 * dt), 7.0], rtol=1e-8)
 
 
 CAPSULE = """<mujoco><option jacobian="dense" tolerance="1e-12" iterations="100" ls_iterations="50"/><worldbody>

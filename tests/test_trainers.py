@@ -704,3 +704,23 @@ def test_helpers_of_two_trainers_are_equal_word_for_word(module, origin, names):
     if module is sac:
         for method in ("autocast", "to_env"):
             assert inspect.getsource(getattr(sac.Agent, method)) == inspect.getsource(getattr(ppo.Agent, method))
+
+
+def test_prepare_runs_each_function_once_in_order_and_restores_weights_and_moments():
+    agent, rows, called = torch.nn.Linear(2, 1), torch.ones(3, 2), []
+    optimizer = vecsim.make_optimizer(agent, torch.tensor(0.1))
+    before = [x.detach().clone() for x in agent.parameters()]
+
+    def differentiate(x):
+        called.append("differentiate")
+        agent(x).sum().backward()
+
+    def take_step():
+        called.append("take_step")
+        optimizer.step()
+        assert not any(map(torch.equal, agent.parameters(), before))
+
+    prepared = vecsim.prepare((differentiate, take_step), ((rows,), ()), agent, [optimizer], cuda_graphs=True)
+    assert prepared == [differentiate, take_step] and called == ["differentiate", "take_step"]
+    assert all(map(torch.equal, agent.parameters(), before))
+    assert not any(x.any() for moments in optimizer.state.values() for x in moments.values())
