@@ -19,9 +19,9 @@ action is each head's best bin, and the outputs grow linearly with the actuators
 
 Both explore epsilon-greedily; each environment has its own epsilon.
 
-Scores on one AMD EPYC core in about two minutes, medians of 3 seeds in Gymnasium's own environments:
-InvertedPendulum-v5 1,000 with both; HalfCheetah-v5 4,670 with DQN and 2,600 with PQN; Hopper-v5 1,708 and 2,107;
-Walker2d-v5 659 and 2,885. results/README.md has PPO and SAC beside them.
+Scores on one AMD EPYC core in about two and a half minutes, medians of 3 seeds in Gymnasium's own environments:
+InvertedPendulum-v5 1,000 with both; HalfCheetah-v5 5,644 with DQN and 4,952 with PQN; Hopper-v5 2,652 and 2,418;
+Walker2d-v5 1,810 and 3,882. results/README.md has PPO and SAC beside them.
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 

@@ -8,8 +8,8 @@
     python ppo_mjx_jax.py --resume runs/NAME/checkpoint.npz --total-timesteps 40000000
     python ppo_mjx_jax.py --play runs/NAME/checkpoint.npz --capture-video   score a checkpoint, film one episode
 
-The first command reaches 1000 in all 20 episodes of Gymnasium's own environment. On one AMD EPYC core it takes 24 s to
-compile and 2 s to train; a test runs it. Other measured results are in results/mjx/, each with versions and hardware.
+The first command reaches 1000 in all 20 episodes of Gymnasium's own environment. On one AMD EPYC core it takes 28 s to
+compile and 3 s to train; a test runs it. Other measured results are in results/mjx/, each with versions and hardware.
 
 An iteration is one program: rollout with MJX, resets, advantages, epochs over minibatches, learning rate, sums for the
 log. `train` runs as many iterations as possible before the host must log, evaluate or save. An agent is a pure function

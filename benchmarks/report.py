@@ -92,13 +92,12 @@ tasks and partly on these seeds; expect worse on new tasks.
   seeds of Ant, whose undisturbed seeds take 430 s. The seeds that compiled longest had an empty cache, the others found
   most of the code.
 - With PPO one seed of Walker2d ends below its threshold; every other seed in the first table ends above its own.
-- In `ppo` and `bf16` Ant, Hopper, Walker2d and Humanoid train with RK4, as Gymnasium simulates them. `euler` is PPO
-  with Euler. Median scores with Euler and with RK4 are: Ant 4,293 and 6,639, Hopper 3,368 and 3,560, Walker2d 4,690 and
-  5,387, Humanoid 10,609 and 11,054. Humanoid had 20 million steps with Euler, and 15 million with RK4. A policy relies
-  on the physics in which it has learned: trained with Euler, the worst of three Humanoids lasts 974 of 1,000 steps in
-  the training simulator, and 642 in Gymnasium.
-- All other trainings of this section integrate with Euler, Walker2d with PPO in `dqn` too. Gymnasium simulates all
-  tasks but HalfCheetah and Pusher with RK4.
+- Trainings integrate as Gymnasium does: HalfCheetah and Pusher with Euler, the others with RK4. Two exceptions: SAC
+  trained HumanoidStandup with Euler, and `euler` is PPO with Euler where Gymnasium has RK4. Median scores with Euler
+  and with RK4 are: Ant 4,293 and 6,639, Hopper 3,368 and 3,560, Walker2d 4,690 and 5,387, Humanoid 10,609 and 11,054.
+  Humanoid had 20 million steps with Euler, and 15 million with RK4. A policy relies on the physics in which it has
+  learned: trained with Euler, the worst of three Humanoids lasts 974 of 1,000 steps in the training simulator, and 642
+  in Gymnasium.
 - The thresholds of InvertedDoublePendulum, Reacher, Pusher, Swimmer and HumanoidStandup are about the best scores of
   PPO, SAC and CrossQ in [SLM-Lab's table](https://github.com/kengz/SLM-Lab/blob/main/docs/BENCHMARKS.md), after one to
   ten million steps.
@@ -109,14 +108,14 @@ tasks and partly on these seeds; expect worse on new tasks.
   one of Ant 61% of that of its undisturbed seeds. Ant scores 6,673 with it and 6,639 without, HalfCheetah 9,330 and
   8,014 (medians of 5 seeds, of Ant with it of 3). The seeds differ by more than that, so no difference is shown. The
   runs with it were made later than those without.
-- Swimmer stays in a slower stroke with some seeds of PPO, and SAC does not learn it in 200 thousand steps. The reward
+- Swimmer ends below the threshold with all seeds of PPO, and SAC does not learn it in 200 thousand steps. The reward
   of HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
-- Some cores were shared: those of HumanoidStandup with PPO, and some of SAC's. SAC's times are left out.
-  SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries. Its scores swing between
-  evaluations; the last one counts.
-- On one core PPO in JAX trains the pendulum in a fifth of the time of PyTorch without compilation, after it has
-  compiled for 21 s. It trains HalfCheetah in five times the time of compiled PyTorch (one seed). Eight agents in one
-  program train longer than eight in turn on one core, but compile only once.
+- SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries, at an older commit, where both
+  scored more: today the same seeds draw other random numbers. Scores of SAC swing between evaluations; the last one
+  counts. Where its cores were shared, times are left out.
+- On one core PPO in JAX trains the pendulum in 3 s and PPO in PyTorch in 2 s, after at most 28 and 20 s of compilation.
+  JAX trains HalfCheetah in five times the time of PyTorch (one seed). Eight agents in one program train longer than
+  eight in turn on one core, but compile only once.
 """
 
 EXPORT = """## Export
@@ -128,31 +127,31 @@ before they are clipped.
 
 PEERS = """## Minutes to a score, beside other libraries
 
-Each run trains for the same minutes on the same core. Our trainers had the defaults of that day, SB3 has the tuned
-settings of RL Baselines3 Zoo (for SAC on the pendulum SB3's defaults), and CleanRL-style PPO has CleanRL's published
-settings on one environment. The clock excludes imports, evaluations and compilation: add the last column for a first
-start. A score is that of the last evaluation within the minutes, or at most a fiftieth later, because a library
-finishes its rollout first. Our trainers evaluate at fixed numbers of steps, so their last evaluation may be more than
-half a minute old. Other work ran on the other core. Our SAC on HalfCheetah ended before its time: its 160 thousand
-steps were done. Our simulator was slower then, because torch.compile compiled it, and PPO trained Hopper with Euler.
-Three minutes after compilation, HalfCheetah scores 6,657 with our PPO and 3,168 with SB3's.
+Each run trains for the same minutes on the same core. Our trainers have their defaults, SB3 has the tuned settings of
+RL Baselines3 Zoo (for SAC on the pendulum SB3's defaults), and CleanRL-style PPO has CleanRL's published settings on
+one environment. The clock excludes imports, evaluations and compilation: add the last column for a first start. A score
+is that of the last evaluation within the minutes, or at most a fiftieth later, because a library finishes its rollout
+first. Our trainers evaluate at fixed numbers of steps, so their last evaluation may be more than half a minute old.
+Other work ran on the other core. Our SAC, and our PPO on the pendulum, ended before their time, because their steps
+were done; their last score counts. Our runs are newer than those of the other libraries. Three minutes after
+compilation, HalfCheetah scores 7,747 with our PPO and 3,168 with SB3's.
 """
 
 Q_LEARNING = """## Q-learning, beside PPO and SAC within the same minutes
 
 Both algorithms of `dqn_gpu_torch.py` with bang-bang actions: each actuator is at one end of its range or at the other.
-PPO and SAC act continuously, on the same core. All train with Euler. The runs of PPO and SAC are those of the tables
-above, cut off in the middle of longer schedules; on Walker2d they were trained for this comparison, with schedules that
-end with it. The last score within the minutes of the longest run of Q-learning counts, and some runs end earlier. Full
-effort has its price: Gymnasium's reward on all but the pendulum has a control cost.
+PPO and SAC act continuously, on the same core. The runs of PPO and SAC are those of the tables above, cut off in the
+middle of longer schedules; on Walker2d they were trained for this comparison, with schedules that end with it. The last
+score within the minutes of the longest run of Q-learning counts, and some runs end earlier. Full effort has its price:
+Gymnasium's reward on all but the pendulum has a control cost.
 
-Medians of three seeds. On HalfCheetah DQN scores 4,670 and PQN 2,600, PPO 5,344 and SAC 4,339. On Hopper DQN scores
-1,708 and PQN 2,107, PPO 2,468 and SAC 3,128. On Walker2d DQN scores 659 and PQN 2,885, PPO 613 and SAC 413. So DQN
-keeps up with SAC on HalfCheetah, PQN is the fastest start on Walker2d, and neither is best everywhere. Three seeds
-differ by as much as a factor of two.
+Medians of three seeds. On HalfCheetah DQN scores 5,644 and PQN 4,952, PPO 7,573 and SAC 4,413. On Hopper DQN scores
+2,652 and PQN 2,418, PPO 3,221 and SAC 3,177. On Walker2d DQN scores 1,810 and PQN 3,882, PPO 4,465 and SAC 310. So PPO
+is ahead on each task, on Hopper by less than the seeds differ. Both kinds of Q-learning are ahead of SAC on HalfCheetah
+and Walker2d, and behind it on Hopper. Three seeds differ by as much as a factor of two.
 """
 
-Q_ABLATION = """DQN on HalfCheetah, half as long, with one thing changed in each row. Layer norm counts most:
+Q_ABLATION = """DQN on HalfCheetah for 160 thousand steps, with one thing changed in each row. Layer norm counts most:
 without it the median is 985, with it 2,678. Five bins score 3,795, and each of their seeds is above all of the
 default's: bang-bang actions cost some score here. 512 environments score 3,354 in less time, which is within the spread
 of the default's seeds. The other rows show no difference. The defaults are older than this table.
@@ -183,10 +182,10 @@ minGRU 1,681, with an LSTM 1,384, with the stack 1,276, without memory 1,181. Wi
 of the GRU is above all without memory. The memories themselves are not ranked: their seeds differ by more than their
 medians. On a CPU training with a memory takes one and a half times to almost three times as long.
 
-On Ant the same budget shows no gain from memory, with two seeds: without memory the policy scores 2,060, with the stack
-1,933, with a GRU 1,851, with a minGRU 1,612, with an LSTM 1,484. With velocities it scores 1,677: it is ahead at half
-the budget and behind at its end. All train with Euler. Ant needs nine times as many steps for its score in the first
-table, with RK4.
+On Ant the same budget shows no gain from memory: without memory the policy scores 2,290, with the stack 2,421, with a
+GRU 1,729, with a minGRU 1,928, with an LSTM 1,708. With velocities it scores 2,174, and its seeds differ most (1,793 to
+2,860). Every seed without memory is above every seed with one. Ant needs nine times as many steps for its score in the
+first table.
 """
 
 WALK_MEMORY = """`walk-memory` trains a quadruped without its base velocity, each robot with other masses, gains and

@@ -13,7 +13,6 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-import ppo_gpu_torch
 import vecsim_torch
 from benchmarks import gpu_kernels, report
 from benchmarks.runs import SETS
@@ -194,13 +193,13 @@ def claims():
         }
         for twin in ("", "-torch")
     )
-    assert round(twin["InvertedPendulum"] / jax["InvertedPendulum"]) == 5
     assert round(jax["HalfCheetah"] / twin["HalfCheetah"]) == 5
-    compiled = statistics.median(
-        result(f"mjx/InvertedPendulum-v5-seed{seed}.json")["compile_seconds"] for seed in (1, 2, 3)
-    )
-    yield f"a fifth of the time of PyTorch without compilation, after it has compiled for {compiled:.0f} s"
-    yield "HalfCheetah in five times the time of compiled PyTorch (one seed)"
+    files = [[f"mjx/InvertedPendulum-v5{x}-seed{seed}.json" for seed in (1, 2, 3)] for x in ("", "-torch")]
+    compiled = [max(result(file)["compile_seconds"] for file in found) for found in files]
+    times = jax["InvertedPendulum"], twin["InvertedPendulum"]
+    yield "trains the pendulum in {:.0f} s and PPO in PyTorch in {:.0f} s".format(*times)
+    yield "after at most {:.0f} and {:.0f} s of compilation".format(*compiled)
+    yield "HalfCheetah in five times the time of PyTorch (one seed)"
     means = [
         statistics.median(result(file)["gymnasium"]["mean"] for file in files)
         for files in (
@@ -237,10 +236,14 @@ def claims():
     yield ", ".join(pairs)
     millions = old[3].steps / 1e6, new[3].steps / 1e6
     yield "Humanoid had {:.0f} million steps with Euler, and {:.0f} million with RK4".format(*millions)
-    for task in SETS["ppo"]["runs"]:
+    of_mjcf = {}
+    for task in vecsim_torch.TASKS:
         model = vecsim_torch.compile_mjcf(vecsim_torch.build_task(task, {}).source())
-        of_gymnasium = vecsim_torch.integrator_of(model)
-        assert (ppo_gpu_torch.task_defaults(task).integrator == of_gymnasium) == (task != "InvertedPendulum-v5")
+        of_mjcf[task] = vecsim_torch.integrator_of(model)
+    assert {task for task in of_mjcf if of_mjcf[task] == "euler"} == {"HalfCheetah-v5", "Pusher-v5"}
+    assert vecsim_torch.RunFlags().integrator == "mjcf"
+    rows = [re.findall(r"\nTASKS = {.*?\n}", path.read_text(), re.DOTALL) for path in ROOT.glob("*.py")]
+    assert sum(map(len, rows)) == 6 and "integrator=" not in str(rows)
     short = [median_run("bf16", f"{task}-v5") for task in ("Ant", "HalfCheetah")]
     assert short[1].seeds == ant.seeds
     yield "Ant scores {} after {:.0f} s ({} seeds) and HalfCheetah {} after {:.0f} s ({} seeds)".format(
@@ -305,13 +308,15 @@ def claims():
     yield f"with a GRU the policy scores {gru}, with a minGRU {mingru}, with an LSTM {lstm}, with the stack {stack}"
     yield f"without memory {without}. With velocities it scores {everything}"
     yield f"Without velocities HalfCheetah scores {gru} with a GRU, {without} without memory"
-    runs = {kind: [result(f"memory/Ant-v5/{kind}-seed{seed}.json") for seed in (1, 2)] for kind in kinds}
-    half = {kind: statistics.median(run["curve"][1][2] for run in runs[kind]) for kind in kinds}
-    end = {kind: statistics.median(run["gymnasium"]["mean"] for run in runs[kind]) for kind in kinds}
-    gru, mingru, lstm, stack, without, everything = (f"{end[kind]:,.0f}" for kind in kinds)
+    runs = {kind: [result(f"memory/Ant-v5/{kind}-seed{seed}.json") for seed in (1, 2, 3)] for kind in kinds}
+    scores = {kind: [run["gymnasium"]["mean"] for run in runs[kind]] for kind in kinds}
+    gru, mingru, lstm, stack, without, everything = (f"{statistics.median(scores[kind]):,.0f}" for kind in kinds)
     yield f"without memory the policy scores {without}, with the stack {stack}, with a GRU {gru}"
     yield f"with a minGRU {mingru}, with an LSTM {lstm}. With velocities it scores {everything}"
-    assert max(half, key=half.get) == "everything-observed" and max(end, key=end.get) == "no-memory"
+    assert min(scores["no-memory"]) > max(x for kind in ("gru", "mingru", "lstm") for x in scores[kind])
+    lowest, _, highest = sorted(scores["everything-observed"])
+    yield f"its seeds differ most ({lowest:,.0f} to {highest:,.0f})"
+    assert highest - lowest == max(max(found) - min(found) for found in scores.values())
     errors = {}
     for path in sorted((ROOT / "results/walk-memory/Quadruped-Flat").glob("*/panel/summary.csv")):
         with path.open() as file:
