@@ -431,7 +431,7 @@ def test_evaluations_during_training_then_play_and_film(tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_inverted_pendulum_balances_in_gymnasium(tmp_path):
     """With the defaults of its row, every episode in Gymnasium's own environment lasts as long as it can."""
-    args = dataclasses.replace(ppo.task_defaults("InvertedPendulum-v5"), device="cpu", compile=False)
+    args = dataclasses.replace(ppo.task_defaults("InvertedPendulum-v5"), device="cpu")
     result = ppo.train(dataclasses.replace(args, run_dir=str(tmp_path)))
     assert result["gymnasium"] == dict(mean=1000.0, std=0.0, min=1000.0, episodes=20, mean_length=1000.0)
     assert result["vecsim"]["mean"] > 990.0
