@@ -114,8 +114,8 @@ tasks and partly on these seeds; expect worse on new tasks.
   scored more: today the same seeds draw other random numbers. Scores of SAC swing between evaluations; the last one
   counts. Where its cores were shared, times are left out.
 - On one core PPO in JAX trains the pendulum in 3 s and PPO in PyTorch in 2 s, after at most 28 and 20 s of compilation.
-  JAX trains HalfCheetah in five times the time of PyTorch (one seed). Eight agents in one program train longer than
-  eight in turn on one core, but compile only once.
+  JAX trains HalfCheetah in five times the time of PyTorch (one seed). Eight agents in one program, with Euler, train
+  longer than eight in turn on one core, but compile only once.
 """
 
 EXPORT = """## Export
