@@ -327,7 +327,7 @@ def keep_types(new: mjx.Data, old: mjx.Data) -> mjx.Data:
 
 
 def chart_rate(task: Task, qvel: Array, displacement: Array) -> Array:
-    """(nv,): how fast the displacement of a Runge-Kutta stage changes at velocity `qvel`.
+    """(nv,), m/s and rad/s: how fast the displacement of a Runge-Kutta stage (nv,), m and rad, changes at `qvel`.
 
     This is qvel, except for the rotation vector u of a free root. If the root turns at w in its own axes, u changes at
     w + u x w / 2 + c u x (u x w), where c = (1 - (t/2) cot(t/2)) / t^2 with t = |u|, here as a series. MuJoCo 4 uses
@@ -341,7 +341,8 @@ def chart_rate(task: Task, qvel: Array, displacement: Array) -> Array:
 
 
 def runge_kutta(task: Task, start: mjx.Data) -> mjx.Data:
-    """One timestep: mj_RungeKutta. qpos and qvel are new afterwards; all else is of the fourth evaluation."""
+    """One timestep: mj_RungeKutta, of classical fourth order. qpos and qvel are new afterwards; all else is of the
+    fourth evaluation."""
     model, timestep = task.model, task.mj_model.opt.timestep
 
     def moved(data: mjx.Data, seconds: Array, rate: Array, qacc: Array) -> mjx.Data:

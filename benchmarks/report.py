@@ -154,7 +154,7 @@ and Walker2d, and behind it on Hopper. Three seeds differ by as much as a factor
 Q_ABLATION = """DQN on HalfCheetah for 160 thousand steps, with one thing changed in each row. Layer norm counts most:
 without it the median is 985, with it 2,678. Five bins score 3,795, and each of their seeds is above all of the
 default's: bang-bang actions cost some score here. 512 environments score 3,354 in less time, which is within the spread
-of the default's seeds. The other rows show no difference. The defaults are older than this table.
+of the default's seeds. The other rows show no difference. The defaults were chosen before this table was made.
 """
 
 SETTINGS = """## Settings on the same budget

@@ -227,7 +227,7 @@ def test_a_captured_run_is_the_plain_run_bit_for_bit(name, plain_runs, monkeypat
 WRONG_NUMBERS = {  # the run that must notice it, the owner of a function, its name, a piece of its source, a fault
     "inputs are not copied": ("ppo", vecsim, "capture", "static.copy_(x)", "pass"),
     "PPO's state is not restored": ("ppo", vecsim, "prepare", "x.copy_(saved)", "pass"),
-    "the recurrent state is not restored": ("ppo-gru", vecsim, "prepare", "x.copy_(saved)", "pass"),
+    "the state of PPO with a memory is not restored": ("ppo-gru", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "SAC's state is not restored": ("sac", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "DQN's state is not restored": ("dqn", vecsim, "prepare", "x.copy_(saved)", "pass"),
     "the distillation's state is not restored": ("distill", vecsim, "prepare", "x.copy_(saved)", "pass"),

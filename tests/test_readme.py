@@ -291,7 +291,11 @@ def claims():
     yield f"Without clipping it is {score[2]}"
     assert {onnx["episodes"], clipped["episodes"], plain["episodes"]} == {100}
     for task in ("HalfCheetah", "Hopper", "Walker2d"):
-        yield "On {} DQN scores {} and PQN {}, PPO {} and SAC {}".format(task, *at_equal_time(f"{task}-v5"))
+        scores = list(at_equal_time(f"{task}-v5"))
+        yield "On {} DQN scores {} and PQN {}, PPO {} and SAC {}".format(task, *scores)
+        dqn, pqn, ppo, sac = (int(score.replace(",", "")) for score in scores)
+        assert ppo > max(dqn, pqn, sac)  # ahead on each task
+        assert max(dqn, pqn) < sac if task == "Hopper" else min(dqn, pqn) > sac
     middle, ends = {}, {}
     for name in ("no-layer-norm", "default", "five-bins", "512-environments"):
         runs = [result(f"dqn/ablation/HalfCheetah-v5/{name}-seed{seed}.json") for seed in (1, 2, 3)]
