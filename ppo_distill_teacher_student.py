@@ -12,7 +12,7 @@ For two CPU cores, with fewer robots and smaller networks:
 
     python ppo_distill_teacher_student.py --env-id Quadruped-Flat --num-envs 512 --total-timesteps 10000000 \
         --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6
-    python ppo_distill_teacher_student.py --num-envs 512 --total-timesteps 24000000 --env-kwargs first_levels 1 \
+    python ppo_distill_teacher_student.py --num-envs 512 --total-timesteps 60000000 --env-kwargs first_levels 1 \
         --actor-hidden 128 64 --critic-hidden 128 64 --student-hidden 128 64 --student-history 6
 
 The stages run in this order. Each has its own folder, with log and checkpoint, in the folder of the run.
