@@ -75,7 +75,7 @@ class Args(vecsim.RunFlags):
     total_timesteps: int = 2_000_000
     """environment steps of the whole run (> learning_starts; rounded up to whole iterations)"""
     bf16: bool = False
-    """run the networks in bfloat16; the physics and the weights stay in float32"""
+    """run the networks in bfloat16, the rest in float32: faster on a CPU with AVX512_BF16, slower without it"""
     checkpoint_replay: bool = False
     """dqn: save the replay, so that a run resumes bit for bit; otherwise a resumed run starts with an empty replay"""
     normalize_rewards: bool = True
@@ -117,7 +117,7 @@ class Args(vecsim.RunFlags):
     q_lambda: float = 0.9
     """pqn: decay of Q(lambda), from 0 (bootstrap after one step) to 1 (at the end of the rollout)"""
     epsilon: tuple[float, float] = (0.01, 0.2)
-    """lowest and highest probability that an actuator acts at random (> 0, <= 1); environments are between them"""
+    """probabilities that an actuator acts at random (> 0, <= 1): each environment has its own, from low to high"""
     epsilon_decay: float = 0.1
     """share of the run in which the probabilities fall linearly from 1 to their final values (> 0, <= 1)"""
     max_grad_norm: float = 10.0
@@ -217,7 +217,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
         if rollout % args.batch_size:
             nearest = next(n for n in range(min(rollout, args.batch_size), 0, -1) if rollout % n == 0)
             raise InputError(f"batch_size must divide num_envs x num_steps = {rollout:,}; use {nearest}")
-    first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
+    least = args.n_step if args.algorithm == "dqn" else 1
+    first_slots = max(least, math.ceil(args.learning_starts / args.num_envs))
     return Sizes(args.num_envs // world_size, args.batch_size // world_size, slots, first_slots, updates, iterations)
 
 
@@ -607,12 +608,14 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 #   env_steps                      environment steps of all environments and processes; the clock of every flag
 #   wall_seconds, steps_per_second training time without compilation and evaluations; speed since the last line
 #   episode_return, episode_length means over the whole episodes since the last line, with exploration and unscaled
-#   episodes, success              number of these episodes; share that the task counts as a success
-#   invalid, dropped_contacts      environments quarantined since the last line; contacts that found no slot
+#   episodes, success              number of these episodes; share that reached the time limit
+#   invalid                        environments quarantined since the last line
+#   dropped_contacts               contacts that found no slot, per robot and physics step
 #   gymnasium_return               greedy score in Gymnasium's environment (--eval-every)
 #   updates, replay_transitions    gradient steps so far; transitions in the replay or the rollout
 #   loss, value, target            Huber loss; mean of Q(obs, action) and of its target, in scaled rewards
-#   epsilon, reward_divisor        mean probability that an actuator acts at random; what rewards are divided by
+#   epsilon                        mean probability that an actuator acts at random
+#   learning_rate, reward_divisor  that of Adam; what rewards are divided by
 # Loss, value and target are means over the gradient steps since the last line.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -651,7 +654,8 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         env.reset()
         env.step(torch.zeros(sizes.envs, action_size, device=device))  # compiles the physics
     obs, _ = env.reset(seed=run.env_seed)
-    rates = exploration_rates(*args.epsilon, args.num_envs)[run.rank * sizes.envs :][: sizes.envs].to(device)
+    rates = exploration_rates(*args.epsilon, args.num_envs).to(device)  # of all processes
+    mine = slice(run.rank * sizes.envs, (run.rank + 1) * sizes.envs)
     returns = torch.zeros(sizes.envs, device=device)
     updates, written = 0, 0
     saved = run.restore()
@@ -661,6 +665,8 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         updates, returns = run.checkpoint["updates"], saved["returns"].to(device)
         if saved["replay"]:
             written = load_replay(replay, saved["replay"])
+            if not saved["env"]:  # the environments began new episodes
+                replay.truncated[(written - 1) % sizes.slots] = True
         elif run.rank == 0:
             print("the checkpoint has no replay, so updates wait until a new one is filled; see --checkpoint-replay")
         saved["replay"] = None  # frees its memory
@@ -676,7 +682,7 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
             uniform = torch.rand(sizes.envs, action_size, generator=generator, device=device)
             fresh = torch.randint(args.bins, (sizes.envs, action_size), generator=generator, device=device)
             with record_function("infer"):
-                action, env_action = functions.policy(obs, epsilon, uniform, fresh)
+                action, env_action = functions.policy(obs, epsilon[mine], uniform, fresh)
             with record_function("simulate"):
                 next_obs, reward, terminated, truncated, info = env.step(env_action)
             invalid = info["invalid"]
@@ -718,9 +724,9 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         run.write_record(agent, means, needed=means, **counts)
         if run.save_now:
             with_replay = args.checkpoint_replay or args.algorithm == "pqn"
-            mine = dict(obs=obs, returns=returns, replay=filled_part(replay, written) if with_replay else None)
-            run.save(mine, agent=agent.state_dict(), moments=list(optimizer.state.values()), updates=updates)
-            del mine  # frees the copy of the replay
+            own = dict(obs=obs, returns=returns, replay=filled_part(replay, written) if with_replay else None)
+            run.save(own, agent=agent.state_dict(), moments=list(optimizer.state.values()), updates=updates)
+            del own  # frees the copy of the replay
         terms.zero_()
         logged_updates = updates
         run.go_on()

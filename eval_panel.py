@@ -40,6 +40,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -115,8 +116,8 @@ class Args:
     num_envs: int = 1024
     # where the simulator runs: auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; policies use the CPU
     device: str = "auto"
-    # compile vecsim's physics, anew for every perturbation: worth it on a GPU and for many episodes
-    compile: bool = False
+    # compile vecsim's physics, anew for every perturbation; without, a panel starts at once and is many times slower
+    compile: bool = True
     # integrator of every simulator; mjcf: that of the MJCF, as in Gymnasium
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
     solver_iterations: int = 4  # Newton iterations of the contact solver in vecsim and MJX (>= 1)
@@ -289,6 +290,7 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
         with zipfile.ZipFile(path) as archive:
             in_numpy = "header.npy" in archive.namelist()
         algorithm = "ppo_mjx" if in_numpy else torch.load(path, map_location="cpu", weights_only=True)["algorithm"]
+        algorithm = str(algorithm)
     except Exception as error:  # torch.load raises many types
         raise InputError(f"checkpoint {path} cannot be read: {type(error).__name__}: {str(error)[:100]}") from None
     if algorithm not in TRAINERS:
@@ -296,6 +298,8 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
     trainer = importlib.import_module(TRAINERS[algorithm])
     try:
         checkpoint = trainer.load_checkpoint(path)
+        if args.agent and not in_numpy:
+            raise InputError(f"checkpoint {path} holds one agent; omit --agent")
         policy = trainer.load_policy(checkpoint, args.agent) if in_numpy else trainer.load_policy(checkpoint)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         about = "" if path in str(error) else f"checkpoint {path}: "
@@ -353,10 +357,9 @@ class Vecsim:
     """vecsim under a perturbation."""
 
     def __init__(self, subject: Subject, perturbation: Perturbation, num_envs: int, args: Args):
-        noise = contract_of(subject.env_id).observation_noise
-        changes = dict(perturbation.options)
+        changes, noise = perturbation.options, contract_of(subject.env_id).observation_noise
         if noise is not None and "observation_noise" in changes:
-            changes["observation_noise"] = noise
+            changes = changes | dict(observation_noise=noise)
         options = dict(device=args.device, compile=args.compile)
         options |= dict(integrator=args.integrator, iterations=args.solver_iterations)
         self.env = vecsim.make(subject.env_id, num_envs, **options | subject.options | changes)
@@ -591,7 +594,8 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     with tqdm(total=total, unit=" cells", disable=not sys.stderr.isatty()) as bar:
         for name in args.perturbations:
             for subject in subjects:
-                facts = [subject.sha256, simulator_hash(PERTURBATIONS[name].simulator), torch.__version__]
+                files = simulator_hash(subject.env_id, PERTURBATIONS[name].simulator)
+                facts = [subject.sha256, files, torch.__version__]
                 facts += [*PERTURBATIONS[name], *flags]
                 code = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
                 paths = {seed: folder / f"{subject.label}--{name}--{seed}--{code}.npz" for seed in args.seeds}
@@ -603,6 +607,7 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
                     if name == "none":
                         raise InputError(str(error)) from error
                     left_out[f"{name}, {subject.label}"] = " ".join(str(error).split())
+                    bar.update(len(args.seeds))
                     continue
                 for seed in missing:
                     partial = folder / "partial.npz"
@@ -616,10 +621,11 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     return cells, left_out
 
 
-def simulator_hash(simulator: str = "vecsim") -> str:
-    """Of the files that simulate."""
+def simulator_hash(env_id: str, simulator: str = "vecsim") -> str:
+    """Of the files that simulate a task, with the file of the task itself."""
     file = Path(vecsim.__file__)
-    files = [file, file.with_name("ppo_mjx_jax.py")] if simulator == "mjx" else [file]
+    files = [file, Path(inspect.getsourcefile(vecsim.find_task(env_id)))]
+    files += [file.with_name("ppo_mjx_jax.py")] if simulator == "mjx" else []
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
@@ -723,8 +729,7 @@ def trace_worst(subjects: list[Subject], episodes: pd.DataFrame, args: Args) -> 
             trace["time"] = np.arange(length) * simulator.seconds
             action = torch.as_tensor(trace["action"], device=simulator.env.device)
             trace["unit_action"] = simulator.unit_action(action).cpu().numpy()
-            replay_return = replay["return"][place].item()
-            traced.append(row | dict(trace=trace, replay_return=replay_return, env=simulator.env))
+            traced.append(row | dict(trace=trace, replay_return=replay["return"][place].item(), env=simulator.env))
     return traced
 
 
@@ -862,7 +867,7 @@ def sentences(summary: pd.DataFrame) -> list[str]:
                 f"{with_interval(weakest, 'success', 100, '%')}, return changed by "
                 f"{with_interval(weakest, 'return_change_from_none')}."
             )
-        else:
+        elif len(rows) > 1:
             lines.append(f"**{label}**: no drop of return or success is shown under any perturbation.")
         if label != first:
             column = f"return_beyond_{first}"
@@ -910,6 +915,7 @@ def write_page(path: Path, record: dict, summary: pd.DataFrame, episodes: pd.Dat
         f"# {record['env_id']}: {' against '.join(summary['checkpoint'].unique())}",
         f"{len(episodes):,} episodes: seeds {', '.join(map(str, flags['seeds']))}, {flags['episodes']} episodes each, "
         f"{summary['perturbation'].nunique()} conditions; {record['hardware']}. Made by `{record['command']}`.",
+        "\n".join(f"- **{x['label']}** is `{x['path']}`" for x in record["checkpoints"]),
         "## What happened",
         "\n".join(f"- {line}" for line in sentences(summary)),
         "![scores](scores.png)",
@@ -963,7 +969,7 @@ def make_record(subjects: list[Subject], args: Args, left_out: dict[str, str], c
         checkpoints=[{name: x for name, x in subject._asdict().items() if name != "act"} for subject in subjects],
         initial_states={f"{name}, seed {seed}": str(cell["start"])[:16] for (_, name, seed), cell in cells.items()},
         versions=vecsim.versions() | jax,
-        simulator=simulator_hash(),
+        simulator=simulator_hash(first.env_id),
         hardware=vecsim.cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         threads=torch.get_num_threads(),
     )

@@ -71,7 +71,7 @@ class Args(vecsim.RunFlags):
     task without a row in TASKS. Each stage draws its own random numbers, writes its own log and is evaluated."""
 
     env_id: str = "Quadruped-Rough"
-    """task: any that vecsim_torch.make knows"""
+    """task: a name that vecsim_torch.make knows, or your own as my_task.py:MyTask"""
     stages: tuple[Stage, ...] = get_args(Stage)
     """stages to run; their order is always teacher, student, finetune, baseline"""
     teacher: str | None = None
@@ -830,9 +830,9 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def critic_observation(obs: Tensor, info: dict, prefix: str = "") -> Tensor:
+def critic_observation(env: Any, obs: Tensor, info: dict, prefix: str = "") -> Tensor:
     """The privileged observation (N, critic obs), or `obs` if the task has none. prefix: "final_" or nothing."""
-    return info.get(f"{prefix}critic_obs", obs)
+    return obs if env.single_critic_space is None else info[f"{prefix}critic_obs"]
 
 
 class Moment(NamedTuple):
@@ -884,7 +884,7 @@ class StageRun(vecsim.Run):
         env.random_initial_ages = True  # so that the robots do not reach the time limit together
         obs, info = env.reset(seed=vecsim.stream_seed(self.seed, self.rank, stream + 2))
         started = torch.ones(envs, dtype=torch.bool, device=device)
-        self.moment = Moment(obs, critic_observation(obs, info), self.agent.empty_memory(envs), started)
+        self.moment = Moment(obs, critic_observation(env, obs, info), self.agent.empty_memory(envs), started)
         if checkpoint:
             self.load(checkpoint)
         self.open_log()
@@ -923,9 +923,9 @@ class StageRun(vecsim.Run):
             with record_function("simulate"):
                 obs, reward, rollout.terminated[t], rollout.truncated[t], info = self.env.step(env_action)
             rollout.reward[t], rollout.invalid[t] = reward * self.args.reward_scale, info["invalid"]
-            rollout.final_critic_obs[t] = critic_observation(info["final_obs"], info, "final_")
+            rollout.final_critic_obs[t] = critic_observation(self.env, info["final_obs"], info, "final_")
             started = rollout.terminated[t] | rollout.truncated[t] | rollout.invalid[t]
-            moment = Moment(obs, critic_observation(obs, info), memory, started)
+            moment = Moment(obs, critic_observation(self.env, obs, info), memory, started)
         self.moment = moment
         return torch.randperm(self.sizes.envs, generator=self.generator, device=self.device)
 

@@ -566,8 +566,9 @@ def check_resumable(checkpoint: dict, args: Args, world_size: int) -> None:
 #   env_steps                      environment steps of all environments and processes; the clock of every flag
 #   wall_seconds, steps_per_second training time without compilation and evaluations; speed since the last line
 #   episode_return, episode_length means over the whole episodes since the last line, with exploration and unscaled
-#   episodes, success              number of these episodes; share that the task counts as a success
-#   invalid, dropped_contacts      environments quarantined since the last line; contacts that found no slot
+#   episodes, success              number of these episodes; share that reached the time limit
+#   invalid                        environments quarantined since the last line
+#   dropped_contacts               contacts that found no slot, per robot and physics step
 #   gymnasium_return               deterministic score in Gymnasium's environment (--eval-every)
 #   policy_loss, value_loss        minus the clipped objective; half the squared error of the normalised value
 #   bounds_loss                    squared excess of mean actions beyond 1.1 half ranges
@@ -609,7 +610,8 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
         vecsim.load_moments(optimizer, run.checkpoint["moments"])
-        if args.learning_rate == run.checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
+        same_rate = args.learning_rate == run.checkpoint["args"]["learning_rate"]
+        if args.learning_rate_schedule == "adaptive" and same_rate:  # a new value wins over the adapted one
             learning_rate.copy_(run.checkpoint["learning_rate"])
     with vecsim.first_process_first():
         functions = build_functions(agent, optimizer, rollout, sizes, args)

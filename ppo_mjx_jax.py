@@ -198,7 +198,8 @@ def parse_args(argv: list[str]) -> Args:
         of_one_command = dict(run_dir=None, resume=None, play=None, capture_video=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
     args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
-    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+    ranges = {k: [*map(float, x.split(":"))] for k, x in args.env_kwargs.items() if isinstance(x, str) and ":" in x}
+    return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs | ranges)
 
 
 def check_flags(args: Args):
@@ -1187,7 +1188,12 @@ def train(args: Args, env: Environment | None = None) -> dict:
                 record["gymnasium_return"] = float(np.mean(means)) if means else None
             log.write(record)
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM; it comes when the program has returned to Python
-        counters["env_steps"] = int(state.iteration[0]) * steps_per_iteration
+        after = int(state.iteration[0]) * steps_per_iteration
+        if after > counters["env_steps"]:  # it came while a stretch was running
+            seconds = time.perf_counter() - started
+            counters |= dict(env_steps=after, train_seconds=counters["train_seconds"] + seconds)
+            speed = len(seeds) * iterations * steps_per_iteration / seconds
+            log.write(metrics_record(sums, iterations, counters, speed))
         save_checkpoint(path, args, state, counters)
         message = f"stopped after {counters['env_steps']:,} steps; continue with --resume {path}"
         raise KeyboardInterrupt(message) from None

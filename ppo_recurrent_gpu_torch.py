@@ -727,7 +727,8 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
         vecsim.load_moments(optimizer, run.checkpoint["moments"])
-        if args.learning_rate == run.checkpoint["args"]["learning_rate"]:  # a new value wins over the adapted one
+        same_rate = args.learning_rate == run.checkpoint["args"]["learning_rate"]
+        if args.learning_rate_schedule == "adaptive" and same_rate:  # a new value wins over the adapted one
             learning_rate.copy_(run.checkpoint["learning_rate"])
     with vecsim.first_process_first():
         functions = build_functions(agent, optimizer, rollout, sizes, args)

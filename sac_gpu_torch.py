@@ -19,12 +19,12 @@ Each trick beyond the textbook is one flag, so an ablation is a loop over flags:
     normalised layers           --network mlp                 --network layer_norm; flash: residual blocks, batch norm
     scaled observations         --no-normalize-observations   --normalize-observations
     scaled rewards              --no-normalize-rewards        --normalize-rewards
-    longer returns              --n-step 1                    --n-step 3 (on for Hopper only)
+    longer returns              --n-step 1                    --n-step 3 (on for Hopper, Walker2d and Ant)
     held exploration noise      --noise-repeat-max 1          --noise-repeat-max 16
     mean of the two critics     --critic-reduction min        --critic-reduction mean
 
 --preset vanilla turns all of them off. It also sets the textbook's learning rates, tau, temperature, target entropy,
-network sizes and policy_frequency.
+network sizes, policy_frequency and reward scale.
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 
@@ -77,7 +77,7 @@ class Args(vecsim.RunFlags):
     total_timesteps: int = 2_000_000
     """environment steps of the whole run (> learning_starts; rounded up to whole steps of all environments)"""
     bf16: bool = False
-    """run the networks in bfloat16; the physics and the weights stay in float32"""
+    """run the networks in bfloat16, the rest in float32: faster on a CPU with AVX512_BF16, slower without it"""
     checkpoint_replay: bool = False
     """save the replay too, so that a run resumes bit for bit; otherwise a resumed run starts with an empty replay"""
     normalize_rewards: bool = True
@@ -89,7 +89,7 @@ class Args(vecsim.RunFlags):
     half_precision_replay: bool = False
     """store observations in float16, with three decimal digits and almost half the memory"""
     learning_starts: int = 10_000
-    """steps with uniformly random actions before the first update (>= 1); an empty replay is refilled to as many"""
+    """steps with random actions before the first update (>= 1); a run that resumes without a replay waits as long"""
     batch_size: int = 512
     """transitions of one gradient step, over all processes (>= 1)"""
     updates_per_step: int = 4
@@ -154,12 +154,16 @@ TASKS = {
     "Hopper-v5": dict(
         total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
         n_step=3),
-    "Walker2d-v5": dict(total_timesteps=3_000_000),
+    "Walker2d-v5": dict(
+        total_timesteps=400_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
+        n_step=3),
     "HalfCheetah-v5": dict(
         total_timesteps=160_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.98),
     "Swimmer-v5": dict(
         total_timesteps=200_000, learning_starts=5_000, batch_size=256, updates_per_step=8, gamma=0.999),
-    "Ant-v5": dict(total_timesteps=4_000_000, env_kwargs={"include_cfrc_ext_in_observation": False}),
+    "Ant-v5": dict(
+        total_timesteps=400_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
+        n_step=3, env_kwargs={"include_cfrc_ext_in_observation": False}),
     "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
@@ -178,7 +182,7 @@ VANILLA = dict(
 def task_defaults(env_id: str, preset: str = "best", device: str = "auto") -> Args:
     """The defaults of a task: those of Args, then its row in TASKS, then the preset.
 
-    A GPU has eight times the environments, batch, replay and steps: for Ant 1,024, 4,096, 8 million and 32 million.
+    A GPU has eight times the environments, batch, replay and steps: for Ant 1,024, 2,048, 8 million and 3.2 million.
     So a run makes as many gradient steps as on a CPU, each on more transitions."""
     changes = TASKS.get(env_id, {}) | (VANILLA if preset == "vanilla" else {})
     args = Args(env_id=env_id, preset=preset, device=device, **changes)
@@ -238,6 +242,8 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
             nearest = math.ceil(count / world_size) * world_size
             raise InputError(f"{name} = {count:,} does not split over {world_size} processes; use {nearest}")
     envs, batch = args.num_envs // world_size, args.batch_size // world_size
+    if args.network == "flash" and batch < 2:
+        raise InputError(f"batch_size = {args.batch_size} is too small: batch norm needs 2 rows in each process")
     slots = max(args.n_step, math.ceil(args.replay_capacity / args.num_envs))
     first_slots = max(args.n_step, math.ceil(args.learning_starts / args.num_envs))
     iterations = math.ceil(args.total_timesteps / args.num_envs)
@@ -247,13 +253,6 @@ def derive_sizes(args: Args, world_size: int) -> Sizes:
 # ----------------------------------------------------------------------------------------------------------------------
 # Networks
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def max_over_processes(x: Tensor) -> Tensor:
-    """Take the largest of a tensor over all processes, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(x, distributed.ReduceOp.MAX)
-    return x
 
 
 def linear_layer(inputs: int, outputs: int, gain: float, bias: bool = True) -> nn.Linear:
@@ -591,7 +590,9 @@ def follow_returns(
     returns = gamma * returns + torch.where(invalid, 0.0, reward)
     agent.return_statistics.update(returns[:, None], ~invalid)
     largest = torch.max(agent.largest_return, returns.abs().max())
-    agent.largest_return.copy_(max_over_processes(largest))
+    if distributed.is_initialized():
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    agent.largest_return.copy_(largest)
     return torch.where(terminated | invalid, 0.0, returns)
 
 
@@ -876,14 +877,15 @@ def load_replay(replay: Transitions, saved: dict) -> int:
 #   env_steps                      environment steps of all environments and processes; the clock of every flag
 #   wall_seconds, steps_per_second training time without compilation and evaluations; speed since the last line
 #   episode_return, episode_length means over the whole episodes since the last line, with exploration and unscaled
-#   episodes, success              number of these episodes; share that the task counts as a success
-#   invalid, dropped_contacts      environments quarantined since the last line; contacts that found no slot
+#   episodes, success              number of these episodes; share that reached the time limit
+#   invalid                        environments quarantined since the last line
+#   dropped_contacts               contacts that found no slot, per robot and physics step
 #   gymnasium_return               deterministic score in Gymnasium's environment (--eval-every)
 #   updates, replay_transitions    gradient steps so far; transitions in the replay
 #   critic_loss, policy_loss       sum over both critics; temperature x log-probability - value of the critics
 #   value, target_clipped          mean value of the first critic; share of targets outside the categorical range
 #   entropy, temperature           entropy of the squashed policy in nats, in half ranges; its weight
-#   reward_divisor                 what rewards are divided by
+#   learning_rate, reward_divisor  that of policy and critics; what rewards are divided by
 # Losses, value and entropy are means over the gradient steps since the last line.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -939,6 +941,8 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         held, remaining, returns = (saved[name].to(device) for name in ("held", "remaining", "returns"))
         if saved["replay"]:
             written = load_replay(replay, saved["replay"])
+            if not saved["env"]:  # the environments began new episodes
+                replay.truncated[(written - 1) % sizes.slots] = True
         elif run.rank == 0:
             print("the checkpoint has no replay, so updates wait until a new one is filled; see --checkpoint-replay")
         saved["replay"] = None  # frees its memory
@@ -999,8 +1003,8 @@ def train(args: Args, make_env=None, stop: vecsim.StopSignals | None = None) -> 
         means |= PolicyTerms(*(policy_terms / max(1, policy_updates)))._asdict()
         means |= dict(learning_rate=learning_rate, reward_divisor=agent.reward_divisor())
         counts = dict(updates=updates, replay_transitions=min(written, sizes.slots) * args.num_envs)
-        if updates == logged_updates:  # nothing was learned yet
-            counts |= dict.fromkeys(CriticTerms._fields + PolicyTerms._fields)
+        counts |= {} if updates > logged_updates else dict.fromkeys(CriticTerms._fields)  # nothing was learned
+        counts |= {} if policy_updates else dict.fromkeys(PolicyTerms._fields)
         run.write_record(agent, means, needed=means, **counts)
         if run.save_now:
             mine = dict(obs=obs, critic_obs=critic_obs, held=held, remaining=remaining, returns=returns)

@@ -124,6 +124,7 @@ import threading
 import time
 import traceback
 import types
+import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -142,6 +143,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+from typeguard import TypeCheckError, check_type
 
 
 class InputError(ValueError):
@@ -161,8 +163,23 @@ def check_at_least(least: float, **values: Any) -> None:
     for name, value in values.items():
         if value is not None and isinstance(least, int) and not isinstance(value, (int, np.integer)):
             raise InputError(f"{name} must be a whole number, not {value!r}")
-        if value is not None and not value >= least:
-            raise InputError(f"{name} must be at least {least:g}, not {value}")
+        if value is not None and not least <= value < math.inf:
+            rule = "finite" if value == math.inf else f"at least {least:g}"
+            raise InputError(f"{name} must be {rule}, not {value}")
+
+
+def check_types(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with Python's numbers for numpy's and tuples for lists. InputError for a type that `kind` lacks."""
+    hints = typing.get_type_hints(kind)
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, value in options.items():
+        try:
+            check_type(value, hints[name])
+        except TypeCheckError:
+            hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            raise InputError(f"{name} must be of type {hint}, not {value!r}") from None
+    return options
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,6 +441,7 @@ class Model:
     dof_damping: Tensor  # (nv, 1) N m s/rad or N s/m
     euler_damps: bool  # True if Euler is implicit in the damping of a joint, which needs a second solve, see `step`
     implicitfast_damps: bool  # the same of implicitfast, for the damping of a joint or of an actuator
+    gyroscopic: bool  # True if a free body without other joints is no sphere, see `step`
     has_frictionloss: bool
     frictionloss: Tensor  # (nv, 1) N m or N, the largest force of dry friction in each dof
     frictionloss_weight: Tensor  # (nv, 1) D of the same dofs, see `dry_friction`
@@ -621,10 +639,11 @@ def integrator_of(m: mujoco.MjModel) -> str:
 
 def refuse_unsupported(m: mujoco.MjModel) -> None:
     """Raise `Unsupported` with the features of `m` that this simulator does not compute."""
-    tendon_extras = (m.tendon_armature, m.tendon_frictionloss, m.tendon_stiffnesspoly, m.tendon_dampingpoly)
+    springs = (m.tendon_stiffnesspoly, m.tendon_dampingpoly, m.tendon_plasticadr >= 0)
+    tendon_extras = (m.tendon_armature, m.tendon_frictionloss, *springs)
     couples = np.isin(m.eq_type, (mujoco.mjtEq.mjEQ_JOINT, mujoco.mjtEq.mjEQ_TENDON))
-    harmless = ("ENERGY", "FWDINV", "INVDISCRETE")  # flags that do not change the motion
-    harmless = sum(getattr(mujoco.mjtEnableBit, f"mjENBL_{name}") for name in harmless)
+    # flags that do not change the motion
+    harmless = sum(getattr(mujoco.mjtEnableBit, f"mjENBL_{name}") for name in ("ENERGY", "FWDINV", "INVDISCRETE"))
     is_fluid = m.opt.density > 0 or m.opt.viscosity > 0
     simple_joints = m.jnt_type >= SLIDE
     on_joint = np.isin(m.actuator_trntype, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT))
@@ -632,7 +651,7 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
     rules = {
         f'integrator {integrator_of(m)}; set <option integrator="implicitfast"/>': integrator_of(m) not in INTEGRATORS,
         "equality constraints other than joint and tendon": m.eq_active0[~couples].any(),
-        "tendons with armature, friction loss or polynomial springs": any(field.any() for field in tendon_extras),
+        "tendons with armature, friction loss, polynomial or plastic springs": any(x.any() for x in tendon_extras),
         "tendons with a range of actuator forces": m.tendon_actfrclimited.any(),
         "spatial tendons": np.any(m.wrap_type[m.tendon_adr[tendons_that_act(m)]] != mujoco.mjtWrap.mjWRAP_JOINT),
         "explicit contact pairs (<pair>) with two friction coefficients or solreffriction": m.pair_solreffriction.any()
@@ -651,7 +670,9 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
         "fluid forces on ellipsoids (fluidshape)": is_fluid and m.geom_fluid[:, 0].any(),
         "option flags override, sleep and other enabled ones; remove <flag>": m.opt.enableflags & ~harmless,
         "noslip iterations": m.opt.noslip_iterations > 0,
-        "contact adhesion and surface velocity": m.geom_adhesion.any() or m.geom_surfacevel.any(),
+        "contact adhesion and surface velocity": m.geom_adhesion.any()
+        or m.pair_adhesion.any()
+        or m.geom_surfacevel.any(),
         "actuators with activation, delay, damping or armature; use motor, position or velocity": m.na > 0
         or m.actuator_delay.any()
         or m.actuator_damping.any()
@@ -697,7 +718,7 @@ def without_disabled(m: mujoco.MjModel) -> mujoco.MjModel:
         "DAMPER": "dof_damping dof_dampingpoly tendon_damping",
         "GRAVITY": "opt.gravity body_gravcomp",
         "CLAMPCTRL": "actuator_ctrllimited",
-        "ACTUATION": "actuator_gainprm actuator_biasprm",
+        "ACTUATION": "actuator_gainprm actuator_biasprm actuator_forcelimited jnt_actfrclimited",
     }
     for name, zero in fields.items():
         if is_disabled(m, name):
@@ -877,6 +898,8 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     mass, moment = mass[:-1], moment[:-1]  # without the world
     com = moment / np.maximum(mass, MINVAL)[:, None]
     inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(m.njnt)])
+    alone = np.setdiff1d(np.flatnonzero(m.jnt_type == FREE), tree.parent)  # free bodies that carry no other joint
+    is_equal = np.isclose(inertia, inertia[:, :1, :1] * np.eye(3), 1e-9, 0).all((1, 2))  # about all axes
     rubbing = np.flatnonzero(m.dof_frictionloss)
     solref, solimp, invweight = m.dof_solref[rubbing], m.dof_solimp[rubbing], m.dof_invweight0[rubbing]
     rows = soften(m, solref, solimp, np.zeros(len(rubbing)), invweight)
@@ -890,6 +913,7 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         dof_stiffness=m.jnt_stiffness[m.dof_jntid],
         dof_spring=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
         euler_damps=bool(m.dof_damping.any()) and not is_disabled(m, "EULERDAMP"),
+        gyroscopic=bool(com[alone].any() or not is_equal[alone].all()),
         has_frictionloss=len(rubbing) > 0,
         frictionloss=m.dof_frictionloss,
         frictionloss_weight=weight,
@@ -935,7 +959,7 @@ def actuator_tables(m: mujoco.MjModel) -> dict[str, Any]:
 
     ctrl_low, ctrl_high = bounds(m.actuator_ctrllimited, m.actuator_ctrlrange)
     force_low, force_high = bounds(m.actuator_forcelimited, m.actuator_forcerange)
-    joint_low, joint_high = bounds(m.jnt_actfrclimited, m.jnt_actfrcrange)
+    joint_low, joint_high = bounds(m.jnt_actfrclimited & (m.nu > 0), m.jnt_actfrcrange)
     return dict(
         actuator_moment=m.actuator_gear[:, :1] * moment,
         actuated_tendons=bool(on_tendon.any()),
@@ -1009,20 +1033,20 @@ def limit_tables(m: mujoco.MjModel) -> dict[str, Any]:
 def geom_name(m: mujoco.MjModel, g: int) -> str:
     """'left_foot' (capsule), for messages."""
     kind = mujoco.mjtGeom(int(m.geom_type[g])).name.removeprefix("mjGEOM_").lower()
-    return f"{m.geom(g).name or g!r} ({kind})"
+    return f"{m.geom(g).name or int(g)!r} ({kind})"
 
 
 def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Softness]:
     """Pairs of geoms (n, 2) that MuJoCo's filters admit, with the friction (n) and softness that MuJoCo mixes for each.
 
     The filters reject pairs by bit masks, by bodies (same, welded, parent and child) and by <exclude>, but not by
-    shape. To apply them, this function makes every geom in a copy of the model a sphere with an enormous margin.
+    shape. To apply them, this function makes every geom in a copy of the model a sphere with an enormous gap.
     MuJoCo's collision detection then reports each admitted pair exactly once. The geom with the lower mjtGeom type is
     first in its pair; for equal types, that with the lower number. Friction is 0 for condim 1.
     """
     probe = copy.copy(m)
     probe.geom_type[:] = SPHERE
-    probe.geom_margin[:] = probe.pair_margin[:] = 1e6  # m
+    probe.geom_gap[:] = probe.pair_gap[:] = 1e6  # m
     probe.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE
     data = mujoco.MjData(probe)
     mujoco.mj_kinematics(probe, data)
@@ -1033,9 +1057,6 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
     order = np.lexsort((geoms[:, 1], geoms[:, 0]))
     order = order[(m.body_treeid[m.geom_bodyid[geoms[order]]] >= 0).any(1)]  # <pair> admits two geoms of the world
     geoms, condim = geoms[order], contact.dim[order]
-    margin = m.geom_margin[geoms].sum(1)
-    for a, b, own in zip(m.pair_geom1, m.pair_geom2, m.pair_margin, strict=True):
-        margin[(geoms == (min(a, b), max(a, b))).all(1)] = own
     swap = m.geom_type[geoms[:, 0]] > m.geom_type[geoms[:, 1]]
     geoms[swap] = geoms[swap, ::-1]
 
@@ -1055,7 +1076,8 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
             raise Unsupported([f"condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3"])
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
     invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
-    return geoms, friction, soften(m, contact.solref[order], contact.solimp[order], margin, invweight)
+    parameters = (x[order] for x in (contact.solref, contact.solimp, contact.includemargin))
+    return geoms, friction, soften(m, *parameters, invweight)
 
 
 def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[str, Any]:
@@ -2176,8 +2198,13 @@ def step(
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     implicitfast = integrator == "implicitfast"
-    if implicitfast and (len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons):
-        raise InputError("unsupported: fluid or tendon forces with implicitfast; use --integrator euler or rk4")
+    unsupported = {  # forces whose derivatives MuJoCo takes
+        "fluid or tendon forces": len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons,
+        "a free body without other joints": model.gyroscopic,
+    }
+    for what, found in unsupported.items():
+        if implicitfast and found:
+            raise InputError(f"unsupported: {what} with implicitfast; use --integrator euler or rk4")
     dynamics = forward(model, state, ctrl, iterations, run)
     return run.advance(model, state, dynamics, implicitfast), dynamics
 
@@ -2356,7 +2383,7 @@ class Task:
         return self.action_range(model)
 
     def begin(
-        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor | int
+        self, model: Model, qpos: Tensor, noise: Tensor, ended: Measured | None, limit: Tensor
     ) -> tuple[Tensor, Tensors]:
         """qpos of fresh episodes, and what the task remembers: (rows, N) each, by name.
 
@@ -2589,7 +2616,7 @@ def load_class(location: str) -> Any:
     """
     file, _, name = location.rpartition(":")
     path = find_file(file, Path.cwd(), HERE)
-    module_name = "_".join(path.with_suffix("").parts[1:])
+    module_name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)  # Python's dataclasses looks for it there
@@ -2624,9 +2651,9 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
         typed = inspect.get_annotations(cls)
         if typed and "__dataclass_fields__" not in vars(cls):
             raise InputError(f"{rule}; {cls.__name__} has no decorator, so its options would have no effect")
-        for field in dataclasses.fields(cls):
-            if field.name in vars(cls).keys() - typed.keys():
-                raise InputError(f"{cls.__name__}.{field.name} is an option, so it needs a type annotation")
+        for name in kind.__dataclass_fields__:
+            if name in vars(cls).keys() - typed.keys():
+                raise InputError(f"{cls.__name__}.{name} is an option, so it needs a type annotation")
     for name in ("observe", "reward"):
         if getattr(kind, name) is getattr(Task, name):
             raise InputError(f"{env_id} must define the method {name}")
@@ -2634,8 +2661,11 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
     for name in options:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
-    task = kind(**options)
-    check_at_least(1, frame_skip=task.frame_skip)
+    clash = {field.name for field in dataclasses.fields(Options)} & kind.__dataclass_fields__.keys()
+    if clash:
+        raise InputError(f"{env_id} has an option {min(clash)!r}, which vecsim_torch.Options has too; rename it")
+    task = kind(**check_types(kind, options))
+    check_at_least(1, frame_skip=task.frame_skip, max_episode_steps=task.max_episode_steps)
     return task
 
 
@@ -2842,7 +2872,7 @@ def reset_state(task: Task, model: Model, qpos_noise: Tensor, qvel_noise: Tensor
 
 
 def begin_episode(
-    settings: Settings, model: Model, noise: Noise, ended: Measured | None, limit: Tensor | int
+    settings: Settings, model: Model, noise: Noise, ended: Measured | None, limit: Tensor
 ) -> tuple[Carry, Measured, Tensors]:
     """Fresh episodes of the robots `model`: the state they begin with, what the task sees and what it senses.
 
@@ -2966,10 +2996,12 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
             raise InputError(f"{method} must be a dict of tensors{names}, not {given}")
         for name, value in answer.items():
             check(f"{method}[{name!r}]", value, *(rows if like is None else like[name].shape[:-1]))
+            if like is not None and value.dtype != (first := like[name].dtype):
+                raise InputError(f"{method}[{name!r}] must be of {first}, as at the start, not {value.dtype}")
         return answer
 
     def begin(ended: Measured | None, like: Tensors | None = None) -> tuple[Tensor, Tensors]:
-        first, memory = task.begin(model, qpos, noise.task, ended, torch.ones_like(qpos[0]))
+        first, memory = task.begin(model, qpos, noise.task, ended, torch.ones_like(qpos[0], dtype=torch.long))
         return check("the qpos of begin", first, model.nq), check_named("the memory of begin", memory, None, like=like)
 
     qpos, qvel = reset_state(task, model, noise.qpos, noise.qvel)
@@ -2984,17 +3016,23 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
     action = noise.qvel[:1].expand(model.nu, -1)
     ctrl = check("control", task.control(model, action), model.nu)
     _, dynamics = step(model, State(qpos, qvel, torch.zeros_like(qvel)), ctrl, settings.integrator, 1)
-    after = start._replace(dynamics=dynamics, invalid=torch.zeros_like(qpos[0], dtype=torch.bool))
-    after = after._replace(qpos=qpos + 0.1 * noise.qpos, qvel=qvel + 0.1 * noise.qvel)  # robots differ
+    qpos, qvel = qpos + 0.1 * noise.qpos, qvel + 0.1 * noise.qvel  # robots differ
+    after = start._replace(qpos=qpos, qvel=qvel, dynamics=dynamics)
     now = check_named("sense", task.sense(model, after), like=sensed)
     velocity = noise.qvel[:1].expand_as(now["position"])
     terms = check_named("reward", task.reward(model, after, now, action, velocity))
     check("the sum of the rewards whose names start with reward_", task.total(terms))
+    for name in {"invalid", "final_obs", "final_info", "critic_obs", "final_critic_obs"} & terms.keys():
+        raise InputError(f"reward[{name!r}] needs another name, because `step` reports something else under it")
+    for name in task.averaged:
+        if name not in terms or name in STATISTICS:
+            names = ", ".join(terms.keys() - STATISTICS)
+            raise InputError(f"averaged has {name!r}, but may name only what reward answers: {names}")
     healthy = check("healthy", task.healthy(after, now))
     if healthy.dtype != torch.bool:
         raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
     check_named("remember", task.remember(model, after, now, action, noise.task), like=memory)
-    begin(after, like=memory)
+    begin(after._replace(invalid=~healthy), like=memory)
     check_named("observe", task.observe(model, after, now), like=groups)
     check_named("privileged", task.privileged(model, after, now), like=privileged)
     return Answers(groups, privileged, answers)
@@ -3151,13 +3189,14 @@ class Value(int):
 FOLD = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
     "div": lambda a, b: a / b if b else math.copysign(math.inf, b) * a,
-    "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan, "sin": math.sin, "cos": math.cos, "tan": math.tan,
+    "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
     "max": lambda a, b: b if a < b or b != b else a, "min": lambda a, b: b if b < a or b != b else a,
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": lambda a: not a,
     "where": lambda condition, a, b: a if condition else b, "to_number": float, "to_integer": int,
     "floor_div": lambda a, b: np.floor_divide(a, b).item(), "mod": lambda a, b: np.remainder(a, b).item(),
 }  # fmt: skip
+TRIGONOMETRIC = "sin cos tan".split()
 OF_ONE_NUMBER = "exp exp2 expm1 log log1p log2 log10 tanh sinh cosh asin acos atan erf floor ceil trunc rint".split()
 OF_TWO_NUMBERS = "pow hypot atan2 fmod".split()
 
@@ -3167,7 +3206,7 @@ def fold(name: str, *args: float) -> float:
     return math.erf(*args) if name == "erf" else float(getattr(np, name)(*args))
 
 
-FOLD |= {name: functools.partial(fold, name) for name in (*OF_ONE_NUMBER, *OF_TWO_NUMBERS)}
+FOLD |= {name: functools.partial(fold, name) for name in (*TRIGONOMETRIC, *OF_ONE_NUMBER, *OF_TWO_NUMBERS)}
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 INFIX = COMPARISONS | {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^"}
 
@@ -3190,7 +3229,7 @@ class Program:
         self.tables: dict[tuple, str] = {}  # elements of constant tensors, and the tensors' names
 
     def append(self, kind: str, name: str, *args: Any) -> Value:
-        key = name, *((type(x), x) for x in args)
+        key = name, *((type(x), repr(x)) for x in args)  # 0.0 and -0.0 are equal
         if key not in self.values:
             self.values[key] = Value(len(self.operations))
             self.operations.append((kind, name, args))
@@ -3215,7 +3254,7 @@ class Program:
         """The value of an operation: a constant where it can be, an older value where it is equal."""
         operands = args[1:] if name == "where" else args
         kinds = [self.kind(x) for x in operands]
-        of_numbers = name == "div" or name in OF_ONE_NUMBER or name in OF_TWO_NUMBERS
+        of_numbers = name in ("div", "sqrt", *TRIGONOMETRIC, *OF_ONE_NUMBER, *OF_TWO_NUMBERS)
         kind = "number" if "number" in kinds or of_numbers else "integer" if "integer" in kinds else "truth"
         if kind == "truth":
             name = {"add": "or", "max": "or", "mul": "and", "min": "and"}.get(name, name)
@@ -3350,7 +3389,8 @@ class Recorder(TorchDispatchMode):
 
     def elementwise(self, name: str, *args: Any) -> np.ndarray:
         function = np.frompyfunc(functools.partial(self.program.apply, name), len(args), 1)
-        return np.asarray(function(*args), dtype=object)
+        with np.errstate(all="ignore"):
+            return np.asarray(function(*args), dtype=object)
 
     def reduce(self, name: str, x: np.ndarray, axes: Sequence[int], keep: bool) -> np.ndarray:
         """Along these axes; none means all."""
@@ -3422,6 +3462,8 @@ def take(r: Recorder, result: Tensor, x: np.ndarray, index: Sequence[Any]) -> np
     rows, *others = index
     if any(i is not None for i in others) or not any(isinstance(i, Value) for i in rows.flat):
         return x[tuple(slice(None) if i is None else fixed(i) for i in index)]
+    if r.program.kind(rows.flat[0]) == "truth":
+        raise NotImplementedError("how many elements a mask chooses would differ between robots: use torch.where")
     columns = [r.program.pick(list(rows.flat), tuple(column)) for column in x.reshape(len(x), -1).T]
     return as_objects(itertools.chain(*zip(*columns, strict=True)), result.shape)
 
@@ -3453,8 +3495,10 @@ def clamp(r: Recorder, result: Tensor, x: np.ndarray, low: Any = None, high: Any
 
 
 def power(r: Recorder, result: Tensor, x: np.ndarray, exponent: Any) -> np.ndarray:
-    is_square = isinstance(exponent, (int, float)) and exponent == 2
-    return r.elementwise("mul", x, x) if is_square else r.elementwise("pow", x, exponent)
+    known = exponent if isinstance(exponent, (int, float)) else None
+    if known == 0.5:
+        return r.elementwise("sqrt", x)
+    return r.elementwise("mul", x, x) if known == 2 else r.elementwise("pow", x, exponent)
 
 
 def variance(x: Tensor, axes: Sequence[int] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
@@ -3550,15 +3594,12 @@ RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a 
     **dict.fromkeys(NEW, lambda r, result, *_: r.array(result)),
     "reciprocal": lambda r, _, x: r.elementwise("div", 1.0, x),
     "rsqrt": lambda r, _, x: r.elementwise("div", 1.0, r.elementwise("sqrt", x)),
-    "signbit": lambda r, _, x: r.elementwise("lt", x, 0),
     "pow": power,
     "clamp": clamp,
-    "sum": lambda r, result, x, axes=(), keep=False: r.reduce("add", convert(r, result, x), axes, keep),
-    "prod": lambda r, result, x, axes=(), keep=False: r.reduce("mul", convert(r, result, x), axes, keep),
-    "amin": lambda r, _, x, axes=(), keep=False: r.reduce("min", x, axes, keep),
-    "amax": lambda r, _, x, axes=(), keep=False: r.reduce("max", x, axes, keep),
-    "any": lambda r, result, x, axes=(), keep=False: r.reduce("or", convert(r, result, x), axes, keep),
-    "all": lambda r, result, x, axes=(), keep=False: r.reduce("and", convert(r, result, x), axes, keep),
+    **{
+        name: lambda r, result, x, axes=(), keep=False, op=op: r.reduce(op, convert(r, result, x), axes, keep)
+        for name, op in dict(sum="add", prod="mul", amin="min", amax="max", any="or", all="and").items()
+    },
     "_to_copy": cast,
     "view": view,
     "index": take,
@@ -3568,6 +3609,7 @@ RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a 
 }
 SIMPLER: dict[str, Callable] = {  # operators in terms of simpler ones; PyTorch has such forms of many others
     **dict.fromkeys(("mm", "bmm"), lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2)),
+    "signbit": lambda x: torch.where(x == 0, 1 / x, x) < 0,
     "sign": lambda x: torch.where(x > 0, 1, torch.where(x < 0, -1, 0)).to(x.dtype),
     "var": variance,
     "max": lambda x, *how: extreme(torch.gt, x, *how) if how else x.amax(),
@@ -3663,7 +3705,7 @@ SHARED_PRELUDE += "\n" + "\n".join(f"OF_TWO({name})" for name in OF_TWO_NUMBERS)
 SHARED_PRELUDE += """
 FUNCTION F f_neg(F x) { return -x; }
 FUNCTION I f_neg(I x) { return -x; }
-FUNCTION F f_abs(F x) { return x < 0 ? -x : x; }
+FUNCTION F f_abs(F x) { return x > 0 ? x : 0 - x; }  // so that it is 0 of -0
 FUNCTION I f_abs(I x) { return x < 0 ? -x : x; }
 FUNCTION I f_not(I x) { return x == 0; }
 FUNCTION F f_where(I condition, F a, F b) { return condition ? a : b; }
@@ -3678,8 +3720,8 @@ FUNCTION F f_mod(F a, F b) {
     return f_where((r != 0) & ((r < 0) ^ (b < 0)), r + b, r);
 }
 FUNCTION F f_floor_div(F a, F b) {
-    F r = f_mod(a, b);
-    return f_where(r != r, f_floor(a / b), f_rint((a - r) / b));  // it is not a number if b is 0
+    F r = f_fmod(a, b), q = (a - r) / b - f_where((r != 0) & ((r < 0) ^ (b < 0)), number(1), number(0));
+    return f_where(b == 0, a / b, f_rint(q));
 }
 FUNCTION F f_max(F a, F b) { return (a < b) | (b != b) ? b : a; }
 FUNCTION I f_max(I a, I b) { return a < b ? b : a; }
@@ -3994,6 +4036,8 @@ class HostReads(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"):
             raise NotImplementedError(f"{name}: compiled code has no numbers of Python; use tensors, and torch.where")
+        if name in ("__ior__", "__iand__", "__ixor__"):  # functionalize does not know them
+            function = getattr(Tensor, f"bitwise_{name[3:-2]}_")
         return function(*args, **(kwargs or {}))
 
 
@@ -4470,7 +4514,8 @@ class VecSim(gymnasium.vector.VectorEnv):
     unclipped. A task with privileged observations reports them as info["critic_obs"] and info["final_critic_obs"];
     they are complete, without noise and not late.
 
-    gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64) makes one that Gymnasium's vector wrappers accept.
+    gymnasium.make_vec("vecsim_torch:vecsim/Ant-v5", num_envs=64) makes one for Gymnasium's vector wrappers. (Those that
+    change observations refuse every environment with same-step resets.)
     `step` answers in the kind of its actions. `reset` answers in tensors, or in numpy with numpy=True, which make_vec
     sets. info follows Gymnasium's SAME_STEP: final_obs, final_info and the masks _final_obs and _final_info of the
     environments whose episode ended. With tensors, these four are in every info, and no other key has a mask. With
@@ -4480,13 +4525,13 @@ class VecSim(gymnasium.vector.VectorEnv):
     those of the task: reset_noise_scale, ctrl_cost_weight, ... "randomize.friction" is one entry of `randomize`.
 
     One random generator draws starts and commands. A second one draws everything optional: randomisation, pushes and
-    observation noise. So an option never changes the starts and commands of a seed.
+    observation noise. So no option changes the starts and commands of a seed, except random_initial_ages.
     """
 
     @normal_tensors
     def __init__(self, env_id: str, num_envs: int = 4096, **options: Any):
         known = options.keys() & {field.name for field in dataclasses.fields(Options)}
-        given = Options(**{name: options.pop(name) for name in known})
+        given = Options(**check_types(Options, {name: options.pop(name) for name in known}))
         check_at_least(1, num_envs=num_envs, iterations=given.iterations, max_episode_steps=given.max_episode_steps)
         check_at_least(1, chunk=given.chunk, stack_observations=given.stack_observations)
         check_at_least(0, delay_observations=given.delay_observations)
@@ -4578,6 +4623,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         check_independence(many, one)
         groups, privileged = many.groups, many.privileged
         hidden = set(self.settings.hidden_observations or ())
+        if not groups:
+            raise InputError("observe must be a dict with at least one group")
         if hidden - groups.keys() or hidden >= groups.keys():
             raise InputError(f"hidden_observations must leave some of {', '.join(groups)} and hide nothing else")
         groups = {name: rows for name, rows in groups.items() if name not in hidden}
@@ -4615,8 +4662,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         names = []
         for group, columns in slices.items():
             size = columns.stop - columns.start
-            known = rows.get(group.split("[")[0], [])[-size:]  # a group may omit its first coordinates
-            names += [f"{group}/{name}" for name in known] or [f"{group}[{i}]" for i in range(size)]
+            known = rows.get(group.split("[")[0], [])[-size:]  # a group may omit the first coordinates
+            names += [f"{group}/{known[i]}" if len(known) == size else f"{group}[{i}]" for i in range(size)]
         return names
 
     # -- reset and step ------------------------------------------------------------------------------------------------
@@ -4677,13 +4724,14 @@ class VecSim(gymnasium.vector.VectorEnv):
             self._seed(seed)
         noise = self._draw_noise()
         model = self._robots(noise.parameters)
-        carry, measured, sensed = begin_episode(self.settings, model, noise, None, 0)
+        limit = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        carry, measured, sensed = begin_episode(self.settings, model, noise, None, limit)
         obs, critic_obs = observations(self.settings, model, measured, sensed, noise)
         obs, seen = show(self.settings, obs, None)
         carry = carry._replace(seen=seen)
         if self.random_initial_ages:
-            limit, generator = self.settings.max_episode_steps, self._generators[0]
-            age = torch.randint(limit, (self.num_envs,), device=self.device, generator=generator)
+            longest, generator = self.settings.max_episode_steps, self._generators[0]
+            age = torch.randint(longest, (self.num_envs,), device=self.device, generator=generator)
             carry = carry._replace(age=age)
         self._set_carry(carry)
         self._statistics.zero_()
@@ -4789,6 +4837,8 @@ class VecSim(gymnasium.vector.VectorEnv):
 
         Past observations are forgotten, as at the start of an episode."""
         carry, model = self._get_carry(), self.robots()
+        if qpos.shape != carry.qpos.shape or qvel.shape != carry.qvel.shape:
+            raise ValueError(f"qpos must be {tuple(carry.qpos.shape)} and qvel {tuple(carry.qvel.shape)}")
         qpos, qvel = (x.to(self.device, self.dtype) for x in (qpos, qvel))
         measured = Measured(qpos, qvel, None, carry.memory, carry.push)
         sensed = self.task.sense(model, measured)
@@ -4880,8 +4930,9 @@ def options_from_text(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if isinstance(value, str):
             value = words.get(value.lower(), value)
-        if isinstance(value, str) and re.fullmatch(r"[-+.\de]+:[-+.\de]+", value):
-            value = tuple(map(float, value.split(":")))
+        with contextlib.suppress(AttributeError, ValueError):  # no text, or no two numbers
+            low, high = value.split(":")
+            value = float(low), float(high)
         parsed[name] = value
     return parsed
 
@@ -4929,7 +4980,7 @@ def evaluate(env: gymnasium.vector.VectorEnv, act: Act, seed: int, observes: str
 
     env: a `VecSim` in tensors, or a vector environment of Gymnasium. observes: "obs" or "critic_obs".
     Every environment counts once, so short episodes weigh no more than long ones. An environment that was quarantined
-    in its first episode is left out. RuntimeError if all were.
+    in its first episode is left out. FloatingPointError if all were.
     """
     obs, info = env.reset(seed=seed)
     in_tensors = isinstance(obs, Tensor)
@@ -4948,7 +4999,7 @@ def evaluate(env: gymnasium.vector.VectorEnv, act: Act, seed: int, observes: str
         failed |= running & invalid
         running = running & ~started
     if failed.all():  # host sync
-        raise RuntimeError("every environment of the evaluation was quarantined: the policy breaks the simulator")
+        raise FloatingPointError("every environment of the evaluation diverged: the policy breaks the simulator")
     returns, lengths = (x[~failed].cpu().numpy() for x in (returns, lengths))  # host sync
     of_returns = dict(mean=float(returns.mean()), std=float(returns.std()), min=float(returns.min()))
     return of_returns | dict(episodes=len(returns), mean_length=float(lengths.mean()))
@@ -5001,6 +5052,8 @@ def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Cal
     env_kwargs: options of `make`; those that only vecsim has are left out. more: of gymnasium.make.
     """
     options, view = split_view(env_id, gymnasium_options(env_kwargs))
+    if "xml_file" in options:  # vecsim looks for it in other folders than Gymnasium
+        options["xml_file"] = str(build_task(env_id, {"xml_file": options["xml_file"]}).source())
     make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **options, **more)
     return make_one if view == (slice(None), 1, 0) else lambda: partly_observed(make_one(), view)
 
@@ -5011,6 +5064,8 @@ def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: 
     mujoco.set_mju_user_warning(lambda text: None)  # otherwise MUJOCO_LOG.TXT gets a warning about half_cheetah.xml
     try:
         return gymnasium.vector.SyncVectorEnv([make_one] * count, autoreset_mode=SAME_STEP)
+    except TypeError as error:
+        raise InputError(f"env_kwargs: {error}") from None
     finally:
         mujoco.set_mju_user_warning(None)
 
@@ -5154,13 +5209,15 @@ class CompletedEnv:
         reset(seed=None) -> obs (N, k), info
         step(action (N, a)) -> obs, reward (N,), terminated (N,) bool, truncated (N,) bool, info
 
-    and reset an environment in the same step in which its episode ends. info["final_obs"] (N, k) is the observation
-    that the step led to, before any reset. Optional are
+    and reset an environment in the same step in which its episode ends. Observations are float32. info["final_obs"]
+    (N, k) is the observation that the step led to, before any reset. Every episode must end at some time: the score
+    after a training waits for that. Optional are
 
         single_critic_space          of a privileged observation for the value function or the teacher; then info holds
                                      critic_obs, and after a step final_critic_obs too
         info["invalid"]              (N,) bool: transitions that a learner must mask; default: none
-        state_dict, load_state_dict  for exact resumption; default: a resumed run begins new episodes
+        state_dict, load_state_dict  for exact resumption, with tensors and plain values; default: a resumed run
+                                     begins new episodes
     """
 
     def __init__(self, env: Any):
@@ -5169,8 +5226,12 @@ class CompletedEnv:
         self.single_critic_space = getattr(env, "single_critic_space", None)
         self.close = getattr(env, "close", lambda: None)
 
+    def kept(self, obs: Tensor, info: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Copies of what a policy sees: the environment may write its next observation into the same tensors."""
+        return obs.clone(), info | {name: x.clone() for name, x in info.items() if name == "critic_obs"}
+
     def reset(self, *, seed: int | None = None) -> tuple[Tensor, dict[str, Any]]:
-        obs, info = self.env.reset(seed=seed)
+        obs, info = self.kept(*self.env.reset(seed=seed))
         self.num_envs = len(obs)
         self.running = torch.zeros(2, len(obs), device=obs.device)  # return and length of the current episodes
         self.sums = torch.zeros(4, dtype=torch.float64, device=obs.device)  # returns, lengths, episodes, invalid
@@ -5178,6 +5239,7 @@ class CompletedEnv:
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, info = self.kept(obs, info)
         invalid = info.get("invalid", torch.zeros_like(terminated))
         ended = (terminated | truncated) & ~invalid
         self.running += torch.stack([torch.where(invalid, 0.0, reward), torch.ones_like(reward)])
@@ -5255,7 +5317,7 @@ class RunFlags:
     checkpoint_every: int | None = None
     """steps between checkpoints (>= 1; default: a tenth of total_timesteps); the last state is always saved"""
     log_every: int | None = None
-    """steps between log records, at most (>= 1; default: total_timesteps / 200)"""
+    """steps between log records (>= 1; default: total_timesteps / 200), rounded up to whole iterations"""
     eval_episodes: int = 20
     """episodes of an evaluation in Gymnasium and of --play (>= 0; 0: no evaluation). The score in vecsim after a
     training is of one episode of each environment"""
@@ -5279,7 +5341,7 @@ class RunFlags:
     solver_iterations: int = 4
     """Newton iterations of the contact solver (>= 1)"""
     reward_scale: float = 1.0
-    """factor on the rewards that the learner sees (> 0); logged returns are unscaled"""
+    """factor on the rewards that the learner sees (> 0; no effect if it normalises them); logs are unscaled"""
 
 
 def parse_flags(words: list[str], default: Any, description: str | None) -> Any:
@@ -5314,6 +5376,7 @@ def parse_args(
     default = of_task(given)
     if path:
         of_one_command = dict(resume=None, play=None, run_dir=None, export=None, capture_video=False, profile=False)
+        of_one_command |= dict(track=False, eval_every=None) if given.play else {}
         default = flags(**load_checkpoint(path, algorithm, flags)["args"] | of_one_command)
     # The dict is empty here, because tyro would make each of its keys a flag.
     args = parse_flags(argv, dataclasses.replace(default, env_kwargs={}), description)
@@ -5372,7 +5435,7 @@ def run_command(parse_args: Callable, train: Callable, play: Callable) -> int:
             train(args, stop=stop)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake, a full disk or a full GPU
+    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:  # a mistake, or no resources
         if rank > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10.0)  # the first process prints the same error, and torchrun then ends this one
@@ -5554,7 +5617,7 @@ def load_checkpoint(path: str, algorithm: str, flags: type) -> dict[str, Any]:
 
 def check_resumable(checkpoint: dict[str, Any], args: Any, fixed: str, world_size: int) -> None:
     """InputError for flags that do not fit the checkpoint's state. fixed: names of flags that must not change."""
-    for name in fixed.split():
+    for name in f"{fixed} integrator solver_iterations".split():
         then, now = checkpoint["args"][name], getattr(args, name)
         if now != then:
             raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; omit that flag")
@@ -5578,7 +5641,7 @@ def pick_run_dir(args: Any, algorithm: str, stages: Sequence[str] = ()) -> Path:
     InputError if a folder that this run will write contains a run, unless this run resumes that one.
     """
     task = re.sub(r"[^\w.-]+", "-", args.env_id)  # the task may be a file: path/to/robot.py:Task
-    run_dir = Path(f"runs/{task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = Path(f"runs/{task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     resumed = Path(args.resume).parent if args.resume else None
     if args.run_dir:
         run_dir = Path(args.run_dir)
@@ -5748,7 +5811,7 @@ class Run:
         if None in [record[name] for name in needed]:
             raise FloatingPointError(f"training{self.label} diverged by {self.env_steps:,} steps: {record}")
         record |= more
-        if self.log and self.evaluate_now:
+        if self.log and self.evaluate_now and not self.make_env:
             self.score = score_in_gymnasium(agent, self.args, self.observes)
             record |= dict(gymnasium_return=self.score["mean"]) if self.score else {}
         if self.log:
@@ -5760,7 +5823,7 @@ class Run:
         mine = dict(env=self.env.state_dict(), generator=self.generator.get_state()) | of_process
         processes = gather_from_processes(mine)
         if self.log:
-            args = dataclasses.asdict(self.args)
+            args = tree_map_only(np.generic, lambda x: x.item(), dataclasses.asdict(self.args))
             state |= dict(algorithm=self.algorithm, env_id=self.args.env_id, args=args, device=self.device.type)
             state |= dict(iteration=self.iteration, env_steps=self.env_steps, train_seconds=self.train_seconds)
             save_checkpoint(self.run_dir / "checkpoint.pt", state | dict(processes=processes, versions=versions()))
@@ -5792,7 +5855,9 @@ class Run:
             print("scoring the policy without exploration noise", flush=True)
             self.env.random_initial_ages = False  # whole episodes
             scores["vecsim"] = evaluate(self.env, policy_of(agent), args.seed, self.observes)
-            scores["gymnasium"] = self.score if self.evaluate_now else score_in_gymnasium(agent, args, self.observes)
+            if not self.make_env:  # Gymnasium's environment of the same name is another one
+                scored = self.score if self.evaluate_now else score_in_gymnasium(agent, args, self.observes)
+                scores["gymnasium"] = scored
         evaluation = dict(env_id=args.env_id, algorithm=self.name, **facts, seed=args.seed, env_steps=self.env_steps)
         evaluation |= dict(train_seconds=self.train_seconds, compile_seconds=self.compile_seconds) | scores
         write_file(self.run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
@@ -5821,12 +5886,16 @@ def play_checkpoint(
     export(path, checkpoint) writes the ONNX file. The score comes from Gymnasium's own environment if it exists, else
     from the training's environment."""
     act, observes, score = policy_of(agent), checkpoint.get("observes", "obs"), None
+    if args.env_id != checkpoint["env_id"]:
+        raise InputError(f"the checkpoint is of {checkpoint['env_id']}, not of {args.env_id}; omit --env-id")
+    if make_env and (args.export or args.capture_video):
+        raise InputError("--export and --capture-video need a task of vecsim")
     if args.export:
         export(args.export, checkpoint)
         print(f"ONNX: {args.export}")
     if args.eval_episodes:
         print(f"playing {args.eval_episodes} episodes; it may take minutes", flush=True)
-        score = score_in_gymnasium(agent, args, observes)
+        score = None if make_env else score_in_gymnasium(agent, args, observes)
         if score is None:
             args = dataclasses.replace(args, compile=False)
             env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)

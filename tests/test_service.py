@@ -161,7 +161,7 @@ BAD_INPUT = [
     ("--env-kwargs env_id Hopper-v5", "env_kwargs sets env_id"),
     ("--env-kwargs numpy True", "env_kwargs sets numpy, which this script sets itself"),
     ("--env-kwargs iterations 8", "sets iterations, which this script sets itself; use --solver-iterations"),
-    ("--env-kwargs chunk 1.5", "chunk must be a whole number, not 1.5"),
+    ("--env-kwargs chunk 1.5", "chunk must be of type int | None, not 1.5"),
     ("--env-kwargs randomize.weight 0.1", "this robot has no weight to vary"),
 ]
 

@@ -138,7 +138,7 @@ SAC = types.SimpleNamespace(
     ],
     bad_input=[
         ("--network flash --actor-hidden 64 32", "one or more blocks of one width for --network flash"),
-        ("--total-timesteps 5000", "total_timesteps = 5000 must be > learning_starts = 10000"),
+        ("--total-timesteps 5000", "total_timesteps = 5000 must be > learning_starts = 5000"),
         ("--preset newest", "vanilla"),
     ],
     illegal=[
@@ -308,6 +308,39 @@ def test_policy_learns(name, tmp_path):
 # Reproducibility and resume -------------------------------------------------------------------------------------------
 
 
+class Reusing(ProbeEnv):
+    """Writes all its observations into the same tensor, as some simulators on a GPU do."""
+
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        return self.reused(obs), info
+
+    def step(self, action):
+        obs, *others = super().step(action)
+        return self.reused(obs), *others
+
+    def reused(self, obs):
+        self.buffer = getattr(self, "buffer", torch.empty_like(obs))
+        return self.buffer.copy_(obs)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_an_environment_may_write_its_observations_into_the_same_tensors(name, tmp_path):
+    trainer, flags = TRAINERS[name], dict(total_timesteps=2_560, eval_episodes=0)
+    agents = []
+    for env in (ProbeEnv, Reusing):
+        train(trainer, tmp_path / env.__name__, "delayed", env, **flags)
+        agents.append(read_checkpoint(tmp_path / env.__name__)["agent"])
+    for part, x in agents[0].items():
+        assert torch.equal(x, agents[1][part]), part
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_an_own_environment_is_not_scored_in_gymnasiums_of_the_same_name(name, tmp_path):
+    result = train(TRAINERS[name], tmp_path, "Pendulum-v1", total_timesteps=2_560, eval_every=1_280)
+    assert result["gymnasium"] is None and result["vecsim"]["episodes"] == 64
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_another_seed_is_another_run(name, finished_runs, tmp_path):
     """test_a_killed_run_resumes_bit_for_bit shows that one seed is one run."""
@@ -380,6 +413,32 @@ def test_without_its_replay_a_resumed_run_says_so_and_refills_before_it_learns(t
     assert read_checkpoint(tmp_path)["updates"] == 2 * 11 + 2 * 2
     losses = logged(tmp_path, trainer.terms[0])[-11:]
     assert [loss is None for loss in losses] == [True] * 9 + [False] * 2
+
+
+class Stateless(ProbeEnv):
+    @property
+    def state_dict(self):
+        raise AttributeError
+
+
+@pytest.mark.parametrize("trainer", [SAC, DQN], ids=["sac", "dqn"])
+def test_a_resumed_replay_has_an_end_where_the_environments_began_anew(trainer, tmp_path):
+    """An environment without state_dict begins new episodes; no window of steps goes on from the old ones."""
+    flags = dict(checkpoint_replay=True, eval_episodes=0, n_step=3)
+    train(trainer, tmp_path, "truncation", Stateless, total_timesteps=23 * 64, **flags)
+    resume = dict(resume=str(tmp_path / "checkpoint.pt"))
+    train(trainer, tmp_path, "truncation", Stateless, total_timesteps=31 * 64, **flags, **resume)
+    rings = read_checkpoint(tmp_path)["processes"][0]["replay"]["rings"]
+    assert rings["truncated"][:, 0].nonzero().flatten().tolist() == [4, 9, 14, 19, 22, 27]
+    assert rings["obs"][23, :, 1].max() == 0  # age
+
+
+def test_terms_of_a_policy_that_was_not_updated_are_null(tmp_path):
+    flags = dict(updates_per_step=1, policy_frequency=4, log_every=64, eval_episodes=0, total_timesteps=20 * 64)
+    train(SAC, tmp_path, **flags)
+    losses = [[x is None for x in logged(tmp_path, name)] for name in ("critic_loss", "policy_loss", "temperature")]
+    assert losses[0] == [True] * 9 + [False] * 11
+    assert losses[1] == losses[2] == [True] * 9 + ([True] * 3 + [False]) * 2 + [True] * 3
 
 
 @pytest.mark.slow

@@ -99,8 +99,22 @@ CASES = {
     "mul": lambda x, y, i, **_: (x * y, 0 * x, 1 * x, -1 * x, x * constant(x)[:, :1], x[:2] * i, 3 * i),
     "div reciprocal": lambda x, y, **_: (x / y, x / 3, 2 / y, 0 / y, 1 / y, y.reciprocal(), x / 0.0),
     "neg abs": lambda x, y, bad, **_: (-x, -(x - y), x.neg().neg(), x.abs(), bad.abs()),
-    "sqrt rsqrt": lambda positive, bad, **_: (positive.sqrt(), positive.rsqrt(), bad.sqrt()),
-    "sin cos tan": lambda x, **_: (x.sin(), x.cos(), x.tan()),
+    "sqrt rsqrt": lambda x, positive, bad, i, **_: (
+        *(positive.sqrt(), positive.rsqrt(), bad.sqrt(), (i * i).sqrt().to(x.dtype), (4**i).rsqrt().to(x.dtype)),
+    ),
+    "sin cos tan": lambda x, i, **_: (
+        *(
+            x.sin(),
+            x.cos(),
+            x.tan(),
+            *((1e3 * f(z)).round().to(x.dtype) for f in (torch.sin, torch.cos, torch.tan) for z in (i, x > 0)),
+        ),
+        torch.cat((x, torch.full_like(x, INF))).sin(),
+    ),
+    "abs signbit div atan2": lambda x, **_: (  # of both zeros
+        *(1 / (0 * x - 0.0).abs(), 1 / (-torch.zeros_like(x) * x.abs()).abs(), torch.copysign(x, -0.0 * x.abs())),
+        *(x / 0.0, x / -0.0, torch.atan2(x, 0 * x), torch.atan2(x, torch.full_like(x, -0.0))),
+    ),
     "hypot": lambda x, y, **_: (torch.hypot(x, y),),
     "pow": lambda x, positive, **_: (x**2, positive**1.7, positive**-0.5, x.square(), positive.pow(positive)),
     "maximum minimum": lambda x, y, bad, **_: (
@@ -131,8 +145,9 @@ CASES = {
             torch.fmod(x, 0.3),
         ),
     ),
-    "remainder floor_divide": lambda x, positive, i, **_: (
+    "remainder floor_divide": lambda x, positive, i, bad, **_: (
         *(torch.remainder(3 * x, positive), 3 * x % 0.7, i % 2, (i - 1) % 3, x // 0.7, 3 * x // positive, (i - 1) // 2),
+        *(x // INF, x // -INF, x // 0.0, bad // 2, bad // x, x // bad),
     ),
     "mm bmm": lambda x, t, **_: (
         constant(x) @ x[:2],
@@ -384,6 +399,24 @@ def test_clamp_keeps_nan(dtype):
     result = compiled(lambda x: (x.clamp(-1, 1), x.clamp(min=-1), x.clamp(max=1)), dtype)(x)
     for y, least, most in zip(result, (-1, -1, -2), (1, 2, 1), strict=True):
         assert y[0].isnan().tolist() == [True, False, False] and y[0, 1:].tolist() == [least, most]
+
+
+def changed_in_place(x):
+    outside = x > 1.0
+    outside |= x < -1.0
+    outside &= x != 3.0
+    outside ^= x > 0
+    return outside.to(x.dtype)
+
+
+def test_truths_change_in_place():
+    x = torch.tensor([[-2.0, 0.5, 2.0, 3.0]], dtype=torch.float64)
+    assert torch.equal(compiled(changed_in_place)(x), changed_in_place(x))
+
+
+def test_a_mask_that_differs_between_robots_chooses_no_rows():
+    with pytest.raises(NotImplementedError, match=r"a mask .* between robots: use torch.where"):
+        compiled(lambda x: x[x[:, 0] > 0].sum(0))(torch.rand(2, 1, dtype=torch.float64))
 
 
 def test_an_operator_without_a_rule_is_an_error_that_names_it():

@@ -939,6 +939,16 @@ REFUSED = {
     "flag": (f'<option><flag override="enable"/></option><worldbody>{ARM}</worldbody>', "option flags override"),
     "noslip": (f'<option noslip_iterations="3"/><worldbody>{ARM}</worldbody>', "noslip"),
     "integrator": (f'<option integrator="implicit"/><worldbody>{ARM}</worldbody>', "integrator implicit"),
+    "adhesion": (
+        '<worldbody><geom name="g" type="plane" size="1 1 1"/><body><freejoint/><geom name="b" size=".1"/></body>'
+        '</worldbody><contact><pair geom1="g" geom2="b" adhesion="5"/></contact>',
+        "adhesion",
+    ),
+    "plastic tendon": (
+        f'<worldbody>{ARM}</worldbody><tendon><fixed stiffness="5" springyield=".1"><joint joint="j" coef="1"/></fixed>'
+        "</tendon>",
+        "plastic springs",
+    ),
     "no joints": ('<worldbody><geom size=".1"/></worldbody>', "no joints"),
     "condim": (
         '<worldbody><geom type="plane" size="1 1 1" condim="6"/>' + BALL + "</worldbody>",
@@ -1171,3 +1181,32 @@ def test_step_refuses_what_it_does_not_know():
     for options, message in (({"integrator": "RK4"}, "unknown integrator"), ({"iterations": 0}, "iterations must be")):
         with pytest.raises(ValueError, match=message):
             vecsim.step(model, state, torch.zeros(0, 2), **options)
+    thrown = "<mujoco><worldbody><body><freejoint/><geom {}/></body></worldbody></mujoco>"
+    state = vecsim.State(torch.eye(7)[3:4].T, torch.zeros(6, 1), torch.zeros(6, 1))
+    vecsim.step(vecsim.load_model(thrown.format('size=".1"')), state, torch.zeros(0, 1), "implicitfast")
+    for geom in ('type="box" size=".1 .2 .3"', 'size=".1" pos=".1 0 0"'):  # MuJoCo derives its gyroscopic forces
+        with pytest.raises(vecsim.InputError, match="free body without other joints with implicitfast"):
+            vecsim.step(vecsim.load_model(thrown.format(geom)), state, torch.zeros(0, 1), "implicitfast")
+
+
+@pytest.mark.parametrize(
+    "options, root, rest, height, expected",
+    [
+        ('<flag actuation="disable"/>', "joint axis='0 0 1'", "<motor joint='j' forcerange='1 5'/>", 0.13, 0.0),
+        ("", "joint axis='0 0 1' actuatorfrcrange='1 5'", "", 0.13, 0.0),
+        ("", "joint type='slide' axis='0 0 1'", "<!-- the first pair has the larger margin -->", 0.13, 49.5),
+    ],
+)
+def test_what_is_off_exerts_no_force_and_each_pair_has_its_margin(options, root, rest, height, expected):
+    pairs = '<pair geom1="g" geom2="s" margin=".05"/><pair geom1="s" geom2="g" margin=".01"/>'
+    mjcf = f"""<mujoco><compiler autolimits="true"/><option>{options}</option><worldbody>
+      <geom name="g" type="plane" size="5 5 1" contype="0" conaffinity="0"/>
+      <body pos="0 0 {height}"><{root} name="j"/><geom name="s" size=".1"/></body></worldbody>
+      <contact>{pairs}</contact><actuator>{rest}</actuator></mujoco>"""
+    m = converged(mujoco.MjModel.from_xml_string(mjcf))
+    d = mujoco.MjData(m)
+    mujoco.mj_forward(m, d)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    ours = vecsim.forward(vecsim.load_model(m, dtype=torch.float64), vecsim.State(zero, zero, zero), zero[: m.nu], 20)
+    assert d.qacc[0] == pytest.approx(expected, abs=0.1)
+    assert float(ours.solution.qacc[0, 0]) == pytest.approx(d.qacc[0], abs=1e-9)

@@ -162,6 +162,18 @@ MISTAKES = {
     PENDULUM + METHOD["begin"] + "(qpos, {'a': qpos})\n    " + METHOD["remember"] + "{'a': action}": (
         r"remember\['a'\] must be a tensor of shape \(2, N\), not \(1, 13\)"
     ),
+    PENDULUM + METHOD["begin"] + "(qpos, {'a': qpos.long()})\n    " + METHOD["remember"] + "{'a': p.qpos}": (
+        r"remember\['a'\] must be of torch.int64, as at the start, not torch.float32"
+    ),
+    PENDULUM + METHOD["reward"] + "{'reward_a': p.qvel[0], 'invalid': p.qvel[0]}": r"reward\['invalid'\] needs another",
+    PENDULUM + "averaged = ('success',)": "averaged has 'success', but may name only what reward answers: ",
+    PENDULUM + "averaged = ('upright',)": "averaged has 'upright', but may name only what reward answers: ",
+    PENDULUM + METHOD["observe"] + "{}": "observe must be a dict with at least one group$",
+    FROZEN + PENDULUM + "dtype: float = 1.0": "has an option 'dtype', which vecsim_torch.Options has too; rename it$",
+    "class Mixin:\n    frame_skip = 4\nclass Mine(Mixin, vecsim_torch.InvertedPendulum): pass": (
+        "Mixin.frame_skip is an option, so it needs a type annotation$"
+    ),
+    PENDULUM + "max_episode_steps = 0": "max_episode_steps must be at least 1, not 0$",
     PENDULUM + METHOD["sense"] + "{'a': p.qpos}": 'sense must be a dict of tensors with the name "position"',
     PENDULUM + METHOD["observe"] + "{'a': model.pose(p, body='hand').position}": (
         "the MJCF has no body 'hand'; it has world, cart, pole$"
@@ -181,6 +193,27 @@ def test_a_mistake_in_a_task_is_one_line_that_names_the_rule(number, tmp_path):
     with pytest.raises(vecsim.InputError, match=message) as error:
         vecsim.make(f"{tmp_path}/my.py:Mine", 2)
     assert "\n" not in str(error.value)
+
+
+def test_methods_get_in_the_check_what_they_get_in_a_step(tmp_path):
+    """The time limit counts in whole numbers. Only `begin` is told which robots diverged."""
+    begin = METHOD["begin"] + "(qpos + 0 * (limit >> 1), {})\n    "
+    (tmp_path / "my.py").write_text(IMPORTS + "class Mixin: pass\n" + PENDULUM.replace("(", "(Mixin, ") + begin)
+    env = vecsim.make(f"{tmp_path}/my.py:Mine", 2, max_episode_steps=1)
+    env.reset(seed=0)
+    env.step(torch.zeros(2, 1))
+    (tmp_path / "other.py").write_text(IMPORTS + PENDULUM + METHOD["reward"] + "{'reward_a': 1.0 * p.invalid}")
+    with pytest.raises(TypeError):
+        vecsim.make(f"{tmp_path}/other.py:Mine", 2)
+
+
+def test_equal_names_of_files_and_folders_are_different_modules(tmp_path):
+    kinds = []
+    for folder, file in (("a_b", "c.py"), ("a", "b_c.py")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(IMPORTS + PENDULUM + "pass")
+        kinds.append(vecsim.find_task(f"{tmp_path / folder / file}:Mine"))
+    assert kinds[0] is not kinds[1]
 
 
 def test_a_file_that_failed_is_executed_again(tmp_path):
