@@ -134,7 +134,7 @@ def train(options: Namespace) -> Iterator[Comparison]:
     euler = [
         Contender("ours", "train/ours.py", "1"),
         *processes,
-        Contender(f"ours{words}, networks 64-64 as theirs", "train/ours.py", f"{count},64,64"),
+        Contender(f"ours{words}, networks 64-64", "train/ours.py", f"{count},64,64"),
         Contender("rsl_rl on vecsim", "train/rsl_rl.py", "vecsim"),
         Contender("skrl on vecsim", "train/skrl.py", "vecsim"),
         Contender("rl_games on vecsim", "train/rl_games.py", "vecsim"),

@@ -80,7 +80,7 @@ class Meter:
     """Measures windows of work for the referee."""
 
     def __init__(self):
-        self.facts = {}  # what else the row should hold: errors, kernel counts
+        self.facts = {}  # what else the row should hold: errors
         self.started, self.clock = time.perf_counter(), None
 
     def ready(self, act):

@@ -89,12 +89,14 @@ def learning_curves(axis: Axes, runs: list[dict], over: int, scale: float = 1.0)
             curve = np.array(run["curve"])
             axis.plot(curve[:, over] / scale, curve[:, 2], ".-", color=colour, lw=1.6, alpha=0.75, ms=3)
         last = [run["curve"][-1][2] for run in seeds]
-        label = f"{tables.ALGORITHMS[algorithm]}: {last[0]:,.0f}, one seed"
+        middle, worst = (f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" for x in (statistics.median(last), min(last)))
+        label = f"{tables.ALGORITHMS[algorithm]}: {middle}, one seed"
         if len(last) > 1:
-            middle, worst = statistics.median(last), min(last)
-            label = f"{tables.ALGORITHMS[algorithm]}: median {middle:,.0f}, worst {worst:,.0f} of {len(last)} seeds"
+            label = f"{tables.ALGORITHMS[algorithm]}: median {middle}, worst {worst} of {len(last)} seeds"
         axis.plot([run["curve"][-1][over] / scale for run in seeds], last, "o", color=colour, ms=4.5, label=label)
-    axis.legend(loc="best", frameon=False, fontsize=8.5, labelcolor="linecolor", handlelength=0)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.13 * len(axis.get_legend_handles_labels()[1]) * (high - low))  # room for the legend
+    axis.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor="linecolor", handlelength=0)
     threshold = next((run["threshold"] for run in runs if "threshold" in run), None)
     if threshold:
         axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
@@ -130,7 +132,7 @@ def plot_off_policy(results: Path) -> None:
     runs = by_task(with_curves(results, "sac/*-seed*.json"))
     for axis, (env_id, members) in panels(results / "sac/curves.png", runs, 3, (4.6, 3.1), SCORE):
         if all(run["algorithm"] == "sac" for run in members):  # PPO was not trained for this comparison: its usual run
-            members += with_curves(results, f"ppo/{env_id}-seed*.json")
+            members += with_curves(results, f"[pt]*/{env_id}-seed*.json")  # of ppo/ and tasks/
         learning_curves(axis, members, 0)
         ends = [run["curve"][-1][0] for run in members if run["algorithm"] == "sac"]
         for run in members:
@@ -152,7 +154,6 @@ def plot_q_learning(results: Path) -> None:
         learning_curves(axis, members, 1)
         label_axes(axis, env_id, "seconds of training, compilation apart")
         axis.set_xlim(left=0)
-        axis.set_ylim(0, 1.5 * max(point[2] for run in members for point in run["curve"]))  # room for the legend
 
 
 def plot_peers(results: Path) -> None:
@@ -193,7 +194,7 @@ def plot_stages(results: Path) -> None:
     """Of each quadruped: errors, and terrain level where there is terrain, over the steps of each stage."""
     titles = dict(velocity_error="velocity error, m/s", terrain_level="mean terrain level")
     titles |= dict(imitation_loss="imitation loss of the student")
-    for record in [*tables.load(results, "distill/*/evidence.json"), *tables.load(results, "*/*/training.json")]:
+    for record in tables.load(results, "*/*/training.json"):
         column = {name: k for k, name in enumerate(record["curve_columns"])}
         rows = [row for stage in record["curves"].values() for row in stage]
         shown = [name for name in titles if any(row[column[name]] is not None for row in rows)]

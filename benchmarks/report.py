@@ -12,10 +12,10 @@ from benchmarks import tables
 
 HEAD = """# Results
 
-`./benchmark.sh report` makes this page from the files in this folder; do not edit it. Each file names its hardware,
-commit and command, and most tables do. Files of older commits may name options that are gone or have other defaults.
-Speeds are medians, with the lowest and highest window in brackets. "X / this row" is the speed of X divided by that of
-the row: above 1, X is faster. Memory is the peak of all processes of a contender together.
+`./benchmark.sh report` makes this page from the files in this folder; do not edit it. Nearly every file names its
+hardware, commit and command, and most tables do. Files of older commits may name options that are gone or have other
+defaults. Speeds are medians, with the lowest and highest window in brackets. "X / this row" is the speed of X divided
+by that of the row: above 1, X is faster. Memory is the peak of all processes of a contender together.
 """
 
 SIMULATOR = """## Simulator
@@ -23,16 +23,16 @@ SIMULATOR = """## Simulator
 The first table compares one physics step with MuJoCo C, in float64; the second compares speed with MuJoCo C alone. In
 the second, vecsim computes in float32 with 4 Newton iterations, observations, rewards and resets included. MuJoCo C
 makes physics steps alone, in float64, with the solver and the tolerance of each MJCF (PGS for Humanoid, else Newton).
+The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs and
+those on two cores found most of their code in the cache, so they compiled faster. A second core helps Ant most: with
+two, Ant makes 1.92 times the steps of one core. The pendulum makes fewer.
 
 `sim` compares six simulators on the same robots: the same integrator, time step, solver and iterations, random actions
-held for one environment step, and the same start states from the middle of episodes. vecsim is timed with observations,
-rewards and resets; the others simulate physics alone, in their favour. The error of one step is the difference in qvel
-from MuJoCo C, whose solver runs to convergence: the largest over the degrees of freedom, divided by
-timestep x (1 + the largest acceleration). A training ran on the other core meanwhile.
-
-The second table was measured within one hour on a shared machine, and its speeds vary from run to run. The rk4 runs and
-those on two cores found most of their code in the cache, so they compiled faster. A second core helps most where a step
-is long: Ant makes 1.92 times the steps of one core, and the pendulum makes fewer.
+held for one environment step, and the same start states from the middle of episodes. Brax has a solver of its own,
+which makes as many steps of projected gradient. vecsim is timed with observations, rewards and resets; the others
+simulate physics alone, in their favour. The error of one step is the difference in qvel from MuJoCo C, whose solver
+runs to convergence: the largest over the degrees of freedom, divided by timestep x (1 + the largest acceleration). A
+training ran on the other core meanwhile.
 """
 
 MJCF = """Models of other packages: each MJCF file that compiles alone and has a joint. A refused file counts under one
@@ -51,19 +51,21 @@ before both networks, through which the gradient flows for 32 steps: skrl makes 
 
 TRAIN = """## Whole trainings
 
-Environment steps/s from the second iteration on, logging included. Other libraries run on 8 Gymnasium environments as
-their users run them, and three of them also on vecsim, with the batch and the networks of ours. All contenders of a
-table integrate alike, except Brax, which has its own models. `rk4` is how Gymnasium ships Ant, and how PPO trains it;
-it is about four times the work of `euler`. The first start has empty compiler caches; the second finds what the first
-left. A training ran on the other core meanwhile.
+Environment steps/s from the second iteration on, logging included. Other libraries run on 8 Gymnasium environments with
+published settings, rsl_rl with SB3's batch and networks. Three run on vecsim too, with the batch, the networks and the
+1,024 environments of ours. Updates differ: we make 4 epochs of 8 minibatches, SB3 makes 10 epochs of minibatches of 64,
+skrl and CleanRL-style PPO 10 of 32, rsl_rl 5 of 4, rl_games 4 of 2. Networks are 64-64, those of rl_games 256-128-64.
+All contenders of a table integrate alike, except Brax, which has its own models. `rk4` is how Gymnasium ships Ant, and
+how PPO trains it; it is about four times the work of `euler`. The first start has empty compiler caches; the second
+finds what the first left. A training ran on the other core meanwhile.
 """
 
 GPU = """## GPU
 
 No GPU has run this project. Launches, traffic and registers are counted in the code for an H100: the CUDA C++ that
-vecsim writes. Rates are predicted from them by a model. In it a launch takes 1.5 to 2.5 us and the cycles for which its
-instructions make a warp wait, or the time of its traffic. More than 8,192 environments are stepped in chunks of that
-many. The model is an upper bound, because it knows no waiting for memory. Registers and stacks are the most of all
+vecsim writes. Rates are predicted from them by a model. In it a launch takes 1.5 to 2.5 us and the cycles that its
+instructions wait, or the time of its traffic if that is longer. More than 8,192 environments are stepped in chunks of
+that many. The model is an upper bound, because it knows no waiting for memory. Registers and stacks are the most of all
 kernels of a function. A stack holds spilled registers, arrays that are indexed, and 32 bytes for the sine and cosine of
 large angles.
 
@@ -88,10 +90,10 @@ evaluate once per million steps, Humanoid once per three million (four with Eule
 and JAX more often, so "reached after" is an upper bound. We chose the thresholds. Hyperparameters were tuned on these
 tasks and partly on these seeds; expect worse on new tasks.
 
-- Each PPO run had one core, while the other core trained or tested something else. Other work slowed the first three
-  seeds of Ant, whose undisturbed seeds take 430 s. The seeds that compiled longest had an empty cache, the others found
+- Each PPO run had one core, while the other core trained or tested something else. Other work slowed Ant's seeds 1
+  to 3; its undisturbed seeds take 430 s. The seeds that compiled longest had an empty cache, the others found
   most of the code.
-- With PPO one seed of Walker2d ends below its threshold; every other seed in the first table ends above its own.
+- With PPO one seed of Walker2d ends below its threshold; every other seed in the first table reaches its own.
 - Trainings integrate as Gymnasium does: HalfCheetah and Pusher with Euler, the others with RK4. Two exceptions: SAC
   trained HumanoidStandup with Euler, and `euler` is PPO with Euler where Gymnasium has RK4. Median scores with Euler
   and with RK4 are: Ant 4,293 and 6,639, Hopper 3,368 and 3,560, Walker2d 4,690 and 5,387, Humanoid 10,609 and 11,054.
@@ -104,10 +106,10 @@ tasks and partly on these seeds; expect worse on new tasks.
 - Ant sees 27 numbers (`include_cfrc_ext_in_observation=False`). Humanoid sees its positions and velocities alone.
   In Gymnasium it earns 10.8 to 11.1 a step: 5 for not falling, and 1.25 times its speed without what its motors cost.
   So it runs at more than 4.6 m/s.
-- `bf16` has the networks in bfloat16. On this CPU with AVX512_BF16 a training of HalfCheetah takes 49% of the time, and
-  one of Ant 61% of that of its undisturbed seeds. Ant scores 6,673 with it and 6,639 without, HalfCheetah 9,330 and
-  8,014 (medians of 5 seeds, of Ant with it of 3). The seeds differ by more than that, so no difference is shown. The
-  runs with it were made later than those without.
+- `bf16` has the networks in bfloat16. On this CPU with AVX512_BF16 HalfCheetah trains in 49% of the time, and Ant in
+  61% of that of its undisturbed seeds. Ant scores 6,673 with it and 6,639 without, HalfCheetah 9,330 and 8,014 (medians
+  of 5 seeds, of Ant with it of 3). The seeds differ by more than that, so no difference is shown. The runs with it were
+  made later than those without.
 - Swimmer ends below the threshold with all seeds of PPO, and SAC does not learn it in 200 thousand steps. The reward
   of HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
 - SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries, at an older commit, where both
@@ -129,21 +131,21 @@ PEERS = """## Minutes to a score, beside other libraries
 
 Each run trains for the same minutes on the same core. Our trainers have their defaults, SB3 has the tuned settings of
 RL Baselines3 Zoo (for SAC on the pendulum SB3's defaults), and CleanRL-style PPO has CleanRL's published settings on
-one environment. The clock excludes imports, evaluations and compilation: add the last column for a first start. A score
-is that of the last evaluation within the minutes, or at most a fiftieth later, because a library finishes its rollout
-first. Our trainers evaluate at fixed numbers of steps, so their last evaluation may be more than half a minute old.
-Other work ran on the other core. Our SAC, and our PPO on the pendulum, ended before their time, because their steps
-were done; their last score counts. Our runs are newer than those of the other libraries. Three minutes after
-compilation, HalfCheetah scores 7,747 with our PPO and 3,168 with SB3's.
+one environment. The clock excludes imports, evaluations and compilation: add the last column for a first start. The
+last evaluation within the minutes counts. It may be 2% late, because a library finishes its rollout first. Our trainers
+evaluate at fixed numbers of steps, so their last evaluation may be 16 s old. Other work ran on the other core. Our SAC,
+and our PPO on the pendulum, ended before their time, because their steps were done; their last score counts. Our runs
+are newer than those of the other libraries. Three minutes after compilation, HalfCheetah scores 7,747 with our PPO and
+3,168 with SB3's.
 """
 
 Q_LEARNING = """## Q-learning, beside PPO and SAC within the same minutes
 
 Both algorithms of `dqn_gpu_torch.py` with bang-bang actions: each actuator is at one end of its range or at the other.
-PPO and SAC act continuously, on the same core. The runs of PPO and SAC are those of the tables above, cut off in the
-middle of longer schedules; on Walker2d they were trained for this comparison, with schedules that end with it. The last
-score within the minutes of the longest run of Q-learning counts, and some runs end earlier. Full effort has its price:
-Gymnasium's reward on all but the pendulum has a control cost.
+PPO and SAC act continuously, on the same core. The runs of PPO and SAC are those of the tables above. PPO's were cut
+off in the middle of longer schedules; SAC on HalfCheetah had ended. On Walker2d both were trained for this comparison,
+with schedules that end with it. The last score within the minutes of the longest run of Q-learning counts, and some
+runs end earlier. Full effort has its price: Gymnasium's reward on all but the pendulum has a control cost.
 
 Medians of three seeds. On HalfCheetah DQN scores 5,644 and PQN 4,952, PPO 7,573 and SAC 4,413. On Hopper DQN scores
 2,652 and PQN 2,418, PPO 3,221 and SAC 3,177. On Walker2d DQN scores 1,810 and PQN 3,882, PPO 4,465 and SAC 310. So PPO
@@ -159,18 +161,19 @@ of the default's seeds. The other rows show no difference. The defaults were cho
 
 SETTINGS = """## Settings on the same budget
 
-SAC on HalfCheetah. The ladder trains for 61 thousand steps with one update for every sixteen steps: each rung has all
-those above it, the last rung is the default, and the rows that begin with "all" add one trick to it. No single trick
-rescues textbook SAC on this budget (textbook SAC makes one update for every step). FlashSAC's blocks score most there,
-and take three to eight times as long to train on a CPU: they are a flag, for a GPU. Over 160 thousand steps the default
-leads the candidates that cost the same, but by less than the spread of the seeds. FlashSAC's blocks learn more from
-each step and take nearly three times as long: on every seed the default is first at the threshold of the table below.
+SAC on HalfCheetah. The ladder trains for 61 thousand steps, with one update for every sixteen (textbook SAC makes one
+for each). Each rung keeps the tricks above it, and the last is the default. A row that begins with "all" adds one trick
+to that. FlashSAC's blocks score most there, and take three to eight times as long to train on a CPU: they are a flag,
+for a GPU. The mean of the critics lowers every seed of the ladder. It is in the default for its score over 160 thousand
+steps, where `one step mean` has the settings of the default. It led the candidates that cost the same, by less than the
+spread of the seeds. FlashSAC's blocks learn more from each step, but a run takes nearly three times as long. On every
+seed the default reaches 3,000 first.
 
-PPO on HalfCheetah, sizes. `num_envs` x `num_steps` is the batch; 16 thousand samples serve every task here. In the same
+PPO on HalfCheetah, sizes. `num_envs` x `num_steps` is the batch; 16 thousand samples serve most tasks here. In the same
 batch, long rollouts of few environments learn more from each step, and many environments step faster. Minibatches of
-about two thousand samples are best: fewer and larger ones learn less, many small ones learn less and take longer. The
-update takes half of an iteration and grows with the networks. On a GPU, start with 4,096 environments and double them
-until steps per second stop growing.
+about two thousand samples are best in the median, though seeds overlap: fewer and larger ones learn less, many small
+ones learn less and take longer. The update takes two thirds to five sixths of an iteration and grows with the networks.
+On a GPU, start with 4,096 environments and double them until steps per second stop growing.
 """
 
 MEMORY = """## Memory
@@ -190,8 +193,9 @@ first table.
 
 WALK_MEMORY = """`walk-memory` trains a quadruped without its base velocity, each robot with other masses, gains and
 friction, under noise and pushes. Only the teacher and the value functions see everything. The budgets are equal: that
-of the students includes their teacher's. Each cell has 40 robots of nominal parameters, which walk a whole episode
-under random commands, in this simulator and in MuJoCo C. With one training seed each, the policy without memory is
+of the students includes their teacher's. Each cell has 40 robots of nominal parameters, each for one episode
+under random commands, in this simulator and in MuJoCo C. An episode fails that ends early, or has a mean velocity error
+over 0.3 m/s. With one training seed each, the policy without memory is
 off by 0.081 m/s in this simulator, the fine-tuned student by 0.096 and the GRU by 0.107: on flat ground neither a
 memory nor a teacher helped within this budget.
 """
@@ -254,8 +258,8 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield from picture("speed.png", "simulators, learners and whole trainings side by side")
     yield SIMULATOR
     yield from map(tables.parity, load("parity.json"))
-    yield from part("mjcf*.json", tables.mjcf, MJCF)
     yield from part("vecsim/*.json", tables.physics)
+    yield from part("mjcf*.json", tables.mjcf, MJCF)
     yield from map(tables.comparison, of_mode["sim"])
     scaling = [record for record in records if record["mode"] == "scaling"]
     yield from picture("scaling.png", "steps per second over the number of environments")
@@ -298,10 +302,6 @@ def sections(results: Path, dollars_per_hour: float | None) -> Iterator[str]:
     yield from part("memory/*/*-seed*.json", tables.memories, MEMORY, *curves, by="folder")
     yield from part("walk-memory/*/*/training.json", tables.walkers, WALK_MEMORY)
     yield QUADRUPED
-    yield from map(tables.walk, load("quadruped/*.json"))
-    for record in load("distill/*/evidence.json"):
-        yield tables.distill(record)
-        yield from picture(f"distill/{record['env_id']}/curves.png", "training of teacher and students")
     for record in [*load("quadruped/*/training.json"), *load("distill/*/training.json")]:
         folder = record["path"].parent
         if (summary := folder / "panel/summary.csv").exists():

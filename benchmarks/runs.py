@@ -153,9 +153,8 @@ def agents(run: dict, options: Namespace) -> dict:
             row[name] = [round(member[name], 2) for member in members]
             row[f"median_{name}"] = statistics.median(row[name])
         rows.append(row)
-    ratio = rows[-1]["median_train_seconds"] / rows[0]["median_train_seconds"]
     first = found[run["counts"][0]][0]
-    return {name: first[name] for name in ("env_id", "algorithm", "versions")} | dict(rows=rows, times_one_seed=ratio)
+    return {name: first[name] for name in ("env_id", "algorithm", "versions")} | dict(rows=rows)
 
 
 def stage_times(trace: Path) -> dict[str, dict]:

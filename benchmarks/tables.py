@@ -26,6 +26,9 @@ def load(results: Path, pattern: str) -> list[dict]:
     for path in sorted(results.glob(pattern)):
         place = dict(path=path, name=path.stem.split("-seed")[0], folder=path.parent.name)
         found.append(json.loads(path.read_text()) | place)
+        end = [found[-1].get(name) for name in ("env_steps", "train_seconds", "gymnasium")]
+        if all(end) and found[-1].get("curve") and found[-1]["curve"][-1][0] < end[0]:  # the score after the last step
+            found[-1]["curve"].append([*end[:2], end[2]["mean"]])
     return found
 
 
@@ -140,8 +143,6 @@ def scaling(records: list[dict]) -> str:
     first, rows = records[0], []
     for row in (record["rows"][0] for record in records):
         cells = {"": row["contender"], first["unit"]: speed(row)}
-        kernels = row.get("kernels_per_physics_step")  # only older files have it
-        cells["kernels per physics step"] = f"{kernels:.1f}" if kernels else "-"
         rows.append(cells | {"imports and compilation": f"{row['warmup_seconds']:.0f} s", "memory": memory(row)})
     settings = {name: value for name, value in first["settings"].items() if name != "num_envs"}
     return table(f"scaling, {family(first)}", rows, protocol(first | dict(settings=settings)))
@@ -387,48 +388,17 @@ def profile(records: list[dict]) -> str:
     return table("where an iteration's time goes", rows, note)
 
 
-def walk(record: dict) -> str:
-    """A trained quadruped in its own simulator and in MuJoCo C."""
-    rows = []
-    for name, key in (("vecsim", "vecsim"), ("MuJoCo C", "mujoco")):
-        found = record["walk"][key]
-        row = {"simulator": name, "episodes of 20 s": found["episodes"]}
-        row["without a fall"] = f"{found['without_a_fall']:.0%}"
-        row["velocity error, m/s"] = f"{found['velocity_error']:.3f}"
-        row["turning error, rad/s"] = f"{found['yaw_error']:.3f}"
-        rows.append(row | {"return": f"{found['episode_return']:.1f}"})
-    trained = f"{record['env_steps']:,} environment steps in {record['train_seconds']:,.0f} s"
-    note = f"{record['hardware']}. {made_by(record)}"
-    return table(f"a quadruped trained in vecsim, {trained}", rows, note)
-
-
-def distill(record: dict) -> str:
-    """Tracking score and share of falls of each policy under each perturbation."""
-    summary, (teacher, *others), rows = record["summary"], list(record["policies"]), []
-    for name in record["perturbations"]:
-        row = {"": name.replace("_", " ")}
-        for policy in (teacher, *others):
-            row[policy] = f"{summary[policy][name]['tracking']:.2f} ({summary[policy][name]['falls']:.0%})"
-        failed = summary[teacher][name]["tracking"] < 0.05  # a share of almost nothing says nothing
-        for policy in others:
-            share = f"{summary[policy][name]['tracking_of_teacher']:.0%}"
-            row[f"{policy}, of teacher"] = "-" if failed else share
-        rows.append(row)
-    title = f"teacher and students, {record['env_id']}: tracking score (falls), and share of the teacher's score"
-    return table(title, rows) + "\n" + stages(record)
-
-
 def judged(record: dict, summary: Path) -> str:
-    """The panel that `runs walk` and `runs distill` leave beside the record of their training: return (success)."""
+    """The panel that `runs walk` and `runs distill` leave beside the record of their training."""
     rows = {}
     for found in csv.DictReader(summary.read_text().splitlines()):
         row = rows.setdefault(found["perturbation"], {"": found["perturbation"].replace("_", " ")})
-        row[found["checkpoint"]] = f"{float(found['return']):,.1f} ({float(found['success']):.0%})"
-    return table(f"{record['env_id']}: return, interquartile mean, and share of successes", list(rows.values()))
+        row[found["checkpoint"]] = f"{float(found['success']):.0%}, {float(found['tracking']):.3f} m/s"
+    return table(f"{record['env_id']}: share of episodes that succeed, and velocity error", list(rows.values()))
 
 
 def walkers(records: list[dict]) -> str:
-    """The policies of `runs walk-memory`, one row each: velocity error and share of falls under each perturbation.
+    """The policies of `runs walk-memory`, one row each: velocity error and share of failures under each perturbation.
 
     The steps of a student include those of its teacher. Times are left out: other work shared the cores."""
     rows = []
@@ -444,7 +414,7 @@ def walkers(records: list[dict]) -> str:
                     row[condition] = f"{float(found['tracking']):.3f} ({1 - float(found['success']):.0%})"
             rows.append(row)
     note = f"{records[0]['hardware']}. {made_in_turn(records, './benchmark.sh runs walk-memory')}."
-    return table(f"{records[0]['env_id']} without base velocity: velocity error, m/s (falls)", rows, note)
+    return table(f"{records[0]['env_id']} without base velocity: velocity error, m/s (failures)", rows, note)
 
 
 def stages(record: dict) -> str:

@@ -452,8 +452,8 @@ def test_a_comparison_names_its_reference_and_what_is_missing():
     assert "vecsim / this row" in text and "| MJX | 8,000 (7,200 to 8,800) | - |" in text
     assert "MJX has 3 of them; it stopped: in round 4: broken." in text
     scaled = RECORD | dict(case="Ant-v5-cpu1-16-envs", settings=dict(num_envs=16))
-    scaled |= dict(rows=[sample_row("16 environments", 9e3, kernels_per_physics_step=14.2)])
-    assert "| 16 environments | 9,000 (8,100 to 9,900) | 14.2 |" in tables.scaling([scaled])
+    scaled |= dict(rows=[sample_row("16 environments", 9e3)])
+    assert "| 16 environments | 9,000 (8,100 to 9,900) | 12 s |" in tables.scaling([scaled])
     record = RECORD | dict(mode="train", reference="ours", rows=[sample_row("ours", 2e4)])
     row = "| ours | 20,000 (18,000 to 22,000) | 1 | 80 s | 12 s | 0.5 GiB host | 36.0 M |"
     assert row in tables.comparison(record, 2.0)
@@ -668,7 +668,7 @@ def test_memory_hides_the_same_from_all_but_one(measure, tmp_path):
 
 def test_seeds_compares_eight_agents_with_one(measure):
     record = measure("seeds", "--repeats", "3")["mjx/seeds"]
-    assert [row["num_seeds"] for row in record["rows"]] == [1, 8] and record["times_one_seed"] == 18 / 11
+    assert [row["num_seeds"] for row in record["rows"]] == [1, 8]
     assert [row["train_seconds"] for row in record["rows"]] == [[11.0] * 3, [18.0] * 3]
 
 
@@ -689,7 +689,7 @@ def test_a_panel_judges_what_was_trained(measure, tmp_path, name):
         assert dict(zip(record["curve_columns"], line, strict=True))["velocity_error"] == 0.3
     plots.draw(tmp_path / "results")
     made = report.page(tmp_path / "results")
-    assert made.count("| none | 26.0 (96%) |") == made.count("/curves.png)") == len(runs.SETS[name]["runs"])
+    assert made.count("| none | 96%, 0.100 m/s |") == made.count("/curves.png)") == len(runs.SETS[name]["runs"])
     assert f"| {'policy' if name == 'walk' else 'finetune'} | 500 | 11 s |" in made
 
 

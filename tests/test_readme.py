@@ -214,7 +214,7 @@ def claims():
     yield f"{min(ratio.values()):.2f} to {max(ratio.values()):.2f} times as fast as MuJoCo C's on one core"
     yield f"Humanoid's {humanoid:.2f} times"
     euler, rk4, cheetah = speed.values()
-    alike = "ours, networks 64-64 as theirs"
+    alike = "ours, networks 64-64"
     yield f"makes {euler[alike]:,} environment steps/s on Ant with Euler, and rsl_rl"
     yield f"makes {euler['rsl_rl']:,}. On HalfCheetah it is {cheetah[alike]:,} against {cheetah['rsl_rl']:,}"
     yield f"we make {euler['ours']:,} and {cheetah['ours']:,}; on Ant with RK4 {rk4['ours']:,}"
