@@ -94,14 +94,14 @@ def learning_curves(axis: Axes, runs: list[dict], over: int, scale: float = 1.0)
         if len(last) > 1:
             label = f"{tables.ALGORITHMS[algorithm]}: median {middle}, worst {worst} of {len(last)} seeds"
         axis.plot([run["curve"][-1][over] / scale for run in seeds], last, "o", color=colour, ms=4.5, label=label)
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.13 * len(axis.get_legend_handles_labels()[1]) * (high - low))  # room for the legend
-    axis.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor="linecolor", handlelength=0)
     threshold = next((run["threshold"] for run in runs if "threshold" in run), None)
     if threshold:
         axis.axhline(threshold, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
         words = dict(xycoords=("axes fraction", "data"), textcoords="offset points", color=FAINT, size=8)
         axis.annotate(f"{threshold:,}", (0, threshold), (3, 3), **words)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.15 * len(axis.get_legend_handles_labels()[1]) * (high - low))  # room for the legend
+    axis.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor="linecolor", handlelength=0)
 
 
 def plot_curves(results: Path) -> None:

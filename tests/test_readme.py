@@ -16,7 +16,7 @@ from typing import NamedTuple
 import vecsim_torch
 from benchmarks import gpu_kernels, report
 from benchmarks.runs import SETS
-from benchmarks.tables import in_time
+from benchmarks.tables import in_time, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -87,7 +87,7 @@ def at_equal_time(env_id):
     """Medians of DQN, PQN, PPO and SAC after the minutes of the longest run of Q-learning."""
     found = {name: [] for name in ("dqn", "pqn", "ppo", "sac")}
     for path in [*ROOT.glob(f"results/dqn/{env_id}-*seed*.json"), *ROOT.glob(f"results/peers/{env_id}/ours-*.json")]:
-        run = json.loads(path.read_text())
+        [run] = load(path.parent, path.name)
         found[run.get("algorithm") or run["contender"].removeprefix("ours-")].append(run)
     minutes = max(run["train_seconds"] for run in found["dqn"] + found["pqn"]) / 60
     for runs in found.values():
@@ -169,7 +169,7 @@ def claims():
     gain = {name: speed / of_cores[1][name] for name, speed in of_cores[2].items()}
     least, *_, most = sorted(gain, key=gain.get)
     assert (least, most) == ("InvertedPendulum-v5", "Ant-v5") and gain[least] < 1
-    yield f"Ant makes {gain[most]:.2f} times the steps of one core"
+    yield f"with two, Ant makes {gain[most]:.2f} times the steps of one core. The pendulum makes fewer"
     humanoids = [result(f"ppo/Humanoid-v5-seed{seed}.json") for seed in (1, 2, 3)]
     a_step = [run["gymnasium"]["mean"] / run["gymnasium"]["mean_length"] for run in humanoids]
     yield f"it earns {min(a_step):.1f} to {max(a_step):.1f} a step: 5 for not falling, and 1.25 times its speed"
@@ -215,11 +215,11 @@ def claims():
     yield f"Humanoid's {humanoid:.2f} times"
     euler, rk4, cheetah = speed.values()
     alike = "ours, networks 64-64"
-    yield f"makes {euler[alike]:,} environment steps/s on Ant with Euler, and rsl_rl"
+    yield f"Ant with Euler, networks of 64-64: a whole training makes {euler[alike]:,} environment steps/s. rsl_rl"
     yield f"makes {euler['rsl_rl']:,}. On HalfCheetah it is {cheetah[alike]:,} against {cheetah['rsl_rl']:,}"
-    yield f"we make {euler['ours']:,} and {cheetah['ours']:,}; on Ant with RK4 {rk4['ours']:,}"
-    yield f"and rsl_rl {rk4['rsl_rl']:,}"
-    yield f"On our Ant with Euler, with our batch and networks, rsl_rl makes {euler['rsl_rl on vecsim']:,}"
+    yield f"Our larger networks make {euler['ours']:,} and {cheetah['ours']:,}"
+    yield f"On Ant with RK4 they make {rk4['ours']:,}, and rsl_rl's of 64-64 make {rk4['rsl_rl']:,}"
+    yield f"On vecsim, with our batch and larger networks, rsl_rl makes {euler['rsl_rl on vecsim']:,}"
     gru = speeds("benchmark/learner-gru-cpu1.json")
     ours, skrl, rl_games = (
         gru[name] for name in ("ours with a GRU, compiled", "skrl with a GRU", "rl_games with a GRU")
@@ -250,9 +250,9 @@ def claims():
         *(x for run in short for x in (run.score, run.seconds, run.seeds))
     )
     undisturbed = statistics.median(result(f"ppo/Ant-v5-seed{seed}.json")["train_seconds"] for seed in (4, 5))
-    yield f"whose undisturbed seeds take {10 * round(undisturbed / 10)} s"
+    yield f"its undisturbed seeds take {10 * round(undisturbed / 10)} s"
     shares = short[1].seconds / cheetah.seconds, short[0].seconds / undisturbed
-    yield "HalfCheetah takes {:.0%} of the time, and one of Ant {:.0%} of that of its undisturbed seeds".format(*shares)
+    yield "HalfCheetah trains in {:.0%} of the time, and Ant in {:.0%} of that of its undisturbed seeds".format(*shares)
     yield f"Ant scores {short[0].score} with it and {ant.score} without"
     yield f"HalfCheetah {short[1].score} and {cheetah.score} (medians of {ant.seeds} seeds"
     yield f"of Ant with it of {short[0].seeds})"
