@@ -760,7 +760,7 @@ def plot_scores(path: Path, summary: pd.DataFrame, title: str) -> None:
     axes[0].invert_yaxis()
     axes[0].set_xlabel("return, interquartile mean")
     axes[1].set(xlabel="success, % of episodes", xlim=(-3, 103))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(labels), frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"{title}: 95% intervals; dotted: undisturbed", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=130)
 

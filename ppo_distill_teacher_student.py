@@ -23,7 +23,7 @@ The stages run in this order. Each has its own folder, with log and checkpoint, 
     finetune    PPO on the student. The value function starts as the teacher's and learns alone at first.
     baseline    PPO on an untrained student, with as many environment steps as the three stages above together.
 
-The last of these commands trained for 83 minutes on one core of an AMD EPYC; results/README.md has the scores.
+The last of these commands trained for 75 minutes on one core of an AMD EPYC; results/README.md has the scores.
 
 In a task without `critic_obs` the teacher sees `obs`, like the student.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import vecsim_torch
 from benchmarks import gpu_kernels, report
 from benchmarks.runs import SETS
-from benchmarks.tables import in_time, load
+from benchmarks.tables import in_time, load, scores_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,26 +63,6 @@ def speeds(name):
     return {row["contender"]: round(row["median"]) for row in result(name)["rows"]}
 
 
-def noise_floor():
-    """The teacher's rows nominal and observation noise of the distillation's evidence are the same experiment."""
-    rows = csv.DictReader((ROOT / "results/distill/Quadruped-Rough/evidence.csv").open())
-    rows = [
-        row for row in rows if row["policy"] == "teacher" and row["perturbation"] in ("nominal", "observation_noise")
-    ]
-    of_seed = {(row["perturbation"], row["seed"]): row for row in rows}
-    apart = [
-        [
-            float(of_seed["observation_noise", seed][name]) - float(of_seed["nominal", seed][name])
-            for name in ("tracking", "falls")
-        ]
-        for seed in sorted({row["seed"] for row in rows})
-    ]
-    tracking, falls = zip(*apart)
-    score, points = abs(statistics.fmean(tracking)), 100 * abs(statistics.fmean(falls))
-    yield f"about {score:.2f} in score and {points:.0f} points of falls"
-    yield f"as much as {max(map(abs, tracking)):.2f} and {100 * max(map(abs, falls)):.0f} points"
-
-
 def at_equal_time(env_id):
     """Medians of DQN, PQN, PPO and SAC after the minutes of the longest run of Q-learning."""
     found = {name: [] for name in ("dqn", "pqn", "ppo", "sac")}
@@ -117,37 +97,36 @@ def median_run(name, env_id):
 
 def claims():
     """What README's prose says of measurements, made from the result files; each must stand there as it is here."""
-    walk = result("quadruped/Quadruped-Flat.json")
-    yield f"{walk['env_steps']:,} environment steps in {walk['train_seconds']:.0f} s on one core"
-    summary = result("distill/Quadruped-Rough/evidence.json")["summary"]
-    yield f"keeps {summary['student']['nominal']['tracking_of_teacher']:.0%} of its teacher's tracking score"
+    rows = csv.DictReader((ROOT / "results/distill/Quadruped-Rough/panel/summary.csv").open())
+    judged = {(row["checkpoint"], row["perturbation"]): row for row in rows}
+    teacher, student, finetune, baseline = (
+        judged[name, "none"] for name in ("teacher", "student", "finetune", "baseline")
+    )
+    returns = [float(row["return"]) for row in (teacher, student, finetune)]
+    share = returns[1] / returns[0]
+    yield f"keeps {share:.0%} of its teacher's return: {returns[1]:.1f} of {returns[0]:.1f}"
 
-    def beyond(policy, name, other, metric="tracking", sign=1, scale=1.0):
-        """A difference paired by seed, with its interval; a negative sign turns it round."""
-        of = summary[policy][name][f"{metric}_beyond"][other]
-        ends = sorted(sign * scale * of[end] for end in ("low", "high"))
-        return sign * scale * of["mean"], *ends
+    def lower(row):
+        """By how much the return is below the teacher's, with its interval."""
+        middle, *ends = (-float(row[f"return_beyond_teacher{end}"]) for end in ("", "_high", "_low"))
+        return "{:.2f} [{:.2f}, {:.2f}]".format(middle, *ends)
 
-    def signed(policy, name, other):
-        return "{:+.3f} [{:.3f}, {:.3f}]".format(*beyond(policy, name, other))
+    def succeeds(name, perturbation="none"):
+        return f"{float(judged[name, perturbation]['success']):.0%}"
 
-    yield "{:.3f} less [{:.3f}, {:.3f}]".format(*beyond("student", "nominal", "teacher", sign=-1))
-    yield "by {:.3f} [{:.3f}, {:.3f}]".format(*beyond("finetune", "nominal", "teacher"))
-    over = {name: signed("finetune", name, "baseline") for name in summary["finetune"]}
-    yield f"without perturbation ({over['nominal']}) and under strong gravity ({over['strong_gravity']})"
-    yield f"low friction ({over['low_friction']}), pushes ({over['pushes']})"
-    shown = {
-        name for name in over if beyond("finetune", name, "baseline")[1] > 0 and name != "action_delay"
-    }  # all fall
-    assert shown == {"nominal", "strong_gravity"}
-    assert all(beyond("finetune", name, "teacher")[1] > 0 for name in over if name != "action_delay")
-    falls = {name: beyond("finetune", name, "baseline", "falls", scale=100) for name in over}
-    more = [mean for name, (mean, *_) in falls.items() if name not in ("pushes", "action_delay")]
-    yield f"by {min(more):.0f} to {max(more):.0f} points"
-    assert falls["pushes"][1] < 0 < falls["pushes"][2]
-    yield f"({signed('student', 'nominal', 'baseline')} without perturbation)"
-    yield f"({signed('teacher', 'nominal', 'baseline')})"
-    yield from noise_floor()
+    yield f"return is lower by {lower(student)}, that of the baseline by {lower(baseline)}"
+    rates = succeeds("student"), succeeds("teacher"), succeeds("baseline")
+    yield "student succeeds in {} of the episodes, its teacher in {}, the baseline in {}".format(*rates)
+    yield "succeeds in {} of the episodes, its teacher in {} and a blind baseline of as many steps in {}".format(*rates)
+    grown = [float(row["tracking"]) for row in (student, finetune)]
+    yield "the return is {:.1f}, and the velocity error grows from {:.3f} to {:.3f} m/s".format(returns[2], *grown)
+    heavy = [succeeds(name, "mass") for name in ("teacher", "student", "finetune")]
+    yield "succeeds in {} of the episodes, the student in {} and the fine-tuned one in {}".format(*heavy)
+    stages = result("distill/Quadruped-Rough/training.json")["policies"].values()
+    assert all(float(judged[name, "action_delay"]["success"]) == 0 for name in ("teacher", "student", "baseline"))
+    *chain, alone = (round(stage["env_steps"] / 1e6) for stage in stages)
+    assert sum(chain) == alone
+    yield f"had {alone} million steps together"
     speed = {
         name: speeds(f"benchmark/train-{name}.json")
         for name in ("Ant-v5-euler-cpu1", "Ant-v5-rk4-cpu1", "HalfCheetah-v5-euler-cpu1")
@@ -268,12 +247,12 @@ def claims():
         last = [[score for _, seconds, score in curve if seconds <= 183.6][-1] for curve in curves]
         peers.append(f"{statistics.median(last):,.0f}")
     yield f"minutes after compilation, HalfCheetah scores {peers[0]} with our PPO and {peers[1]} with SB3's"
-    for algorithm, steps in (("sac", "SAC scores {} on HalfCheetah after {:,} steps"), ("ppo", "PPO {} after {:,}")):
-        suffix = "" if algorithm == "sac" else "-ppo"
-        runs = [result(f"sac/HalfCheetah-v5{suffix}-seed{seed}.json") for seed in (1, 2, 3)]
-        yield steps.format(f"{statistics.median(run['gymnasium']['mean'] for run in runs):,.0f}", runs[0]["env_steps"])
-    teacher, student = (x["env_steps"] / 1e6 for x in result("panel/Quadruped-Flat/record.json")["checkpoints"])
-    yield f"a teacher of {teacher:.1f} million steps is compared with its student of {student:.1f} million"
+    sac = {task: median_run("sac", f"{task}-v5") for task in ("HalfCheetah", "Ant", "Walker2d")}
+    runs = [result(f"sac/HalfCheetah-v5-ppo-seed{seed}.json") for seed in (1, 2, 3)]
+    middle = f"{statistics.median(scores_of(runs)):,.0f} after {runs[0]['env_steps']:,}"
+    yield f"SAC scores {sac['HalfCheetah'].score} on HalfCheetah after {sac['HalfCheetah'].steps:,} steps, PPO {middle}"
+    assert sac["Ant"].steps == sac["Walker2d"].steps
+    yield f"After {sac['Ant'].steps:,} it scores {sac['Ant'].score} on Ant and {sac['Walker2d'].score} on Walker2d"
     middle = {}
     for row in csv.DictReader((ROOT / "results/panel/HalfCheetah-v5/summary.csv").open()):
         ends = [float(row[f"return_change_from_none{end}"]) for end in ("_low", "_high")]
@@ -364,13 +343,14 @@ def test_scores_in_the_headers_of_scripts_are_those_of_the_files():
         f"HalfCheetah-v5 {cheetah.score} after {cheetah.seconds / 60:.0f} minutes, "
         f"Hopper-v5 {hopper.score} after {hopper.seconds / 60:.0f}, Ant-v5 {ant.score} after {ant.seconds / 60:.0f}. "
     }
-    cheetah, hopper = (median_run("sac", f"{task}-v5") for task in ("HalfCheetah", "Hopper"))
+    tasks = "Ant", "Walker2d", "HalfCheetah", "Hopper"
+    ant, walker, cheetah, hopper = (median_run("sac", f"{task}-v5") for task in tasks)
     runs = [result(f"sac/InvertedPendulum-v5-seed{seed}.json") for seed in (1, 2, 3)]
     pendulum = sorted(round(run["steps_to_threshold"] / 1000) for run in runs)
-    assert cheetah.seeds == hopper.seeds
     expected["sac_gpu_torch.py"] = (
-        f"medians of {cheetah.seeds} seeds in Gymnasium's own environments: HalfCheetah-v5 {cheetah.score} after "
-        f"{cheetah.steps / 1000:.0f} thousand environment steps, Hopper-v5 {hopper.score} after "
+        f"medians of {ant.seeds} or {cheetah.seeds} seeds in Gymnasium's own environments: Ant-v5 {ant.score} and "
+        f"Walker2d-v5 {walker.score} after {ant.steps / 1000:.0f} thousand environment steps, HalfCheetah-v5 "
+        f"{cheetah.score} after {cheetah.steps / 1000:.0f} thousand, Hopper-v5 {hopper.score} after "
         f"{hopper.steps / 1000:.0f} thousand, InvertedPendulum-v5 1,000 after {pendulum[0]} to {pendulum[-1]} thousand."
     )
     dqn, pqn = zip(*(list(at_equal_time(f"{task}-v5"))[:2] for task in ("HalfCheetah", "Hopper", "Walker2d")))
