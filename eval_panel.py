@@ -116,7 +116,7 @@ class Args:
     num_envs: int = 1024
     # where the simulator runs: auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; policies use the CPU
     device: str = "auto"
-    # compile vecsim's physics, anew for every perturbation; without, a panel starts at once and is many times slower
+    # compile vecsim's physics, anew for every perturbation; --no-compile starts at once and is many times slower
     compile: bool = True
     # integrator of every simulator; mjcf: that of the MJCF, as in Gymnasium
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
@@ -323,9 +323,8 @@ def load_subjects(args: Args) -> list[Subject]:
         label = f"{names[k]}-{names[: k + 1].count(names[k])}" if names.count(names[k]) > 1 else names[k]
         options = vecsim.gymnasium_options(checkpoint["args"]["env_kwargs"]) | contract_of(env_id).options
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        observes = checkpoint.get("observes", "obs")
-        facts = checkpoint["env_steps"], digest, checkpoint["versions"]
-        subject = Subject(label, path, env_id, options, act, observes, *facts)
+        facts = checkpoint.get("observes", "obs"), checkpoint["env_steps"], digest, checkpoint["versions"]
+        subject = Subject(label, path, env_id, options, act, *facts)
         subjects.append(subject)
         first, mine = ({n: x for n, x in s.options.items() if "observation" not in n} for s in (subjects[0], subject))
         if (env_id, mine) != (subjects[0].env_id, first):
@@ -502,8 +501,7 @@ class Mjx(Vecsim):
         speed = self.to_torch((self.robots.x_position - before) / self.seconds) if self.has_speed else missing
         invalid = ~(torch.isfinite(obs).all(1) & torch.isfinite(reward) & (obs.abs().amax(1) < vecsim.RUNAWAY))
         truncated = torch.full_like(terminated, self.age >= self.limit) & ~terminated
-        seen = obs[:, self.columns]
-        return Step(seen, reward, terminated & ~invalid, truncated | invalid, invalid, speed, missing)
+        return Step(obs[:, self.columns], reward, terminated & ~invalid, truncated | invalid, invalid, speed, missing)
 
 
 def open_simulator(subject: Subject, name: str, args: Args) -> Vecsim:
@@ -595,8 +593,7 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
         for name in args.perturbations:
             for subject in subjects:
                 files = simulator_hash(subject.env_id, PERTURBATIONS[name].simulator)
-                facts = [subject.sha256, files, torch.__version__]
-                facts += [*PERTURBATIONS[name], *flags]
+                facts = [subject.sha256, files, torch.__version__, *PERTURBATIONS[name], *flags]
                 code = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
                 paths = {seed: folder / f"{subject.label}--{name}--{seed}--{code}.npz" for seed in args.seeds}
                 missing = [seed for seed, path in paths.items() if not path.exists()]
