@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 from statistics import NormalDist
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def evidence(checkpoints, tmp_path_factory):
         return panel.evaluate(panel.parse_args(words))
 
 
-def test_the_folder_can_be_read_without_running_anything(evidence):
+def test_the_folder_can_be_read_without_running_anything(evidence, checkpoints):
     names = "record.json episodes.csv summary.csv worst.npz scores.png failures.png worst.png postmortem.md"
     assert {path.name for path in evidence.iterdir()} == set(names.split())
     record, page = json.loads((evidence / "record.json").read_text()), (evidence / "postmortem.md").read_text()
@@ -231,6 +232,7 @@ def test_the_folder_can_be_read_without_running_anything(evidence):
     assert [c["label"] for c in record["checkpoints"]] == ["ppo", "sac"] and "act" not in record["checkpoints"][0]
     assert record["hardware"] and record["versions"]["torch"] and record["configuration"]["seeds"] == [3, 7]
     assert "**sac** against **ppo**" in page and "less under none" in page
+    assert f"- **ppo** is `{checkpoints[0]}`\n- **sac** is `{checkpoints[1]}`\n" in page
     for path in evidence.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
@@ -281,6 +283,7 @@ def test_the_same_panel_for_both_checkpoints_and_the_same_again(evidence, checkp
     theirs, mine = (pd.read_csv(folder / "episodes.csv") for folder in (evidence, again))
     theirs = theirs[(theirs["checkpoint"] == "sac") & (theirs["perturbation"] == "none")]
     pd.testing.assert_frame_equal(theirs.reset_index(drop=True), mine)
+    assert "under any" not in (again / "postmortem.md").read_text(), "no perturbation was run"
 
 
 @pytest.mark.parametrize("place", [("b", "none", 3), ("a", "push", 3)])
@@ -359,11 +362,15 @@ def test_a_quadruped_in_mujoco_tracks_like_in_vecsim():
         np.testing.assert_allclose(*(cell[name] for cell in cells), rtol=0.05, atol=0.02, err_msg=name)
 
 
-def test_noise_is_for_policies_that_see_it(tmp_path):
+def test_noise_is_for_policies_that_see_it(tmp_path, monkeypatch):
     """Noise changes what a student sees. A teacher reads privileged observations, so it runs none."""
     subjects = [quadruped("critic_obs")[0], quadruped()[0]]
     args = dataclasses.replace(quadruped()[1], perturbations=("none", "observation_noise"), seeds=(3, 7))
+    bar = MagicMock()
+    monkeypatch.setattr(panel, "tqdm", bar)
     cells, left_out = panel.run_panel(subjects, args, tmp_path)
+    steps = bar().__enter__().update.call_args_list
+    assert sum(step.args[0] for step in steps) == bar.call_args_list[0].kwargs["total"] == 8
     assert {label for label, name, _ in cells if name == "observation_noise"} == {"student"}
     assert "privileged" in left_out.pop("observation_noise, teacher")
     assert set(left_out.values()) == {"not asked for"}
@@ -500,12 +507,13 @@ def test_cells_of_another_panel_are_not_taken(checkpoints, tmp_path):
 
 
 def test_cells_are_not_taken_when_the_file_of_the_task_has_changed(tmp_path):
-    file = tmp_path / "my.py"
-    code = "import vecsim_torch\nclass Mine(vecsim_torch.InvertedPendulum): pass\n"
-    file.write_text(code)
-    before = panel.simulator_hash(f"{file}:Mine")
-    file.write_text(code + "# other rewards\n")
-    assert len({before, panel.simulator_hash(f"{file}:Mine"), panel.simulator_hash("InvertedPendulum-v5")}) == 3
+    file, code = tmp_path / "my.py", "import vecsim_torch\nclass Mine(vecsim_torch.InvertedPendulum): pass\n"
+    subject = subject_of(lambda obs, started: torch.zeros(len(obs), 1), env_id=f"{file}:Mine")
+    args = panel.Args(seeds=(3,), episodes=2, perturbations=("none",), device="cpu", compile=False)
+    for text, count in ((code, 1), (code, 1), (code + "# other rewards\n", 2)):
+        file.write_text(text)
+        panel.run_panel([subject], args, tmp_path / "cells")
+        assert len(list((tmp_path / "cells").iterdir())) == count
 
 
 def of_a_fall(seconds=0.3):
@@ -562,6 +570,7 @@ def bad(checkpoints, tmp_path_factory):
     torch.save([1, 2], folder / "list.pt")
     torch.save(checkpoint | dict(env_id="Walker3d-v5"), folder / "gone.pt")
     torch.save(checkpoint | dict(algorithm="td3"), folder / "td3.pt")
+    torch.save(checkpoint | dict(algorithm=["ppo"]), folder / "two.pt")
     torch.save(checkpoint | dict(agent={}), folder / "hollow.pt")
     strange = checkpoint["args"] | dict(env_kwargs={"gravity_on_mars": True})
     torch.save(checkpoint | dict(args=strange), folder / "strange.pt")
@@ -579,6 +588,8 @@ def bad(checkpoints, tmp_path_factory):
     (["{bad}/other.npz"], "other.npz cannot be read: KeyError"),
     (["{bad}/list.pt"], "cannot be read"),
     (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, ppo_recurrent, sac, dqn, distill, ppo_mjx"),
+    (["{bad}/two.pt"], "algorithm \"['ppo']\"; the panel knows"),
+    (["{good}", "--agent", "5"], "still.pt holds one agent; omit --agent"),
     (["{bad}/gone.pt"], "unknown task 'Walker3d-v5'; choose one of InvertedPendulum-v5"),
     (["{bad}/hollow.pt"], "hollow.pt: "),
     (["{bad}/strange.pt"], "gravity_on_mars"),
