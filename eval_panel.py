@@ -289,8 +289,7 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
     try:
         with zipfile.ZipFile(path) as archive:
             in_numpy = "header.npy" in archive.namelist()
-        algorithm = "ppo_mjx" if in_numpy else torch.load(path, map_location="cpu", weights_only=True)["algorithm"]
-        algorithm = str(algorithm)
+        algorithm = "ppo_mjx" if in_numpy else str(torch.load(path, map_location="cpu", weights_only=True)["algorithm"])
     except Exception as error:  # torch.load raises many types
         raise InputError(f"checkpoint {path} cannot be read: {type(error).__name__}: {str(error)[:100]}") from None
     if algorithm not in TRAINERS:
