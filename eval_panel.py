@@ -297,8 +297,6 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, Callable]:
     trainer = importlib.import_module(TRAINERS[algorithm])
     try:
         checkpoint = trainer.load_checkpoint(path)
-        if args.agent and not in_numpy:
-            raise InputError(f"checkpoint {path} holds one agent; omit --agent")
         policy = trainer.load_policy(checkpoint, args.agent) if in_numpy else trainer.load_policy(checkpoint)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         about = "" if path in str(error) else f"checkpoint {path}: "
@@ -316,6 +314,8 @@ def load_subjects(args: Args) -> list[Subject]:
     """Every checkpoint's policy and task. InputError for a task or a mixture of tasks that cannot be judged."""
     loaded = [load_checkpoint(path, args) for path in args.checkpoints]
     names = [x.get("stage", x["args"].get("algorithm", x["algorithm"])) for x, _ in loaded]
+    if args.agent and "ppo_mjx" not in names:
+        raise InputError(f"agent = {args.agent}, but each of these checkpoints holds one agent; omit --agent")
     subjects = []
     for k, (path, (checkpoint, act)) in enumerate(zip(args.checkpoints, loaded, strict=True)):
         env_id = checkpoint["env_id"]
@@ -587,6 +587,7 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
     folder.mkdir(parents=True, exist_ok=True)
     cells, left_out = {}, {name: "not asked for" for name in PERTURBATIONS if name not in args.perturbations}
     flags = [args.episodes, args.num_envs, args.integrator, args.solver_iterations, args.device, args.agent]
+    flags.append(args.compile)
     total = len(subjects) * len(args.perturbations) * len(args.seeds)
     with tqdm(total=total, unit=" cells", disable=not sys.stderr.isatty()) as bar:
         for name in args.perturbations:
@@ -618,11 +619,13 @@ def run_panel(subjects: list[Subject], args: Args, folder: Path) -> tuple[Cells,
 
 
 def simulator_hash(env_id: str, simulator: str = "vecsim") -> str:
-    """Of the files that simulate a task, with the file of the task itself."""
-    file = Path(vecsim.__file__)
-    files = [file, Path(inspect.getsourcefile(vecsim.find_task(env_id)))]
+    """Of the files that simulate a task: vecsim, those of the task and of the tasks that it extends, and its MJCF."""
+    file, kind = Path(vecsim.__file__), vecsim.find_task(env_id)
+    files = [file, *(Path(inspect.getsourcefile(cls)) for cls in kind.__mro__ if issubclass(cls, vecsim.Task))]
     files += [file.with_name("ppo_mjx_jax.py")] if simulator == "mjx" else []
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
+    source = vecsim.build_task(env_id, {}).source()
+    parts = [source.read_bytes() if isinstance(source, Path) else source.encode()]
+    return hashlib.sha256(b"".join(parts + [file.read_bytes() for file in files if file.exists()])).hexdigest()
 
 
 def check_same_starts(cells: Cells) -> None:

@@ -66,7 +66,7 @@ class Args(vecsim.RunFlags):
     total_timesteps: int = 20_000_000
     """environment steps of the whole run (>= 1; rounded up to whole iterations)"""
     bf16: bool = False
-    """run the networks in bfloat16, the rest in float32: faster on a CPU with AVX512_BF16, slower without it"""
+    """run the networks in bfloat16, the rest in float32; a CPU without AVX512_BF16 gets slower"""
 
     # the batch
     num_steps: int = 16

@@ -198,7 +198,11 @@ def parse_args(argv: list[str]) -> Args:
         of_one_command = dict(run_dir=None, resume=None, play=None, capture_video=False)
         default = Args(**load_checkpoint(path)["args"] | of_one_command)
     args = parse(argv, dataclasses.replace(default, env_kwargs={}))  # tyro would make a flag of each option
-    ranges = {k: [*map(float, x.split(":"))] for k, x in args.env_kwargs.items() if isinstance(x, str) and ":" in x}
+    ranges = {}
+    for name, value in args.env_kwargs.items():
+        with contextlib.suppress(AttributeError, ValueError):  # it is not two numbers as a text
+            low, high = value.split(":")
+            ranges[name] = [float(low), float(high)]
     return dataclasses.replace(args, env_kwargs=default.env_kwargs | args.env_kwargs | ranges)
 
 
@@ -1235,7 +1239,7 @@ def main() -> int:
         args = parse_args(sys.argv[1:])
         command = play if args.play else train
         command(args)
-    except (InputError, OSError) as error:  # a user's mistake, or a full disk
+    except (InputError, OSError, FloatingPointError) as error:  # a mistake, a full disk, or a training that diverged
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

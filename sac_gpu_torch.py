@@ -77,7 +77,7 @@ class Args(vecsim.RunFlags):
     total_timesteps: int = 2_000_000
     """environment steps of the whole run (> learning_starts; rounded up to whole steps of all environments)"""
     bf16: bool = False
-    """run the networks in bfloat16, the rest in float32: faster on a CPU with AVX512_BF16, slower without it"""
+    """run the networks in bfloat16, the rest in float32; a CPU without AVX512_BF16 gets slower"""
     checkpoint_replay: bool = False
     """save the replay too, so that a run resumes bit for bit; otherwise a resumed run starts with an empty replay"""
     normalize_rewards: bool = True

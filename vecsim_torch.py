@@ -143,7 +143,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 
 class InputError(ValueError):
@@ -169,17 +169,27 @@ def check_at_least(least: float, **values: Any) -> None:
 
 
 def check_types(kind: type, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with Python's numbers for numpy's and tuples for lists. InputError for a type that `kind` lacks."""
-    hints = typing.get_type_hints(kind)
-    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    """The options, with Python's numbers and tuples for arrays and lists. InputError for types that `kind` lacks."""
+
+    def plain(x: Any) -> Any:
+        x = x.tolist() if isinstance(x, (np.generic, np.ndarray)) else x
+        return tuple(map(plain, x)) if isinstance(x, (list, tuple)) else str(x) if isinstance(x, Path) else x
+
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a name that only type checkers know
+        hints = {}
+    checked, every = {}, CollectionCheckStrategy.ALL_ITEMS
     for name, value in options.items():
-        try:
-            check_type(value, hints[name])
-        except TypeCheckError:
-            hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-            raise InputError(f"{name} must be of type {hint}, not {value!r}") from None
-    return options
+        hint = hints.get(name, Any)
+        for form in (value, plain(value)):  # the last that fits
+            with contextlib.suppress(TypeCheckError):
+                check_type(form, hint, collection_check_strategy=every)
+                checked[name] = form
+        if name not in checked:
+            words = hint.__name__ if isinstance(hint, type) else hint
+            raise InputError(f"{name} must be of type {words}, not {value!r}")
+    return checked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +451,7 @@ class Model:
     dof_damping: Tensor  # (nv, 1) N m s/rad or N s/m
     euler_damps: bool  # True if Euler is implicit in the damping of a joint, which needs a second solve, see `step`
     implicitfast_damps: bool  # the same of implicitfast, for the damping of a joint or of an actuator
-    gyroscopic: bool  # True if a free body without other joints is no sphere, see `step`
+    gyroscopic: bool  # True if a free body without other joints has unequal moments of inertia, see `step`
     has_frictionloss: bool
     frictionloss: Tensor  # (nv, 1) N m or N, the largest force of dry friction in each dof
     frictionloss_weight: Tensor  # (nv, 1) D of the same dofs, see `dry_friction`
@@ -899,7 +909,8 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     com = moment / np.maximum(mass, MINVAL)[:, None]
     inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(m.njnt)])
     alone = np.setdiff1d(np.flatnonzero(m.jnt_type == FREE), tree.parent)  # free bodies that carry no other joint
-    is_equal = np.isclose(inertia, inertia[:, :1, :1] * np.eye(3), 1e-9, 0).all((1, 2))  # about all axes
+    about_x = inertia[:, :1, :1]
+    is_equal = (np.abs(inertia - about_x * np.eye(3)) <= 1e-9 * about_x).all((1, 2))  # about all axes
     rubbing = np.flatnonzero(m.dof_frictionloss)
     solref, solimp, invweight = m.dof_solref[rubbing], m.dof_solimp[rubbing], m.dof_invweight0[rubbing]
     rows = soften(m, solref, solimp, np.zeros(len(rubbing)), invweight)
@@ -913,7 +924,7 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
         dof_stiffness=m.jnt_stiffness[m.dof_jntid],
         dof_spring=m.qpos_spring[m.jnt_qposadr[m.dof_jntid]],
         euler_damps=bool(m.dof_damping.any()) and not is_disabled(m, "EULERDAMP"),
-        gyroscopic=bool(com[alone].any() or not is_equal[alone].all()),
+        gyroscopic=not is_equal[alone].all(),
         has_frictionloss=len(rubbing) > 0,
         frictionloss=m.dof_frictionloss,
         frictionloss_weight=weight,
@@ -2200,7 +2211,7 @@ def step(
     implicitfast = integrator == "implicitfast"
     unsupported = {  # forces whose derivatives MuJoCo takes
         "fluid or tendon forces": len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons,
-        "a free body without other joints": model.gyroscopic,
+        "a free body without other joints and with unequal moments of inertia": model.gyroscopic,
     }
     for what, found in unsupported.items():
         if implicitfast and found:
@@ -2651,7 +2662,7 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
         typed = inspect.get_annotations(cls)
         if typed and "__dataclass_fields__" not in vars(cls):
             raise InputError(f"{rule}; {cls.__name__} has no decorator, so its options would have no effect")
-        for name in kind.__dataclass_fields__:
+        for name in {field.name for field in dataclasses.fields(kind)}:
             if name in vars(cls).keys() - typed.keys():
                 raise InputError(f"{cls.__name__}.{name} is an option, so it needs a type annotation")
     for name in ("observe", "reward"):
@@ -2661,9 +2672,10 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
     for name in options:
         if name not in legal:
             raise InputError(f"unknown option {name!r} of {env_id}; it takes {', '.join(legal)}")
-    clash = {field.name for field in dataclasses.fields(Options)} & kind.__dataclass_fields__.keys()
+    clash = {field.name for field in dataclasses.fields(Options)} & {field.name for field in dataclasses.fields(kind)}
     if clash:
-        raise InputError(f"{env_id} has an option {min(clash)!r}, which vecsim_torch.Options has too; rename it")
+        advice = "omit its annotation" if hasattr(Task, min(clash)) else "rename it"
+        raise InputError(f"{env_id} has an option {min(clash)!r}, which vecsim_torch.Options has too; {advice}")
     task = kind(**check_types(kind, options))
     check_at_least(1, frame_skip=task.frame_skip, max_episode_steps=task.max_episode_steps)
     return task
@@ -3025,9 +3037,10 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
     for name in {"invalid", "final_obs", "final_info", "critic_obs", "final_critic_obs"} & terms.keys():
         raise InputError(f"reward[{name!r}] needs another name, because `step` reports something else under it")
     for name in task.averaged:
-        if name not in terms or name in STATISTICS:
-            names = ", ".join(terms.keys() - STATISTICS)
-            raise InputError(f"averaged has {name!r}, but may name only what reward answers: {names}")
+        if name in STATISTICS:
+            raise InputError(f"averaged has {name!r}, which `pop_statistics` reports already; rename it")
+        if name not in terms:
+            raise InputError(f"averaged has {name!r}, but may name only what reward answers: {', '.join(terms)}")
     healthy = check("healthy", task.healthy(after, now))
     if healthy.dtype != torch.bool:
         raise InputError(f"healthy must be a tensor of torch.bool, not {healthy.dtype}")
@@ -4525,7 +4538,7 @@ class VecSim(gymnasium.vector.VectorEnv):
     those of the task: reset_noise_scale, ctrl_cost_weight, ... "randomize.friction" is one entry of `randomize`.
 
     One random generator draws starts and commands. A second one draws everything optional: randomisation, pushes and
-    observation noise. So no option changes the starts and commands of a seed, except random_initial_ages.
+    observation noise. So randomisation, pushes and noise do not change the starts and commands of a seed.
     """
 
     @normal_tensors
@@ -4930,9 +4943,10 @@ def options_from_text(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if isinstance(value, str):
             value = words.get(value.lower(), value)
-        with contextlib.suppress(AttributeError, ValueError):  # no text, or no two numbers
-            low, high = value.split(":")
-            value = float(low), float(high)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):  # it is not two numbers
+                low, high = value.split(":")
+                value = float(low), float(high)
         parsed[name] = value
     return parsed
 
@@ -5065,7 +5079,7 @@ def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: 
     try:
         return gymnasium.vector.SyncVectorEnv([make_one] * count, autoreset_mode=SAME_STEP)
     except TypeError as error:
-        raise InputError(f"env_kwargs: {error}") from None
+        raise InputError(f"env_kwargs: {error}") from error
     finally:
         mujoco.set_mju_user_warning(None)
 
@@ -5311,7 +5325,7 @@ class RunFlags:
     cuda_graphs: bool = True
     """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""
     run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>, or --resume's)"""
+    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>-<pid>, or --resume's)"""
     resume: str | None = None
     """checkpoint to continue; omitted flags keep its values"""
     checkpoint_every: int | None = None
@@ -5723,6 +5737,8 @@ class Run:
         self.rank, self.world_size = start_processes(self.device)
         if make_env is None:
             check_env_kwargs(args.env_id, args.env_kwargs)
+        elif args.eval_every:
+            raise InputError("eval_every scores in Gymnasium's environments; omit it with your own environment")
         self.checkpoint = load_checkpoint(args.resume, algorithm, type(args)) if args.resume else None
         done = self.checkpoint or dict(iteration=0, env_steps=0, train_seconds=0.0)
         self.iteration, self.env_steps, self.train_seconds = done["iteration"], done["env_steps"], done["train_seconds"]
@@ -5811,7 +5827,7 @@ class Run:
         if None in [record[name] for name in needed]:
             raise FloatingPointError(f"training{self.label} diverged by {self.env_steps:,} steps: {record}")
         record |= more
-        if self.log and self.evaluate_now and not self.make_env:
+        if self.log and self.evaluate_now:
             self.score = score_in_gymnasium(agent, self.args, self.observes)
             record |= dict(gymnasium_return=self.score["mean"]) if self.score else {}
         if self.log:
@@ -5862,6 +5878,7 @@ class Run:
         evaluation |= dict(train_seconds=self.train_seconds, compile_seconds=self.compile_seconds) | scores
         write_file(self.run_dir / "eval.json", json.dumps(evaluation, indent=2).encode())
         reason = f"no score, because Gymnasium has no {args.env_id}" if args.eval_episodes else "not evaluated"
+        reason = "not scored, because the environment is your own" if self.make_env else reason
         for name, score in scores.items():
             print(f"{title}, {name}: {describe(score) if score else reason}")
         return self.record | evaluation
@@ -5883,10 +5900,10 @@ def play_checkpoint(
 ) -> dict[str, float] | None:
     """Export, score and film the policy of a checkpoint, each on request; return the score.
 
-    export(path, checkpoint) writes the ONNX file. The score comes from Gymnasium's own environment if it exists, else
-    from the training's environment."""
+    export(path, checkpoint) writes the ONNX file. The score of a task of vecsim comes from Gymnasium's own environment
+    if it exists. All other scores come from the training's environment."""
     act, observes, score = policy_of(agent), checkpoint.get("observes", "obs"), None
-    if args.env_id != checkpoint["env_id"]:
+    if Path(args.env_id).name != Path(checkpoint["env_id"]).name:  # a task's file may lie in another folder now
         raise InputError(f"the checkpoint is of {checkpoint['env_id']}, not of {args.env_id}; omit --env-id")
     if make_env and (args.export or args.capture_video):
         raise InputError("--export and --capture-video need a task of vecsim")

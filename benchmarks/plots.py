@@ -132,7 +132,7 @@ def plot_off_policy(results: Path) -> None:
     runs = by_task(with_curves(results, "sac/*-seed*.json"))
     for axis, (env_id, members) in panels(results / "sac/curves.png", runs, 3, (4.6, 3.1), SCORE):
         if all(run["algorithm"] == "sac" for run in members):  # PPO was not trained for this comparison: its usual run
-            members += with_curves(results, f"[pt]*/{env_id}-seed*.json")  # of ppo/ and tasks/
+            members += [run for name in ("ppo", "tasks") for run in with_curves(results, f"{name}/{env_id}-seed*.json")]
         learning_curves(axis, members, 0)
         ends = [run["curve"][-1][0] for run in members if run["algorithm"] == "sac"]
         for run in members:

@@ -589,7 +589,7 @@ def bad(checkpoints, tmp_path_factory):
     (["{bad}/list.pt"], "cannot be read"),
     (["{bad}/td3.pt"], "algorithm 'td3'; the panel knows ppo, ppo_recurrent, sac, dqn, distill, ppo_mjx"),
     (["{bad}/two.pt"], "algorithm \"['ppo']\"; the panel knows"),
-    (["{good}", "--agent", "5"], "still.pt holds one agent; omit --agent"),
+    (["{good}", "--agent", "5"], "each of these checkpoints holds one agent; omit --agent"),
     (["{bad}/gone.pt"], "unknown task 'Walker3d-v5'; choose one of InvertedPendulum-v5"),
     (["{bad}/hollow.pt"], "hollow.pt: "),
     (["{bad}/strange.pt"], "gravity_on_mars"),

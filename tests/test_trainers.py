@@ -50,6 +50,7 @@ NOT_HERE = [
     ("--num-envs 128", "was trained with num_envs = 64, not 128; omit that flag"),
     ("--critic-hidden 8", "was trained with critic_hidden = (32,), not (8,)"),
     ("--seed 2", "was trained with seed = 1, not 2"),
+    ("--integrator euler", "was trained with integrator = mjcf, not euler"),
     ("", "has 5,120 steps already; give a larger --total-timesteps"),
 ]
 ILLEGAL = [  # for every trainer
@@ -337,8 +338,10 @@ def test_an_environment_may_write_its_observations_into_the_same_tensors(name, t
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_an_own_environment_is_not_scored_in_gymnasiums_of_the_same_name(name, tmp_path):
-    result = train(TRAINERS[name], tmp_path, "Pendulum-v1", total_timesteps=2_560, eval_every=1_280)
+    result = train(TRAINERS[name], tmp_path, "Pendulum-v1", total_timesteps=2_560)
     assert result["gymnasium"] is None and result["vecsim"]["episodes"] == 64
+    with pytest.raises(vecsim.InputError, match="omit it with your own environment"):
+        train(TRAINERS[name], tmp_path / "other", "Pendulum-v1", total_timesteps=2_560, eval_every=1_280)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

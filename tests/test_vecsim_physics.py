@@ -1183,9 +1183,10 @@ def test_step_refuses_what_it_does_not_know():
             vecsim.step(model, state, torch.zeros(0, 2), **options)
     thrown = "<mujoco><worldbody><body><freejoint/><geom {}/></body></worldbody></mujoco>"
     state = vecsim.State(torch.eye(7)[3:4].T, torch.zeros(6, 1), torch.zeros(6, 1))
-    vecsim.step(vecsim.load_model(thrown.format('size=".1"')), state, torch.zeros(0, 1), "implicitfast")
-    for geom in ('type="box" size=".1 .2 .3"', 'size=".1" pos=".1 0 0"'):  # MuJoCo derives its gyroscopic forces
-        with pytest.raises(vecsim.InputError, match="free body without other joints with implicitfast"):
+    for geom in ('size=".1" pos=".1 .2 0"', 'type="box" size=".1 .1 .1" euler="10 20 30"'):
+        vecsim.step(vecsim.load_model(thrown.format(geom)), state, torch.zeros(0, 1), "implicitfast")
+    for geom in ('type="box" size=".1 .2 .3"', 'type="capsule" size=".1 .2"'):  # MuJoCo derives its gyroscopic forces
+        with pytest.raises(vecsim.InputError, match="unequal moments of inertia with implicitfast"):
             vecsim.step(vecsim.load_model(thrown.format(geom)), state, torch.zeros(0, 1), "implicitfast")
 
 

@@ -166,9 +166,12 @@ MISTAKES = {
         r"remember\['a'\] must be of torch.int64, as at the start, not torch.float32"
     ),
     PENDULUM + METHOD["reward"] + "{'reward_a': p.qvel[0], 'invalid': p.qvel[0]}": r"reward\['invalid'\] needs another",
-    PENDULUM + "averaged = ('success',)": "averaged has 'success', but may name only what reward answers: ",
+    PENDULUM + "averaged = ('success',)\n    " + METHOD["reward"] + "{'reward_a': p.qvel[0], 'success': p.qpos[0]}": (
+        "averaged has 'success', which `pop_statistics` reports already; rename it$"
+    ),
     PENDULUM + "averaged = ('upright',)": "averaged has 'upright', but may name only what reward answers: ",
     PENDULUM + METHOD["observe"] + "{}": "observe must be a dict with at least one group$",
+    FROZEN + PENDULUM + "max_episode_steps: int = 300": "has an option 'max_episode_steps', .* omit its annotation$",
     FROZEN + PENDULUM + "dtype: float = 1.0": "has an option 'dtype', which vecsim_torch.Options has too; rename it$",
     "class Mixin:\n    frame_skip = 4\nclass Mine(Mixin, vecsim_torch.InvertedPendulum): pass": (
         "Mixin.frame_skip is an option, so it needs a type annotation$"
