@@ -5325,7 +5325,7 @@ class RunFlags:
     cuda_graphs: bool = True
     """capture the policy and the gradient steps in CUDA graphs (no effect on a CPU)"""
     run_dir: str | None = None
-    """output folder; must not contain a run (default: runs/<env_id>__<algorithm>__<seed>__<time>-<pid>, or --resume's)"""
+    """folder of the output, without a run (default: runs/<env_id>__<algorithm>__<seed>__<time>-<pid>, or --resume's)"""
     resume: str | None = None
     """checkpoint to continue; omitted flags keep its values"""
     checkpoint_every: int | None = None

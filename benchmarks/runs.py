@@ -23,7 +23,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import vecsim_torch as vecsim
-from benchmarks import environments, machine
+from benchmarks import environments, machine, tables
 from benchmarks.comparisons import place, units
 from benchmarks.referee import Contender, environment_of, on_cores, save, say
 
@@ -127,10 +127,10 @@ def train(run: dict, options: Namespace, last: str) -> Path:
 def score(run: dict, options: Namespace) -> dict:
     """One training with evaluations on the way: its scores, and when it reached the threshold."""
     folder = train(run, options, "eval.json")
-    record = json.loads((folder / "eval.json").read_text())
-    curve = curve_of(folder / "metrics.jsonl")
+    record = json.loads((folder / "eval.json").read_text()) | dict(curve=curve_of(folder / "metrics.jsonl"))
+    curve = tables.to_the_end(record)["curve"]
     steps, seconds = next(((x, t) for x, t, reached in curve if reached >= run["threshold"]), (None, None))
-    record |= dict(threshold=run["threshold"], steps_to_threshold=steps, cores_shared=options.shared, curve=curve)
+    record |= dict(threshold=run["threshold"], steps_to_threshold=steps, cores_shared=options.shared)
     record |= dict(seconds_to_threshold=None if options.shared else seconds)
     return dict(versions=vecsim.versions()) | record
 

@@ -25,11 +25,16 @@ def load(results: Path, pattern: str) -> list[dict]:
     found = []
     for path in sorted(results.glob(pattern)):
         place = dict(path=path, name=path.stem.split("-seed")[0], folder=path.parent.name)
-        found.append(json.loads(path.read_text()) | place)
-        end = [found[-1].get(name) for name in ("env_steps", "train_seconds", "gymnasium")]
-        if all(end) and found[-1].get("curve") and found[-1]["curve"][-1][0] < end[0]:  # the score after the last step
-            found[-1]["curve"].append([*end[:2], end[2]["mean"]])
+        found.append(to_the_end(json.loads(path.read_text())) | place)
     return found
+
+
+def to_the_end(run: dict) -> dict:
+    """The run with its final score, unrounded, at the end of its curve; a log has it rounded, or not at all."""
+    if run.get("curve") and run.get("gymnasium"):
+        end = [run["env_steps"], run["train_seconds"], run["gymnasium"]["mean"]]
+        run["curve"] = [point for point in run["curve"] if point[0] < end[0]] + [end]
+    return run
 
 
 def grouped(runs: list[dict], *keys: str) -> list[list[dict]]:

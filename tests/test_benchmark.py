@@ -474,6 +474,15 @@ def test_scores_have_a_row_for_the_seeds_of_a_task():
     assert "| Ant-v5 | SAC | 1 | 2,000,000 | 4,000 | 4,000 ± 10 | 4,100 (60) | 3,000 | 500,000 |" in text
 
 
+def test_a_curve_ends_with_the_final_score(tmp_path):
+    """A log rounds it, or lacks it: 15.46 is no 15.5, which would be 16."""
+    for seed, last in ((1, [[9, 59.0, 15.5]]), (2, [])):
+        curve = [[5, 30.0, 7.0], *last]
+        run = sample_run(15.46, env_steps=9, train_seconds=59.04, curve=curve)
+        (tmp_path / f"Ant-v5-seed{seed}.json").write_text(json.dumps(run))
+    assert [run["curve"] for run in tables.load(tmp_path, "*")] == [[[5, 30.0, 7.0], [9, 59.04, 15.46]]] * 2
+
+
 def test_q_learning_stands_beside_ppo_and_sac_of_the_same_minutes():
     """Its runs count as long as theirs: an evaluation after their minutes does not."""
     shared = dict(env_id="HalfCheetah-v5", compile_seconds=20.0)

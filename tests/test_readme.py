@@ -13,10 +13,11 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import eval_panel
 import vecsim_torch
 from benchmarks import gpu_kernels, report
 from benchmarks.runs import SETS
-from benchmarks.tables import in_time, load, scores_of
+from benchmarks.tables import grouped, in_time, load, scores_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -198,7 +199,7 @@ def claims():
     yield f"makes {euler['rsl_rl']:,}. On HalfCheetah it is {cheetah[alike]:,} against {cheetah['rsl_rl']:,}"
     yield f"Our larger networks make {euler['ours']:,} and {cheetah['ours']:,}"
     yield f"On Ant with RK4 they make {rk4['ours']:,}, and rsl_rl's of 64-64 make {rk4['rsl_rl']:,}"
-    yield f"On vecsim, with our batch and larger networks, rsl_rl makes {euler['rsl_rl on vecsim']:,}"
+    yield f"On our Ant with Euler, batch and larger networks it makes {euler['rsl_rl on vecsim']:,}"
     gru = speeds("benchmark/learner-gru-cpu1.json")
     ours, skrl, rl_games = (
         gru[name] for name in ("ours with a GRU, compiled", "skrl with a GRU", "rl_games with a GRU")
@@ -229,9 +230,9 @@ def claims():
         *(x for run in short for x in (run.score, run.seconds, run.seeds))
     )
     undisturbed = statistics.median(result(f"ppo/Ant-v5-seed{seed}.json")["train_seconds"] for seed in (4, 5))
-    yield f"its undisturbed seeds take {10 * round(undisturbed / 10)} s"
+    yield f"Its undisturbed seeds 4 and 5 take {10 * round(undisturbed / 10)} s"
     shares = short[1].seconds / cheetah.seconds, short[0].seconds / undisturbed
-    yield "HalfCheetah trains in {:.0%} of the time, and Ant in {:.0%} of that of its undisturbed seeds".format(*shares)
+    yield "HalfCheetah trains in {:.0%} of the time, Ant in {:.0%} of its undisturbed seeds' time".format(*shares)
     yield f"Ant scores {short[0].score} with it and {ant.score} without"
     yield f"HalfCheetah {short[1].score} and {cheetah.score} (medians of {ant.seeds} seeds"
     yield f"of Ant with it of {short[0].seeds})"
@@ -253,6 +254,31 @@ def claims():
     yield f"SAC scores {sac['HalfCheetah'].score} on HalfCheetah after {sac['HalfCheetah'].steps:,} steps, PPO {middle}"
     assert sac["Ant"].steps == sac["Walker2d"].steps
     yield f"After {sac['Ant'].steps:,} it scores {sac['Ant'].score} on Ant and {sac['Walker2d'].score} on Walker2d"
+    ours = [(run, 60 * run["minutes"]) for run in load(ROOT / "results", "peers/*/ours-*.json")]
+    ages = [limit - in_time(run)[-1][1] for run, limit in ours if run["curve"][-1][1] >= limit]  # not ended before
+    yield f"their last evaluation may be {max(ages):.0f} s old"
+    rerun = load(ROOT / "results", "sac/HalfCheetah-v5-seed*.json")
+    [steps] = {run["curve"][-1][0] for run in load(ROOT / "results", "peers/HalfCheetah-v5/ours-sac-*.json")}
+    assert steps == rerun[0]["env_steps"]
+    yield f"On HalfCheetah SAC had ended ({steps:,} steps)"
+    found = load(ROOT / "results", "sac/candidates/HalfCheetah-v5-*.json")
+    middle = {runs[0]["name"][15:]: statistics.median(scores_of(runs)) for runs in grouped(found, "name")}
+    assert sorted(middle, key=middle.get)[-2:] == ["one-step-mean", "flash-blocks"]
+    again = statistics.median(scores_of(rerun))
+    assert again < middle["one-step-mean"]
+    yield f"measured again later, the default scores less, {again:,.0f}"
+    flash, default = ([run for run in found if name in run["name"]] for name in ("flash-blocks", "one-step-mean"))
+    assert all(x["seconds_to_threshold"] > y["seconds_to_threshold"] for x, y in zip(flash, default, strict=True))
+    yield f"On every seed the default reaches {default[0]['threshold']:,} before them"
+    folder = "sac/ablation/HalfCheetah-v5"
+    below, mean = (
+        load(ROOT / "results", f"{folder}/{name}-seed*") for name in ("categorical-critic", "mean-of-critics")
+    )
+    assert all(x > y for x, y in zip(scores_of(below), scores_of(mean), strict=True))  # lowers every seed
+    updates = [run["stages"]["update"]["share"] for run in load(ROOT / "results", "profile/ppo_gpu_torch-*.json")]
+    assert [round(6 * x) for x in sorted(updates)] == [4, 5]  # two thirds to five sixths
+    limit = eval_panel.CONTRACTS["Quadruped-Flat"].largest_tracking
+    yield f"reaches the time limit with a mean velocity error of at most {limit} m/s"
     middle = {}
     for row in csv.DictReader((ROOT / "results/panel/HalfCheetah-v5/summary.csv").open()):
         ends = [float(row[f"return_change_from_none{end}"]) for end in ("_low", "_high")]

@@ -1,4 +1,4 @@
-"""rsl_rl's OnPolicyRunner: the batch and networks of SB3's defaults, rsl_rl's epochs and minibatches.
+"""rsl_rl's OnPolicyRunner: the networks of SB3's defaults, half SB3's batch, rsl_rl's epochs and minibatches.
 
 On vecsim (variant vecsim) it has the sizes of ours, and its networks are compiled, as ours are."""
 
