@@ -115,7 +115,7 @@ def claims():
     def succeeds(name, perturbation="none"):
         return f"{float(judged[name, perturbation]['success']):.0%}"
 
-    yield f"return is lower by {lower(student)}, that of the baseline by {lower(baseline)}"
+    yield f"the middle of the differences is {lower(student)}; for the baseline it is {lower(baseline)}"
     rates = succeeds("student"), succeeds("teacher"), succeeds("baseline")
     yield "student succeeds in {} of the episodes, its teacher in {}, the baseline in {}".format(*rates)
     yield "succeeds in {} of the episodes, its teacher in {} and a blind baseline of as many steps in {}".format(*rates)
