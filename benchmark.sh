@@ -6,7 +6,8 @@
 #     ./benchmark.sh learner    samples/s of the PPO update alone: ours, rsl_rl, skrl, rl_games, Brax; SAC against skrl
 #     ./benchmark.sh train      steps/s of whole trainings: ours, SB3, CleanRL-style, skrl, rsl_rl, rl_games, Brax
 #     ./benchmark.sh runs SET   trainings; benchmarks/runs.toml lists the sets:
-#         ppo euler bf16 sac mjx  time to a score in Gymnasium's own environments (hours)
+#         ppo euler bf16        time to a score in Gymnasium's own environments (hours)
+#         sac mjx               the same with SAC, and with PPO in JAX (an hour each)
 #         q-learning            DQN and PQN beside PPO and SAC, at equal time (an hour)
 #         q-ablation            DQN with one thing changed (half an hour)
 #         memory                PPO that sees no velocities, without and with a memory (an hour)
