@@ -74,6 +74,7 @@ def save(env_id: str, num_envs: int, folder: Path) -> dict:
     model = mujoco.MjModel.from_xml_path(str(env.fullpath))
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+    model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # MuJoCo's choice for models of this size
     rng = np.random.default_rng(1)
     tests = test_states(model, env.frame_skip, rng)
     starts = zip(*start_states(model, env.frame_skip, rng))
