@@ -21,7 +21,7 @@ Both explore epsilon-greedily; each environment has its own epsilon.
 
 Scores on one AMD EPYC core within about two and a half minutes, medians of 3 seeds in Gymnasium's own environments:
 InvertedPendulum-v5 1,000 with both; HalfCheetah-v5 5,644 with DQN and 4,952 with PQN; Hopper-v5 2,652 and 2,418;
-Walker2d-v5 1,810 and 3,882. results/README.md has PPO and SAC beside them.
+Walker2d-v5 1,809 and 3,882. results/README.md has PPO and SAC beside them.
 
 The script needs `vecsim_torch.py` beside it and no other file of this project. Copy the two files and they are yours.
 

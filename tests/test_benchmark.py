@@ -641,12 +641,13 @@ def test_scores_of_the_jax_script_and_of_its_twin_go_to_one_folder(measure):
 def test_what_is_there_is_not_measured_again_unless_forced(measure, capsys):
     words = ("sac", "--env-id", "HalfCheetah-v5", "--shared")
     found = measure(*words)
-    assert set(found) == {f"sac/HalfCheetah-v5{ppo}-seed{seed}" for ppo in ("", "-ppo") for seed in (1, 2, 3)}
+    seeds = [("", seed) for seed in (1, 2, 3, 4, 5)] + [("-ppo", seed) for seed in (1, 2, 3)]
+    assert set(found) == {f"sac/HalfCheetah-v5{ppo}-seed{seed}" for ppo, seed in seeds}
     assert all(run["cores_shared"] and run["seconds_to_threshold"] is None for run in found.values())
     assert found["sac/HalfCheetah-v5-seed2"]["flags"]["--seed"] == "2"
     assert "ppo_gpu_torch.py" in found["sac/HalfCheetah-v5-ppo-seed1"]["command"]
     capsys.readouterr()
-    assert measure(*words) == found and capsys.readouterr().err.count("--force measures again") == 6
+    assert measure(*words) == found and capsys.readouterr().err.count("--force measures again") == 8
     assert measure(*words, "--force").keys() == found.keys()
     assert capsys.readouterr().err.count("--force measures again") == 0
 

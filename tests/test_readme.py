@@ -300,7 +300,11 @@ def claims():
         yield "On {} DQN scores {} and PQN {}, PPO {} and SAC {}".format(task, *scores)
         dqn, pqn, ppo, sac = (int(score.replace(",", "")) for score in scores)
         assert ppo > max(dqn, pqn, sac)  # ahead on each task
-        assert max(dqn, pqn) < sac if task == "Hopper" else min(dqn, pqn) > sac
+        shown = dict(HalfCheetah=min(dqn, pqn) > sac, Hopper=max(dqn, pqn) < sac, Walker2d=dqn < sac)
+        assert shown[task]
+        if task == "Walker2d":  # level: the seeds differ by more
+            of_sac = scores_of(load(ROOT / "results", "dqn/Walker2d-v5-sac-seed*.json"))
+            assert abs(pqn - sac) < max(of_sac) - min(of_sac)
     middle, ends = {}, {}
     for name in ("no-layer-norm", "default", "five-bins", "512-environments"):
         runs = [result(f"dqn/ablation/HalfCheetah-v5/{name}-seed{seed}.json") for seed in (1, 2, 3)]
@@ -390,7 +394,7 @@ def test_scores_in_the_headers_of_scripts_are_those_of_the_files():
 
 # What is defined, or a version: no measurement.
 DEFINITIONS = {"0.25", "95%", "3.11", "2.9", "2.13", "2.15", "1.5", "2.5", "120 ms"}
-DEFINITIONS |= {"1,024", "2,048", "4,096", "8,192", "65,536"}
+DEFINITIONS |= {"1,024", "2,048", "4,096", "8,192", "65,536", "0.3", "0.5", "2%", "30%"}
 
 
 def prose(text):
