@@ -905,7 +905,7 @@ def test_all_features_of_the_physics_are_compiled(name, quickly_built):
     state, ctrl = batch(visit(m, 24, stride=3))
     model = vecsim.load_model(m, dtype=torch.float64)
     run = vecsim.compile_regions(model)
-    explicit = len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons
+    explicit = len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons or model.gyroscopic
     for integrator in ("euler", "rk4") if explicit else ("euler", "implicitfast", "rk4"):
         ours, exact = (vecsim.step(model, state, ctrl, integrator, 10, *more) for more in ((run,), ()))
         for a, b in zip(tensors_of(ours), tensors_of(exact), strict=True):
