@@ -195,6 +195,14 @@ def random_steps(m: mujoco.MjModel, count: int) -> list[Tensor]:
     return [torch.tensor(np.array(column).T) for column in zip(*rows, strict=True)]
 
 
+def load_and_step(m: mujoco.MjModel) -> vecsim.Model:
+    """The model. InputError if it cannot be loaded, or not be stepped with the integrator of its MJCF."""
+    model = vecsim.load_model(m)
+    rest = torch.zeros(model.nv, 1)
+    vecsim.step(model, vecsim.State(model.qpos0, rest, rest), torch.zeros(model.nu, 1))
+    return model
+
+
 def check(args: BenchmarkArgs) -> int:
     """Print on one page whether this simulator computes an MJCF, its error and its speed. Returns the exit status."""
     m, path = vecsim.compile_mjcf(args.check), args.check.resolve()
@@ -204,11 +212,11 @@ def check(args: BenchmarkArgs) -> int:
     print(f"nq {m.nq}, nv {m.nv}; a physics step is {1000 * m.opt.timestep:g} ms, {vecsim.integrator_of(m)}")
     problems: dict[str, None] = {}
     enabled = vecsim.without_disabled(m)
-    for load in (vecsim.refuse_unsupported, vecsim.build_tree, vecsim.collision_candidates, vecsim.load_model):
+    for load in (vecsim.refuse_unsupported, vecsim.build_tree, vecsim.collision_candidates, load_and_step):
         try:
             model = load(enabled)
         except vecsim.InputError as error:
-            problems |= dict.fromkeys(getattr(error, "features", [str(error)]))
+            problems |= dict.fromkeys(getattr(error, "features", [str(error).removeprefix("unsupported: ")]))
     for feature in problems:
         print(f"NOT SUPPORTED: {feature}")
     if problems:

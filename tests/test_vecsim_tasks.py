@@ -326,6 +326,14 @@ def test_check_accepts_what_a_flag_disables(tmp_path, capsys):
     assert status == 1 and "NOT SUPPORTED: gravity compensation" in text
 
 
+def test_check_tries_the_integrator_of_the_mjcf(tmp_path, capsys):
+    mjcf = """<mujoco><option integrator="{}"/><worldbody>
+      <body><freejoint/><geom type="box" size=".1 .2 .3"/></body></worldbody></mujoco>"""
+    assert checked(tmp_path, mjcf.format("Euler"), capsys)[0] == 0
+    status, text = checked(tmp_path, mjcf.format("implicitfast"), capsys)
+    assert status == 1 and "NOT SUPPORTED: a free body without other joints" in text
+
+
 def test_check_says_what_a_training_needs(tmp_path, capsys):
     status, text = checked(tmp_path, ARM.replace(' ctrlrange="-1 1"', ' name="push"'), capsys)
     assert status == 0 and "To train it: give these actuators a ctrlrange: push" in text
