@@ -159,7 +159,7 @@ class Unsupported(InputError):
 
 
 def check_at_least(least: float, **values: Any) -> None:
-    """InputError for a value below `least`, or for one that is not whole, if `least` is an int. None is no value."""
+    """InputError for a value below `least` or infinite, or not whole, if `least` is an int. None is no value."""
     for name, value in values.items():
         if value is not None and isinstance(least, int) and not isinstance(value, (int, np.integer)):
             raise InputError(f"{name} must be a whole number, not {value!r}")
@@ -910,7 +910,7 @@ def inertia_tables(m: mujoco.MjModel, tree: Tree) -> dict[str, Any]:
     inertia = np.stack([about_frame[k] + mass[k] * skew(com[k]) @ skew(com[k]) for k in range(m.njnt)])
     alone = np.setdiff1d(np.flatnonzero(m.jnt_type == FREE), tree.parent)  # free bodies that carry no other joint
     about_x = inertia[:, :1, :1]
-    is_equal = (np.abs(inertia - about_x * np.eye(3)) <= 1e-9 * about_x).all((1, 2))  # about all axes
+    is_equal = (np.abs(inertia - about_x * np.eye(3)) <= 1e-9 * about_x).all((1, 2))  # about all axes, to rounding
     rubbing = np.flatnonzero(m.dof_frictionloss)
     solref, solimp, invweight = m.dof_solref[rubbing], m.dof_solimp[rubbing], m.dof_invweight0[rubbing]
     rows = soften(m, solref, solimp, np.zeros(len(rubbing)), invweight)
@@ -2209,7 +2209,7 @@ def step(
     if integrator == "rk4":
         return runge_kutta(model, state, ctrl, iterations, run)
     implicitfast = integrator == "implicitfast"
-    unsupported = {  # forces whose derivatives MuJoCo takes
+    unsupported = {  # forces whose derivatives MuJoCo takes (documentation, Computation, Gyroscopic derivatives)
         "fluid or tendon forces": len(model.fluid_link_index) or len(model.tendon_moment) or model.actuated_tendons,
         "a free body without other joints and with unequal moments of inertia": model.gyroscopic,
     }

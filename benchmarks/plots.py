@@ -135,8 +135,9 @@ def plot_off_policy(results: Path) -> None:
             members += [run for name in ("ppo", "tasks") for run in with_curves(results, f"{name}/{env_id}-seed*.json")]
         learning_curves(axis, members, 0)
         ends = [run["curve"][-1][0] for run in members if run["algorithm"] == "sac"]
-        for run in members:
-            ends += [steps for steps, _, score in run["curve"] if score >= run["threshold"]][:1]
+        for run in members:  # a run that never passes is shown whole
+            passed = (steps for steps, _, score in run["curve"] if score >= run["threshold"])
+            ends.append(next(passed, run["curve"][-1][0]))
         axis.set_xscale("log")  # PPO takes ten to twenty times as many steps as SAC
         axis.set_xlim(0.8 * min(run["curve"][0][0] for run in members), 1.05 * max(ends))
         label_axes(axis, env_id, "environment steps")
