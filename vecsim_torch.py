@@ -353,7 +353,10 @@ class Softness(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """P pairs of G spheres, capsules and cylinders. Each geom is a segment with a radius, in its link's frame."""
+    """P pairs of G spheres, capsules, cylinders and boxes, in the frames of their links.
+
+    Each geom is a segment with a radius. For a box, that is its centre, and it has axes and a size too.
+    """
 
     link_index: Tensor  # (G) nl for the world
     centre: Tensor  # (G, 3, 1) m
@@ -362,6 +365,9 @@ class Segments(NamedTuple):
     first_index: Tensor  # (P) the first geom of each pair
     second_index: Tensor  # (P) the second one
     cylinder_index: Tensor  # the pairs whose second geom is a cylinder
+    box_index: Tensor  # the B pairs whose second geom is a box
+    box_axes: Tensor  # (B, 3, 3, 1) the box's axes, as columns
+    box_size: Tensor  # (B, 3, 1) m, half lengths
 
 
 class Terrain(NamedTuple):
@@ -1047,8 +1053,9 @@ def geom_name(m: mujoco.MjModel, g: int) -> str:
     return f"{m.geom(g).name or int(g)!r} ({kind})"
 
 
-def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Softness]:
+def collision_candidates(m: mujoco.MjModel, self_collision: bool = True) -> tuple[np.ndarray, np.ndarray, Softness]:
     """Pairs of geoms (n, 2) that MuJoCo's filters admit, with the friction (n) and softness that MuJoCo mixes for each.
+    Without self_collision, those of two moving geoms are omitted.
 
     The filters reject pairs by bit masks, by bodies (same, welded, parent and child) and by <exclude>, but not by
     shape. To apply them, this function makes every geom in a copy of the model a sphere with an enormous gap.
@@ -1066,21 +1073,24 @@ def collision_candidates(m: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, Sof
         raise InputError("unsupported model: too many pairs of geoms can collide; set contype/conaffinity")
     geoms, contact = np.sort(data.contact.geom, axis=1), data.contact
     order = np.lexsort((geoms[:, 1], geoms[:, 0]))
-    order = order[(m.body_treeid[m.geom_bodyid[geoms[order]]] >= 0).any(1)]  # <pair> admits two geoms of the world
+    moving = (m.body_treeid[m.geom_bodyid[geoms[order]]] >= 0).sum(1)  # geoms of each pair; <pair> admits 0
+    order = order[(moving == 1) | (self_collision & (moving == 2))]
     geoms, condim = geoms[order], contact.dim[order]
     swap = m.geom_type[geoms[:, 0]] > m.geom_type[geoms[:, 1]]
     geoms[swap] = geoms[swap, ::-1]
 
     first, second = m.geom_type[geoms].T
     on_plane = (first == PLANE) & np.isin(second, (SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX))
-    supported = on_plane | (np.isin(first, (SPHERE, CAPSULE)) & np.isin(second, (SPHERE, CAPSULE, CYLINDER)))
+    on_round = np.isin(first, (SPHERE, CAPSULE)) & np.isin(second, (SPHERE, CAPSULE, CYLINDER))
+    supported = on_plane | on_round | ((first == SPHERE) & (second == BOX))
     examples = {}  # one of each two shapes
     for pair in geoms[~supported]:
         collision = f"collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}"
         examples.setdefault(tuple(m.geom_type[pair]), collision)
     if examples:
         advice = "give one contype and conaffinity 0, or simpler shapes: spheres and capsules can touch each other and"
-        advice = f"{advice} cylinders, and all shapes except meshes can touch planes"
+        advice += " cylinders, spheres also boxes, and all shapes except meshes can touch planes. If both geoms move, "
+        advice += "--env-kwargs self_collision False omits the contact"
         raise Unsupported([f"{example}; {advice}" for example in examples.values()])
     for pair, dim in zip(geoms, condim, strict=True):
         if dim not in (1, 3):
@@ -1099,8 +1109,9 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
 
     def segments(geoms: np.ndarray) -> Segments:
         used, place = np.unique(geoms, return_inverse=True)
-        cylinders = np.flatnonzero(m.geom_type[geoms[:, 1]] == CYLINDER)
-        return Segments(link[used], centre[used], half[used], m.geom_size[used, 0], *place.reshape(-1, 2).T, cylinders)
+        cylinders, boxes = (np.flatnonzero(m.geom_type[geoms[:, 1]] == kind) for kind in (CYLINDER, BOX))
+        parts = (link[used], centre[used], half[used], m.geom_size[used, 0], *place.reshape(-1, 2).T, cylinders)
+        return Segments(*parts, boxes, axes[geoms[boxes, 1]], m.geom_size[geoms[boxes, 1]])
 
     def points_on_plane(g: int) -> list[np.ndarray]:
         """Points that can touch, from the geom's centre: a sphere's centre, a capsule's ends, a box's corners. For a
@@ -1113,7 +1124,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
             return np.array([[1, 1, 0], [-1, 1, 0], [1, -0.5, 1], [1, -0.5, -1]])
         return [np.zeros(3)]
 
-    geoms, friction, softness = collision_candidates(m)
+    geoms, friction, softness = collision_candidates(m, self_collision)
     first_moves, second_moves = (link[geoms] < m.njnt).T
     fixed, moving = np.where(first_moves, geoms.T[::-1], geoms.T)
     on_plane = m.geom_type[fixed] == PLANE
@@ -1134,7 +1145,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
     normal = axes[fixed, :, 2]
     planes = np.unique(fixed[~obstacle])
     level = len(planes) <= 1 and np.all(np.abs(axes[planes, 2, 2]) > 1 - 1e-9)
-    pairs = np.flatnonzero(first_moves & second_moves & self_collision)
+    pairs = np.flatnonzero(first_moves & second_moves)
     first, second = geoms[pairs].T
     body, moves = np.eye(m.nbody)[m.geom_bodyid], 1.0 * tree.moves[link]  # (ngeom, nbody), (ngeom, nv)
     return dict(
@@ -1150,7 +1161,7 @@ def contact_tables(m: mujoco.MjModel, tree: Tree, self_collision: bool) -> dict[
         friction=friction[rows],
         impratio=float(m.opt.impratio),
         body_contacts=(body[moving] - body[fixed]).T[1:, :, None],
-        boxes=bool(is_box.any()),
+        boxes=bool(np.any(is_box & ~obstacle)),
         round_row_index=rounded,
         round_axes=axes[moving[rounded]],
         round_size=m.geom_size[moving[rounded]],
@@ -1734,10 +1745,30 @@ def nearest_to_cylinder(
     return x, normal, distance
 
 
+def nearest_to_box(between: Tensor, turn: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The outward normal (P, 3, N) of boxes where they come nearest to points, and the signed distance (P, N).
+
+    between: (P, 3, N) m from the box's centre to the point. turn: (P, 3, 3, N) the box's axes, as columns. size:
+    (P, 3, 1) m, half lengths. A point inside is nearest to one face (mjc_SphereBox).
+    """
+    local = apply(turn.transpose(1, 2), between)
+    beyond = local.abs() - size
+    outside = beyond.clamp(min=0)
+    square = dot(outside, outside).unsqueeze(1)
+    inside = square <= MINVAL**2
+    length = torch.sqrt(torch.where(inside, 1.0, square))
+    x, y, z = beyond.unbind(1)
+    nearest_x = (x >= y) & (x >= z)
+    face = torch.stack((nearest_x, ~nearest_x & (y >= z), ~nearest_x & (y < z)), 1).to(local.dtype)
+    outward = torch.where(local > 0, 1.0, -1.0) * torch.where(inside, face, outside / length)
+    return apply(turn, outward), torch.where(inside, beyond.amax(1, keepdim=True), length).squeeze(1)
+
+
 def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contact point (P, 3, N) from the origin, normal (P, 3, N) and distance (P, N) of pairs of geoms.
 
-    The first geom is a sphere or a capsule, the second may also be a cylinder. A sphere is a capsule of zero length.
+    The first geom is a sphere or a capsule, the second may also be a cylinder or, for a sphere, a box. A sphere is a
+    capsule of zero length.
     The nearest points of two segments follow mjraw_CapsuleCapsule. Two exactly parallel geoms get one contact here;
     MuJoCo gives them up to two, and its flag multiccd gives a capsule on a cylinder up to five. The axis of a capsule
     must stay outside of the cylinder.
@@ -1772,6 +1803,11 @@ def nearest_points(segments: Segments, xpos: Tensor, xmat: Tensor, origin: Tenso
     ahead = eye[:, 0]  # the normal of coinciding centres, as in mju_normalize3
     normal = torch.where(square.unsqueeze(1) > 0, gap / length.unsqueeze(1), ahead)
     if len(rows):
+        normal = normal.index_copy(0, rows, -outward)
+        distance = distance.index_copy(0, rows, depth - radius1[rows])
+    rows = segments.box_index
+    if len(rows):
+        outward, depth = nearest_to_box(between[rows], compose(turn[j[rows]], segments.box_axes), segments.box_size)
         normal = normal.index_copy(0, rows, -outward)
         distance = distance.index_copy(0, rows, depth - radius1[rows])
     return first + (radius1 + 0.5 * distance).unsqueeze(1) * normal, normal, distance
@@ -4501,7 +4537,7 @@ class Options:
     iterations: int = 4  # Newton iterations per evaluation of the dynamics
     # How many contacts between moving geoms are solved at once, see `load_model`; `pop_statistics` counts the others.
     pair_slots: int | None = None
-    self_collision: bool = True  # False leaves out contacts between moving geoms
+    self_collision: bool = True  # False omits contacts between moving geoms, of whatever shapes
     max_episode_steps: int | None = None  # the time limit; default the task's own
     random_initial_ages: bool = False  # the first episodes start at random ages, so their time limits do not coincide
     compile: bool = False  # compile the step; on CUDA also capture it as one graph

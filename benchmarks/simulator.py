@@ -220,6 +220,9 @@ def check(args: BenchmarkArgs) -> int:
     for feature in problems:
         print(f"NOT SUPPORTED: {feature}")
     if problems:
+        with contextlib.suppress(vecsim.InputError):
+            vecsim.load_model(m, self_collision=False)
+            print("Supported with --env-kwargs self_collision False: then moving geoms do not touch each other")
         return 1
     free = [m.actuator(k).name or str(k) for k in np.flatnonzero(m.actuator_ctrllimited == 0)]
     if free or not m.nu:

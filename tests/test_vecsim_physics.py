@@ -505,6 +505,9 @@ FIXED_CYLINDER = '<geom type="cylinder" size=".3 .2" euler="30 20 0"/>'
 HINGED_CYLINDER = (
     '<body euler="10 20 0"><joint type="ball" pos="0 0 -.3"/><geom type="cylinder" size=".3 .2" friction=".5"/></body>'
 )
+FIXED_BOX, HINGED_BOX = (
+    x.replace("cylinder", "box").replace(".3 .2", ".3 .25 .2") for x in (FIXED_CYLINDER, HINGED_CYLINDER)
+)
 GROUND = '<geom name="g" type="plane" size="5 5 1" contype="0" conaffinity="0"/>'
 PAIRS = (
     '<contact><pair geom1="g" geom2="a" margin=".02" gap=".005" friction=".3 .3 0 0 0" solref=".03 1"/>'
@@ -536,6 +539,12 @@ FEATURES = {  # name: MJCF, and whether the feature acts in the state of an mjDa
     "capsule against moving cylinder": (
         thrown('type="capsule" size=".1 .15"', world=HINGED_CYLINDER, height=0.6),
         touches("CAPSULE", "CYLINDER"),
+    ),
+    "sphere against fixed box": (thrown('size=".1"', world=FIXED_BOX, height=0.6), touches("SPHERE", "BOX")),
+    "sphere against moving box": (thrown('size=".1"', world=HINGED_BOX, height=0.6), touches("SPHERE", "BOX")),
+    "box against fixed sphere": (
+        thrown('type="box" size=".1 .2 .15"', world='<geom size=".3"/>', height=0.6),
+        touches("SPHERE", "BOX"),
     ),
     "explicit pairs with a gap": (
         thrown('name="a" size=".1"', 'name="b" type="capsule" size=".1 .1"', world=GROUND, more=PAIRS),
@@ -1038,6 +1047,20 @@ def test_a_robot_that_walked_far_is_as_exact():
 # ----------------------------------------------------------------------------------------------------------------------
 
 CORNERS = {
+    "a ball whose centre is inside a box": (
+        '<geom type="box" size=".3 .2 .25" euler="30 20 0"/>'
+        '<body pos=".05 .04 .1"><freejoint/><geom size=".1"/></body>',
+        [0.2, 0.5, -1.0, 0, 0, 0],
+    ),
+    "a ball in the middle of a box": (
+        '<geom type="box" size=".3 .2 .2"/><body><freejoint/><geom size=".1"/></body>',
+        [0.2, 0.5, -1.0, 0, 0, 0],
+    ),
+    "a ball above the edge of two stairs": (
+        '<geom type="box" size=".3 1 .1" pos="0 0 .1"/><geom type="box" size=".3 1 .1" pos=".3 0 .3"/>'
+        '<body pos="-.05 0 .28"><freejoint/><geom size=".1" friction=".5"/></body>',
+        [0.7, 0.2, -1.0, 0, 3.0, 0],
+    ),
     "an upright cylinder": (
         '<geom type="plane" size="5 5 1"/><body pos="0 0 .19"><freejoint/><geom type="cylinder" size=".1 .2"/></body>',
         [0.2, 0.5, 0, 0, 0, 1.0],

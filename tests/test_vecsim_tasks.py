@@ -310,11 +310,25 @@ def test_check_names_all_that_is_not_supported(tmp_path, capsys):
     mjcf = """<mujoco><option cone="elliptic"/><worldbody>
       <body><freejoint/><geom name="a" type="box" size=".1 .1 .1"/></body>
       <body><freejoint/><geom name="b" type="box" size=".1 .1 .1"/></body>
-      <body><joint/><geom name="c" type="sphere" size=".1"/></body></worldbody></mujoco>"""
+      <body><joint/><geom name="c" type="capsule" size=".1 .1"/></body></worldbody></mujoco>"""
     status, text = checked(tmp_path, mjcf, capsys)
     assert status == 1 and text.count("NOT SUPPORTED") == 3
     assert 'elliptic friction cones; set <option cone="pyramidal"/>' in text
-    assert "collision of geom 'a' (box) with 'b' (box); give one" in text and "'c' (sphere) with 'a' (box)" in text
+    assert "collision of geom 'a' (box) with 'b' (box); give one" in text and "'c' (capsule) with 'a' (box)" in text
+    assert "Supported with" not in text
+
+
+def test_check_says_whether_a_robot_is_supported_without_self_collision(tmp_path, capsys):
+    """Two box feet that only their robot's own foot can touch, as of many humanoids."""
+    mjcf = """<mujoco><worldbody><geom type="plane" size="5 5 1"/><body pos="0 0 1"><freejoint/><geom size=".1"/>
+      <body pos="0 .1 -.3"><joint/><geom name="left" type="box" size=".1 .04 .02"/></body>
+      <body pos="0 -.1 -.3"><joint/><geom name="right" type="box" size=".1 .04 .02"/></body></body></worldbody>
+      </mujoco>"""
+    status, text = checked(tmp_path, mjcf, capsys)
+    assert status == 1 and "NOT SUPPORTED: collision of geom 'left' (box) with 'right' (box)" in text
+    assert "Supported with --env-kwargs self_collision False" in text
+    model = vecsim.load_model(mjcf, self_collision=False)
+    assert model.pair_geoms == () and len(model.contact_geom) == 1 + 8 + 8  # the sphere and each corner of the boxes
 
 
 def test_check_accepts_what_a_flag_disables(tmp_path, capsys):
