@@ -20,7 +20,7 @@ Each trick beyond the textbook is one flag, so an ablation is a loop over flags:
     normalised layers           --network mlp                 --network layer_norm; flash: residual blocks, batch norm
     scaled observations         --no-normalize-observations   --normalize-observations
     scaled rewards              --no-normalize-rewards        --normalize-rewards
-    longer returns              --n-step 1                    --n-step 3 (on for Hopper, Walker2d and Ant)
+    longer returns              --n-step 1                    --n-step 3 (on for Hopper, Walker2d, Ant and Humanoid)
     held exploration noise      --noise-repeat-max 1          --noise-repeat-max 16
     mean of the two critics     --critic-reduction min        --critic-reduction mean
 
@@ -165,7 +165,9 @@ TASKS = {
     "Ant-v5": dict(
         total_timesteps=400_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
         n_step=3, env_kwargs={"include_cfrc_ext_in_observation": False}),
-    "Humanoid-v5": dict(total_timesteps=8_000_000, env_kwargs={
+    "Humanoid-v5": dict(
+        total_timesteps=1_500_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
+        n_step=3, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "HumanoidStandup-v5": dict(total_timesteps=2_000_000, env_kwargs={
