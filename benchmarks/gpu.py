@@ -114,13 +114,13 @@ def training(out: Path) -> Figures:
     log, config = runs.lines_of(out / "run/metrics.jsonl"), read_json(out / "run/config.json")
     trainer, env_id = "sac" if "replay_capacity" in config else "ppo", config["env_id"]
     goal = runs.SETS[trainer]["runs"].get(env_id, {}).get("threshold")
-    curve = runs.curve_of(out / "run/metrics.jsonl")
+    record = runs.scored(out / "run")
     limit = simulation(config)
     middle = log[len(log) // 2]
     figures = {"environment steps/s": (middle["steps_per_second"], limit and [0, limit[1]])}
-    if (out / "run/eval.json").exists():
-        figures["until the first step, s"] = read_json(out / "run/eval.json")["compile_seconds"], TO_A_MINUTE
-    if curve:
+    if "compile_seconds" in record:
+        figures["until the first step, s"] = record["compile_seconds"], TO_A_MINUTE
+    if curve := record["curve"]:
         figures["best score"] = max(score for _, _, score in curve), goal
         figures["seconds to that goal"] = next((t for _, t, score in curve if goal and score >= goal), None), None
     if "velocity_error" in log[-1]:

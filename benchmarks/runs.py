@@ -124,12 +124,17 @@ def train(run: dict, options: Namespace, last: str) -> Path:
     return folder
 
 
+def scored(folder: Path) -> dict:
+    """eval.json of a run, if it came to its end, and its curve, which ends with that score."""
+    end = folder / "eval.json"
+    record = json.loads(end.read_text()) if end.exists() else {}
+    return tables.to_the_end(record | dict(curve=curve_of(folder / "metrics.jsonl")))
+
+
 def score(run: dict, options: Namespace) -> dict:
     """One training with evaluations on the way: its scores, and when it reached the threshold."""
-    folder = train(run, options, "eval.json")
-    record = json.loads((folder / "eval.json").read_text()) | dict(curve=curve_of(folder / "metrics.jsonl"))
-    curve = tables.to_the_end(record)["curve"]
-    steps, seconds = next(((x, t) for x, t, reached in curve if reached >= run["threshold"]), (None, None))
+    record = scored(train(run, options, "eval.json"))
+    steps, seconds = next(((x, t) for x, t, reached in record["curve"] if reached >= run["threshold"]), (None, None))
     record |= dict(threshold=run["threshold"], steps_to_threshold=steps, cores_shared=options.shared)
     record |= dict(seconds_to_threshold=None if options.shared else seconds)
     return dict(versions=vecsim.versions()) | record
@@ -248,6 +253,7 @@ def our_minutes(run: dict, options: Namespace, scratch: Path) -> dict:
     if not curve:
         raise RuntimeError(f"no evaluation; the trainer's output:\n{output.read_text()[-2000:]}")
     seconds = began[metrics] - began[output] - lines_of(metrics)[0]["wall_seconds"]
+    curve = scored(scratch / "run")["curve"]
     return dict(versions=vecsim.versions(), compile_seconds=round(max(0.0, seconds), 1), curve=curve)
 
 
