@@ -188,6 +188,7 @@ def check_types(kind: type, options: dict[str, Any]) -> dict[str, Any]:
                 checked[name] = form
         if name not in checked:
             words = hint.__name__ if isinstance(hint, type) else hint
+            words = f"{words} (on a command line low:high)" if typing.get_origin(hint) is tuple else words
             raise InputError(f"{name} must be of type {words}, not {value!r}")
     return checked
 
@@ -674,9 +675,7 @@ def refuse_unsupported(m: mujoco.MjModel) -> None:
         or np.any(m.pair_friction[:, 0] != m.pair_friction[:, 1]),
         "flexes": m.nflex > 0,
         "plugins": m.nplugin > 0,
-        "gravity compensation; set gravcomp to 0 and add its force in the task's method `control`": (
-            m.body_gravcomp.any() or m.jnt_actgravcomp.any()
-        ),
+        "gravity compensation": m.body_gravcomp.any() or m.jnt_actgravcomp.any(),
         "polynomial or plastic joint springs and dampers": m.jnt_stiffnesspoly.any()
         or m.dof_dampingpoly.any()
         or np.any(m.jnt_plasticadr >= 0),
@@ -1048,9 +1047,10 @@ def limit_tables(m: mujoco.MjModel) -> dict[str, Any]:
 
 
 def geom_name(m: mujoco.MjModel, g: int) -> str:
-    """'left_foot' (capsule), for messages."""
+    """'left_foot' (capsule), for messages; without a name 12 of body 'left_leg' (capsule)."""
     kind = mujoco.mjtGeom(int(m.geom_type[g])).name.removeprefix("mjGEOM_").lower()
-    return f"{m.geom(g).name or int(g)!r} ({kind})"
+    name = repr(m.geom(g).name) if m.geom(g).name else f"{g} of body {m.body(m.geom_bodyid[g]).name!r}"
+    return f"{name} ({kind})"
 
 
 def collision_candidates(m: mujoco.MjModel, self_collision: bool = True) -> tuple[np.ndarray, np.ndarray, Softness]:
@@ -1073,8 +1073,9 @@ def collision_candidates(m: mujoco.MjModel, self_collision: bool = True) -> tupl
         raise InputError("unsupported model: too many pairs of geoms can collide; set contype/conaffinity")
     geoms, contact = np.sort(data.contact.geom, axis=1), data.contact
     order = np.lexsort((geoms[:, 1], geoms[:, 0]))
-    moving = (m.body_treeid[m.geom_bodyid[geoms[order]]] >= 0).sum(1)  # geoms of each pair; <pair> admits 0
-    order = order[(moving == 1) | (self_collision & (moving == 2))]
+    moving = (m.body_treeid[m.geom_bodyid[geoms[order]]] >= 0).sum(1)  # geoms that move; <pair> admits none
+    kept = (moving == 1) | (self_collision & (moving == 2))
+    order, moving = order[kept], moving[kept]
     geoms, condim = geoms[order], contact.dim[order]
     swap = m.geom_type[geoms[:, 0]] > m.geom_type[geoms[:, 1]]
     geoms[swap] = geoms[swap, ::-1]
@@ -1083,18 +1084,20 @@ def collision_candidates(m: mujoco.MjModel, self_collision: bool = True) -> tupl
     on_plane = (first == PLANE) & np.isin(second, (SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX))
     on_round = np.isin(first, (SPHERE, CAPSULE)) & np.isin(second, (SPHERE, CAPSULE, CYLINDER))
     supported = on_plane | on_round | ((first == SPHERE) & (second == BOX))
-    examples = {}  # one of each two shapes
-    for pair in geoms[~supported]:
-        collision = f"collision of geom {geom_name(m, pair[0])} with {geom_name(m, pair[1])}"
-        examples.setdefault(tuple(m.geom_type[pair]), collision)
+    shapes = "simpler shapes: spheres and capsules can touch each other and cylinders, spheres also boxes, and all "
+    shapes += "shapes except meshes can touch planes"
+    omitted = "self_collision=False (--env-kwargs self_collision False) omits contacts between moving geoms"
+    examples = {}  # one of each two shapes that move or not, and one of each condim
+    for pair, dim, is_supported, count in zip(geoms, condim, supported, moving, strict=True):
+        names = [geom_name(m, g) for g in pair]
+        if not is_supported:
+            advice = f"give one contype and conaffinity 0, or {shapes}" + (f". Or {omitted}" if count == 2 else "")
+            collision = f"collision of geom {names[0]} with {names[1]}; {advice}"
+            examples.setdefault((*m.geom_type[pair], count), collision)
+        elif dim not in (1, 3):
+            examples.setdefault(dim, f"condim {dim} of geom {names[np.argmax(m.geom_condim[pair])]}; use 1 or 3")
     if examples:
-        advice = "give one contype and conaffinity 0, or simpler shapes: spheres and capsules can touch each other and"
-        advice += " cylinders, spheres also boxes, and all shapes except meshes can touch planes. If both geoms move, "
-        advice += "--env-kwargs self_collision False omits the contact"
-        raise Unsupported([f"{example}; {advice}" for example in examples.values()])
-    for pair, dim in zip(geoms, condim, strict=True):
-        if dim not in (1, 3):
-            raise Unsupported([f"condim {dim} of geom {geom_name(m, pair[1])}; use 1 or 3"])
+        raise Unsupported([*examples.values()])
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
     invweight = m.body_invweight0[m.geom_bodyid[geoms], 0].sum(1)
     parameters = (x[order] for x in (contact.solref, contact.solimp, contact.includemargin))
@@ -2375,6 +2378,7 @@ class Task:
 
     # Attributes of the class, which are not options.
     max_episode_steps = 1000  # the time limit, where `VecSim` is given none
+    self_collision = True  # False omits contacts between moving geoms, where `VecSim` is given no choice
     terminate_when_unhealthy = True
     velocity_noise_scale = None  # of the initial qvel; None: reset_noise_scale
     normal_velocity_noise = False  # the initial qvel is normal with this deviation, instead of uniform
@@ -2721,7 +2725,7 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
 # Randomisation: how robots differ from the MJCF and from each other
 # ----------------------------------------------------------------------------------------------------------------------
 
-FACTORS = "mass", "friction", "damping", "armature", "motor_strength", "position_gain", "velocity_gain", "gravity"
+FACTORS = "mass friction damping armature frictionloss motor_strength position_gain velocity_gain gravity".split()
 OF_THE_ROBOT = (*FACTORS, "centre_of_mass")  # parameters that stay the same for a whole episode
 
 
@@ -2740,6 +2744,7 @@ def parameter_rows(model: Model) -> dict[str, int]:
         "friction": (1, torch.cat((model.friction, model.pair_friction))),  # factor of all contacts of a robot
         "damping": (model.nv, model.dof_damping),  # factor
         "armature": (model.nv, model.dof_armature),  # factor
+        "frictionloss": (model.nv, model.frictionloss),  # factor of the dry friction of each dof
         "motor_strength": (model.nu, model.actuator_gain),  # factor of an actuator's force and force limits
         "position_gain": (model.nu, model.actuator_bias[1]),  # factor, of a position servo
         "velocity_gain": (model.nu, model.actuator_bias[2] * has_servos),  # factor, of a position servo
@@ -2800,8 +2805,8 @@ def randomized_fields(model: Model, values: Tensors) -> dict[str, Tensor]:
     """The fields of `Model` that differ between robots, (..., N), from the `values` (rows, N) of the parameters."""
     factors = (
         ("mass", "mass"), ("friction", "friction"), ("friction", "pair_friction"), ("damping", "dof_damping"),
-        ("armature", "dof_armature"), ("motor_strength", "force_low"), ("motor_strength", "force_high"),
-        ("gravity", "gravity"),
+        ("armature", "dof_armature"), ("frictionloss", "frictionloss"), ("motor_strength", "force_low"),
+        ("motor_strength", "force_high"), ("gravity", "gravity"),
     )  # fmt: skip
     fields = {field: getattr(model, field) * values[name] for name, field in factors if name in values}
     if "mass" in values:
@@ -4537,7 +4542,8 @@ class Options:
     iterations: int = 4  # Newton iterations per evaluation of the dynamics
     # How many contacts between moving geoms are solved at once, see `load_model`; `pop_statistics` counts the others.
     pair_slots: int | None = None
-    self_collision: bool = True  # False omits contacts between moving geoms, of whatever shapes
+    # False omits contacts between moving geoms, of whatever shapes; default: the task's own, usually True.
+    self_collision: bool | None = None
     max_episode_steps: int | None = None  # the time limit; default the task's own
     random_initial_ages: bool = False  # the first episodes start at random ages, so their time limits do not coincide
     compile: bool = False  # compile the step; on CUDA also capture it as one graph
@@ -4594,7 +4600,8 @@ class VecSim(gymnasium.vector.VectorEnv):
         self.task = build_task(env_id, options)
         self.mj_model = compile_mjcf(self.task.source())
         self.mj_model.opt.timestep *= given.timestep_scale
-        slots = dict(self_collision=given.self_collision, pair_slots=given.pair_slots)
+        self_collision = self.task.self_collision if given.self_collision is None else given.self_collision
+        slots = dict(self_collision=self_collision, pair_slots=given.pair_slots)
         model = load_model(self.mj_model, dtype=self.dtype, device=self.device, **slots)
         self.model = self.task.furnish(model, self.mj_model)
         rows = self.model.pair_slots * self.model.pair_edges + self.model.couplings
@@ -5136,23 +5143,29 @@ def make_renderer(env: VecSim) -> Any:
     """Gymnasium's renderer for the first robot of `env`."""
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
-    scene = env.task.drawn_model(env.model, env.mj_model)
+    scene = copy.copy(env.task.drawn_model(env.model, env.mj_model))
+    of_robot = scene.body_weldid[scene.geom_bodyid] > 0
+    if not np.any(scene.geom_group[of_robot] <= 2):  # MuJoCo draws the groups 0 to 2; collision geoms are often in 3
+        scene.geom_group[of_robot] = 0
     return MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
 
 
-def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any], observes: str = "obs") -> Path:
-    """Film one episode into an .mp4 file, in Gymnasium's environment if there is one, and return its path."""
+def film(args: Any, act: Act, path: Path, observes: str = "obs") -> Path:
+    """Film one episode into an .mp4 file, in Gymnasium's environment if there is one, and return its path.
+
+    args: the flags of the training.
+    """
     import imageio.v2 as imageio
 
     if "DISPLAY" not in os.environ:
         # Without a screen MuJoCo draws through EGL. Where that is missing too, set MUJOCO_GL=osmesa.
         os.environ.setdefault("MUJOCO_GL", "egl")
     # The camera "track" follows the robot. Gymnasium takes a free camera if the model has none of this name.
-    frames, in_gymnasium = [], gymnasium_id(env_id) is not None
+    frames, in_gymnasium = [], gymnasium_id(args.env_id) is not None
     if in_gymnasium:
-        envs = gymnasium_envs(env_id, 1, env_kwargs, render_mode="rgb_array", camera_name="track")
+        envs = gymnasium_envs(args.env_id, 1, args.env_kwargs, render_mode="rgb_array", camera_name="track")
     else:
-        envs = make(env_id, 1, **env_kwargs)
+        envs = whole_episodes(args, None, 1)
         renderer = make_renderer(envs)
 
     def draw_and_act(obs: Tensor, started: Tensor) -> Tensor:
@@ -5164,7 +5177,7 @@ def film(env_id: str, act: Act, path: Path, seed: int, env_kwargs: dict[str, Any
             frames.append(renderer.render("rgb_array"))
         return act(obs, started)
 
-    evaluate(envs, draw_and_act, seed, observes)
+    evaluate(envs, draw_and_act, args.seed, observes)
     envs.close()
     imageio.mimwrite(path, frames, fps=envs.metadata["render_fps"], macro_block_size=8)
     return path
@@ -5385,7 +5398,7 @@ class RunFlags:
     profile: bool = False
     """profile iterations 4 to 6 of learning, or the last: print a table of the stages and write trace.json.gz"""
     env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.2"""
+    """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.8:1.2"""
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
     """integrator of the training physics; mjcf: that of the MJCF, where MuJoCo's default is euler"""
     solver_iterations: int = 4
@@ -5755,6 +5768,13 @@ def make_environment(args: Any, make_env: Callable | None, num_envs: int, device
     return make(args.env_id, random_initial_ages=True, **options)
 
 
+def whole_episodes(args: Any, make_env: Callable | None, num_envs: int) -> Any:
+    """The environment of a training on the CPU, for evaluations: the first episodes are whole ones too."""
+    env = make_environment(args, make_env, num_envs, torch.device("cpu"), args.seed)
+    env.random_initial_ages = False
+    return env
+
+
 class Run:
     """What surrounds the loop of a trainer: processes, seeds, environment, clock, log, evaluations and checkpoints.
 
@@ -5950,15 +5970,12 @@ def play_checkpoint(
         print(f"playing {args.eval_episodes} episodes; it may take minutes", flush=True)
         score = None if make_env else score_in_gymnasium(agent, args, observes)
         if score is None:
-            args = dataclasses.replace(args, compile=False)
-            env = make_environment(args, make_env, args.eval_episodes, torch.device("cpu"), args.seed)
-            env.random_initial_ages = False  # whole episodes
-            score = evaluate(env, act, args.seed, observes)
+            score = evaluate(whole_episodes(args, make_env, args.eval_episodes), act, args.seed, observes)
         name = ", ".join(filter(None, (args.env_id, checkpoint.get("stage"))))
         print(f"{name}, {checkpoint['env_steps']:,} steps of training: {describe(score)}")
     if args.capture_video:
         path = Path(args.play).with_name("play.mp4")
-        print(f"video: {film(args.env_id, act, path, args.seed, args.env_kwargs, observes)}")
+        print(f"video: {film(args, act, path, observes)}")
     return score
 
 

@@ -238,9 +238,9 @@ def test_evaluation_in_gymnasium_of_a_policy_that_sees_everything():
 def test_film(env_id, tmp_path, monkeypatch):
     """In Gymnasium's own environment, or in vecsim where Gymnasium has none."""
     monkeypatch.delenv("DISPLAY", raising=False)
-    options = {"max_episode_steps": 5}
+    args = vecsim.RunFlags(env_id=env_id, env_kwargs={"max_episode_steps": 5}, compile=False)
     try:
-        path = vecsim.film(env_id, lambda obs, started: 0 * obs[:, :1], tmp_path / "play.mp4", 0, options)
+        path = vecsim.film(args, lambda obs, started: 0 * obs[:, :1], tmp_path / "play.mp4")
     except Exception as error:  # MuJoCo's renderers raise AttributeError, ImportError, RuntimeError or their own
         if re.search(r"\b(E?GL|OSMesa|OpenGL|GLFW|gladLoad\w*|DISPLAY)", str(error), re.IGNORECASE):
             pytest.skip(f"no OpenGL on this machine: {error}")

@@ -963,9 +963,9 @@ REFUSED = {
         '<worldbody><geom type="plane" size="1 1 1" condim="6"/>' + BALL + "</worldbody>",
         "condim 6",
     ),
-    "mesh pair": (
+    "a capsule and a box": (
         '<worldbody><geom type="box" size="1 1 1"/>'
-        '<body pos="0 0 3"><freejoint/><geom name="ball" size=".1"/></body></worldbody>',
+        '<body pos="0 0 3"><freejoint/><geom type="capsule" size=".1 .1"/></body></worldbody>',
         "collision of geom",
     ),
     "ellipsoid": (

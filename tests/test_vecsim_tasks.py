@@ -319,16 +319,40 @@ def test_check_names_all_that_is_not_supported(tmp_path, capsys):
 
 
 def test_check_says_whether_a_robot_is_supported_without_self_collision(tmp_path, capsys):
-    """Two box feet that only their robot's own foot can touch, as of many humanoids."""
+    """Two box feet that touch each other in MuJoCo, as those of many humanoids; by a <pair> too."""
     mjcf = """<mujoco><worldbody><geom type="plane" size="5 5 1"/><body pos="0 0 1"><freejoint/><geom size=".1"/>
-      <body pos="0 .1 -.3"><joint/><geom name="left" type="box" size=".1 .04 .02"/></body>
-      <body pos="0 -.1 -.3"><joint/><geom name="right" type="box" size=".1 .04 .02"/></body></body></worldbody>
-      </mujoco>"""
+      <body pos="0 .03 -.3"><joint/><geom name="left" type="box" size=".1 .04 .02"/></body>
+      <body pos="0 -.03 -.3"><joint/><geom name="right" type="box" size=".1 .04 .02"/></body></body></worldbody>
+      <contact><pair geom1="left" geom2="right"/></contact></mujoco>"""
     status, text = checked(tmp_path, mjcf, capsys)
     assert status == 1 and "NOT SUPPORTED: collision of geom 'left' (box) with 'right' (box)" in text
-    assert "Supported with --env-kwargs self_collision False" in text
+    assert "But with --env-kwargs self_collision False" in text and "Contacts: 17 with what is fixed, 0 pairs" in text
+    assert float(text.split("float64, 20 iterations: ")[1].split(", ")[1].split()[0]) <= 1e-12
     model = vecsim.load_model(mjcf, self_collision=False)
     assert model.pair_geoms == () and len(model.contact_geom) == 1 + 8 + 8  # the sphere and each corner of the boxes
+
+
+def test_check_without_self_collision_keeps_each_contact_with_what_is_fixed():
+    """The hand touches the wall alone, the foot the floor and the wall, and neither touches the other."""
+    m = mujoco.MjModel.from_xml_string("""<mujoco><worldbody>
+      <geom name="floor" type="plane" size="5 5 1" contype="1" conaffinity="1"/>
+      <geom name="wall" type="sphere" size=".2" contype="2" conaffinity="2"/>
+      <geom name="air" type="sphere" size=".2" contype="0" conaffinity="0"/>
+      <body><freejoint/><geom name="hand" size=".1" contype="2" conaffinity="2"/></body>
+      <body><freejoint/><geom name="foot" size=".1" contype="3" conaffinity="3"/></body></worldbody></mujoco>""")
+    expected = {("floor", "foot"), ("wall", "foot"), ("wall", "hand")}
+    for model, more in ((m, {("hand", "foot")}), (simulator.without_self_collision(m), set())):
+        pairs, *_ = vecsim.collision_candidates(model)
+        assert {tuple(model.geom(g).name for g in pair) for pair in pairs} == expected | more
+
+
+def test_a_task_chooses_self_collision_for_its_robot():
+    class Alone(vecsim.Humanoid):
+        self_collision = False
+
+    cases = (vecsim.Humanoid, None, True), (vecsim.Humanoid, False, False), (Alone, None, False), (Alone, True, True)
+    for task, given, collides in cases:
+        assert bool(vecsim.make(task, 1, self_collision=given).model.pair_geoms) == collides
 
 
 def test_check_accepts_what_a_flag_disables(tmp_path, capsys):
