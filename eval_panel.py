@@ -120,7 +120,7 @@ class Args:
     compile: bool = True
     # integrator of every simulator; mjcf: that of the MJCF, as in Gymnasium
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
-    solver_iterations: int = 4  # Newton iterations of the contact solver in vecsim and MJX (>= 1)
+    solver_iterations: int | None = None  # Newton iterations in vecsim and MJX (>= 1; default: the task's own)
     agent: int = 0  # which agent of a checkpoint of ppo_mjx_jax.py that holds several (>= 0)
     resamples: int = 2000  # draws of the bootstrap (>= 100)
     worst: int = 4  # worst episodes of each checkpoint to trace (>= 1)
@@ -138,7 +138,9 @@ def check_args(args: Args) -> Args:
     """The flags with --quick applied and the perturbations in the order of PERTURBATIONS."""
     if not args.checkpoints:
         raise InputError("give at least one checkpoint: python eval_panel.py runs/NAME/checkpoint.pt")
-    for name, least in dict(episodes=2, num_envs=1, solver_iterations=1, agent=0, resamples=100, worst=1).items():
+    if args.solver_iterations is not None and args.solver_iterations < 1:
+        raise InputError(f"solver_iterations = {args.solver_iterations} must be >= 1")
+    for name, least in dict(episodes=2, num_envs=1, agent=0, resamples=100, worst=1).items():
         if getattr(args, name) < least:
             raise InputError(f"{name} = {getattr(args, name)} must be >= {least}")
     if not args.seeds or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -470,8 +472,8 @@ class Mjx(Vecsim):
             raise ValueError("ppo_mjx_jax.py shows no past observations")
         self.columns = view.columns
         settings = trainer.Args(
-            env_id=subject.env_id, env_kwargs=options, self_collision=True, ls_iterations=8,
-            integrator=args.integrator, solver_iterations=args.solver_iterations, device=args.device.split(":")[0],
+            env_id=subject.env_id, env_kwargs=options, self_collision=True, device=args.device.split(":")[0],
+            integrator=args.integrator, solver_iterations=self.env.settings.iterations, ls_iterations=8,
         )  # fmt: skip
         trainer.configure(settings)
         task = trainer.make_task(settings)

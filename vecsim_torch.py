@@ -2378,6 +2378,7 @@ class Task:
 
     # Attributes of the class, which are not options.
     max_episode_steps = 1000  # the time limit, where `VecSim` is given none
+    solver_iterations = 4  # Newton iterations of the contact solver, where `VecSim` is given no number
     self_collision = True  # False omits contacts between moving geoms, where `VecSim` is given no choice
     terminate_when_unhealthy = True
     velocity_noise_scale = None  # of the initial qvel; None: reset_noise_scale
@@ -2717,7 +2718,8 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
         advice = "omit its annotation" if hasattr(Task, min(clash)) else "rename it"
         raise InputError(f"{env_id} has an option {min(clash)!r}, which vecsim_torch.Options has too; {advice}")
     task = kind(**check_types(kind, options))
-    check_at_least(1, frame_skip=task.frame_skip, max_episode_steps=task.max_episode_steps)
+    numbers = "frame_skip max_episode_steps solver_iterations".split()
+    check_at_least(1, **{name: getattr(task, name) for name in numbers})
     return task
 
 
@@ -4539,7 +4541,7 @@ class Options:
     seed: int = 0  # of every random number that the environment draws
     dtype: torch.dtype = torch.float32  # or torch.float64
     integrator: str = "mjcf"  # mjcf (that of the MJCF), euler, implicitfast or rk4
-    iterations: int = 4  # Newton iterations per evaluation of the dynamics
+    iterations: int | None = None  # Newton iterations per evaluation of the dynamics; default: the task's own
     # How many contacts between moving geoms are solved at once, see `load_model`; `pop_statistics` counts the others.
     pair_slots: int | None = None
     # False omits contacts between moving geoms, of whatever shapes; default: the task's own, usually True.
@@ -4618,7 +4620,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         self.settings = Settings(
             task=self.task,
             integrator=self.model.integrator if given.integrator == "mjcf" else given.integrator,
-            iterations=given.iterations,
+            iterations=given.iterations or self.task.solver_iterations,
             max_episode_steps=given.max_episode_steps or self.task.max_episode_steps,
             ranges=choose_ranges(given.randomize, single, self.task, self.model),
             observation_noise=given.observation_noise,
@@ -5401,8 +5403,8 @@ class RunFlags:
     """options of the environment, added to those in TASKS; for example ctrl_cost_weight 0.1 randomize.mass 0.8:1.2"""
     integrator: Literal["mjcf", "euler", "implicitfast", "rk4"] = "mjcf"
     """integrator of the training physics; mjcf: that of the MJCF, where MuJoCo's default is euler"""
-    solver_iterations: int = 4
-    """Newton iterations of the contact solver (>= 1)"""
+    solver_iterations: int | None = None
+    """Newton iterations of the contact solver (>= 1; default: the task's own, usually 4)"""
     reward_scale: float = 1.0
     """factor on the rewards that the learner sees (> 0; no effect if it normalises them); logs are unscaled"""
 
@@ -5466,8 +5468,8 @@ def sizes_for_device(args: Any, scaled_flags: str, factor: int, most: int) -> An
 def check_rules(args: Any, rules: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
     """InputError for the first flag that breaks a rule: (names of flags, whether a value is legal, rule in words)."""
     shared = (
-        ("num_envs total_timesteps solver_iterations", lambda x: x >= 1, ">= 1"),
-        ("checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
+        ("num_envs total_timesteps", lambda x: x >= 1, ">= 1"),
+        ("solver_iterations checkpoint_every log_every eval_every", lambda x: x is None or x >= 1, ">= 1"),
         ("seed", lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1"),
         ("eval_episodes", lambda x: x >= 0, ">= 0"),
         ("eval_episodes", lambda x: x >= 1 or not args.eval_every, ">= 1 with eval_every"),

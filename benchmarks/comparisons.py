@@ -116,10 +116,12 @@ def train_settings(env_id: str, integrator: str, device: str) -> dict:
     env_kwargs are the task's options in ppo_gpu_torch.py's defaults, so that all see the same observation; `ours` is
     the sizes of the learners on vecsim."""
     import ppo_gpu_torch
+    import vecsim_torch
 
     args = ppo_gpu_torch.parse_args(["--env-id", env_id, "--device", device])
-    names = "num_envs num_steps update_epochs num_minibatches solver_iterations".split()
+    names = "num_envs num_steps update_epochs num_minibatches".split()
     ours = {name: getattr(args, name) for name in names} | dict(hidden=list(args.actor_hidden))
+    ours |= dict(solver_iterations=vecsim_torch.find_task(env_id).solver_iterations)
     shared = dict(env_id=env_id, device=device, num_envs=8, integrator=integrator, env_kwargs=args.env_kwargs)
     return shared | dict(ours=ours)
 

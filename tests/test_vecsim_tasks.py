@@ -346,13 +346,15 @@ def test_check_without_self_collision_keeps_each_contact_with_what_is_fixed():
         assert {tuple(model.geom(g).name for g in pair) for pair in pairs} == expected | more
 
 
-def test_a_task_chooses_self_collision_for_its_robot():
+def test_a_task_chooses_self_collision_and_solver_iterations_for_its_robot():
     class Alone(vecsim.Humanoid):
-        self_collision = False
+        self_collision, solver_iterations = False, 7
 
     cases = (vecsim.Humanoid, None, True), (vecsim.Humanoid, False, False), (Alone, None, False), (Alone, True, True)
     for task, given, collides in cases:
         assert bool(vecsim.make(task, 1, self_collision=given).model.pair_geoms) == collides
+    for task, given, expected in ((vecsim.Ant, None, 4), (Alone, None, 7), (Alone, 3, 3)):
+        assert vecsim.make(task, 1, iterations=given).settings.iterations == expected
 
 
 def test_check_accepts_what_a_flag_disables(tmp_path, capsys):
