@@ -115,9 +115,9 @@ tasks and partly on these seeds; expect worse on new tasks.
   of HumanoidStandup is the height of the torso divided by 0.003 m: SAC holds it at about 0.8 m, PPO at 0.5 m.
 - SAC's settings for HalfCheetah were chosen on seeds 1 and 2, out of about ten tries, at an older commit, where both
   scored more. At equal seeds the losses of both commits agree at first, and then rounding separates them. The settings
-  of Ant and Walker2d are those of Hopper, with more steps. Two of five seeds of Hopper end low: scores of SAC swing
-  between evaluations, and the last one counts. Other work slowed the seeds of Ant and two of Walker2d. Where cores were
-  shared all the time, times are left out.
+  of Ant, Walker2d and Humanoid are those of Hopper, with more steps. Two of five seeds of Hopper end low: scores of SAC
+  swing between evaluations, and the last one counts. Other work slowed the seeds of Ant and two of Walker2d. Where
+  cores were shared all the time, times are left out.
 - On one core PPO in JAX trains the pendulum in 3 s and PPO in PyTorch in 2 s, after at most 28 and 20 s of compilation.
   JAX trains HalfCheetah in five times the time of PyTorch (one seed). Eight agents in one program, with Euler, train
   longer than eight in turn on one core, but compile only once.

@@ -248,12 +248,16 @@ def claims():
         last = [[score for _, seconds, score in curve if seconds <= 183.6][-1] for curve in curves]
         peers.append(f"{statistics.median(last):,.0f}")
     yield f"minutes after compilation, HalfCheetah scores {peers[0]} with our PPO and {peers[1]} with SB3's"
-    sac = {task: median_run("sac", f"{task}-v5") for task in ("HalfCheetah", "Ant", "Walker2d")}
+    sac = {task: median_run("sac", f"{task}-v5") for task in ("HalfCheetah", "Ant", "Walker2d", "Humanoid")}
     runs = [result(f"sac/HalfCheetah-v5-ppo-seed{seed}.json") for seed in (1, 2, 3)]
     middle = f"{statistics.median(scores_of(runs)):,.0f} after {runs[0]['env_steps']:,}"
     yield f"SAC scores {sac['HalfCheetah'].score} on HalfCheetah after {sac['HalfCheetah'].steps:,} steps, PPO {middle}"
     assert sac["Ant"].steps == sac["Walker2d"].steps
-    yield f"After {sac['Ant'].steps:,} it scores {sac['Ant'].score} on Ant and {sac['Walker2d'].score} on Walker2d"
+    yield (
+        f"After {sac['Ant'].steps:,} it scores {sac['Ant'].score} on Ant and {sac['Walker2d'].score} on Walker2d, "
+        f"and {sac['Humanoid'].score} on Humanoid after {sac['Humanoid'].steps:,}, in as much time as PPO"
+    )
+    assert abs(sac["Humanoid"].seconds / median_run("ppo", "Humanoid-v5").seconds - 1) < 0.02
     ours = [(run, 60 * run["minutes"]) for run in load(ROOT / "results", "peers/*/ours-*.json")]
     ages = [limit - in_time(run)[-1][1] for run, limit in ours if run["curve"][-1][1] >= limit]  # not ended before
     yield f"their last evaluation may be {max(ages):.0f} s old"
@@ -373,15 +377,16 @@ def test_scores_in_the_headers_of_scripts_are_those_of_the_files():
         f"HalfCheetah-v5 {cheetah.score} after {cheetah.seconds / 60:.0f} minutes, "
         f"Hopper-v5 {hopper.score} after {hopper.seconds / 60:.0f}, Ant-v5 {ant.score} after {ant.seconds / 60:.0f}. "
     }
-    tasks = "Ant", "Walker2d", "HalfCheetah", "Hopper"
-    ant, walker, cheetah, hopper = (median_run("sac", f"{task}-v5") for task in tasks)
+    tasks = "Ant", "Walker2d", "HalfCheetah", "Hopper", "Humanoid"
+    ant, walker, cheetah, hopper, humanoid = (median_run("sac", f"{task}-v5") for task in tasks)
     runs = [result(f"sac/InvertedPendulum-v5-seed{seed}.json") for seed in (1, 2, 3)]
     pendulum = sorted(round(run["steps_to_threshold"] / 1000) for run in runs)
     expected["sac_gpu_torch.py"] = (
         f"medians of {ant.seeds} or {cheetah.seeds} seeds in Gymnasium's own environments: Ant-v5 {ant.score} and "
         f"Walker2d-v5 {walker.score} after {ant.steps / 1000:.0f} thousand environment steps, HalfCheetah-v5 "
         f"{cheetah.score} after {cheetah.steps / 1000:.0f} thousand, Hopper-v5 {hopper.score} after "
-        f"{hopper.steps / 1000:.0f} thousand, InvertedPendulum-v5 1,000 after {pendulum[0]} to {pendulum[-1]} thousand."
+        f"{hopper.steps / 1000:.0f} thousand, Humanoid-v5 {humanoid.score} after {humanoid.steps / 1e6:.1f} million, "
+        f"InvertedPendulum-v5 1,000 after {pendulum[0]} to {pendulum[-1]} thousand."
     )
     dqn, pqn = zip(*(list(at_equal_time(f"{task}-v5"))[:2] for task in ("HalfCheetah", "Hopper", "Walker2d")))
     expected["dqn_gpu_torch.py"] = (
