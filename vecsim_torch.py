@@ -3392,21 +3392,16 @@ class Program:
 
     def needed(self, roots: Iterable[Any]) -> list[Value]:
         """The operations that `roots` need, depth first, and of several arguments the newest: values are used soon."""
-        found, order = set(), []
-        for root in roots:
-            waiting = [(root, False)]
-            while waiting:
-                x, has_arguments = waiting.pop()
-                if not isinstance(x, Value) or (x in found and not has_arguments):
-                    continue
-                if has_arguments:
-                    order.append(x)
-                    continue
-                found.add(x)
-                waiting.append((x, True))
-                arguments = sorted(x for x in self.operations[x][2] if isinstance(x, Value))
-                waiting.extend((argument, False) for argument in arguments)
-        return order
+        order: dict[Value, None] = {}
+        waiting = [root for root in reversed([*roots]) if isinstance(root, Value)]
+        while waiting:
+            arguments = (x for x in self.operations[waiting[-1]][2] if isinstance(x, Value))
+            missing = sorted(x for x in arguments if x not in order)
+            if missing:
+                waiting += missing
+            else:
+                order[waiting.pop()] = None
+        return [*order]
 
 
 class Recorder(TorchDispatchMode):
@@ -3447,16 +3442,6 @@ class Recorder(TorchDispatchMode):
         function = np.frompyfunc(functools.partial(self.program.apply, name), len(args), 1)
         with np.errstate(all="ignore"):
             return np.asarray(function(*args), dtype=object)
-
-    def reduce(self, name: str, x: np.ndarray, axes: Sequence[int], keep: bool) -> np.ndarray:
-        """Along these axes; none means all."""
-        axes = [axes] if isinstance(axes, int) else axes or range(x.ndim)
-        for axis in axes:
-            rows = np.split(x, x.shape[axis], axis) if x.shape[axis] else [x.sum(axis, keepdims=True)]
-            if not x.shape[axis]:
-                rows[0].fill({"add": 0, "mul": 1, "or": False, "and": True}[name])
-            x = functools.reduce(functools.partial(self.elementwise, name), rows)
-        return x if keep else np.squeeze(x, tuple(axes))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
@@ -3542,6 +3527,16 @@ def add_rows(
     for row, added in zip(fixed(index), np.moveaxis(source, axis, 0), strict=True):
         rows[row] = r.elementwise("add", rows[row], added)
     return copy
+
+
+def reduce(name: str, r: Recorder, result: Tensor, x: np.ndarray, axes: Sequence[int] = (), *_) -> np.ndarray:
+    """An operation of all elements along these axes; none means all. What has no elements is a constant."""
+    if not x.size:
+        return r.array(result)
+    x = convert(r, result, x)
+    for axis in [axes] if isinstance(axes, int) else axes or range(x.ndim):
+        x = functools.reduce(functools.partial(r.elementwise, name), np.split(x, x.shape[axis], axis))
+    return x.reshape(result.shape)
 
 
 def clamp(r: Recorder, result: Tensor, x: np.ndarray, low: Any = None, high: Any = None) -> np.ndarray:
@@ -3641,6 +3636,7 @@ SAME_NAME += [name for name in OF_ONE_NUMBER if name != "rint"]
 MOVES = "_unsafe_view broadcast_in_dim cat clone copy detach expand flip permute repeat select select_scatter".split()
 MOVES += "slice slice_scatter split_with_sizes squeeze stack transpose unbind unsqueeze view_of".split()
 NEW = "zeros_like ones_like full_like new_zeros new_ones new_full".split()  # they do not depend on an input
+REDUCTIONS = dict(sum="add", prod="mul", amin="min", amax="max", any="or", all="and")
 OF_MEMORY = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}  # known from the result
 RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a function of recorder, result, arguments
     **{name: name for name in SAME_NAME},
@@ -3652,10 +3648,7 @@ RULES: dict[str, Any] = {  # the name of an operation on elements, `move`, or a 
     "rsqrt": lambda r, _, x: r.elementwise("div", 1.0, r.elementwise("sqrt", x)),
     "pow": power,
     "clamp": clamp,
-    **{
-        name: lambda r, result, x, axes=(), keep=False, op=op: r.reduce(op, convert(r, result, x), axes, keep)
-        for name, op in dict(sum="add", prod="mul", amin="min", amax="max", any="or", all="and").items()
-    },
+    **{name: functools.partial(reduce, operation) for name, operation in REDUCTIONS.items()},
     "_to_copy": cast,
     "view": view,
     "index": take,
