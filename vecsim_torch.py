@@ -3205,7 +3205,7 @@ vars(EAGER).update((function.__name__, function) for function in COMPILED)
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether code is compiled for a GPU. Tests emulate one."""
+    """Whether code is compiled for a GPU and captured in CUDA graphs. Tests emulate one."""
     return device.type == "cuda"
 
 
@@ -4483,11 +4483,6 @@ def pick_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def has_cuda_graphs(device: torch.device) -> bool:
-    """Whether functions on this device can be captured in CUDA graphs. Tests replace it by an emulation."""
-    return device.type == "cuda"
-
-
 SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
 MEANS_OVER_EPISODES = ("episode_return", "episode_length", "success")
 STATISTICS = ("episodes", *MEANS_OVER_EPISODES, "invalid", "steps", "dropped_contacts")
@@ -4608,7 +4603,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             )
         if self.compiled and self.device.type == "cpu":
             cpp_compiler()  # without one, say so before the networks are compiled
-        if has_cuda_graphs(self.device) and not self.compiled:
+        if on_gpu(self.device) and not self.compiled:
             print("compile=False on a GPU launches tens of thousands of kernels a step: very slow", file=sys.stderr)
         self.settings = Settings(
             task=self.task,
@@ -4809,7 +4804,7 @@ class VecSim(gymnasium.vector.VectorEnv):
 
     def _step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """`step` from actions that are a tensor (N, nu) on the device."""
-        if self.compiled and has_cuda_graphs(self.device):
+        if self.compiled and on_gpu(self.device):
             if isinstance(self._run.begin_dynamics, CompiledFunction):
                 self._run.begin_dynamics.check_model()  # ValueError if the graph has old constants
             with torch.cuda.device(self.device):
@@ -6020,8 +6015,7 @@ def crossed(every: float | None, before: int, after: int) -> bool:
 
 def make_optimizer(module: torch.nn.Module, learning_rate: Tensor) -> torch.optim.Adam:
     """Adam for CUDA graphs: the learning rate is a tensor, and the moments exist from the start, at fixed addresses."""
-    on_gpu = learning_rate.device.type == "cuda"
-    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=learning_rate.is_cuda)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # with zero gradients this creates the moments and changes no weight
@@ -6045,7 +6039,7 @@ def prepare(
     """
     moments = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     state, prepared = [*agent.state_dict().values(), *moments], []
-    before, captures = [x.clone() for x in state], cuda_graphs and has_cuda_graphs(state[0].device)
+    before, captures = [x.clone() for x in state], cuda_graphs and on_gpu(state[0].device)
     for function, example in zip(functions, examples, strict=True):
         prepared.append(capture(function, example) if captures else function)
         prepared[-1](*example)  # a capture only records; this makes the gradients that the next function reads

@@ -33,7 +33,7 @@ def measure(device: torch.device) -> dict:
         for _ in range(LAUNCHES):
             small.add_(1.0)
 
-    on_gpu = vecsim_torch.has_cuda_graphs(device)
+    on_gpu = vecsim_torch.on_gpu(device)
     versions = vecsim_torch.versions() | dict(cuda=torch.version.cuda)
     found = dict(hardware=machine.hardware(device.type), versions=versions)
     found |= dict(launch_seconds=seconds(launches) / LAUNCHES, graph_launch_seconds=None)

@@ -207,7 +207,7 @@ def captured(monkeypatch, captures: bool = True, compile=lambda function, **_: f
         return vecsim.Regions(**{name: compile(function) for name, function in vars(vecsim.EAGER).items()})
 
     with emulated_graphs.emulated_graphs(), monkeypatch.context() as patch:
-        patch.setattr(vecsim, "has_cuda_graphs", lambda device: captures)
+        patch.setattr(vecsim, "on_gpu", lambda device: captures)
         patch.setattr(torch, "compile", compile)
         patch.setattr(vecsim, "compile_regions", regions)
         patch.setattr(torch.cuda, "CUDAGraph", new_graph)
@@ -407,7 +407,7 @@ def test_chunks_on_a_gpu_are_smaller_than_what_spills_registers():
 
 
 def test_a_gpu_without_compilation_is_told_to_be_slow(monkeypatch, capsys):
-    monkeypatch.setattr(vecsim, "has_cuda_graphs", lambda device: True)
+    monkeypatch.setattr(vecsim, "on_gpu", lambda device: True)
     vecsim.make("InvertedPendulum-v5", 2, compile=False)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "very slow" in said
