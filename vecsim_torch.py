@@ -3021,17 +3021,12 @@ def begin_step(
     return carry, [task.control(model, past) for past in actions]
 
 
-class Answers(NamedTuple):
-    """What the methods of a task answered."""
-
-    groups: Tensors  # of the observation, at the start
-    privileged: Tensors  # of the privileged observation, at the start
-    all: list[tuple[str, Tensor]]  # every answer, and the method that gave it
+Answers = list[tuple[str, Tensor]]  # methods of a task, and what they answered
 
 
-def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
-    """Call every method of the task once, for the N robots of `noise`. Returns all answers. InputError if one has a
-    wrong shape, or if the integrator is not possible."""
+def check_task(settings: Settings, model: Model, noise: Noise) -> tuple[Tensors, Tensors, Answers]:
+    """Call every method of the task once, for the N robots of `noise`. Returns what `observe` and `privileged` answered
+    at the start, and all answers. InputError if one has a wrong shape, or if the integrator is not possible."""
     task, n, answers = settings.task, noise.qpos.shape[-1], []
 
     def check(method: str, answer: Any, *rows: int | None) -> Tensor:
@@ -3091,7 +3086,7 @@ def check_task(settings: Settings, model: Model, noise: Noise) -> Answers:
     begin(after._replace(invalid=~healthy), like=memory)
     check_named("observe", task.observe(model, after, now), like=groups)
     check_named("privileged", task.privileged(model, after, now), like=privileged)
-    return Answers(groups, privileged, answers)
+    return groups, privileged, answers
 
 
 def check_independence(many: Answers, one: Answers) -> None:
@@ -3099,7 +3094,7 @@ def check_independence(many: Answers, one: Answers) -> None:
 
     Batched solvers round differently, and contacts amplify that; a difference of 0.1% of all numbers together passes.
     """
-    for (name, given), (_, alone) in zip(many.all, one.all, strict=True):
+    for (name, given), (_, alone) in zip(many, one, strict=True):
         given, alone = given[..., -1:].double(), alone.double()
         tolerance = 1e-3 * (1 + float(alone.nan_to_num().abs().sum()))  # host sync
         if not torch.allclose(given, alone, rtol=0, atol=tolerance, equal_nan=True):
@@ -4665,9 +4660,9 @@ class VecSim(gymnasium.vector.VectorEnv):
         different = (torch.rand(x.shape, generator=generator, out=torch.empty_like(x)) for x in of_many[:3])
         of_many = Noise(*different, *of_many[3:])
         of_one = map_tensors(lambda x: x[..., -1:], of_many)
-        many, one = (check_task(self.settings, self._robots(x.parameters), x) for x in (of_many, of_one))
+        checks = (check_task(self.settings, self._robots(x.parameters), x) for x in (of_many, of_one))
+        (groups, privileged, many), (_, _, one) = checks
         check_independence(many, one)
-        groups, privileged = many.groups, many.privileged
         hidden = set(self.settings.hidden_observations or ())
         if not groups:
             raise InputError("observe must be a dict with at least one group")
