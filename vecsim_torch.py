@@ -4108,8 +4108,8 @@ class Expression(str):
 class Interface:
     """The inputs and the result of compiled code, as tensors (..., N).
 
-    given: the inputs, and the expressions that find them in `args`. result: a tree of tensors. Both are as for one
-    robot. TypeError if a result has a dtype that compiled code lacks."""
+    given: the inputs, and the expressions that find them in `args`. result: a tree of tensors, whose NamedTuples are of
+    this file. Both are as for one robot. TypeError if a result has a dtype that compiled code lacks."""
 
     def __init__(self, given: Sequence[tuple[str, Tensor]], result: Any, dtype: torch.dtype, device: torch.device):
         self.device = device
@@ -4121,7 +4121,6 @@ class Interface:
         self.inputs = eval(f"lambda args: ({''.join(f'{where}, ' for where, _ in given)})")
         self.wanted = [(x.shape[:-1], self.dtypes[kind_of(x)]) for _, x in given]
         self.sizes: dict[str, list[int]] = {kind: [] for kind in OUTPUTS}
-        types: dict[str, type] = {}
 
         def piece(x: Tensor) -> Expression:
             """What makes the result x from lists y, z and w of (rows, n). `sizes` gets its rows."""
@@ -4131,13 +4130,7 @@ class Interface:
             shape = ", ".join([*map(str, x.shape[:-1]), "n"])
             return Expression(text if x.dim() == 2 else f"{text}.view({shape})")
 
-        def note_type(node: Any) -> bool:
-            """Note the class of each node: the expression of the result names it."""
-            types[type(node).__name__] = type(node)
-            return False
-
-        tree = tree_map_only(Tensor, piece, result, is_leaf=note_type)
-        self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {tree!r}", types)
+        self.result = eval(f"lambda {', '.join(OUTPUTS.values())}, n: {tree_map_only(Tensor, piece, result)!r}")
         self.rows = [sum(rows) for rows in self.sizes.values()]
 
     def read(self, args: tuple, n: int) -> list[Tensor]:
