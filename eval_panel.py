@@ -424,7 +424,7 @@ class MujocoC(Vecsim):
         for k, (robot, position, velocity) in enumerate(zip(self.robots, qpos, qvel, strict=True)):
             robot.reset(seed=vecsim.stream_seed(seed, k, 1))
             robot.unwrapped.set_state(position, velocity)
-            frames = robot.env  # past observations, where the policy sees through a `vecsim_torch.View`
+            frames = robot.env  # past observations, where the policy sees through `vecsim_torch.partly_observed`
             if isinstance(frames, FrameStackObservation):
                 newest = seen[k, -frames.observation_space.shape[1] :].cpu().numpy()
                 frames.obs_queue.extend([newest] * frames.stack_size)
@@ -467,10 +467,9 @@ class Mjx(Vecsim):
         if subject.env_id not in trainer.TASKS:
             raise ValueError(f"ppo_mjx_jax.py has no {subject.env_id}")
         super().__init__(subject, perturbation, num_envs, dataclasses.replace(args, compile=False))
-        options, view = vecsim.split_view(subject.env_id, subject.options)
-        if (view.stack, view.delay) != (1, 0):
+        options, self.columns, *past = vecsim.split_view(subject.env_id, subject.options)
+        if past != [1, 0]:
             raise ValueError("ppo_mjx_jax.py shows no past observations")
-        self.columns = view.columns
         settings = trainer.Args(
             env_id=subject.env_id, env_kwargs=options, self_collision=True, device=args.device.split(":")[0],
             integrator=args.integrator, solver_iterations=self.env.settings.iterations, ls_iterations=8,

@@ -5052,33 +5052,24 @@ def gymnasium_id(env_id: str) -> str | None:
     return next((name for name in names if gymnasium.registry[name].entry_point), None)
 
 
-class View(NamedTuple):
-    """What a policy sees of the observations of one of Gymnasium's environments; `show` does the same in vecsim."""
-
-    columns: slice | list[int]  # without the hidden groups
-    stack: int
-    delay: int
-
-
-def split_view(env_id: str, options: dict[str, Any]) -> tuple[dict[str, Any], View]:
-    """`options` without those of the view, and the view."""
+def split_view(env_id: str, options: dict[str, Any]) -> tuple[dict[str, Any], slice | list[int], int, int]:
+    """`options` without those of what a policy sees; and these: columns that are not hidden, stack and delay."""
     options = dict(options)
     stack, delay = options.pop("stack_observations", 1), options.pop("delay_observations", 0)
     plain = {name: value for name, value in options.items() if name != "hidden_observations"}
     if plain == options:
-        return plain, View(slice(None), stack, delay)
+        return plain, slice(None), stack, delay
     whole, part = (make(env_id, 1, **x).observation_slices for x in (plain, options))
     columns = [column for name in part for column in range(whole[name].start, whole[name].stop)]
-    return plain, View(columns, stack, delay)
+    return plain, columns, stack, delay
 
 
-def partly_observed(env: gymnasium.Env, view: View) -> gymnasium.Env:
-    """One of Gymnasium's environments, seen through a `View`; copies of an episode's first observation are its past."""
-    size, wrap = len(np.zeros(env.observation_space.shape)[view.columns]), gymnasium.wrappers.TransformObservation
-    env = wrap(env, lambda obs: obs[view.columns], gymnasium.spaces.Box(-np.inf, np.inf, (size,)))
-    env = gymnasium.wrappers.FrameStackObservation(env, view.stack + view.delay)  # the oldest first
-    shown = gymnasium.spaces.Box(-np.inf, np.inf, (view.stack * size,))
-    return wrap(env, lambda frames: frames[: view.stack].flatten(), shown)
+def partly_observed(env: gymnasium.Env, columns: slice | list[int], stack: int, delay: int) -> gymnasium.Env:
+    """One of Gymnasium's environments, seen as in `show`; copies of an episode's first observation are its past."""
+    size, wrap = len(np.zeros(env.observation_space.shape)[columns]), gymnasium.wrappers.TransformObservation
+    env = wrap(env, lambda obs: obs[columns], gymnasium.spaces.Box(-np.inf, np.inf, (size,)))
+    env = gymnasium.wrappers.FrameStackObservation(env, stack + delay)  # the oldest first
+    return wrap(env, lambda frames: frames[:stack].flatten(), gymnasium.spaces.Box(-np.inf, np.inf, (stack * size,)))
 
 
 def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Callable[[], gymnasium.Env]:
@@ -5086,11 +5077,11 @@ def gymnasium_maker(env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Cal
 
     env_kwargs: options of `make`; those that only vecsim has are left out. more: of gymnasium.make.
     """
-    options, view = split_view(env_id, gymnasium_options(env_kwargs))
+    options, *view = split_view(env_id, gymnasium_options(env_kwargs))
     if "xml_file" in options:  # vecsim looks for it in other folders than Gymnasium
         options["xml_file"] = str(build_task(env_id, {"xml_file": options["xml_file"]}).source())
     make_one = functools.partial(gymnasium.make, gymnasium_id(env_id), **options, **more)
-    return make_one if view == (slice(None), 1, 0) else lambda: partly_observed(make_one(), view)
+    return make_one if view == [slice(None), 1, 0] else lambda: partly_observed(make_one(), *view)
 
 
 def gymnasium_envs(env_id: str, count: int, env_kwargs: dict[str, Any], **more: Any) -> gymnasium.vector.VectorEnv:
