@@ -1523,46 +1523,43 @@ def fluid_force(model: Model, xpos: Tensor, xmat: Tensor, origin: Tensor, cdof: 
     return generalized_force(model, cdof, links)
 
 
-class Factor(NamedTuple):
-    """A sparse matrix L with H = L^T L: below its diagonal, one over its diagonal, and the columns of each row."""
-
-    entry: dict[tuple[int, int], Tensor]
-    inverse: dict[int, Tensor]
-    before: list[list[int]]
+Sparse = dict[tuple[int, int], Tensor]  # the entries (i, j) of a lower triangular matrix that are not zero
 
 
-def factorize(entry: dict[tuple[int, int], Tensor], n: int) -> Factor:
-    """Factor of a positive-definite matrix of n rows. entry: {(i, j): value} of the lower triangle without zeros."""
-    entry, inverse = dict(entry), {}
-    before = [[j for j in range(k) if (k, j) in entry] for k in range(n)]
+def factorize(matrix: Sparse, n: int) -> Sparse:
+    """L with H = L^T L of a positive-definite matrix H of n rows. The diagonal holds one over that of L."""
+    factor = dict(matrix)
     for k in reversed(range(n)):
-        inverse[k] = torch.rsqrt(entry[k, k])
-        for i in before[k]:
-            entry[k, i] = entry[k, i] * inverse[k]
-        for i in before[k]:
-            for j in before[k]:
+        before = [j for j in range(k) if (k, j) in factor]
+        factor[k, k] = torch.rsqrt(factor[k, k])
+        for i in before:
+            factor[k, i] = factor[k, i] * factor[k, k]
+        for i in before:
+            for j in before:
                 if j <= i:
-                    entry[i, j] = entry[i, j] - entry[k, i] * entry[k, j]
-    return Factor(entry, inverse, before)
+                    factor[i, j] = factor[i, j] - factor[k, i] * factor[k, j]
+    return factor
 
 
-def solve_upper(factor: Factor, x: Sequence[Tensor]) -> list[Tensor]:
+def solve_upper(factor: Sparse, x: Sequence[Tensor]) -> list[Tensor]:
     """L^-T x, with one tensor per row."""
     x = list(x)
     for k in reversed(range(len(x))):
-        x[k] = x[k] * factor.inverse[k]
-        for i in factor.before[k]:
-            x[i] = x[i] - factor.entry[k, i] * x[k]
+        x[k] = x[k] * factor[k, k]
+        for i in range(k):
+            if (k, i) in factor:
+                x[i] = x[i] - factor[k, i] * x[k]
     return x
 
 
-def solve_lower(factor: Factor, x: Sequence[Tensor]) -> list[Tensor]:
+def solve_lower(factor: Sparse, x: Sequence[Tensor]) -> list[Tensor]:
     """L^-1 x, with one tensor per row."""
     x = list(x)
     for k in range(len(x)):
-        for i in factor.before[k]:
-            x[k] = x[k] - factor.entry[k, i] * x[i]
-        x[k] = x[k] * factor.inverse[k]
+        for i in range(k):
+            if (k, i) in factor:
+                x[k] = x[k] - factor[k, i] * x[i]
+        x[k] = x[k] * factor[k, k]
     return x
 
 
