@@ -1049,7 +1049,7 @@ def load_policy(checkpoint: dict) -> Callable:
     """The deterministic policy: act(obs (N, obs), started (N,) bool) -> action (N, actions), on the CPU.
 
     obs is the observation that checkpoint["observes"] names: "critic_obs" for a teacher, else "obs"."""
-    return vecsim.remembering(load_agent(checkpoint))
+    return vecsim.policy_of(load_agent(checkpoint))
 
 
 class ExportedPolicy(nn.Module):

@@ -823,7 +823,7 @@ def load_agent(checkpoint: dict) -> Agent:
 
 def load_policy(checkpoint: dict) -> vecsim.Act:
     """The deterministic policy: act(obs (N, obs), started (N,) bool) -> action (N, actions), on the CPU."""
-    return vecsim.remembering(load_agent(checkpoint))
+    return vecsim.policy_of(load_agent(checkpoint))
 
 
 def export(path: str, checkpoint: dict) -> None:

@@ -4989,11 +4989,14 @@ def make(env_id: str, num_envs: int = 4096, **options: Any) -> VecSim:
 Act = Callable[[Tensor, Tensor], Tensor]
 
 
-def remembering(agent: Any) -> Act:
-    """The policy of an agent with memory, which keeps the memory of the N robots between its calls.
+def policy_of(agent: Any) -> Act:
+    """The deterministic policy of a trainer's agent. It keeps the memory of an agent that has one between its calls.
 
-    agent: has empty_memory(N) and act(obs, memory, started) -> action, next memory; it clears what `started` names.
+    Such an agent has empty_memory(N) and act(obs, memory, started) -> action, next memory; it clears what `started`
+    names.
     """
+    if not hasattr(agent, "empty_memory"):
+        return agent.act
     memory = None
 
     def act(obs: Tensor, started: Tensor) -> Tensor:
@@ -5198,7 +5201,7 @@ def describe(score: dict[str, float]) -> str:
     return f"{spread}, {score['episodes']} episodes of {score['mean_length']:.0f} steps)"
 
 
-def check_env_kwargs(env_id: str, env_kwargs: dict[str, Any]) -> None:
+def check_env_kwargs(env_kwargs: dict[str, Any]) -> None:
     """InputError for options of `make` that a trainer sets itself."""
     flags = {name: f"--{name.replace('_', '-')}" for name in "env_id num_envs device seed compile integrator".split()}
     flags |= {"iterations": "--solver-iterations"}
@@ -5758,7 +5761,7 @@ class Run:
         self.device = pick_device(args.device)
         self.rank, self.world_size = start_processes(self.device)
         if make_env is None:
-            check_env_kwargs(args.env_id, args.env_kwargs)
+            check_env_kwargs(args.env_kwargs)
         elif args.eval_every:
             raise InputError("eval_every scores in Gymnasium's environments; omit it with your own environment")
         self.checkpoint = load_checkpoint(args.resume, algorithm, type(args)) if args.resume else None
@@ -5904,11 +5907,6 @@ class Run:
         for name, score in scores.items():
             print(f"{title}, {name}: {describe(score) if score else reason}")
         return self.record | evaluation
-
-
-def policy_of(agent: Any) -> Act:
-    """The deterministic policy of a trainer's agent; it keeps the memory of an agent that has one."""
-    return remembering(agent) if hasattr(agent, "empty_memory") else agent.act
 
 
 def score_in_gymnasium(agent: Any, args: Any, observes: str = "obs") -> dict[str, float] | None:

@@ -301,7 +301,7 @@ def test_the_teacher_labels_without_noise_and_with_frozen_statistics():
     teacher.obs_statistics.update(torch.randn(50, 2), torch.ones(50, dtype=torch.bool))
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     obs = torch.randn(3, 4, 2)
-    label, act = distill.teacher_actions(teacher, obs), vecsim.remembering(teacher)
+    label, act = distill.teacher_actions(teacher, obs), vecsim.policy_of(teacher)
     for t in range(3):
         torch.testing.assert_close(teacher.to_env(label[t]), act(obs[t], torch.ones(4, dtype=torch.bool)))
     assert torch.equal(distill.teacher_actions(teacher, obs), label) and not label.requires_grad
@@ -739,7 +739,7 @@ def test_exported_policy_acts_like_the_trained_one(stage, flags, memory_size, tm
     assert "gravity[2]" in observed and ("mass[0]" in observed) == (stage == "teacher")
     home = torch.tensor([0.0, 0.9, -1.8] * 4)  # rad; an action is an offset in units of 0.5 rad, and joints have ranges
     low, high = (torch.tensor(ends * 4) for ends in ([-0.863, -0.686, -2.818], [0.863, 4.501, -0.888]))
-    limits, act = ((low - home) / 0.5, (high - home) / 0.5), vecsim.remembering(agent)
+    limits, act = ((low - home) / 0.5, (high - home) / 0.5), vecsim.policy_of(agent)
     if not memory_size:
         assert "memory" not in policy.metadata
         started = torch.ones(1000, dtype=torch.bool)

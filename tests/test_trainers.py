@@ -476,7 +476,7 @@ def test_statistics_are_in_the_checkpoint_and_frozen_in_evaluation(trainer, env_
     agent = trainer.module.load_agent(read_checkpoint(tmp_path))
     before = {key: value.clone() for key, value in agent.state_dict().items()}
     assert all(before[f"{name}_statistics.count"] == 3_584 for name in names)
-    act = vecsim.remembering(agent) if trainer is RECURRENT else agent.act
+    act = vecsim.policy_of(agent)
     vecsim.evaluate(ProbeEnv(env_id), act, seed=3)
     assert_same(before, dict(agent.state_dict()))
 
