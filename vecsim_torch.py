@@ -3857,13 +3857,11 @@ class Kernel:
         self.program, self.places = program, places
         self.lines: list[str] = []
         self.tensors: dict[str, None] = {}  # by their names, in the order in which the lines use them
-        self.rows = 0  # read and written
         self.known: set[Value] = set()  # values that have a variable
         self.arrays: dict[str, str] = {}  # names of arrays, by their elements
 
     def row(self, tensor: str, row: int) -> str:
         self.tensors[tensor] = None
-        self.rows += 1
         return f"{tensor} + {row} * n + i"
 
     def store(self, tensor: str, row: int, x: Any) -> None:
@@ -4159,7 +4157,7 @@ class Code:
     kernels for exactly so many."""
 
     def __init__(self, recording: Recording, dtype: torch.dtype, device: torch.device, robots: int):
-        self.dtype, self.device, program = dtype, device, recording.program
+        self.device, program = device, recording.program
         values: dict[str, list] = {tensor: [] for tensor in OUTPUTS.values()}
         for x, array in zip(recording.outputs, recording.values, strict=True):
             kind = kind_of(x)
@@ -5169,22 +5167,16 @@ def to_onnx(
     env = make(checkpoint["env_id"], num_envs=1, **options)
     low, high = env.task.action_limits(env.model)
 
-    class Clipped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.policy = policy
-
-        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-            result = self.policy(*inputs)
-            action, *memory = result if isinstance(result, tuple) else (result,)
-            return action.clamp(low, high), *memory
+    def clip(module: torch.nn.Module, args: tuple, result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        action, *memory = result if isinstance(result, tuple) else (result,)
+        return action.clamp(low, high), *memory
 
     file, rows = io.BytesIO(), {name: {0: "batch"} for name in [*inputs, *outputs]}
     names = dict(input_names=[*inputs], output_names=outputs, dynamic_axes=rows)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), policy.register_forward_hook(clip):
         # The newer exporter (dynamo=True) needs two more packages and takes twenty times as long.
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(Clipped(), tuple(inputs.values()), file, dynamo=False, opset_version=17, **names)
+        torch.onnx.export(policy, tuple(inputs.values()), file, dynamo=False, opset_version=17, **names)
     slices = env.critic_slices if checkpoint.get("observes") == "critic_obs" else env.observation_slices
     facts |= dict(env_id=checkpoint["env_id"], env_kwargs=options, env_steps=checkpoint["env_steps"])
     facts |= dict(observation_names=env.observation_names(slices), action_names=env.action_names())
