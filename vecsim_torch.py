@@ -4289,10 +4289,8 @@ class Loop:
         self.loads = copies([x for _, x in given])
         self.stores = copies(outputs)
         self.kinds = np.array([[*OUTPUTS].index(kind_of(x)) for x in outputs], dtype=np.int64)
-        self.first_rows = np.zeros_like(self.kinds)  # of the outputs, among those of their kind
-        for kind in range(len(OUTPUTS)):
-            rows = self.stores[self.kinds == kind, 2]
-            self.first_rows[self.kinds == kind] = np.cumsum(rows) - rows
+        starts = {kind: itertools.accumulate(rows, initial=0) for kind, rows in self.interface.sizes.items()}
+        self.first_rows = np.array([next(starts[kind_of(x)]) for x in outputs], dtype=np.int64)  # among their kind
         self.run = build_cpp(CPU_LOOP.format(robots=robots))
         self.pool = ThreadPoolExecutor(os.cpu_count())  # its threads start when there is work for them
 
@@ -4311,10 +4309,8 @@ class Loop:
         def compute(k: int) -> None:
             block = memory[k].data_ptr()
             to_block = np.array([block, 0, 0, 0])
-            tables = (
-                (self.functions, self.firsts, self.pointers + self.is_place * block),
-                *((table + to_block,) for table in (loads, stores)),
-            )
+            calls = self.functions, self.firsts, self.pointers + self.is_place * block
+            tables = calls, (loads + to_block,), (stores + to_block,)
             words = [n, ends[k], ends[k + 1]]
             for arrays in tables:
                 words += [len(arrays[0]), *(x.ctypes.data for x in arrays)]

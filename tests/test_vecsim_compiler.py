@@ -1169,10 +1169,10 @@ FAULTS_OF_THE_LOOP = {  # a piece of the source of Loop, its method, and what re
     "results are in the wrong rows": ("__init__", "robots * size * x.numel()\n", "robots * size * x.shape[0]\n"),
     "results are stored in the wrong order": (
         "__init__",
-        "np.cumsum(rows) - rows",
-        "np.cumsum(rows[::-1]) - rows[::-1]",
+        "itertools.accumulate(rows, initial=0)",
+        "itertools.accumulate(rows[::-1], initial=0)",
     ),
-    "two results have the same place": ("__init__", "np.cumsum(rows) - rows", "rows - rows"),
+    "two results have the same place": ("__init__", "itertools.accumulate(rows, initial=0)", "itertools.repeat(0)"),
 }
 FAULTS_OF_CPP = {  # a piece of CPU_LOOP, and what replaces it
     "the last block is left out": ("start < end * ROBOTS;", "start < end * ROBOTS && start + ROBOTS <= n;"),
