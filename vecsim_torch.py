@@ -5583,15 +5583,6 @@ def average_over_processes(tensors: list[Tensor]) -> None:
         x.copy_(mean.view_as(x))
 
 
-def gather_from_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of all processes in the order of their ranks, with tensors on the CPU."""
-    if not distributed.is_initialized():
-        return [state]
-    states = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(states, tree_map_only(Tensor, lambda x: x.cpu(), state))
-    return states
-
-
 def stream_seed(seed: int, rank: int, stream: int) -> int:
     """Seed of one process and one use (stream). All are independent, even if users choose neighbouring seeds."""
     return int(np.random.SeedSequence((seed, rank, stream)).generate_state(1)[0])
@@ -5850,7 +5841,9 @@ class Run:
     def save(self, of_process: dict[str, Any], **state: Any) -> None:
         """Write the checkpoint: `state`, and what each process adds to its environment and its random generator."""
         mine = dict(env=self.env.state_dict(), generator=self.generator.get_state()) | of_process
-        processes = gather_from_processes(mine)
+        processes = [mine] * self.world_size
+        if distributed.is_initialized():  # of all processes in the order of their ranks, with tensors on the CPU
+            distributed.all_gather_object(processes, tree_map_only(Tensor, lambda x: x.cpu(), mine))
         if self.log:
             args = tree_map_only(np.generic, lambda x: x.item(), dataclasses.asdict(self.args))
             state |= dict(algorithm=self.algorithm, env_id=self.args.env_id, args=args, device=self.device.type)
