@@ -372,14 +372,12 @@ class Segments(NamedTuple):
 
 
 class Terrain(NamedTuple):
-    """A height field that replaces the ground plane. Its square tiles get harder along x and change type along y."""
+    """A height field that replaces the ground plane."""
 
     heights: Tensor  # (points along x, points along y) m; bilinear in between, constant beyond the edge
     cell: float  # m from one point to the next
     corner: tuple[float, float]  # m, x and y of the first point
-    origins: Tensor  # (rows * columns, 3) m, centres of the tiles
-    tiles: tuple[int, int]  # rows, columns
-    tile: float  # m, side of a tile
+    origins: Tensor  # (k, 3) m, places where robots can start
 
 
 class Pose(NamedTuple):

@@ -164,7 +164,7 @@ def roughness(amplitude: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def build_terrain(rows: int, columns: int, seed: int) -> Terrain:
-    """Terrain of rows x columns tiles, as numpy arrays.
+    """Terrain of rows x columns tiles, as numpy arrays. Its `origins` are the centres of the tiles, row by row.
 
     Difficulty grows evenly from 0 in the first row to 1 in the last; a single row is level. Columns are divided among
     TERRAIN_TYPES by TERRAIN_SHARES.
@@ -180,7 +180,7 @@ def build_terrain(rows: int, columns: int, seed: int) -> Terrain:
             heights[i : i + POINTS + 1, j : j + POINTS + 1] = tile
             middle = tile[POINTS // 2, POINTS // 2]
             origins[row * columns + column] = (row + 0.5) * TILE, (column + 0.5) * TILE, middle
-    return Terrain(heights, CELL, (-BORDER * CELL, -BORDER * CELL), origins, (rows, columns), TILE)
+    return Terrain(heights, CELL, (-BORDER * CELL, -BORDER * CELL), origins)
 
 
 def height_scan(terrain: Terrain, position: Tensor, yaw: Tensor) -> Tensor:
@@ -197,9 +197,7 @@ def height_scan(terrain: Terrain, position: Tensor, yaw: Tensor) -> Tensor:
     return (position[2] - 0.3 - ground).clamp(-1, 1)
 
 
-def next_level(
-    level: Tensor, walked: Tensor, commanded: Tensor, seconds: Tensor, terrain: Terrain, uniform: Tensor
-) -> Tensor:
+def next_level(level: Tensor, walked: Tensor, commanded: Tensor, seconds: Tensor, rows: int, uniform: Tensor) -> Tensor:
     """Level of the next episode; every tensor is (N,) (Rudin et al. 2022, section 3.1).
 
     level: of the episode that ended. walked: m, from its start to its end. commanded: m/s, the speed commanded at its
@@ -207,8 +205,7 @@ def next_level(
     A robot that left its tile moves up. A robot that covered less than half of the commanded distance moves down. A
     robot that moves up from the last row goes to a random row, so that no level is forgotten.
     """
-    rows = terrain.tiles[0]
-    up = walked > terrain.tile / 2
+    up = walked > TILE / 2
     down = ~up & (walked < 0.5 * commanded * seconds)
     level = torch.where(up, level + 1, torch.where(down, level - 1, level))
     return torch.where(level >= rows, torch.floor(uniform * rows), level.clamp(min=0))
@@ -492,8 +489,7 @@ class Rough(Flat):
 
     def begin(self, model, qpos, noise, ended, limit):
         """Start within a metre of the middle of a tile."""
-        terrain, anywhere = model.terrain, noise[7]
-        rows, columns = terrain.tiles
+        rows, columns, anywhere = self.terrain_rows, self.terrain_columns, noise[7]
         if ended is None:
             column = torch.floor(noise[8] * columns)
             level = torch.floor(anywhere * min(self.first_levels, rows))
@@ -501,13 +497,13 @@ class Rough(Flat):
             column, old = ended.memory["column"][0], ended.memory["level"][0]
             walked = torch.hypot(*(ended.qpos[:2] - ended.memory["start"]))
             commanded = torch.hypot(*ended.memory["command"][:2])
-            level = next_level(old, walked, commanded, limit * self.frame_skip * model.timestep, terrain, anywhere)
+            level = next_level(old, walked, commanded, limit * self.frame_skip * model.timestep, rows, anywhere)
             level = torch.where(ended.invalid, old, level)  # the position of a diverged robot means nothing
         if not self.curriculum:
             level = torch.floor(anywhere * rows)
         if self.terrain_level >= 0:
             level = torch.full_like(level, self.terrain_level)
-        origin = terrain.origins[(level * columns + column).long()].T
+        origin = model.terrain.origins[(level * columns + column).long()].T
         start = origin[:2] + 2 * noise[4:6] - 1
         qpos, memory = self.start_at(start, model, qpos, noise)
         return qpos, memory | {"level": level.unsqueeze(0), "column": column.unsqueeze(0), "start": start}

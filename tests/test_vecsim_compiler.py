@@ -1290,7 +1290,7 @@ def test_a_replaced_terrain_is_refused():
     model, run = model_of("pendulum"), functions_of("pendulum")
     state, ctrls = start_of("pendulum", 5)
     zeros = functools.partial(torch.zeros, dtype=torch.float64)
-    flat = vecsim.Terrain(zeros(3, 3), 1.0, (0.0, 0.0), zeros(1, 3), (1, 1), 2.0)
+    flat = vecsim.Terrain(zeros(3, 3), 1.0, (0.0, 0.0), zeros(1, 3))
     with_terrain = dataclasses.replace(model, terrain=flat)
     raised = dataclasses.replace(model, terrain=flat._replace(heights=flat.heights + 1))
     for functions, other in ((run, with_terrain), (vecsim.compile_regions(with_terrain), raised)):

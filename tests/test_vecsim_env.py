@@ -572,7 +572,7 @@ class Limbs(vecsim.Humanoid):
 
     def furnish(self, model, m):
         heights = 0.02 * torch.rand(81, 81, generator=torch.Generator().manual_seed(0), dtype=model.qpos0.dtype)
-        terrain = vecsim.Terrain(heights, 0.2, (-8.0, -8.0), torch.zeros(1, 3), (1, 1), 16.0)
+        terrain = vecsim.Terrain(heights, 0.2, (-8.0, -8.0), torch.zeros(1, 3))
         return dataclasses.replace(model, terrain=terrain)
 
 

@@ -334,7 +334,7 @@ def test_a_poisoned_robot_on_terrain_harms_no_other():
 
 def field(heights, cell=0.1, corner=(0.0, 0.0), dtype=torch.float64):
     empty = torch.zeros(1, 3, dtype=dtype)
-    return vecsim.Terrain(torch.as_tensor(heights, dtype=dtype), cell, corner, empty, (1, 1), 8.0)
+    return vecsim.Terrain(torch.as_tensor(heights, dtype=dtype), cell, corner, empty)
 
 
 def test_bilinear_by_hand():
@@ -528,9 +528,8 @@ def test_robots_stand_on_the_ground_they_start_on():
     ],
 )
 def test_next_level(level, walked, commanded, seconds, uniform, expected):
-    terrain = field(np.zeros((2, 2)))._replace(tiles=(10, 20))
     numbers = (torch.tensor([float(x)]) for x in (level, walked, commanded, seconds))
-    assert task_file.next_level(*numbers, terrain, torch.tensor([uniform])).tolist() == [expected]
+    assert task_file.next_level(*numbers, 10, torch.tensor([uniform])).tolist() == [expected]
 
 
 def out_of_their_tile(n, steps_left, commanded, shift):
