@@ -2886,7 +2886,6 @@ class Transition(NamedTuple):
     reward: Tensor  # (N,)
     terminated: Tensor  # (N,) bool
     truncated: Tensor  # (N,) bool
-    ended: Tensor  # (N,) bool: terminated or truncated
     invalid: Tensor  # (N,) bool
     terms: Tensors  # (N,) each: reward terms and other measurements of the task; zero where invalid
     counted: Tensor  # (k, N) what `VecSim.pop_statistics` sums: STATISTICS, then the task's `averaged`
@@ -3158,7 +3157,6 @@ def end_step(
         reward=reward,
         terminated=terminated,
         truncated=truncated,
-        ended=ended,
         invalid=invalid,
         terms=terms,
         counted=torch.stack([x.to(final_obs.dtype) for x in counted]),
@@ -4789,7 +4787,7 @@ class VecSim(gymnasium.vector.VectorEnv):
         else:
             t = self._step_chunks(transposed(actions))
         copy = torch.clone  # the next replay overwrites the results; on a CPU they are views of one large tensor
-        terms, ended = map_tensors(copy, {"invalid": t.invalid, **t.terms}), copy(t.ended)
+        terms, ended = map_tensors(copy, {"invalid": t.invalid, **t.terms}), t.terminated | t.truncated
         info = {"final_obs": transposed(t.final_obs), "_final_obs": ended, "final_info": terms, "_final_info": ended}
         info |= terms
         if self.single_critic_space:
@@ -4805,7 +4803,7 @@ class VecSim(gymnasium.vector.VectorEnv):
             copy_tensors(carry, new)
             transitions.append(transition)
         t = transitions[0]
-        if len(transitions) > 1 or len(t.ended) > self.num_envs:
+        if len(transitions) > 1 or len(t.reward) > self.num_envs:
             t = self._join(transitions)
         self._statistics += t.counted.sum(1, dtype=torch.float64)
         return t

@@ -104,7 +104,7 @@ FAULTS = {  # the run that must stop, the owner of a function, its name, a piece
     "the loss takes a constant from the host": (
         "ppo", ppo, "gaussian_log_prob", "math.log(2.0 * math.pi)", "torch.tensor(2.0 * math.pi).log()"),
     "the simulator asks whether an episode ended": (
-        "ppo", vecsim.VecSim, "_step_chunks", "t = transitions[0]", "t = transitions[0]; bool(t.ended.any())"),
+        "ppo", vecsim.VecSim, "_step_chunks", "t = transitions[0]", "t = transitions[0]; bool(t.truncated.any())"),
     "the actor indexes by a mask": (
         "sac", sac, "hold_noise", "torch.where(over, duration, remaining) - 1", "remaining[over]"),
 }  # fmt: skip
