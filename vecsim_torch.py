@@ -2769,8 +2769,6 @@ def choose_ranges(
     known = parameter_rows(model)
     if randomize is True:
         randomize = {name: value for name, value in task.randomization.items() if name in known}
-    if not isinstance(randomize or {}, dict):
-        raise InputError(f"randomize must be True or a dict of ranges, not {randomize!r}")
     of_pushes = {"push_interval": (5.0, 10.0), "push_direction": (0.0, 2 * math.pi)}
     given = (randomize or {}) | single
     if "push" not in given and (useless := of_pushes.keys() & given):
