@@ -2418,7 +2418,7 @@ class Task:
         return torch.ones_like(p.qpos[0], dtype=torch.bool)
 
     def control(self, model: Model, action: Tensor) -> Tensor:
-        """ctrl (nu, N) of an action."""
+        """ctrl (nu, N) of an action. PD control of a joint is `<position kp="..." kv="..."/>` in the MJCF."""
         return action
 
     def action_range(self, model: Model) -> tuple[Tensor, Tensor]:
