@@ -503,4 +503,7 @@ def test_shared_flags_and_the_defaults_of_tasks_are_those_of_the_pytorch_twin():
     mine, theirs = ({f.name: f for f in dataclasses.fields(module.Args)} for module in (ppo, twin))
     assert theirs.keys() - mine.keys() == {"compile", "cuda_graphs", "bf16", "export", "profile"}
     differ = {name for name in theirs.keys() & mine.keys() if mine[name].default != theirs[name].default}
-    assert differ == {"env_id"}  # a CPU takes minutes to compile Ant in MJX
+    assert differ == {"env_id", "solver_iterations"}  # a CPU takes minutes to compile Ant in MJX
+    # the tasks choose the iterations of the PyTorch twin
+    chosen = {twin.vecsim.find_task(name).solver_iterations for name in ppo.TASKS}
+    assert {mine["solver_iterations"].default} == chosen

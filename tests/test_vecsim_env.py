@@ -941,7 +941,7 @@ ROUGH = {"env_id": "Quadruped-Rough"}
         ({"hidden_observations": "true"}, r"hidden_observations must be of type str \| None, not True"),
         ({"ctrl_cost_weight": "abc"}, "ctrl_cost_weight must be of type float, not 'abc'"),
         ({"terminate_when_unhealthy": 0}, "terminate_when_unhealthy must be of type bool, not 0"),
-        ({"healthy_z_range": 5}, r"healthy_z_range must be of type tuple\[float, float\], not 5"),
+        ({"healthy_z_range": 5}, r"healthy_z_range must be of type tuple\[float, float\] .*low:high\), not 5"),
         ({"device": "abacus"}, "device = abacus must be auto, cpu, cuda or cuda:N"),
         ({"ctrl_cost": 1.0}, "unknown option 'ctrl_cost' of Hopper-v5; it takes .*ctrl_cost_weight"),
         ({"healthy_state_range": (0, 1), "env_id": "Walker2d-v5"}, "unknown option 'healthy_state_range'"),
