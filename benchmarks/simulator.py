@@ -206,15 +206,14 @@ def without_self_collision(m: mujoco.MjModel) -> mujoco.MjModel:
 
     Fixed geoms that the same geoms can touch share a bit of contype, and those geoms have it in conaffinity.
     """
-    partners: dict[int, set[int]] = {}
+    moves, partners = m.body_treeid[m.geom_bodyid] >= 0, {}
     for pair in vecsim.collision_candidates(m, self_collision=False)[0]:
-        moving, fixed = sorted(pair.tolist(), key=lambda g: m.body_weldid[m.geom_bodyid[g]] == 0)
+        fixed, moving = sorted(pair.tolist(), key=lambda g: moves[g])
         partners.setdefault(fixed, set()).add(moving)
     groups = [*dict.fromkeys(map(frozenset, partners.values()))]
     if len(groups) > 31:
         raise vecsim.InputError("too many kinds of geoms that are fixed to the world")
     m = copy.copy(m)
-    moves = m.body_weldid[m.geom_bodyid] > 0
     m.pair_margin[moves[m.pair_geom1] & moves[m.pair_geom2]] = -1e6  # m: <pair> ignores contype
     m.geom_contype[:] = m.geom_conaffinity[:] = 0
     for fixed, moving in partners.items():
