@@ -1047,7 +1047,8 @@ def limit_tables(m: mujoco.MjModel) -> dict[str, Any]:
 def geom_name(m: mujoco.MjModel, g: int) -> str:
     """'left_foot' (capsule), for messages; without a name 12 of body 'left_leg' (capsule)."""
     kind = mujoco.mjtGeom(int(m.geom_type[g])).name.removeprefix("mjGEOM_").lower()
-    name = repr(m.geom(g).name) if m.geom(g).name else f"{g} of body {m.body(m.geom_bodyid[g]).name!r}"
+    body = m.geom_bodyid[g]
+    name = repr(m.geom(g).name) if m.geom(g).name else f"{g} of body {m.body(body).name or int(body)!r}"
     return f"{name} ({kind})"
 
 
@@ -5101,7 +5102,7 @@ def make_renderer(env: VecSim) -> Any:
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
     scene = copy.copy(env.task.drawn_model(env.model, env.mj_model))
-    of_robot = scene.body_weldid[scene.geom_bodyid] > 0
+    of_robot = scene.geom_bodyid > 0
     if not np.any(scene.geom_group[of_robot] <= 2):  # MuJoCo draws the groups 0 to 2; collision geoms are often in 3
         scene.geom_group[of_robot] = 0
     return MujocoRenderer(scene, mujoco.MjData(scene), width=480, height=480, camera_name="track")
@@ -5712,6 +5713,10 @@ def make_environment(args: Any, make_env: Callable | None, num_envs: int, device
 
 def whole_episodes(args: Any, make_env: Callable | None, num_envs: int) -> Any:
     """The environment of a training on the CPU, for evaluations: the first episodes are whole ones too."""
+    try:
+        cpp_compiler()
+    except InputError:  # a policy from a GPU may be played where there is no compiler
+        args = dataclasses.replace(args, compile=False)
     env = make_environment(args, make_env, num_envs, torch.device("cpu"), args.seed)
     env.random_initial_ages = False
     return env

@@ -315,7 +315,7 @@ def test_check_names_all_that_is_not_supported(tmp_path, capsys):
     assert status == 1 and text.count("NOT SUPPORTED") == 3
     assert 'elliptic friction cones; set <option cone="pyramidal"/>' in text
     assert "collision of geom 'a' (box) with 'b' (box); give one" in text and "'c' (capsule) with 'a' (box)" in text
-    assert "Supported with" not in text
+    assert "But with" not in text and "Supported." not in text
 
 
 def test_check_says_whether_a_robot_is_supported_without_self_collision(tmp_path, capsys):
