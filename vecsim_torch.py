@@ -501,8 +501,8 @@ class Model:
     limit_bound: Tensor  # (2 nlim, 1) rad or m
     limit_softness: Softness
     # contacts with geoms fixed to the world, ordered by the link that moves. With a plane, a sphere, an ellipsoid, each
-    # end of a capsule and each corner of a box make one contact, and a cylinder makes four. Fixed spheres, capsules and
-    # cylinders are called obstacles; `nearest_points` says what can touch them
+    # end of a capsule and each corner of a box make one contact, and a cylinder makes four. Fixed spheres, capsules,
+    # cylinders and boxes are called obstacles; `nearest_points` says what can touch them
     contact_link_index: Tensor  # (nc)
     contact_ranges: tuple[tuple[int, int], ...]  # (nl) first and past-the-end contact of each link
     contact_geom: tuple[int, ...]  # (nc) mjModel's number of the moving geom
@@ -515,7 +515,7 @@ class Model:
     friction: Tensor  # (nc, 1) coefficient, zero for frictionless contacts (condim 1)
     impratio: float  # ratio of frictional to normal impedance
     body_contacts: Tensor  # (nbody - 1, nc, 1, 1) 1 for the body that moves, -1 for the fixed body that it touches
-    boxes: bool  # some contact is a corner of a box
+    boxes: bool  # some contact is one of a box's corners with a plane
     round_row_index: Tensor  # (nr) the contacts of cylinders and ellipsoids with planes, as rows of the nc contacts
     round_axes: Tensor  # (nr, 3, 3, 1) the geom's axes in the link's frame
     round_size: Tensor  # (nr, 3, 1) m, the geom's size in MuJoCo
@@ -527,7 +527,7 @@ class Model:
     obstacle_row_index: Tensor  # (Q) the contacts with obstacles, as rows of the nc contacts
     obstacle_segments: Segments  # the obstacle and the geom that moves, in MuJoCo's order
     obstacle_sign: Tensor  # (Q, 1, 1) +1 where the second geom is the one that moves
-    # contacts between moving geoms: spheres, capsules, and cylinders against those
+    # contacts between moving geoms: spheres, capsules, cylinders against those, and boxes against spheres
     pair_slots: int  # S, how many of the P pairs are solved, the deepest first
     pair_geoms: tuple[tuple[int, int], ...]  # (P) mjModel's numbers
     pair_segments: Segments
@@ -1094,7 +1094,7 @@ def collision_candidates(m: mujoco.MjModel, self_collision: bool = True) -> tupl
             collision = f"collision of geom {names[0]} with {names[1]}; {advice}"
             examples.setdefault((*m.geom_type[pair], count), collision)
         elif dim not in (1, 3):
-            examples.setdefault(dim, f"condim {dim} of geom {names[np.argmax(m.geom_condim[pair])]}; use 1 or 3")
+            examples.setdefault(dim, f"condim {dim} of the contact of geom {names[0]} with {names[1]}; use 1 or 3")
     if examples:
         raise Unsupported([*examples.values()])
     friction = np.where(condim == 1, 0, contact.friction[order, 0])
@@ -2716,6 +2716,8 @@ def build_task(env_id: str, options: dict[str, Any]) -> Task:
     task = kind(**check_types(kind, options))
     numbers = "frame_skip max_episode_steps solver_iterations".split()
     check_at_least(1, **{name: getattr(task, name) for name in numbers})
+    if not isinstance(task.self_collision, bool) or task.solver_iterations is None:
+        raise InputError(f"{kind.__name__}.self_collision must be True or False, and solver_iterations a number")
     return task
 
 
@@ -5626,6 +5628,7 @@ def check_resumable(checkpoint: dict[str, Any], args: Any, fixed: str, world_siz
     for name in f"{fixed} integrator solver_iterations".split():
         then, now = checkpoint["args"][name], getattr(args, name)
         if now != then:
+            then = "the task's own" if then is None else then
             raise InputError(f"the checkpoint was trained with {name} = {then}, not {now}; omit that flag")
     done, processes = checkpoint["env_steps"], len(checkpoint["processes"])
     if args.total_timesteps <= done and "stage" not in checkpoint:  # a stage of the distillation has its own budget

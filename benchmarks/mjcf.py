@@ -29,7 +29,7 @@ def rule_of(message: str) -> str:
     pair = re.search(r"collision of geom .*\((\w+)\) with .*\((\w+)\);", message)
     if pair:
         return f"collision of {pair[1]} with {pair[2]}"
-    return re.split(r" of geom |; ", message.removeprefix("unsupported model feature: "))[0]
+    return re.split(r" of the contact of geom |; ", message.removeprefix("unsupported model feature: "))[0]
 
 
 def worst_error(m: mujoco.MjModel) -> float:

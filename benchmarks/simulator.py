@@ -180,7 +180,8 @@ class AnyRobot(vecsim.Task):
 
 
 def random_steps(m: mujoco.MjModel, count: int) -> list[Tensor]:
-    """`count` steps of MuJoCo C under random actions: qpos, qvel, warmstart, ctrl before, qpos, qvel after."""
+    """`count` steps of MuJoCo C under random actions: qpos, qvel, warmstart, ctrl before, qpos, qvel after, and (1,
+    count) how many constraint rows each has."""
     m, rng, rows = converged(m), np.random.default_rng(1), []
     data, low_high = mujoco.MjData(m), np.where(m.actuator_ctrllimited[:, None], m.actuator_ctrlrange, (-1.0, 1.0)).T
     if m.nkey:
@@ -189,7 +190,7 @@ def random_steps(m: mujoco.MjModel, count: int) -> list[Tensor]:
         data.ctrl[:] = rng.uniform(*low_high)
         before = [x.copy() for x in (data.qpos, data.qvel, data.qacc_warmstart, data.ctrl)]
         mujoco.mj_step(m, data)
-        rows.append((*before, data.qpos.copy(), data.qvel.copy()))
+        rows.append((*before, data.qpos.copy(), data.qvel.copy(), [data.nefc]))
     return [torch.tensor(np.array(column).T) for column in zip(*rows, strict=True)]
 
 
@@ -243,7 +244,7 @@ def check(args: BenchmarkArgs) -> int:
             model = load_and_step(m, self_collision=False)
         except vecsim.InputError:
             return 1
-        print("But with --env-kwargs self_collision False moving geoms do not touch each other, here and below:")
+        print("With --env-kwargs self_collision False it is supported. What follows has no contacts of moving geoms:")
         m = without_self_collision(m)
     free = [m.actuator(k).name or str(k) for k in np.flatnonzero(m.actuator_ctrllimited == 0)]
     if free or not m.nu:
@@ -251,8 +252,10 @@ def check(args: BenchmarkArgs) -> int:
         print(f"To train it: {what}")
     pairs = f"{len(model.pair_geoms)} pairs of moving geoms, of which {model.pair_slots} are solved at once"
     print(f"Supported. Contacts: {len(model.contact_geom)} with what is fixed, {pairs} (pair_slots)")
-    *start, ctrl, qpos, qvel = random_steps(m, 200)
-    print("200 random steps, each from MuJoCo C's state; error of qpos and qvel after it, median and 99th percentile:")
+    *start, ctrl, qpos, qvel, constraints = random_steps(m, 200)
+    constrained = int((constraints > 0).sum())
+    print(f"200 random steps of MuJoCo C, {constrained} with contacts or limits; each is done again from its state.")
+    print("Error of qpos and qvel after it, median and 99th percentile:")
     worst = {}
     for dtype, iterations in ((torch.float64, 20), *((torch.float32, count) for count in (2, 4, 8, 16))):
         state = vecsim.State(*(x.to(dtype) for x in start))
@@ -265,7 +268,11 @@ def check(args: BenchmarkArgs) -> int:
         worst[iterations] = float(wrong.quantile(0.99))
         print(f"  {dtype}, {iterations} iterations: {wrong.median():.1e}, {worst[iterations]:.1e}{note}")
     enough = next((count for count in (4, 8) if worst[count] <= 3 * worst[16]), 16)
-    if worst[16] <= 1e-3:
+    if constrained < 20:
+        print(
+            "Too few steps with contacts or limits to tell how many iterations are enough: start it lower (<keyframe>)"
+        )
+    elif worst[16] <= 1e-3:
         print(f"Train with --solver-iterations {enough}" + ", the default" * (enough == 4))
     else:
         print("Not even 16 iterations are enough; try a smaller timestep")

@@ -248,6 +248,26 @@ def test_film(env_id, tmp_path, monkeypatch):
     assert path.name == "play.mp4" and path.stat().st_size > 1_000
 
 
+def test_evaluations_have_the_physics_of_the_training():
+    flags = dict(integrator="rk4", solver_iterations=7, compile=False)
+    env = vecsim.whole_episodes(vecsim.RunFlags(env_id="tasks/cartpole_swingup.py:SwingUp", **flags), None, 2)
+    assert (env.settings.integrator, env.settings.iterations, env.random_initial_ages) == ("rk4", 7, False)
+
+
+@pytest.mark.parametrize("groups, drawn", [((3, 3), (0, 0)), ((3, 1), (3, 1)), ((5, 4), (0, 0))])
+def test_a_film_shows_a_robot_whose_geoms_are_all_in_groups_that_are_not_drawn(groups, drawn):
+    class Grouped(vecsim.InvertedPendulum):
+        def source(self):
+            m = vecsim.compile_mjcf(super().source())
+            m.geom_group[m.geom_bodyid > 0] = groups
+            return m
+
+    env = vecsim.make(Grouped, 1)
+    scene = vecsim.make_renderer(env).model
+    assert tuple(scene.geom_group[scene.geom_bodyid > 0]) == drawn
+    assert tuple(env.mj_model.geom_group[scene.geom_bodyid > 0]) == groups
+
+
 def test_hidden_observations_are_missing_everywhere_and_change_nothing_else():
     """In vecsim, after an episode's end, for a critic, in set_state, in the names, and in Gymnasium."""
     options = dict(max_episode_steps=3, observation_noise=0.1)

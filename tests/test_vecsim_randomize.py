@@ -105,6 +105,24 @@ def test_parameter_equals_mujoco(states, env_id, name):
         assert error(after.qpos, qpos) <= 1e-10 and error(after.qvel, qvel) <= 1e-9
 
 
+def test_friction_loss_equals_mujoco():
+    class Rubbing(vecsim.Hopper):
+        def source(self):
+            m = vecsim.compile_mjcf(super().source())
+            m.dof_frictionloss[:] = 2.0
+            return m
+
+    env = vecsim.make(Rubbing, COUNT, dtype=torch.float64, randomize={"frictionloss": 0.8}, **FAST)
+    env.reset(seed=4)
+    numbers, m = env.parameters()["frictionloss"].numpy(), converged(env.mj_model)
+    visited = visit(m, COUNT, seed=2, stride=5, touching=True)
+    state, ctrl = batch(visited)
+    plain, ours = (vecsim.forward(model, state, ctrl, 30).solution.qacc for model in (env.model, env.robots()))
+    assert (ours - plain).abs().max() > 1e-3  # the parameter matters
+    reference = c_forward(m, visited, change=lambda m, k: np.copyto(m.dof_frictionloss, 2.0 * numbers[:, k]))
+    assert error(ours, reference.qacc) <= 1e-9
+
+
 def test_all_parameters_together_equal_mujoco(states):
     env = vecsim.make(
         "Quadruped-Flat", COUNT, dtype=torch.float64, randomize={n: x for n, (_, x) in IN_MUJOCO.items()}, **FAST
