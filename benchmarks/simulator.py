@@ -254,7 +254,7 @@ def check(args: BenchmarkArgs) -> int:
     print(f"Supported. Contacts: {len(model.contact_geom)} with what is fixed, {pairs} (pair_slots)")
     *start, ctrl, qpos, qvel, constraints = random_steps(m, 200)
     constrained = int((constraints > 0).sum())
-    print(f"200 random steps of MuJoCo C, {constrained} with contacts or limits; each is done again from its state.")
+    print(f"200 random steps of MuJoCo C, {constrained} with constraints; each is done again from its state.")
     print("Error of qpos and qvel after it, median and 99th percentile:")
     worst = {}
     for dtype, iterations in ((torch.float64, 20), *((torch.float32, count) for count in (2, 4, 8, 16))):
@@ -270,8 +270,9 @@ def check(args: BenchmarkArgs) -> int:
     enough = next((count for count in (4, 8) if worst[count] <= 3 * worst[16]), 16)
     if constrained < 20:
         print(
-            "Too few steps with contacts or limits to tell how many iterations are enough: start it lower (<keyframe>)"
+            "Too few constraints to tell how many iterations are enough; a robot that can touch something should start"
         )
+        print("where it does (<keyframe>)")
     elif worst[16] <= 1e-3:
         print(f"Train with --solver-iterations {enough}" + ", the default" * (enough == 4))
     else:

@@ -303,6 +303,7 @@ def test_check_compares_a_robot_with_mujoco(tmp_path, capsys):
     exact, *single = ((float(median), float(worst.split(";")[0])) for median, worst in errors)
     assert exact[1] <= 1e-9 and len(single) == 4
     assert 1e-9 < single[-1][0] <= 1e-5 and single[-1][1] <= 1e-3 and single[-1][1] <= single[0][1]
+    assert "34 with constraints" in text and "Train with --solver-iterations 4, the default" in text
     assert "4 joints (2 hinge, 1 ball, 1 free)" in text and " in MuJoCo C; 16 environments on cpu" in text
 
 
@@ -333,6 +334,13 @@ def test_check_says_whether_a_robot_is_supported_without_self_collision(tmp_path
     assert float(text.split("float64, 20 iterations: ")[1].split(", ")[1].split()[0]) <= 1e-12
     model = vecsim.load_model(mjcf, self_collision=False)
     assert model.pair_geoms == () and len(model.contact_geom) == 1 + 8 + 8  # the sphere and each corner of the boxes
+
+
+def test_check_does_not_judge_iterations_where_nothing_touches(tmp_path, capsys):
+    ball = '<body pos="0 0 9"><freejoint/><geom size=".1"/></body>'
+    mjcf = f'<mujoco><worldbody><geom type="plane" size="5 5 1"/>{ball}</worldbody></mujoco>'
+    status, text = checked(tmp_path, mjcf, capsys)
+    assert status == 0 and "0 with constraints" in text and "Too few constraints" in text and "Train with" not in text
 
 
 def test_check_without_self_collision_keeps_each_contact_with_what_is_fixed():
