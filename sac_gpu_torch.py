@@ -168,8 +168,8 @@ TASKS = {
     "Humanoid-v5": dict(
         total_timesteps=1_500_000, learning_starts=5_000, batch_size=256, updates_per_step=8, critic_reduction="min",
         n_step=3, env_kwargs={
-        "include_cinert_in_observation": False, "include_cvel_in_observation": False,
-        "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
+            "include_cinert_in_observation": False, "include_cvel_in_observation": False,
+            "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),
     "HumanoidStandup-v5": dict(total_timesteps=2_000_000, env_kwargs={
         "include_cinert_in_observation": False, "include_cvel_in_observation": False,
         "include_qfrc_actuator_in_observation": False, "include_cfrc_ext_in_observation": False}),

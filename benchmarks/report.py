@@ -91,9 +91,9 @@ evaluate once per million steps, Humanoid once per three million (four with Eule
 and JAX more often, so "reached after" is an upper bound. We chose the thresholds. Hyperparameters were tuned on these
 tasks and partly on these seeds; expect worse on new tasks.
 
-- Each PPO run had one core, while the other core trained or tested something else. Other work slowed Ant's seeds 1
-  to 3. Its undisturbed seeds 4 and 5 take 430 s. The seeds that compiled longest had an empty cache, the others found
-  most of the code.
+- Each PPO run had one core, while the other core trained or tested something else, and so had SAC's of Humanoid. Other
+  work slowed PPO's seeds 1 to 3 of Ant. Its undisturbed seeds 4 and 5 take 430 s. The seeds that compiled longest had
+  an empty cache, the others found most of the code.
 - With PPO one seed of Walker2d ends below its threshold; every other seed in the first table reaches its own.
 - Trainings integrate as Gymnasium does: HalfCheetah and Pusher with Euler, the others with RK4. Two exceptions: SAC
   trained HumanoidStandup with Euler, and `euler` is PPO with Euler where Gymnasium has RK4. Median scores with Euler

@@ -269,10 +269,7 @@ def check(args: BenchmarkArgs) -> int:
         print(f"  {dtype}, {iterations} iterations: {wrong.median():.1e}, {worst[iterations]:.1e}{note}")
     enough = next((count for count in (4, 8) if worst[count] <= 3 * worst[16]), 16)
     if constrained < 20:
-        print(
-            "Too few constraints to tell how many iterations are enough; a robot that can touch something should start"
-        )
-        print("where it does (<keyframe>)")
+        print("Too few constraints to tell how many iterations are enough; start a robot where it touches (<keyframe>)")
     elif worst[16] <= 1e-3:
         print(f"Train with --solver-iterations {enough}" + ", the default" * (enough == 4))
     else:
